@@ -21,17 +21,22 @@ import asyncio
 import logging
 from typing import Any
 
-from areal_like.automatic_settings import start_limit_s
+from areal_like.automatic_settings import compute_dtype, start_limit_s
 from areal_like.errors import EngineError
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
 from areal_like.security.keys import KeyRole
 from areal_like.wire.channel import tcp_address
 from areal_like.wire.curve import CurveServer
-from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
-from areal_like.wire.messages.hello import Hello
+from areal_like.wire.fingerprint import (
+    dataset_fingerprint,
+    model_fingerprint,
+    shared_settings,
+    tokenizer_fingerprint,
+)
+from areal_like.wire.messages.hello import Hello, Role
 from areal_like.wire.messages.producer import Lease, ServerState
-from rollout_server.leases.registration import registration
-from rollout_server.leases.shards import ShardedBufferClient
+from rollout_server.job_tasks import content_of
+from rollout_server.leases.client import ShardedBufferClient
 from rollout_server.metrics import ServerStats
 from rollout_server.parts import Parts, running_parts
 from rollout_server.policy.client import EngineClient
@@ -117,9 +122,8 @@ class RolloutServer:
             config,
             parts.sources,
             gate=gate,
-            on_result=self._buffers.deliver,
-            on_move=self._buffers.moved,
             book=parts.book,
+            buffers=self._buffers,
         )
         self._stats = ServerStats(
             runtime.metrics,
@@ -263,13 +267,29 @@ class RolloutServer:
             self._runner.start(leases)
 
     def _hello(self) -> Hello:
-        return registration(
-            self._runtime,
-            self._tasks[""],
-            eval_tasks={name: task for name, task in self._tasks.items() if name},
-            fingerprints=self._fingerprints,
+        runtime, config, task = self._runtime, self._runtime.config, self._tasks[""]
+        model, tokenizer = self._fingerprints
+        eval_tasks = {name: task for name, task in self._tasks.items() if name}
+        return Hello(
+            role=Role.ROLLOUT,
+            name=runtime.name,
+            process=runtime.process,
+            job=config.name,
+            model=model,
+            tokenizer=tokenizer,
+            dataset=dataset_fingerprint(config),
+            content=task.fingerprint(),
+            eval_content=content_of(eval_tasks),
+            settings=shared_settings(config, Role.ROLLOUT),
+            http_address=runtime.http_address,
             weights_address=self._weights_address,
             weights_version=self._receiver.version,
+            dtype=compute_dtype(config),
+            device=config.rollout.engine_device,
+            num_train_prompts=task.num_train,
+            source_sizes=[source.size for source in task.sources],
+            source_weights=[source.weight for source in task.sources],
+            eval_sets={name: task.num_eval for name, task in eval_tasks.items()},
         )
 
     async def _engine_metrics(self) -> bytes:

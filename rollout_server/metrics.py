@@ -16,8 +16,8 @@ from areal_like.runtime.progress import ProgressClock
 from areal_like.spans import recorder
 from areal_like.trajectory import FinishReason
 from rollout_server.engine_time import EngineTime
+from rollout_server.leases.client import ShardedBufferClient
 from rollout_server.leases.held_leases import Place
-from rollout_server.leases.shards import ShardedBufferClient
 from rollout_server.policy.engines.engine import Engine
 from rollout_server.policy.engines.supervisor import EngineSupervisor
 from rollout_server.policy.generation_gate import GenerationGate

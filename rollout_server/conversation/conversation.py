@@ -40,7 +40,7 @@ from rollout_server.conversation.messages import (
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.turns import SampledTurn, Turn, Turns
 from rollout_server.environments.base import Message, Reply, ToolCall
-from rollout_server.policy.types import Generation
+from rollout_server.policy.generation import Generation
 from rollout_server.rendering.base import ChatRenderer, ToolSchema
 
 
@@ -59,7 +59,8 @@ class Conversation(Turns):
         self._max_tokens = max_tokens
         self._states: defaultdict[bytes, list[Turn]] = defaultdict(list)
         """Turns by the digest of the tools and of the messages up to and including the turn."""
-        self._num_calls = 0
+        self.num_tool_calls = 0
+        """Number of calls in all replies."""
 
     async def say(
         self, messages: Sequence[Message], *, tools: Sequence[ToolSchema] = (), stop: Sequence[str] = ()
@@ -253,9 +254,9 @@ class Conversation(Turns):
 
     def _num_tokens_beside(self, parent: Turn | None) -> int:
         """Returns the number of tokens in all segments if `parent` is extended."""
-        extended = {turn.parent for turn in self._turns} | {one.parent for one in self._running} | {parent}
+        extended = {turn.parent for turn in self._turns} | {one for one, _ in self._running} | {parent}
         ended = sum(turn.end for turn in self._turns if turn not in extended)
-        return ended + sum(one.most_tokens for one in self._running)
+        return ended + sum(most_tokens for _, most_tokens in self._running)
 
     def _reply(
         self,
@@ -277,8 +278,8 @@ class Conversation(Turns):
         calls = []
         for call in parsed.tool_calls:
             # Nine letters and digits, because some templates require that.
-            calls.append(call if call.id else replace(call, id=f"call{self._num_calls:05d}"))
-            self._num_calls += 1
+            calls.append(call if call.id else replace(call, id=f"call{self.num_tool_calls:05d}"))
+            self.num_tool_calls += 1
         return Reply(
             text=parsed.text,
             raw_text=self.renderer.decode(completion_ids),

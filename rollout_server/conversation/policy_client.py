@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from areal_like.errors import EngineError, EngineTimeoutError, EpisodeError, PromptRefusedError
 from areal_like.spans.recorder import observe
 from areal_like.trajectory import FinishReason
-from rollout_server.policy.types import Generation, Sampling, SamplingClient
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.generation import Generation, Sampling
 
 _MAX_EMPTY_ABORTS = 16
 """Consecutive aborts without a new token after which the engine is considered broken: no job updates its
@@ -31,20 +32,24 @@ class PolicyClient:
 
     def __init__(
         self,
-        engine: SamplingClient,
+        engine: EngineClient,
         *,
         sampling: Sampling,
         rid: str,
         gate: AbstractAsyncContextManager[None],
         timeout_s: float = math.inf,
+        on_first_token: Callable[[], None] | None = None,
     ) -> None:
-        """`sampling.max_new_tokens` limits each turn; `rid` must be unique among running episodes; each
+        """`sampling.max_new_tokens` limits each turn; `rid` must be unique among running samples; each
         request is made inside `async with gate` (see GenerationGate). `timeout_s`: time limit of all turns
-        together, counted from the first request."""
+        together, counted from the first request. `on_first_token`: see EngineClient.generate."""
         self._engine = engine
         self._sampling = sampling
         self._rid = rid
         self._gate = gate
+        self._on_first_token = on_first_token
+        self._cache_salt = ""
+        """The engine's salt at the first request."""
         self._num_requests = 0
         self._timeout_s = timeout_s
         self._deadline_s: float | None = None
@@ -144,9 +149,16 @@ class PolicyClient:
             left_s = self._deadline_s - now_s
             if left_s <= 0:
                 raise EngineTimeoutError("the time limit was over when the request could be sent again")
+            # Not earlier: weights may have been pushed while the sample waited for the gate.
+            self._cache_salt = self._cache_salt or self._engine.cache_salt
             try:
                 return await self._engine.generate(
-                    tokens_T.tolist(), sampling=sampling, rid=rid, timeout_s=left_s
+                    tokens_T.tolist(),
+                    sampling=sampling,
+                    rid=rid,
+                    timeout_s=left_s,
+                    cache_salt=self._cache_salt,
+                    on_first_token=self._on_first_token,
                 )
             finally:
                 observe("generations", asyncio.get_running_loop().time() - now_s)

@@ -7,6 +7,7 @@ tree with a single turn.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.scoring import SampleRewards, Span, placed_token_rewards, placed_turns
 from rollout_server.environments.base import Message, Reply
-from rollout_server.policy.types import Generation
+from rollout_server.policy.generation import Generation
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,15 +55,6 @@ class Turn:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RunningTurn:
-    """A turn that is being sampled."""
-
-    parent: Turn | None
-    most_tokens: int
-    """Length of its segment if the turn reaches its limit."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class SampledTurn:
     """One sampled turn: the parsed reply and its tokens."""
 
@@ -84,7 +76,12 @@ class Turns:
         self._policy = policy
         self._turns: list[Turn] = []
         """In the order in which they finished, so a turn comes after its parent."""
-        self._running: list[RunningTurn] = []
+        self._running: list[tuple[Turn | None, int]] = []
+        """Of each turn that is being sampled: its parent, and the length of its segment if it reaches its
+        limit."""
+        self._busy_since_s = 0.0
+        self.generation_s = 0.0
+        """Time with at least one turn at the engine or waiting for it, in seconds."""
         self.finish_reason = FinishReason.STOP
         """Reason why the last turn ended."""
 
@@ -102,7 +99,10 @@ class Turns:
         PolicyClient.sample. The returned turn is None if nothing was sampled.
         """
         num_tokens, reason = limit or (self._policy.max_new_tokens, FinishReason.LENGTH)
-        running = RunningTurn(parent=parent, most_tokens=len(prompt) + num_tokens)
+        running = (parent, len(prompt) + num_tokens)
+        clock = asyncio.get_running_loop().time
+        if not self._running:
+            self._busy_since_s = clock()
         self._running.append(running)
         try:
             generation = await self._policy.sample(
@@ -110,6 +110,8 @@ class Turns:
             )
         finally:
             self._running.remove(running)
+            if not self._running:
+                self.generation_s += clock() - self._busy_since_s
         self.finish_reason = generation.finish_reason
         if self.finish_reason is FinishReason.LENGTH:
             self.finish_reason = reason
@@ -128,7 +130,7 @@ class Turns:
 
     def forget(self, turn: Turn) -> None:
         """Drops a turn that no client has read, unless another one follows it."""
-        followed = {one.parent for one in self._turns} | {one.parent for one in self._running}
+        followed = {one.parent for one in self._turns} | {parent for parent, _ in self._running}
         if turn in self._turns and turn not in followed:
             self._turns.remove(turn)
 
@@ -159,7 +161,6 @@ class Turns:
         outcome: SampleRewards,
         *,
         finish_reason: FinishReason | None = None,
-        generation_s: float = 0.0,
         reward_s: float = 0.0,
         is_greedy: bool = False,
         label: str = "",
@@ -187,7 +188,7 @@ class Turns:
             arrays=placed_token_rewards(outcome, layout.spans, num_tokens=layout.num_tokens),
             finish_reason=finish_reason or self.finish_reason,
             is_greedy=is_greedy,
-            generation_s=generation_s,
+            generation_s=self.generation_s,
             reward_s=reward_s,
         )
 

@@ -35,10 +35,9 @@ import aiohttp
 from areal_like.errors import EngineError, EngineTimeoutError
 from areal_like.http.streams import FRAMES, read_events, read_frames
 from areal_like.trajectory import FinishReason
-from rollout_server.policy.http import EngineHttp, error_text
-from rollout_server.policy.stop_texts import StopTexts, StopWatch
-from rollout_server.policy.types import Generation, Sampling
-from rollout_server.policy.wire import (
+from rollout_server.policy.generation import (
+    Generation,
+    Sampling,
     checked,
     encode_request,
     is_last,
@@ -46,6 +45,8 @@ from rollout_server.policy.wire import (
     parse_generation,
     refusal,
 )
+from rollout_server.policy.http import EngineHttp, error_text
+from rollout_server.policy.stop_texts import StopTexts, StopWatch
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class GenerateBatcher:
         """Samples one continuation of `input_ids`, in a batch with the other calls of this turn of the event
         loop.
 
-        See EngineClient.generate; `cache_salt` and `on_first_token`: see SglangClient.generate.
+        See EngineClient.generate.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Generation] = loop.create_future()

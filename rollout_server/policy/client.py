@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import ssl
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -19,15 +20,34 @@ from areal_like.weights.buckets import Bucket
 from areal_like.weights.integrity import BucketSums
 from areal_like.wire.messages.weights import FormGroup
 from rollout_server.policy.batcher import GenerateBatcher
+from rollout_server.policy.generation import Generation, Sampling, parse_scores, parse_weight_version
 from rollout_server.policy.http import EngineHttp
-from rollout_server.policy.types import (
-    EngineInfo,
-    Generation,
-    Sampling,
-    SamplingClient,
-    parse_scores,
-    parse_weight_version,
-)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """Properties of an engine that a weight group depends on; defaults where the engine omits them."""
+
+    num_ranks: int = 1
+    """Tensor-parallel ranks of the engine; each is one rank of the weight group."""
+    device: str = "cpu"
+    device_uuid: str = ""
+    nccl_version: str = ""
+    authenticates_store: bool = False
+    """True if the engine accepts the key of a weight group's rendezvous; SGLang does not."""
+    loads_in_place: bool = False
+    """True if the engine does not decode while it receives weights (SGLang)."""
+
+    @classmethod
+    def from_server_info(cls, server_info: Mapping[str, Any]) -> EngineInfo:
+        """Builds it from `/server_info` of either engine."""
+        return cls(
+            num_ranks=int(server_info.get("tp_size") or 1),
+            device=str(server_info.get("device") or "cpu"),
+            device_uuid=str(server_info.get("device_uuid") or ""),
+            nccl_version=str(server_info.get("nccl_version") or ""),
+            authenticates_store=server_info.get("authenticates_store") is True,
+        )
 
 
 class EngineClient:
@@ -69,6 +89,9 @@ class EngineClient:
         """Number of calls in progress that load weights."""
         self.caches_prefixes = False
         """True if the engine computes a prompt that several requests share only once."""
+        self.cache_salt = ""
+        """Identifies the weights that the engine holds, if its prefixes must not outlive them (SGLang). All
+        turns of a sample are requested with the salt of its first one."""
 
     async def __aenter__(self) -> EngineClient:
         return self
@@ -98,16 +121,28 @@ class EngineClient:
         sampling: Sampling,
         rid: str | None = None,
         timeout_s: float = math.inf,
+        cache_salt: str = "",
+        on_first_token: Callable[[], None] | None = None,
     ) -> Generation:
         """Samples one continuation of `input_ids`.
 
         `rid`: id of the request for `abort`, unique among those in flight. If any client aborts it, returns
         the partial tokens with finish_reason ABORT; after `timeout_s`, returns the tokens so far with
-        TIMEOUT. Cancelling the caller aborts the request. Raises PromptRefusedError if the engine refused the
-        prompt, EngineTimeoutError if there was no token in time, and EngineError if it refused for another
-        reason or died.
+        TIMEOUT. Cancelling the caller aborts the request. `cache_salt`: only prefixes computed with the same
+        salt are used; empty: the current one. `on_first_token` is called when the prompt is computed and
+        other requests can use its prefix; it is not called if only one token is sampled.
+
+        Raises PromptRefusedError if the engine refused the prompt, EngineTimeoutError if there was no token
+        in time, and EngineError if it refused for another reason or died.
         """
-        return await self._batcher.generate(input_ids, sampling=sampling, rid=rid, timeout_s=timeout_s)
+        return await self._batcher.generate(
+            input_ids,
+            sampling=sampling,
+            rid=rid,
+            timeout_s=timeout_s,
+            cache_salt=cache_salt or self.cache_salt,
+            on_first_token=on_first_token,
+        )
 
     @property
     def num_generating(self) -> int:
@@ -119,11 +154,6 @@ class EngineClient:
         """True while this client has paused the engine or is loading weights into it, so that no request
         advances."""
         return self._is_paused or self._num_loads > 0
-
-    def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
-        """Returns the client with which one episode samples all its turns; `on_first_token` is called if this
-        engine reports the first token."""
-        return self
 
     async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
         """Returns the log-probs, at temperature 1, of the tokens from index `first` (at least 1), and the

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 
 from areal_like.errors import EngineError
-from rollout_server.policy.wire import MAX_ERROR_CHARS
+from rollout_server.policy.generation import MAX_ERROR_CHARS
 
 _KEEPALIVE_S = 2.0
 _MAX_RESPONSE_BYTES = 64 << 20

@@ -3,32 +3,44 @@
     make(): play() -> the task's reward -> Trajectory
        `----> EngineError, EpisodeError, RewardError -> num_sampled, without_reward()
 
-The kinds of samples differ in how turns are played: one prompt and one completion (here), a conversation with
-an environment (environment_attempt.py), or a program that requests each turn (session_attempt.py). An attempt
-outlives its failure, because `buffer.on_failure` may use the tokens sampled before it.
+The kinds of samples differ only in how turns are played: one prompt and one completion (`SingleTurn`), a
+conversation with an environment (`EnvironmentAttempt`), or a program that requests each turn
+(session_attempt.py). An attempt outlives its failure, because `buffer.on_failure` may use the tokens sampled
+before it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from areal_like.errors import RAISED_BY_TASKS, EngineError, EpisodeError, RewardError
-from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.errors import (
+    RAISED_BY_TASKS,
+    EngineError,
+    EpisodeBudgetError,
+    EpisodeError,
+    RewardError,
+)
+from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, FinishReason, Trajectory
+from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.scoring import SampleRewards, add_up, both
 from rollout_server.conversation.turns import Turns
-from rollout_server.environments.base import Message
+from rollout_server.environments.base import Message, Reply, Step
 from rollout_server.leases.held_leases import Place
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.sample.prompts import LoadedPrompt, PromptLeader
 from rollout_server.tasks.base import Completion, Score, Split
+from rollout_server.workers.environment_pool import EnvironmentPool, EnvironmentSession
 from rollout_server.workers.reward_pool import Reward, RewardPool
 
 NOT_WANTED = "its sample is no longer needed: the job has ended, or another server makes it"
 """Message to clients of a session whose lease was cancelled."""
+_MAX_METRICS = 64
+"""Maximum number of metric names in one episode."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +65,6 @@ class Played:
     """The outcome of a sample's turns."""
 
     finish_reason: FinishReason
-    generation_s: float
-    """Time at the engine, in seconds."""
     text: str
     """The last turn, for the reward."""
     raw_text: str
@@ -117,7 +127,6 @@ class Attempt(ABC):
             return turns.to_trajectory(
                 outcome,
                 finish_reason=played.finish_reason,
-                generation_s=played.generation_s,
                 reward_s=scored.seconds if scored is not None else 0.0,
                 is_greedy=request.is_greedy,
                 label=self._label,
@@ -150,14 +159,97 @@ class SingleTurn(Attempt):
         self._renderer = renderer
 
     async def play(self) -> Played:
-        """Samples the turn."""
-        loop = asyncio.get_running_loop()
-        started_s = loop.time()
         generation, _ = await self._turns.sample(self._prompt.tokens_P)
         self._leader.prompt_computed()  # not reported yet if the completion has one token
         return Played(
             finish_reason=generation.finish_reason,
-            generation_s=loop.time() - started_s,
             text=self._renderer.decode(generation.output_ids),
             raw_text=self._renderer.text_of(generation.output_ids.tolist()),
         )
+
+
+class EnvironmentAttempt(Attempt):
+    """A conversation with an environment, until the environment or a budget ends it.
+
+        reset -> [say -> step]* -> done
+                     |       |---> episode.max_turns: TURNS;  rollout.sample_timeout_s: TIMEOUT
+                     `-----------> no room for the turn: TOKENS, CONTEXT;  turn cut: LENGTH, TIMEOUT
+
+    If a budget runs out, the sample is truncated: it keeps the rewards so far and is trained on like any
+    other. If the environment raises, hangs or crashes, the sample fails. A turn that was cut off is not
+    passed to the environment, because its response to half a turn would be meaningless.
+    """
+
+    def __init__(
+        self,
+        request: SampleRequest,
+        *,
+        conversation: Conversation,
+        environments: EnvironmentPool,
+        max_turns: int,
+    ) -> None:
+        super().__init__(request, conversation)
+        self._conversation = conversation
+        self._environments = environments
+        self._max_turns = max_turns
+        self._messages: list[Message] = []
+        self._last: Reply | None = None
+        self._step_rewards: list[float] = []
+        self._metrics: dict[str, float] = {}
+        """Sums of the environment's metrics over the steps."""
+
+    async def play(self) -> Played:
+        request = self._request
+        request.on_move(Place.TOOL)
+        environment = await self._environments.open(
+            split=request.split, index=request.index, seed=request.seed
+        )
+        try:
+            finish_reason = await self._converse(environment)
+        finally:
+            environment.close()
+        return Played(
+            finish_reason=finish_reason,
+            text=self._last.text if self._last is not None else "",
+            raw_text=self._last.raw_text if self._last is not None else "",
+            messages=self._messages,
+            step_rewards=self._step_rewards,
+            metrics={"tool_calls": float(self._conversation.num_tool_calls), **self._metrics},
+        )
+
+    async def _converse(self, environment: EnvironmentSession) -> FinishReason:
+        """Returns why the conversation ended."""
+        messages, tools = await environment.reset()
+        self._label = environment.label
+        self._messages += messages
+        for _ in range(self._max_turns):
+            self._request.on_move(Place.ENGINE)
+            try:
+                self._last = reply = await self._conversation.say(self._messages, tools=tools)
+            except EpisodeBudgetError as error:
+                return error.reason
+            self._messages.append(reply.message)
+            if reply.finish_reason is not FinishReason.STOP:
+                return reply.finish_reason
+            self._request.on_move(Place.TOOL)
+            try:
+                async with asyncio.timeout_at(self._request.policy.deadline_s):
+                    step = await environment.step(reply)
+            except TimeoutError:
+                return FinishReason.TIMEOUT
+            self._add(step)
+            if step.done:
+                return FinishReason.STOP
+        return FinishReason.TURNS
+
+    def _add(self, step: Step) -> None:
+        self._messages += step.messages
+        self._step_rewards.append(step.reward)
+        for name, value in step.metrics.items():
+            self._metrics[name] = self._metrics.get(name, 0.0) + value
+        if len(self._metrics) > _MAX_METRICS:
+            raise EpisodeError(f"the environment has more than {_MAX_METRICS} metrics in one episode")
+        if abs(math.fsum(self._step_rewards)) > LARGEST_REWARD:
+            raise EpisodeError(f"the rewards of the environment add up to more than {LARGEST_REWARD:g}")
+        if max(map(abs, self._metrics.values()), default=0.0) > LARGEST_METRIC:
+            raise EpisodeError(f"a metric of the environment adds up to more than {LARGEST_METRIC:.4g}")

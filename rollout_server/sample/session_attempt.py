@@ -57,7 +57,6 @@ class SessionAttempt(Attempt):
         self._outcome = SessionOutcome.FAILED
 
     async def play(self) -> Played:
-        """Waits until the agent has finished."""
         session, conversation = self._session, self._session.conversation
         self._book.add(session)
         problem: EpisodeError | PromptRefusedError | None = None
@@ -88,12 +87,11 @@ class SessionAttempt(Attempt):
         last, sampled = conversation.turns[-1], session.last_sampled
         return Played(
             finish_reason=finish_reason,
-            generation_s=session.generation_s,
             text=sampled.reply.text if sampled is not None else "",
             raw_text=sampled.reply.raw_text if sampled is not None else "",
             messages=last.messages,
             step_rewards=turn_rewards,
-            metrics={"tool_calls": float(session.num_tool_calls)},
+            metrics={"tool_calls": float(conversation.num_tool_calls)},
             score=score,
         )
 
@@ -136,7 +134,7 @@ class SessionAttempt(Attempt):
                 raise session.failure
             if limit == "idle" and session.budget is None:
                 raise self._idle()
-            if limit == "idle":  # it did not end although it was told that there is no room
+            if limit == "idle":  # the agent did not end although it was told that there is no room
                 session.close("the session had no request that could be served for too long")
                 return self._posted(), session.budget or FinishReason.STOP
             if limit == "deadline":

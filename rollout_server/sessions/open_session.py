@@ -112,9 +112,6 @@ class OpenSession:
         self.num_calls = 0
         self.num_served = 0
         """Number of requests to the model that were served."""
-        self.generation_s = 0.0
-        """Time with at least one request at the engine, in seconds."""
-        self.num_tool_calls = 0
         self.last_sampled: SampledTurn | None = None
         """The newest sampled turn."""
         self._was_refused = False
@@ -128,7 +125,6 @@ class OpenSession:
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._last_activity_s = self._served_s = self._loop.time()
-        self._busy_since_s = 0.0
         self._calls = Calls(gone=lambda: self.gone)
         self._turn_rewards: dict[Turn, float] = {}
 
@@ -301,7 +297,6 @@ class OpenSession:
         self.check_open()
         self.num_calls += 1
         if self.num_pending == 0:
-            self._busy_since_s = self._loop.time()
             self._on_move(Place.ENGINE)
         self.num_pending += 1
         try:
@@ -329,10 +324,8 @@ class OpenSession:
         finally:
             self._was_refused = True
             self.num_pending -= 1
-            if self.num_pending == 0:
-                self.generation_s += self._loop.time() - self._busy_since_s
-                if self.state is SessionState.OPEN:
-                    self._on_move(Place.TOOL)
+            if self.num_pending == 0 and self.state is SessionState.OPEN:
+                self._on_move(Place.TOOL)
             self._changed.set()
         self.touch()
         self._served_s = self._last_activity_s
@@ -340,7 +333,6 @@ class OpenSession:
         self.budget = None
         self._was_refused = False
         self.last_sampled = sampled
-        self.num_tool_calls += len(sampled.reply.tool_calls)
         return sampled
 
     def _set(self, state: SessionState) -> None:

@@ -20,8 +20,8 @@ from areal_like.http.server import HttpConfig, HttpServer
 from areal_like.trajectory import FinishReason
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.policy.types import Generation, Sampling
 from rollout_server.rendering.jinja import JinjaRenderer
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.app import session_app
@@ -37,6 +37,8 @@ MAX_CONTEXT = 4096
 
 class SayingPolicy:
     """Says the next text, one character a token, and an end of turn unless it ends with a backslash."""
+
+    cache_salt = ""
 
     def __init__(self, renderer: JinjaRenderer) -> None:
         self.renderer = renderer
@@ -56,6 +58,7 @@ class SayingPolicy:
         sampling: Sampling,
         rid: str | None = None,
         timeout_s: float = math.inf,
+        **options: Any,
     ) -> Generation:
         """As an engine's."""
         self.prompts.append(list(input_ids))

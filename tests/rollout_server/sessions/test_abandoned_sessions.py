@@ -26,6 +26,7 @@ from tests.rollout_server.test_episodes import Digits
 from tests.support import moved_clock
 from tests.support.line_chat import LineChat
 from tests.support.moved_clock import advance
+from tests.support.reported import Reported
 from tests.support.waiting import HANG_LIMIT_S
 
 TASK = {"name": "external"}
@@ -62,7 +63,7 @@ class Job:
                 )
             },
             gate=GenerationGate(),
-            on_result=self.results.append,
+            buffers=Reported(self.results),  # type: ignore[arg-type]
             book=self.book,
         )
         runner.engine = ScriptedEngine(["abc"])  # type: ignore[assignment]
