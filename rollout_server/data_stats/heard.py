@@ -53,7 +53,6 @@ class HeardPrompt:
 
     @property
     def solve_rate(self) -> float:
-        """Mean solve rate of the samples."""
         return self.sum_solve_rate / self.num_samples
 
 

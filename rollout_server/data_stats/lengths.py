@@ -21,7 +21,6 @@ class LengthSample:
         return len(self._values)
 
     def add(self, length: int) -> None:
-        """Counts one more row."""
         self._values.append(length)
 
     def summary(self, *, limit: int | None = None) -> dict[str, Any] | None:

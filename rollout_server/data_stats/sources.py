@@ -44,7 +44,6 @@ class FileRows:
         return len(self.data)
 
     def rows(self, count: int) -> Iterator[CountedRow | str]:
-        """See `RowSource`."""
         for index in range(count):
             row = self.data[index]
             try:
@@ -58,7 +57,6 @@ class FileRows:
                 yield _kind_of(error)
 
     def place(self, index: int) -> str:
-        """See `RowSource`."""
         return self.data.place(index)
 
     def _response_of(self, row: dict[str, Any]) -> str | None:
@@ -85,7 +83,6 @@ class TaskSplit:
         return min(self.most, self.task.num_train if self.split == "train" else self.task.num_eval)
 
     def rows(self, count: int) -> Iterator[CountedRow | str]:
-        """See `RowSource`."""
         for index in range(count):
             try:
                 example = self.task.example(self.split, index)
@@ -97,7 +94,6 @@ class TaskSplit:
                 yield CountedRow(prompt=example.prompt, answer=_text(example.answer), label=example.label)
 
     def place(self, index: int) -> str:
-        """See `RowSource`."""
         return f"{self.name}[{index}]"
 
 

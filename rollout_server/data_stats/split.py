@@ -48,7 +48,6 @@ class SplitStats:
         self._num_rows = self._num_without_answer = 0
 
     def add(self, row: CountedRow) -> None:
-        """Counts a row."""
         text = text_of(row.prompt)
         self.hashes.add(text, answer=row.answer)
         self._prompt_chars.add(len(text))

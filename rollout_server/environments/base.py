@@ -60,7 +60,6 @@ class Reply:
 
     @property
     def message(self) -> Message:
-        """The turn as an assistant message."""
         message: Message = {"role": "assistant", "content": self.text}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
@@ -119,5 +118,4 @@ class Environment(ABC):
 
 
 def messages_of(prompt: str | list[Message]) -> list[Message]:
-    """Converts the prompt to messages."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

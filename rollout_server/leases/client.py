@@ -316,6 +316,8 @@ class BufferClient(BufferConnection):
 class ShardedBufferClient:
     """A `BufferClient` for each shard. Create it in its event loop; `run` is its task.
 
+    Its methods and properties are those of the clients and of their leases, for all shards.
+
     The buffers are independent: each grants leases within its own budget, gets separate heartbeats with the
     server's state and version, and receives the samples that it has leased. Only the server's capacity is
     shared. It is split evenly and statically: each shard may lease floor or ceil of capacity / num_shards
@@ -340,12 +342,10 @@ class ShardedBufferClient:
 
     @property
     def state(self) -> ServerState:
-        """The most recently announced state."""
         return self._clients[0].state
 
     @property
     def problem(self) -> str:
-        """Why buffers cannot be used now; empty if all can."""
         return "; ".join(filter(None, (client.problem for client in self._clients)))
 
     @property
@@ -355,28 +355,23 @@ class ShardedBufferClient:
 
     @property
     def num_refused(self) -> dict[str, int]:
-        """Number of samples that were refused, by reason."""
         total = sum((client.num_refused for client in self._clients), Counter[str]())
         return dict(sorted(total.items()))
 
     @property
     def lease_ids(self) -> list[int]:
-        """Leases with a missing or unacknowledged sample."""
         return [lease_id for held in self._held for lease_id in held.lease_ids]
 
     @property
     def holding_samples(self) -> int:
-        """Number of missing samples of held leases."""
         return sum(held.holding_samples for held in self._held)
 
     @property
     def num_at(self) -> Counter[Place]:
-        """Number of missing samples of held leases, by place."""
         return sum((held.num_at for held in self._held), Counter())
 
     @property
     def num_unacknowledged(self) -> int:
-        """Number of results that their buffer has not confirmed."""
         return sum(held.num_unacknowledged for held in self._held)
 
     async def run(self) -> None:
@@ -389,7 +384,6 @@ class ShardedBufferClient:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
     def announce(self, *, state: ServerState | None = None, weights_version: int | None = None) -> None:
-        """Changes the server's state or version at every buffer."""
         for client in self._clients:
             client.announce(state=state, weights_version=weights_version)
 
@@ -406,25 +400,20 @@ class ShardedBufferClient:
             held.engine_samples = shard.share(engine_samples)
 
     def moved(self, lease_id: int, sample_index: int, place: Place) -> None:
-        """Records that a sample left the engine or came back to it."""
         self._client_of(lease_id).moved(lease_id, sample_index, place)
 
     def deliver(self, result: SampleResult) -> None:
-        """Sends a sample's result to the buffer that leased it."""
         self._client_of(result.lease_id).deliver(result)
 
     def _client_of(self, lease_id: int) -> BufferClient:
         return self._clients[Shard.of(lease_id, count=self._num_shards).index]
 
     def give_back(self, *, reason: str) -> list[int]:
-        """Returns every lease with a missing sample to its buffer; returns the ids of these leases."""
         return [lease_id for client in self._clients for lease_id in client.give_back(reason=reason)]
 
     async def leave(self) -> None:
-        """Ends a drain at all buffers concurrently."""
         await asyncio.gather(*(client.leave() for client in self._clients))
 
     def close(self) -> None:
-        """Closes the sockets."""
         for client in self._clients:
             client.close()

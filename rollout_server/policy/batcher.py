@@ -106,7 +106,6 @@ class GenerateBatcher:
 
     @property
     def num_open(self) -> int:
-        """Number of `generate` calls that have not returned."""
         return len(self._open)
 
     async def generate(
@@ -187,7 +186,6 @@ class GenerateBatcher:
             self._start(batch[start : start + MAX_BATCH])
 
     def _start(self, batch: list[_Pending]) -> None:
-        """Starts a task that streams a batch."""
 
         def fail_cancelled(stream: asyncio.Task[None]) -> None:
             # A task that is cancelled before its first turn never enters `_stream`, nor its `finally`.

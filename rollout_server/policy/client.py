@@ -103,7 +103,6 @@ class EngineClient:
 
     @property
     def is_closed(self) -> bool:
-        """True once `close` was called."""
         return self._http.is_closed
 
     async def close(self) -> None:
@@ -269,7 +268,6 @@ class EngineClient:
         await self._load_weights("/update_weights_from_disk", body, timeout_s=timeout_s)
 
     async def flush_cache(self) -> None:
-        """Drops cached prefixes."""
         await self._http.call("GET", "/flush_cache")
 
     # State
@@ -288,7 +286,6 @@ class EngineClient:
         return info
 
     async def weight_version(self) -> int:
-        """Returns the active version."""
         return parse_weight_version((await self.model_info()).get("weight_version"))
 
     async def server_info(self) -> dict[str, Any]:
@@ -322,7 +319,6 @@ class EngineClient:
             self._num_loads -= 1
 
     async def fetch_info(self) -> None:
-        """Fills `info` from the engine."""
         self.info = EngineInfo.from_server_info(await self.server_info())
 
 

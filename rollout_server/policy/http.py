@@ -43,11 +43,9 @@ class EngineHttp:
         self.is_closed = False
 
     def refuse_calls(self) -> None:
-        """Makes every later `call` raise EngineError."""
         self.is_closed = True
 
     async def close(self) -> None:
-        """Closes all connections."""
         self.refuse_calls()
         if self._session is not None:
             await self._session.close()
@@ -55,7 +53,6 @@ class EngineHttp:
 
     @property
     def session(self) -> aiohttp.ClientSession:
-        """The session, opened on first use."""
         if self._session is None:
             # limit=0 means no limit: each stream occupies a connection, and aborts and weight calls must
             # never queue behind streams. Idle connections are closed before uvicorn closes them after 5 s: a

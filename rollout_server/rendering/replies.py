@@ -35,7 +35,6 @@ class Markers:
 
     @property
     def all(self) -> tuple[str, ...]:
-        """Returns all four markers."""
         return self.reasoning_begin, self.reasoning_end, self.call_begin, self.call_end
 
 

@@ -136,7 +136,6 @@ class Attempt(ABC):
 
     @property
     def num_sampled(self) -> int:
-        """Number of tokens that the policy has sampled so far."""
         return self._request.policy.num_sampled
 
     def without_reward(self) -> Trajectory:

@@ -233,7 +233,6 @@ class LeaseRunner:
         prompt: LoadedPrompt | Failure | None,
         leader: PromptLeader,
     ) -> None:
-        """Makes one sample and delivers its result."""
         if isinstance(prompt, Failure):
             self._fail(lease, sample_index, prompt, attempt=None)
             return

@@ -85,7 +85,6 @@ class SessionBook:
         self.on_waiting()
 
     def add(self, session: OpenSession) -> None:
-        """Adds a new session."""
         self._sessions[session.id] = session
         if session.state is SessionState.WAITING:
             self.on_waiting()
@@ -104,7 +103,6 @@ class SessionBook:
 
     @property
     def num_pending(self) -> int:
-        """Number of requests to the model in progress."""
         return sum(one.num_pending for one in self._sessions.values())
 
     def waits(self) -> dict[str, float]:

@@ -93,7 +93,6 @@ class Calls:
                 yield call, call.task.result()
 
     def cancel(self) -> None:
-        """Cancels the calls in progress."""
         for call in self._by_id.values():
             call.task.cancel()
 

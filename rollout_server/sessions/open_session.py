@@ -144,7 +144,6 @@ class OpenSession:
             self._calls.cancel()
 
     def fail(self, error: EngineError) -> None:
-        """Fails the sample because the engine failed."""
         if self.state is SessionState.OPEN:
             self.failure = error
             self.end()
@@ -181,7 +180,6 @@ class OpenSession:
 
     @property
     def now_s(self) -> float:
-        """Current time of the event loop."""
         return self._loop.time()
 
     @property
@@ -265,7 +263,6 @@ class OpenSession:
         return "no reward was posted" if self._needs_reward and not self.has_rewards else ""
 
     def check_open(self) -> None:
-        """Raises SessionGoneError unless the session is open."""
         if self.state is not SessionState.OPEN:
             raise SessionGoneError(self.gone)
 

@@ -51,7 +51,6 @@ class TextArenaTask(GameTask):
             raise ConfigError(f"task.opponent={self.opponent}: {error}; want module.function") from error
 
     def environment(self, example: Example) -> Environment:
-        """Returns the game with the example's seed."""
         return TextArenaEnvironment(self, seed=example.answer)
 
 

@@ -32,7 +32,6 @@ class Calculator(NamedTool):
     """`{name: calculator}`."""
 
     def tool(self) -> Tool:
-        """Returns a tool with one argument, the expression."""
         return Tool.of(calculator)
 
 

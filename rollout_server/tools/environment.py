@@ -60,13 +60,11 @@ class ToolEnvironment(Environment):
         """Returns the reward of a reply without calls, which ends the episode; a Step may continue it."""
 
     async def reset(self) -> list[Message]:
-        """Returns the prompt."""
         if isinstance(self._prompt, str):
             return [{"role": "user", "content": self._prompt}]
         return list(self._prompt)
 
     def check(self) -> None:
-        """Raises ConfigError if a tool does not work on this machine."""
         for tool in self._tools.values():
             tool.check()
 

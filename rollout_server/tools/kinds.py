@@ -158,7 +158,6 @@ class _Union:
 
 
 def shown(value: Any) -> str:
-    """Formats a value for a message."""
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."
 

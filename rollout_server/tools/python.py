@@ -32,7 +32,6 @@ class Python(NamedTool):
             raise ConfigError("tool python: timeout_s and max_output_bytes above 0, memory_mb at least 32")
 
     def tool(self) -> Tool:
-        """Returns a tool with one argument, the source."""
         sandbox = make_sandbox(self.sandbox)
         limits = Limits(
             timeout_s=self.timeout_s, memory_mb=self.memory_mb, output_bytes=self.max_output_bytes
@@ -55,7 +54,6 @@ class Python(NamedTool):
 
 
 def describe(result: ProgramResult, limits: Limits) -> str:
-    """Describes a program's result to the policy."""
     parts = [result.stdout.rstrip("\n")]
     if result.stderr.strip():
         parts.append(result.stderr.strip())

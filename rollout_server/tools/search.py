@@ -58,7 +58,6 @@ class Search(NamedTool):
             raise ConfigError(f"tool search: text_keys={self.text_keys!r}: want a list")
 
     def tool(self) -> Tool:
-        """Returns a tool with one argument, the query."""
 
         async def search(query: str) -> str:
             """Searches a collection of texts and returns the best matches.

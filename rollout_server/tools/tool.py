@@ -46,7 +46,6 @@ class Parameter:
 
     @property
     def is_required(self) -> bool:
-        """True if a call has to pass it."""
         return self.default is _REQUIRED
 
     @property

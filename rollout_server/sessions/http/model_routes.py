@@ -41,7 +41,6 @@ class ModelRoutes:
     """Counts a field that has no effect."""
 
     async def models(self, request: Request) -> Response:
-        """/v1/models: the policy."""
         session_of(request, self.book).hear()
         return JSONResponse({"object": "list", "data": [self._described(self.rules.default_model)]})
 
@@ -51,15 +50,12 @@ class ModelRoutes:
         return JSONResponse(self._described(request.path_params["name"]))
 
     async def chat(self, request: Request) -> CallResponse:
-        """/v1/chat/completions."""
         return await self._served(request, parse_chat, _next_turn, chat_body)
 
     async def complete(self, request: Request) -> CallResponse:
-        """/v1/completions."""
         return await self._served(request, parse_completion, _continuation, completion_body)
 
     async def generate(self, request: Request) -> CallResponse:
-        """/inference/v1/generate."""
         return await self._served(request, parse_tokens, _continuation, tokens_body)
 
     async def _served(

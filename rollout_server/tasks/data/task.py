@@ -96,21 +96,17 @@ class DataTask(Task):
             raise ConfigError(f"{rows.place(index)}: {error}") from error
 
     def reward(self, example: Example, completion: Completion) -> Rewarded | Awaitable[Rewarded]:
-        """Returns the reward described by `task.reward`."""
         return self.scoring.score(example, completion)
 
     @property
     def has_async_reward(self) -> bool:
-        """True if one of the rewards is asynchronous."""
         return self.scoring.is_async
 
     def check(self) -> None:
-        """Checks the rewards."""
         self.scoring.check()
 
     @property
     def content(self) -> list[str]:
-        """Returns fingerprints of the files' rows."""
         return [self.rows[split].fingerprint for split in ("train", "eval")]
 
     @property
