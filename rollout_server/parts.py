@@ -17,8 +17,7 @@ from rollout_server.job_tasks import make_tasks, sequence_lengths, without_long_
 from rollout_server.policy.engines.engine import Engine, make_engine
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.sessions.book import SessionBook
-from rollout_server.sessions.http.plane import SessionPlane
-from rollout_server.sessions.serving import served_sessions
+from rollout_server.sessions.http.plane import SessionPlane, served_sessions
 from rollout_server.sources import SampleSource, running_sources
 from rollout_server.workers.environment_pool import EnvironmentPool
 from rollout_server.workers.reward_pool import RewardPool

@@ -7,7 +7,6 @@ import contextlib
 import math
 import socket
 import threading
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -99,7 +98,6 @@ class SessionServer:
     def __init__(self, *, keep_alive_s: float = 5.0, max_turns: int = 64) -> None:
         self.renderer = jinja_renderer(APPENDING)
         self.policy = SayingPolicy(self.renderer)
-        self.ignored: Counter[str] = Counter()
         self.sessions: list[OpenSession] = []
         self._max_turns = max_turns
         self._keep_alive_s = keep_alive_s
@@ -184,7 +182,6 @@ class SessionServer:
             idle_timeout_s=500.0,
             sample_timeout_s=600.0,
             keep_alive_s=self._keep_alive_s,
-            on_ignored=lambda name: self.ignored.update([name]),
         )
         guard = HttpGuard(
             app,

@@ -98,7 +98,7 @@ def test_an_answer_is_written_once_for_all(server: SessionServer, monkeypatch: p
         written.append(chat_body(*arguments, **options))
         return written[-1]
 
-    monkeypatch.setattr("rollout_server.sessions.http.model_routes.chat_body", counted)
+    monkeypatch.setattr("rollout_server.sessions.http.app.chat_body", counted)
     session = server.add()
     server.policy.open.clear()
     with ThreadPoolExecutor(8) as pool:
