@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 _NUM_BINS = 10
 _NUM_EXAMPLES = 10
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeardPrompt:
+class HeardPrompt(NamedTuple):
     """One prompt of the training split."""
 
     index: int
@@ -34,15 +32,8 @@ class HeardPrompt:
     @classmethod
     def of_row(cls, row: Sequence[float]) -> HeardPrompt:
         """Builds it from the numbers of one prompt, in the order of the fields."""
-        index, num_issued, num_samples, num_unsolved, num_solved, sum_solve_rate = row
-        return cls(
-            index=int(index),
-            num_issued=int(num_issued),
-            num_samples=int(num_samples),
-            num_unsolved=int(num_unsolved),
-            num_solved=int(num_solved),
-            sum_solve_rate=float(sum_solve_rate),
-        )
+        *counts, sum_solve_rate = row
+        return cls(*map(int, counts), float(sum_solve_rate))
 
     @property
     def outcome(self) -> str:

@@ -6,30 +6,13 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from areal_like.data import RowFormat, Rows
 from areal_like.data.row_format import COMPLETION_KEYS, MESSAGES_KEYS, value_at
 from areal_like.errors import RAISED_BY_TASKS, ConfigError
 from rollout_server.data_stats.split import CountedRow
 from rollout_server.tasks.base import Split, Task
-
-
-class RowSource(Protocol):
-    """Rows of one split by number."""
-
-    @property
-    def name(self) -> str:
-        """Name of the split."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-
-    def rows(self, count: int) -> Iterator[CountedRow | str]:
-        """Yields the first `count` rows; for a row that cannot be used, the reason as text."""
-
-    def place(self, index: int) -> str:
-        """Returns the human-readable position of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +27,7 @@ class FileRows:
         return len(self.data)
 
     def rows(self, count: int) -> Iterator[CountedRow | str]:
+        """Yields the first `count` rows; for a row that cannot be used, the reason as text."""
         for index in range(count):
             row = self.data[index]
             try:
@@ -95,6 +79,10 @@ class TaskSplit:
 
     def place(self, index: int) -> str:
         return f"{self.name}[{index}]"
+
+
+RowSource = FileRows | TaskSplit
+"""The rows of one split, by number."""
 
 
 def _text(value: Any) -> str:

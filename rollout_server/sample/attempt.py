@@ -15,7 +15,7 @@ import asyncio
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from areal_like.errors import (
     RAISED_BY_TASKS,
@@ -77,14 +77,14 @@ class Played:
     """The score that an agent returned; the task's score is added to it."""
 
 
+@dataclass(kw_only=True)
 class Attempt(ABC):
     """One sample while it is being made."""
 
-    def __init__(self, request: SampleRequest, turns: Turns, *, label: str = "") -> None:
-        """`label`: the example's label, if already known."""
-        self._request = request
-        self._turns = turns
-        self._label = label
+    request: SampleRequest
+    turns: Turns
+    label: str = ""
+    """The example's label; an environment reports it."""
 
     @abstractmethod
     async def play(self) -> Played:
@@ -98,7 +98,7 @@ class Attempt(ABC):
             raise
         except RAISED_BY_TASKS as error:  # also raised by renderers: only this sample fails
             raise EpisodeError(f"the episode raised {type(error).__name__}: {error}") from error
-        turns, request = self._turns, self._request
+        turns, request = self.turns, self.request
         turn_lengths = turns.turn_lengths
         scored: Reward | None = None
         if request.rewards is not None:
@@ -129,44 +129,40 @@ class Attempt(ABC):
                 finish_reason=played.finish_reason,
                 reward_s=scored.seconds if scored is not None else 0.0,
                 is_greedy=request.is_greedy,
-                label=self._label,
+                label=self.label,
             )
         except ValueError as error:
             raise EngineError(f"the engine's completion cannot be used: {error}") from None
 
     @property
     def num_sampled(self) -> int:
-        return self._request.policy.num_sampled
+        return self.request.policy.num_sampled
 
     def without_reward(self) -> Trajectory:
         """Returns the turns so far with reward 0. Raises ValueError if they cannot be trained on."""
-        return self._turns.to_trajectory(
-            SampleRewards(), is_greedy=self._request.is_greedy, label=self._label
-        )
+        return self.turns.to_trajectory(SampleRewards(), is_greedy=self.request.is_greedy, label=self.label)
 
 
+@dataclass(kw_only=True)
 class SingleTurn(Attempt):
     """A sample of one turn."""
 
-    def __init__(
-        self, request: SampleRequest, *, prompt: LoadedPrompt, leader: PromptLeader, renderer: PromptRenderer
-    ) -> None:
-        """`leader`: notified when the prompt is computed."""
-        super().__init__(request, Turns(request.policy), label=prompt.example.label)
-        self._prompt = prompt
-        self._leader = leader
-        self._renderer = renderer
+    prompt: LoadedPrompt
+    leader: PromptLeader
+    """Told when the prompt is computed."""
+    renderer: PromptRenderer
 
     async def play(self) -> Played:
-        generation, _ = await self._turns.sample(self._prompt.tokens_P)
-        self._leader.prompt_computed()  # not reported yet if the completion has one token
+        generation, _ = await self.turns.sample(self.prompt.tokens_P)
+        self.leader.prompt_computed()  # not reported yet if the completion has one token
         return Played(
             finish_reason=generation.finish_reason,
-            text=self._renderer.decode(generation.output_ids),
-            raw_text=self._renderer.text_of(generation.output_ids.tolist()),
+            text=self.renderer.decode(generation.output_ids),
+            raw_text=self.renderer.text_of(generation.output_ids.tolist()),
         )
 
 
+@dataclass(kw_only=True)
 class EnvironmentAttempt(Attempt):
     """A conversation with an environment, until the environment or a budget ends it.
 
@@ -179,28 +175,19 @@ class EnvironmentAttempt(Attempt):
     passed to the environment, because its response to half a turn would be meaningless.
     """
 
-    def __init__(
-        self,
-        request: SampleRequest,
-        *,
-        conversation: Conversation,
-        environments: EnvironmentPool,
-        max_turns: int,
-    ) -> None:
-        super().__init__(request, conversation)
-        self._conversation = conversation
-        self._environments = environments
-        self._max_turns = max_turns
-        self._messages: list[Message] = []
-        self._last: Reply | None = None
-        self._step_rewards: list[float] = []
-        self._metrics: dict[str, float] = {}
-        """Sums of the environment's metrics over the steps."""
+    turns: Conversation
+    environments: EnvironmentPool
+    max_turns: int
+    _messages: list[Message] = field(default_factory=list, init=False)
+    _last: Reply | None = field(default=None, init=False)
+    _step_rewards: list[float] = field(default_factory=list, init=False)
+    _metrics: dict[str, float] = field(default_factory=dict, init=False)
+    """Sums of the environment's metrics over the steps."""
 
     async def play(self) -> Played:
-        request = self._request
+        request = self.request
         request.on_move(Place.TOOL)
-        environment = await self._environments.open(
+        environment = await self.environments.open(
             split=request.split, index=request.index, seed=request.seed
         )
         try:
@@ -213,26 +200,26 @@ class EnvironmentAttempt(Attempt):
             raw_text=self._last.raw_text if self._last is not None else "",
             messages=self._messages,
             step_rewards=self._step_rewards,
-            metrics={"tool_calls": float(self._conversation.num_tool_calls), **self._metrics},
+            metrics={"tool_calls": float(self.turns.num_tool_calls), **self._metrics},
         )
 
     async def _converse(self, environment: EnvironmentSession) -> FinishReason:
         """Returns why the conversation ended."""
         messages, tools = await environment.reset()
-        self._label = environment.label
+        self.label = environment.label
         self._messages += messages
-        for _ in range(self._max_turns):
-            self._request.on_move(Place.ENGINE)
+        for _ in range(self.max_turns):
+            self.request.on_move(Place.ENGINE)
             try:
-                self._last = reply = await self._conversation.say(self._messages, tools=tools)
+                self._last = reply = await self.turns.say(self._messages, tools=tools)
             except EpisodeBudgetError as error:
                 return error.reason
             self._messages.append(reply.message)
             if reply.finish_reason is not FinishReason.STOP:
                 return reply.finish_reason
-            self._request.on_move(Place.TOOL)
+            self.request.on_move(Place.TOOL)
             try:
-                async with asyncio.timeout_at(self._request.policy.deadline_s):
+                async with asyncio.timeout_at(self.request.policy.deadline_s):
                     step = await environment.step(reply)
             except TimeoutError:
                 return FinishReason.TIMEOUT

@@ -13,6 +13,7 @@ from areal_like.errors import EngineError
 from areal_like.wire.messages.producer import Lease
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.conversation.turns import Turns
 from rollout_server.leases.held_leases import Place
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.generation import Sampling
@@ -111,11 +112,18 @@ class AttemptMaker:
         if prompt is not None and task.uses_sessions:
             return self._begin_session(request, lease, sample_index, example=prompt.example)
         if prompt is not None:
-            return SingleTurn(request, prompt=prompt, leader=leader, renderer=source.renderer)
+            return SingleTurn(
+                request=request,
+                turns=Turns(policy),
+                label=prompt.example.label,
+                prompt=prompt,
+                leader=leader,
+                renderer=source.renderer,
+            )
         assert source.environments is not None
         return EnvironmentAttempt(
-            request,
-            conversation=self._conversation(policy),
+            request=request,
+            turns=self._conversation(policy),
             environments=source.environments,
             max_turns=self.config.episode.max_turns,
         )
@@ -150,7 +158,8 @@ class AttemptMaker:
             heartbeat_limit_s=sessions.heartbeat_limit_s,
         )
         return SessionAttempt(
-            request,
+            request=request,
+            turns=session.conversation,
             session=session,
             book=self.book,
             idle_timeout_s=sessions.idle_timeout_s,

@@ -1,45 +1,13 @@
-"""The interface between the rollout server and its inference engine, and the choice of the engine."""
+"""The choice of a rollout server's inference engine."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from areal_like.config import Config
-from rollout_server.policy.client import EngineClient
 from rollout_server.policy.engines.process import EmbeddedProcess
 from rollout_server.policy.engines.sglang.process import SglangAtUrl, SglangProcess
-from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.weights.strategy import OnQuarantine, OnUntrusted, WeightUpdateStrategy
 
-
-class Engine(Protocol):
-    """Starts, stops and updates one engine, which this server runs itself or finds at a URL."""
-
-    num_starts: int
-
-    @property
-    def pid(self) -> int:
-        """Process id; 0 if this server has started no process."""
-
-    def weight_update_strategy(
-        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
-    ) -> WeightUpdateStrategy:
-        """Returns the strategy that updates this engine's weights. Raises ConfigError."""
-
-    async def start(self, *, version: int) -> EngineClient:
-        """Starts the engine; returns a client once it is ready with the weights at `model.path` as `version`.
-
-        Raises EngineError.
-        """
-
-    async def died(self) -> str:
-        """Waits until the engine is lost; returns the reason."""
-
-    async def stop(self) -> None:
-        """Stops the engine if this server started it."""
-
-    def kill(self) -> None:
-        """Makes `died` return, in any state of the engine."""
+Engine = EmbeddedProcess | SglangProcess | SglangAtUrl
+"""Starts, stops and updates one engine, which this server runs itself or finds at a URL."""
 
 
 def make_engine(

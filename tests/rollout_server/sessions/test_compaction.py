@@ -144,7 +144,8 @@ def test_budget_counts_all_segments(engine: Engine, models: tuple[Path, Path]) -
                 rewards=None,
             )
             attempt = SessionAttempt(
-                request,
+                request=request,
+                turns=session.conversation,
                 session=session,
                 book=plane.book,
                 idle_timeout_s=HANG_LIMIT_S,
