@@ -45,7 +45,7 @@ from rollout_server.policy.generation import (
     parse_generation,
     refusal,
 )
-from rollout_server.policy.http import EngineHttp, error_text
+from rollout_server.policy.http import CONNECT_TIMEOUT_S, EngineHttp, error_text
 from rollout_server.policy.stop_texts import StopTexts, StopWatch
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ class GenerateBatcher:
             cache_salts=[pending.cache_salt for pending in batch],
             is_packed=self._is_packed,
         )
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._http.connect_timeout_s)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
         try:
             async with self._http.session.post(
                 f"{self._http.base_url}/generate",

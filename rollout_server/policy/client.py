@@ -21,7 +21,7 @@ from areal_like.weights.integrity import BucketSums
 from areal_like.wire.messages.weights import FormGroup
 from rollout_server.policy.batcher import GenerateBatcher
 from rollout_server.policy.generation import Generation, Sampling, parse_scores, parse_weight_version
-from rollout_server.policy.http import EngineHttp
+from rollout_server.policy.http import CONNECT_TIMEOUT_S, EngineHttp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,23 +62,14 @@ class EngineClient:
         *,
         api_key: str = "",
         tls: ssl.SSLContext | None = None,
-        connect_timeout_s: float = 5.0,
-        control_timeout_s: float = 30.0,
         stream_interval: int = 0,
     ) -> None:
         """`tls`: how to verify an https engine; None: with the system's certificates. `stream_interval`:
         tokens between two chunks of a sequence; 0: the engine's default."""
-        self._http = EngineHttp(
-            base_url,
-            api_key=api_key,
-            tls=tls,
-            connect_timeout_s=connect_timeout_s,
-            control_timeout_s=control_timeout_s,
-        )
+        self._http = EngineHttp(base_url, api_key=api_key, tls=tls)
         self._batcher = GenerateBatcher(self._http, stream_interval=stream_interval)
         self.stop_texts = self._batcher.stop_texts
         """Requests with stop texts need its `tokenizer`."""
-        self._connect_timeout_s = connect_timeout_s
         self.base_url = self._http.base_url
         self.info = EngineInfo()
         """Filled by `fetch_info`."""
@@ -107,7 +98,7 @@ class EngineClient:
 
     async def close(self) -> None:
         """Aborts every request at the engine; pending and later calls raise EngineError."""
-        self._http.refuse_calls()
+        self._http.is_closed = True
         await self._batcher.close()
         await self._http.close()
 
@@ -207,7 +198,7 @@ class EngineClient:
             "timeout_s": form.timeout_s,
             **({"secret": form.secret} if form.secret else {}),
         }
-        timeout_s = form.timeout_s + self._connect_timeout_s
+        timeout_s = form.timeout_s + CONNECT_TIMEOUT_S
         await self._http.call("POST", "/init_weights_update_group", body, timeout_s=timeout_s)
 
     async def destroy_weights_group(self, *, group_name: str) -> None:
@@ -224,24 +215,15 @@ class EngineClient:
         *,
         group_name: str,
         timeout_s: float,
-        flattened: bool = True,
-        weight_version: int | None = None,
-        flush_cache: bool = False,
     ) -> None:
-        """Receives one bucket, which rank 0 must be sending at the same time; returns once it is received.
-
-        `weight_version`: for SGLang only, with the last bucket (the embedded engine gets the version in
-        `end_weight_update`).
-        """
+        """Receives one bucket, which rank 0 must be sending at the same time; returns once it is received."""
         body = {
             **bucket.to_dict(),
             "group_name": group_name,
-            "load_format": "flattened_bucket" if flattened else None,
-            "flush_cache": flush_cache,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
             "abort_all_requests": False,
         }
-        if weight_version is not None:
-            body["weight_version"] = str(weight_version)
         await self._load_weights("/update_weights_from_distributed", body, timeout_s=timeout_s)
 
     async def end_weight_update(
@@ -275,7 +257,7 @@ class EngineClient:
     async def health(self) -> bool:
         """True if the engine responds and can generate."""
         try:
-            await self._http.call("GET", "/health", timeout_s=self._connect_timeout_s)
+            await self._http.call("GET", "/health", timeout_s=CONNECT_TIMEOUT_S)
         except EngineError:
             return False
         return True
@@ -309,7 +291,7 @@ class EngineClient:
 
     async def metrics(self) -> bytes:
         """Returns the engine's metrics page in Prometheus' format."""
-        return await self._http.fetch("GET", "/metrics", timeout_s=self._connect_timeout_s)
+        return await self._http.fetch("GET", "/metrics", timeout_s=CONNECT_TIMEOUT_S)
 
     async def _load_weights(self, path: str, body: dict[str, Any], *, timeout_s: float) -> None:
         self._num_loads += 1
@@ -340,7 +322,7 @@ class EmbeddedClient(EngineClient):
             "integrity": integrity,
         }
         response = await self._http.call(
-            "POST", "/receive_weights", body, timeout_s=timeout_s + self._connect_timeout_s
+            "POST", "/receive_weights", body, timeout_s=timeout_s + CONNECT_TIMEOUT_S
         )
         return BucketSums(
             checksums=[int(checksum) for checksum in response.get("checksums", ())],

@@ -14,6 +14,9 @@ import aiohttp
 from areal_like.errors import EngineError
 from rollout_server.policy.generation import MAX_ERROR_CHARS
 
+CONNECT_TIMEOUT_S = 5.0
+_CONTROL_TIMEOUT_S = 30.0
+"""Time limit of a request that states none."""
 _KEEPALIVE_S = 2.0
 _MAX_RESPONSE_BYTES = 64 << 20
 
@@ -21,32 +24,20 @@ _MAX_RESPONSE_BYTES = 64 << 20
 class EngineHttp:
     """The HTTP session with one engine.
 
-    OPEN -> refuse_calls() -> REFUSING (`call` raises EngineError) -> close() -> CLOSED
+    OPEN -> is_closed = True (`call` raises EngineError) -> close() -> CLOSED
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        api_key: str,
-        tls: ssl.SSLContext | None,
-        connect_timeout_s: float,
-        control_timeout_s: float,
-    ) -> None:
+    def __init__(self, base_url: str, *, api_key: str, tls: ssl.SSLContext | None) -> None:
         """`tls`: how to verify an https engine; None: with the system's certificates."""
         self.base_url = base_url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._tls: ssl.SSLContext | bool = tls or True
-        self.connect_timeout_s = connect_timeout_s
-        self._control_timeout_s = control_timeout_s
         self._session: aiohttp.ClientSession | None = None
         self.is_closed = False
-
-    def refuse_calls(self) -> None:
-        self.is_closed = True
+        """True once every later `call` is to raise EngineError."""
 
     async def close(self) -> None:
-        self.refuse_calls()
+        self.is_closed = True
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -87,8 +78,8 @@ class EngineHttp:
         Raises EngineError if it takes longer than `timeout_s`, for a status other than 200, and for a
         response of more than 64 MiB.
         """
-        total_s = self._control_timeout_s if timeout_s is None else timeout_s
-        timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=min(total_s, self.connect_timeout_s))
+        total_s = _CONTROL_TIMEOUT_S if timeout_s is None else timeout_s
+        timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=min(total_s, CONNECT_TIMEOUT_S))
         name = f"engine {self.base_url}{path}"
         if self.is_closed:
             raise EngineError(f"{name}: the client was closed")

@@ -22,6 +22,7 @@ from typing import Any
 from areal_like.errors import EngineError, PromptRefusedError
 from rollout_server.policy.client import EngineClient, EngineInfo
 from rollout_server.policy.generation import Generation, Sampling
+from rollout_server.policy.http import CONNECT_TIMEOUT_S
 
 STREAM_INTERVAL = 1 << 20
 """Tokens between two chunks of a sequence after its first one. A chunk repeats all tokens before it, so the
@@ -126,7 +127,7 @@ class SglangClient(EngineClient):
     async def health(self) -> bool:
         """True if the engine has started and accepts requests; False while it is paused."""
         try:
-            await self._http.call("GET", "/ready", timeout_s=self._connect_timeout_s)
+            await self._http.call("GET", "/ready", timeout_s=CONNECT_TIMEOUT_S)
         except EngineError:
             return False
         return True
