@@ -215,15 +215,24 @@ class EngineClient:
         *,
         group_name: str,
         timeout_s: float,
+        flattened: bool = True,
+        weight_version: int | None = None,
+        flush_cache: bool = False,
     ) -> None:
-        """Receives one bucket, which rank 0 must be sending at the same time; returns once it is received."""
+        """Receives one bucket, which rank 0 must be sending at the same time; returns once it is received.
+
+        `weight_version`: for SGLang only, with the last bucket (the embedded engine gets the version in
+        `end_weight_update`).
+        """
         body = {
             **bucket.to_dict(),
             "group_name": group_name,
-            "load_format": "flattened_bucket",
-            "flush_cache": False,
+            "load_format": "flattened_bucket" if flattened else None,
+            "flush_cache": flush_cache,
             "abort_all_requests": False,
         }
+        if weight_version is not None:
+            body["weight_version"] = str(weight_version)
         await self._load_weights("/update_weights_from_distributed", body, timeout_s=timeout_s)
 
     async def end_weight_update(
