@@ -35,7 +35,6 @@ from areal_like.wire.fingerprint import (
 )
 from areal_like.wire.messages.hello import Hello, Role
 from areal_like.wire.messages.producer import Lease, ServerState
-from rollout_server.job_tasks import content_of
 from rollout_server.leases.client import ShardedBufferClient
 from rollout_server.metrics import ServerStats
 from rollout_server.parts import Parts, running_parts
@@ -44,6 +43,7 @@ from rollout_server.policy.concurrency import ConcurrencyController, EngineLoad
 from rollout_server.policy.engines.supervisor import INITIAL_VERSION, EngineSupervisor
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.sample.lease_runner import LeaseRunner
+from rollout_server.sources import content_of
 from rollout_server.starvation import Starvation
 from rollout_server.weights.receiver import WeightReceiver
 
@@ -84,8 +84,8 @@ class RolloutServer:
             gate=gate, on_quarantine=self._on_quarantine, on_untrusted=self._on_untrusted
         )
         self._supervisor = EngineSupervisor(
-            engine,
-            strategy,
+            engine=engine,
+            strategy=strategy,
             model=parts.model,
             checkpoints=runtime.paths.checkpoints,
             load_timeout_s=start_limit_s(config),

@@ -13,12 +13,17 @@ from areal_like.runtime.daemon import Runtime
 from areal_like.runtime.imports import torch_hidden, uncollected
 from areal_like.security.binding import require_loopback_or_keys
 from areal_like.wire.addresses import buffer_addresses
-from rollout_server.job_tasks import make_tasks, sequence_lengths, without_long_prompts
 from rollout_server.policy.engines.engine import Engine, make_engine
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.plane import SessionPlane, served_sessions
-from rollout_server.sources import SampleSource, running_sources
+from rollout_server.sources import (
+    SampleSource,
+    make_tasks,
+    running_sources,
+    sequence_lengths,
+    without_long_prompts,
+)
 from rollout_server.workers.environment_pool import EnvironmentPool
 from rollout_server.workers.reward_pool import RewardPool
 

@@ -187,7 +187,7 @@ class SessionPlane:
     def _rules(self, hosts: frozenset[str], *, takes_claims: bool) -> SessionRules:
         keyring = self.keyring
         return SessionRules(
-            self.book,
+            book=self.book,
             hosts=hosts,
             role_of=None if keyring is None else lambda token: role_of_token(keyring, token),
             takes_claims=takes_claims,
