@@ -228,7 +228,9 @@ class ServerStats:
             "reward_s": sum(pool.seconds_total for pool in self._rewards),
             "reward_restarts": sum(pool.num_restarts for pool in self._rewards),
             **{name: self._runner.num_finished[reason] for reason, name in _FINISHED.items()},
-            **self._of_environments(),
+            "environment_s": sum(pool.seconds_total for pool in self._environments),
+            "environment_restarts": sum(pool.num_restarts for pool in self._environments),
+            "environments_open": sum(pool.num_open for pool in self._environments),
             **self._of_sessions(),
             "pushes": self._receiver.num_pushes,
             "push_failures": self._receiver.num_failures,
@@ -287,14 +289,6 @@ class ServerStats:
             "at_engine": num_at[Place.ENGINE],
             "in_tools": num_at[Place.TOOL],
             "in_rewards": num_at[Place.REWARD],
-        }
-
-    def _of_environments(self) -> dict[str, float]:
-        pools = self._environments
-        return {
-            "environment_s": sum(pool.seconds_total for pool in pools),
-            "environment_restarts": sum(pool.num_restarts for pool in pools),
-            "environments_open": sum(pool.num_open for pool in pools),
         }
 
     def _of_sessions(self) -> dict[str, float]:

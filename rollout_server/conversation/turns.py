@@ -8,7 +8,7 @@ tree with a single turn.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,19 +173,20 @@ class Turns:
         """
         if not self._turns:
             raise ValueError("the policy has sampled nothing")
-        layout = Layout(self._turns)
+        segments, spans, arrays = _layout(self._turns)
+        tokens, logprobs, versions = arrays
         return Trajectory(
-            tokens=layout.tokens,
-            loss_mask=(layout.versions != NOT_SAMPLED).astype(np.uint8),
-            logprobs=layout.logprobs,
-            versions=layout.versions,
+            tokens=tokens,
+            loss_mask=(versions != NOT_SAMPLED).astype(np.uint8),
+            logprobs=logprobs,
+            versions=versions,
             reward=outcome.reward,
             reward_components=outcome.reward_components,
-            segments=tuple(layout.segments) if len(layout.segments) > 1 else (),
-            turns=placed_turns(outcome, layout.spans),
+            segments=tuple(segments) if len(segments) > 1 else (),
+            turns=placed_turns(outcome, spans),
             metrics=outcome.metrics,
             label=label,
-            arrays=placed_token_rewards(outcome, layout.spans, num_tokens=layout.num_tokens),
+            arrays=placed_token_rewards(outcome, spans, num_tokens=len(tokens)),
             finish_reason=finish_reason or self.finish_reason,
             is_greedy=is_greedy,
             generation_s=self.generation_s,
@@ -193,39 +194,35 @@ class Turns:
         )
 
 
-class Layout:
-    """The arrays of a trajectory of several segments, which are in the order of their last turns."""
+def _layout(turns: Sequence[Turn]) -> tuple[list[int], list[Span], Iterator[NDArray[Any]]]:
+    """Returns the lengths of the segments, in the order of their last turns; (first, end) of the sampled
+    tokens of each turn, in the order of `turns`; and the tokens, log-probs and versions of all segments.
 
-    def __init__(self, turns: Sequence[Turn]) -> None:
-        """`turns`: all turns of a conversation, at least one, each after its parent."""
-        self._pieces: list[tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]] = []
-        self.num_tokens = 0
-        self.segments: list[int] = []
-        """Lengths of the segments."""
-        spans: dict[Turn, Span] = {}
-        extended = {turn.parent for turn in turns}
-        for leaf in turns:
-            if leaf in extended:
-                continue
-            for turn in leaf.path:
-                self._append_context(turn.context)
-                if turn in spans:
-                    self._append_context(turn.sampled)
-                    continue
-                first = self.num_tokens
-                self._append(turn.sampled, turn.logprobs, turn.versions)
-                spans[turn] = (first, self.num_tokens)
-            self.segments.append(leaf.end)
-        self.spans = [spans[turn] for turn in turns]
-        """(first, end) of the sampled tokens of each turn, in the order of `turns`."""
-        self.tokens, self.logprobs, self.versions = map(np.concatenate, zip(*self._pieces, strict=True))
+    `turns`: all turns of a conversation, at least one, each after its parent.
+    """
+    segments: list[int] = []
+    spans: dict[Turn, Span] = {}
+    pieces: list[tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]] = []
+    end = 0
+    extended = {turn.parent for turn in turns}
+    for leaf in turns:
+        if leaf in extended:
+            continue
+        for turn in leaf.path:
+            pieces.append(_as_context(turn.context))
+            end += len(turn.context)
+            first, end = end, end + len(turn.sampled)
+            if turn in spans:
+                pieces.append(_as_context(turn.sampled))
+            else:
+                pieces.append((turn.sampled, turn.logprobs, turn.versions))
+                spans[turn] = first, end
+        segments.append(leaf.end)
+    arrays = map(np.concatenate, zip(*pieces, strict=True))
+    return segments, [spans[turn] for turn in turns], arrays
 
-    def _append_context(self, tokens: NDArray[np.int32]) -> None:
-        num_tokens = len(tokens)
-        self._append(tokens, np.zeros(num_tokens, np.float32), np.full(num_tokens, NOT_SAMPLED, np.int32))
 
-    def _append(
-        self, tokens: NDArray[np.int32], logprobs: NDArray[np.float32], versions: NDArray[np.int32]
-    ) -> None:
-        self._pieces.append((tokens, logprobs, versions))
-        self.num_tokens += len(tokens)
+def _as_context(
+    tokens: NDArray[np.int32],
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:
+    return tokens, np.zeros(len(tokens), np.float32), np.full(len(tokens), NOT_SAMPLED, np.int32)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from areal_like.errors import ConfigError
 from rollout_server.sandbox import Limits, ProgramResult, make_sandbox
-from rollout_server.tools.settings import NamedTool
-from rollout_server.tools.tool import Tool
+from rollout_server.tools.tool import NamedTool, Tool
 
 _EXTRA_TIME_S = 10.0
 """Extra time, because starting and ending a program in the sandbox take longer on a busy machine."""

@@ -17,8 +17,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from areal_like.errors import ConfigError, ToolError
-from rollout_server.tools.settings import NamedTool
-from rollout_server.tools.tool import Tool
+from rollout_server.tools.tool import NamedTool, Tool
 
 
 @dataclass(frozen=True, kw_only=True)
