@@ -189,13 +189,6 @@ class SessionBook:
             session.api_key = secrets.token_urlsafe(32)
             self.on_waiting()
 
-    def claim(self) -> OpenSession | None:
-        """Claims the next session for an external agent at once; None if there is none."""
-        session = self.offer()
-        if session is not None:
-            session.claim()
-        return session
-
 
 def _is_free(session: OpenSession) -> bool:
     return session.state is SessionState.WAITING and not session.is_offered

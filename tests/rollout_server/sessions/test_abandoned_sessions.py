@@ -76,8 +76,9 @@ class Job:
     async def claimed(self) -> OpenSession:
         """The next session."""
         async with asyncio.timeout(HANG_LIMIT_S):
-            while (session := self.book.claim()) is None:
+            while (session := self.book.offer()) is None:
                 await asyncio.sleep(0.005)
+        session.claim()
         return session
 
     async def abandoned(self) -> OpenSession:

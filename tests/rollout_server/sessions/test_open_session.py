@@ -352,7 +352,9 @@ def test_answers_are_progress_of_the_server() -> None:
         changes = stats._num_changes(now_s=3.0)
         book.add(make(id="waiting", is_waiting=True))
         assert changes < stats._num_changes(now_s=4.0) < stats._num_changes(now_s=5.0)
-        assert book.claim() is not None
+        offered = book.offer()
+        assert offered is not None
+        offered.claim()
         changes = stats._num_changes(now_s=6.0)
         assert stats._num_changes(now_s=7.0) == changes, "an agent has it, and its limits count"
 
@@ -370,7 +372,8 @@ def test_the_book_says_what_sessions_wait_for() -> None:
             "sessions: 2 wait for an agent (POST /sessions)",
             "sessions: the next request to 7-0-3, of 1 open",
         ]
-        assert book.claim() is sessions[1], "in the order of the leases"
+        assert book.offer() is sessions[1], "in the order of the leases"
+        sessions[1].claim()
         book.remove(sessions[0], SessionOutcome.IDLE)
         assert book.num_ended == {SessionOutcome.IDLE: 1} and book.num_waiting == 1
         with pytest.raises(SessionGoneError):
