@@ -23,8 +23,12 @@ from typing import Any
 
 from areal_like.automatic_settings import compute_dtype, start_limit_s
 from areal_like.errors import EngineError
+from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
+from areal_like.runtime.imports import torch_hidden, uncollected
+from areal_like.security.binding import require_loopback_or_keys
 from areal_like.security.keys import KeyRole
+from areal_like.wire.addresses import buffer_addresses
 from areal_like.wire.channel import tcp_address
 from areal_like.wire.curve import CurveServer
 from areal_like.wire.fingerprint import (
@@ -37,13 +41,23 @@ from areal_like.wire.messages.hello import Hello, Role
 from areal_like.wire.messages.producer import Lease, ServerState
 from rollout_server.leases.client import ShardedBufferClient
 from rollout_server.metrics import ServerStats
-from rollout_server.parts import Parts, running_parts
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.concurrency import ConcurrencyController, EngineLoad
+from rollout_server.policy.engines.engine import Engine, make_engine
 from rollout_server.policy.engines.supervisor import INITIAL_VERSION, EngineSupervisor
 from rollout_server.policy.generation_gate import GenerationGate
+from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.sample.lease_runner import LeaseRunner
-from rollout_server.sources import content_of
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.http.plane import SessionPlane, served_sessions
+from rollout_server.sources import (
+    SampleSources,
+    content_of,
+    make_tasks,
+    running_sources,
+    sequence_lengths,
+    without_long_prompts,
+)
 from rollout_server.starvation import Starvation
 from rollout_server.weights.receiver import WeightReceiver
 
@@ -55,8 +69,38 @@ _FROZEN_S = 10.0
 
 async def main(runtime: Runtime) -> None:
     """Serves until `runtime.stopping`. Raises ConfigError for settings that contradict each other."""
-    async with running_parts(runtime) as parts:
-        server = RolloutServer(runtime, parts)
+    config = runtime.config
+    tasks = make_tasks(config)
+    require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
+    buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
+    model = model_path(config)
+    with torch_hidden(), uncollected():
+        renderer = PromptRenderer(model, settings=config.model)
+    contexts = sequence_lengths(config, tasks, max_positions=renderer.max_positions)
+    renderer.max_prompt_tokens = min(
+        tasks[""].max_prompt_tokens, contexts[""] - config.sampling.max_new_tokens
+    )
+    tasks = without_long_prompts(config, tasks, renderer, contexts=contexts)
+    log.info("task %s, examples %s, %s", config.task, tasks[""].fingerprint(), compute_dtype(config))
+    context_tokens = max(contexts.values())
+    engine = make_engine(
+        config,
+        name=runtime.name,
+        model=model,
+        context_tokens=context_tokens,
+        max_positions=renderer.max_positions,
+        vocab_size=renderer.vocab_size,
+    )
+    book = SessionBook()
+    async with (
+        running_sources(config, tasks, renderer, contexts=contexts, waits=runtime.waits) as sources,
+        served_sessions(
+            runtime, book, tasks=list(tasks.values()), model=model, context_tokens=context_tokens
+        ) as plane,
+    ):
+        server = RolloutServer(
+            runtime, sources, renderer=renderer, model=model, engine=engine, book=book, plane=plane
+        )
         try:
             await server.run()
         finally:
@@ -66,16 +110,28 @@ async def main(runtime: Runtime) -> None:
 class RolloutServer:
     """One server. `run` until it returns or raises, then `close`."""
 
-    def __init__(self, runtime: Runtime, parts: Parts) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        sources: SampleSources,
+        *,
+        renderer: PromptRenderer,
+        model: str,
+        engine: Engine,
+        book: SessionBook,
+        plane: SessionPlane | None,
+    ) -> None:
+        """`engine`: not started yet. `plane`: the HTTP servers of sessions; None if no task has sessions."""
         config = runtime.config
         self._runtime = runtime
-        self._tasks = {name: source.task for name, source in parts.sources.items()}
-        self._renderer = parts.renderer
-        self._fingerprints = (model_fingerprint(parts.model), tokenizer_fingerprint(parts.model))
-        self._engine = engine = parts.engine
-        self._rewards = parts.reward_pools
-        self._environments = parts.environment_pools
-        self._plane = parts.plane
+        self._tasks = {name: source.task for name, source in sources.items()}
+        self._renderer = renderer
+        self._fingerprints = (model_fingerprint(model), tokenizer_fingerprint(model))
+        self._engine = engine
+        self._rewards = list(dict.fromkeys(source.rewards for source in sources.values()))
+        pools = dict.fromkeys(source.environments for source in sources.values())
+        self._environments = [pool for pool in pools if pool is not None]
+        self._plane = plane
         self._gate = gate = GenerationGate()
         self._concurrency = ConcurrencyController(most=config.rollout.max_running)
         if config.rollout.adapts_concurrency:
@@ -86,7 +142,7 @@ class RolloutServer:
         self._supervisor = EngineSupervisor(
             engine=engine,
             strategy=strategy,
-            model=parts.model,
+            model=model,
             checkpoints=runtime.paths.checkpoints,
             load_timeout_s=start_limit_s(config),
             stall_timeout_s=config.rollout.generate_timeout_s,
@@ -120,9 +176,9 @@ class RolloutServer:
         )
         self._runner = LeaseRunner(
             config,
-            parts.sources,
+            sources,
             gate=gate,
-            book=parts.book,
+            book=book,
             buffers=self._buffers,
         )
         self._stats = ServerStats(
@@ -136,7 +192,7 @@ class RolloutServer:
             gate=gate,
             supervisor=self._supervisor,
             starvation=Starvation.of(config),
-            book=parts.book,
+            book=book,
         )
         self._stats.concurrency_limit = config.rollout.max_running
         self._weights_address = tcp_address(

@@ -16,18 +16,20 @@ trained on in the first segment that contains it, and is context in the others.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.errors import EpisodeBudgetError, EpisodeError, PromptRefusedError
 from areal_like.trajectory import FinishReason
-from rollout_server.conversation.large_work import LargeWork
 from rollout_server.conversation.messages import (
     canonical_messages,
     canonical_tools,
@@ -42,6 +44,30 @@ from rollout_server.conversation.turns import SampledTurn, Turn, Turns
 from rollout_server.environments.base import Message, Reply, ToolCall
 from rollout_server.policy.generation import Generation
 from rollout_server.rendering.base import ChatRenderer, ToolSchema
+
+LARGE_BYTES = 1 << 16
+"""Smaller work takes a few hundredths of a second and runs directly in the event loop."""
+_THREAD = ThreadPoolExecutor(1, thread_name_prefix="large-prompts")
+Result = TypeVar("Result")
+
+
+class LargeWork:
+    """Runs work on large prompts (parsing, rendering, tokenizing) in a thread. A megabyte takes about a second.
+
+    One thread serves all conversations of the process, so the work delays neither heartbeats nor other
+    samples. Each conversation has at most one item of work in the thread at a time, so conversations take
+    turns no matter how much work one of them has. Belongs to one event loop.
+    """
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+
+    async def run(self, work: Callable[[], Result], *, size: int) -> Result:
+        """Returns or raises what `work` does. `size`: approximate number of bytes that it processes."""
+        if size < LARGE_BYTES:
+            return work()
+        async with self._lock:
+            return await asyncio.get_running_loop().run_in_executor(_THREAD, work)
 
 
 class Conversation(Turns):
