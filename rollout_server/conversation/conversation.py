@@ -52,7 +52,7 @@ Result = TypeVar("Result")
 
 
 class LargeWork:
-    """Runs work on large prompts (parsing, rendering, tokenizing) in a thread. A megabyte takes about a second.
+    """Runs work on large prompts (parsing, rendering, tokenizing) in a thread: a megabyte takes a second.
 
     One thread serves all conversations of the process, so the work delays neither heartbeats nor other
     samples. Each conversation has at most one item of work in the thread at a time, so conversations take

@@ -7,8 +7,8 @@
 The turns form a `Conversation`: a prompt extends an earlier turn only if it starts with exactly its tokens.
 So whatever a client sends, sampled tokens are never tokenized again, and log-probs stay correct.
 
-A request may be a repetition: an SDK sends it again after a timeout or a broken connection. It then gets the
-response of the first one (see `begin`). A turn that no client has read is not part of the sample, unless the
+A request may be a repetition: an SDK sends it again after a timeout or a broken connection. It then joins the
+call of the first one (see `begin`): the policy samples one turn, and every client gets the same response. A turn that no client has read is not part of the sample, unless the
 time limit of the sample cut it off.
 """
 
@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Coroutine
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from enum import StrEnum
 from typing import Any
 
@@ -32,13 +33,103 @@ from areal_like.trajectory import LARGEST_REWARD, FinishReason
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.turns import SampledTurn, Turn
 from rollout_server.leases.held_leases import Place
-from rollout_server.sessions.calls import Call, Calls
 from rollout_server.sessions.claimants import Claimant
 from rollout_server.tasks.base import Example, Split
 
 _CUT_S = 5.0
 """Wait after the time limit of the sample. The engine returns the tokens of a request that timed out faster
 than this."""
+
+
+class Call:
+    """One request to the model, and its repetitions."""
+
+    def __init__(self, task: asyncio.Task[SampledTurn], *, gone: Callable[[], str]) -> None:
+        """`gone`: returns the message to clients when the session has ended."""
+        self.id = uuid.uuid4().hex
+        """The completion's id is derived from it."""
+        self.task = task
+        self.num_readers = 0
+        """Number of clients that wait for the response."""
+        self.body: bytes | None = None
+        """The response body while clients are connected; equal requests get equal bodies."""
+        self.is_delivered = False
+        """True once the whole response was sent to a client."""
+        self._gone = gone
+
+    async def turn(self) -> SampledTurn:
+        """Returns the sampled turn; cancelling the caller does not affect other callers. Raises as the
+        session's `sample_turn` does."""
+        self.num_readers += 1
+        try:
+            return await asyncio.shield(self.task)
+        except asyncio.CancelledError:
+            if self.task.cancelled():  # before its first step: later it ends with a SessionGoneError
+                raise SessionGoneError(self._gone()) from None
+            raise
+        finally:
+            self.num_readers -= 1
+
+    @property
+    def has_failed(self) -> bool:
+        """True if it ended without a turn."""
+        task = self.task
+        return task.done() and (task.cancelled() or task.exception() is not None)
+
+    @property
+    def is_lost(self) -> bool:
+        """True if its clients disconnected before they got the response."""
+        return self.num_readers == 0 and not self.is_delivered
+
+
+class Calls:
+    """The calls of one session. Belongs to one event loop."""
+
+    def __init__(self, *, gone: Callable[[], str]) -> None:
+        """`gone`: returns the message to clients when the session has ended."""
+        self._gone = gone
+        self._by_digest: dict[bytes, list[Call]] = {}
+        """Calls by the digest of their bodies."""
+        self._by_id: dict[str, Call] = {}
+
+    def begin(
+        self, digest: bytes, ask: Callable[[], Coroutine[Any, Any, SampledTurn]], *, is_repetition: bool
+    ) -> Call:
+        """Returns the call for a request: a new one, or the one that it repeats (see OpenSession.begin)."""
+        usable = [call for call in self._by_digest.get(digest, ()) if not call.has_failed]
+        lost = [call for call in usable if call.is_lost]
+        # Equal requests that were sent and lost at the same time get one turn each.
+        if joined := lost or (usable if is_repetition else []):
+            return joined[-1]
+        call = Call(asyncio.get_running_loop().create_task(ask()), gone=self._gone)
+        self._by_digest.setdefault(digest, []).append(call)
+        self._by_id[call.id] = call
+        call.task.add_done_callback(lambda _: self._forget_failed(call, digest))
+        return call
+
+    def find(self, completion_id: str) -> Call | None:
+        """Returns the call that produced a completion (`chatcmpl-...`, `cmpl-...`); None if there is none."""
+        call = self._by_id.get(completion_id.rpartition("-")[2])
+        return call if call is not None and call.task.done() and not call.has_failed else None
+
+    def completed(self) -> Iterator[tuple[Call, SampledTurn]]:
+        """Yields the calls that have a turn, newest first."""
+        for call in reversed(self._by_id.values()):
+            if call.task.done() and not call.has_failed:
+                yield call, call.task.result()
+
+    def cancel(self) -> None:
+        for call in self._by_id.values():
+            call.task.cancel()
+
+    def _forget_failed(self, call: Call, digest: bytes) -> None:
+        """Forgets a failed call: none can join it, and a client may send any number of requests that fail."""
+        if call.has_failed:  # also retrieves its exception, as there may be no client to do so
+            del self._by_id[call.id]
+            same = self._by_digest[digest]
+            same.remove(call)
+            if not same:
+                del self._by_digest[digest]
 
 
 class SessionState(StrEnum):

@@ -26,7 +26,6 @@ from areal_like.errors import ArealError
 from areal_like.http.bodies import ParamError, parse_bounded_object, text
 from rollout_server.conversation.turns import SampledTurn
 from rollout_server.sessions.book import SessionBook
-from rollout_server.sessions.calls import Call
 from rollout_server.sessions.http.call_response import KEEP_ALIVE_S, CallResponse, begin_call, session_of
 from rollout_server.sessions.http.claims import ClaimRoutes
 from rollout_server.sessions.http.errors import error_response, response_of
@@ -37,7 +36,7 @@ from rollout_server.sessions.http.requests import (
     session_rules,
 )
 from rollout_server.sessions.http.responses import chat_body, completion_body, tokens_body
-from rollout_server.sessions.open_session import OpenSession
+from rollout_server.sessions.open_session import Call, OpenSession
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
 _FIRST_ERROR = 400

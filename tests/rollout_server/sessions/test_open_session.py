@@ -19,8 +19,7 @@ from rollout_server.environments.base import Reply
 from rollout_server.leases.held_leases import Place
 from rollout_server.metrics import ServerStats
 from rollout_server.sessions.book import SessionBook, SessionOutcome
-from rollout_server.sessions.calls import Call
-from rollout_server.sessions.open_session import OpenSession, SessionState
+from rollout_server.sessions.open_session import Call, OpenSession, SessionState
 from tests.support import moved_clock
 from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
