@@ -8,8 +8,8 @@ The turns form a `Conversation`: a prompt extends an earlier turn only if it sta
 So whatever a client sends, sampled tokens are never tokenized again, and log-probs stay correct.
 
 A request may be a repetition: an SDK sends it again after a timeout or a broken connection. It then joins the
-call of the first one (see `begin`): the policy samples one turn, and every client gets the same response. A turn that no client has read is not part of the sample, unless the
-time limit of the sample cut it off.
+call of the first one (see `begin`): the policy samples one turn, and every client gets the same response. A
+turn that no client has read is not part of the sample, unless the time limit of the sample cut it off.
 """
 
 from __future__ import annotations
