@@ -264,7 +264,7 @@ class Conversation(Turns):
         rooms = {
             FinishReason.LENGTH: self._policy.max_new_tokens,
             FinishReason.CONTEXT: self._context_tokens - start,
-            FinishReason.TOKENS: self._max_tokens - self._num_tokens_beside(parent) - start,
+            FinishReason.TOKENS: self._max_tokens - self._num_tokens_of_others(parent) - start,
         }
         reason = min(rooms, key=lambda one: rooms[one])
         if rooms[reason] >= 1:
@@ -278,8 +278,8 @@ class Conversation(Turns):
             raise PromptRefusedError(problem)
         raise EpisodeBudgetError(problem, reason=reason)
 
-    def _num_tokens_beside(self, parent: Turn | None) -> int:
-        """Returns the number of tokens in all segments if `parent` is extended."""
+    def _num_tokens_of_others(self, parent: Turn | None) -> int:
+        """Returns the number of tokens in all segments but the one that extends `parent`."""
         extended = {turn.parent for turn in self._turns} | {one for one, _ in self._running} | {parent}
         ended = sum(turn.end for turn in self._turns if turn not in extended)
         return ended + sum(most_tokens for _, most_tokens in self._running)

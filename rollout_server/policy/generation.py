@@ -1,4 +1,4 @@
-"""One generation: its sampling parameters, its place in `POST /generate`, and the completion that comes back.
+"""Sampling parameters of one sequence, the bodies of `POST /generate`, and the completion in its response.
 
 A batch request streams the events of all its sequences (areal_like/http/streams.py), each with the `index`
 of its sequence in the batch. Events before the last one of a sequence repeat what the last one contains, so

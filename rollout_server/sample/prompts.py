@@ -47,7 +47,7 @@ class Failure:
 
     reason: str
     kind: FailureKind = FailureKind.ENVIRONMENT
-    """Of a prompt: PROMPT if it cannot be used; ENVIRONMENT if the task failed to make one."""
+    """For a prompt: PROMPT if it cannot be used; ENVIRONMENT if the task failed to make one."""
     is_of_policy: bool = True
     """False if the policy did not cause it, so that its tokens are not trained on with reward 0."""
 
