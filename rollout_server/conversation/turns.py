@@ -77,7 +77,7 @@ class Turns:
         self._turns: list[Turn] = []
         """In the order in which they finished, so a turn comes after its parent."""
         self._running: list[tuple[Turn | None, int]] = []
-        """The turns that are being sampled: parent, and length of the segment if the turn reaches its limit."""
+        """The turns being sampled: parent, and length of the segment if the turn reaches its limit."""
         self._busy_since_s = 0.0
         self.generation_s = 0.0
         """Time with at least one turn at the engine or waiting for it, in seconds."""
