@@ -18,6 +18,7 @@ import asyncio
 import math
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -144,40 +145,33 @@ class SessionState(StrEnum):
     """Its sample is no longer needed, or was given up."""
 
 
+@dataclass(eq=False, kw_only=True)
 class OpenSession:
     """The session of one sample. Belongs to one event loop."""
 
-    def __init__(
-        self,
-        *,
-        id: str,
-        api_key: str,
-        conversation: Conversation,
-        max_turns: int,
-        group: int,
-        sample: int,
-        split: Split,
-        index: int,
-        on_move: Callable[[Place], None] = lambda place: None,
-        example: Example | None = None,
-        is_waiting: bool = False,
-        needs_reward: bool = False,
-        heartbeat_limit_s: float = math.inf,
-    ) -> None:
-        """`id`: unique to the attempt, so that no client of an earlier attempt can reach this one. `group`,
-        `sample`: ticket and sample index. `example`: sent to external agents; None: the agent already has it.
-        `is_waiting`: True if an external agent has to claim it. `needs_reward`: True if the task has no
-        reward of its own. `heartbeat_limit_s`: longest time without a served request in which heartbeats
-        count."""
-        self.id = id
-        self.api_key = api_key
-        self.group = group
-        self.sample = sample
-        self.split = split
-        self.index = index
-        self.example = example
-        self.conversation = conversation
-        self.state = SessionState.WAITING if is_waiting else SessionState.OPEN
+    id: str
+    """Unique to the attempt, so that no client of an earlier attempt can reach this one."""
+    api_key: str
+    conversation: Conversation
+    max_turns: int
+    group: int
+    """The sample's ticket."""
+    sample: int
+    """Its index in the ticket."""
+    split: Split
+    index: int
+    on_move: Callable[[Place], None] = lambda place: None
+    example: Example | None = None
+    """Sent to external agents; None: the agent already has it."""
+    is_waiting: bool = False
+    """True if an external agent has to claim it."""
+    needs_reward: bool = False
+    """True if the task has no reward of its own."""
+    heartbeat_limit_s: float = math.inf
+    """Longest time without a served request in which heartbeats count."""
+
+    def __post_init__(self) -> None:
+        self.state = SessionState.WAITING if self.is_waiting else SessionState.OPEN
         self.is_offered = False
         """True while the response that offers it to an agent is being sent."""
         self.claimant: Claimant | None = None
@@ -209,10 +203,6 @@ class OpenSession:
         """True if a request was refused since the last served one."""
         self.num_heard = 0
         """Number of heartbeats, and other requests that are not to the model."""
-        self._needs_reward = needs_reward
-        self._heartbeat_limit_s = heartbeat_limit_s
-        self._max_turns = max_turns
-        self._on_move = on_move
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._last_activity_s = self._served_s = self._loop.time()
@@ -341,7 +331,7 @@ class OpenSession:
         """Records a sign of life: a request from its agent that is not to the model. Raises
         SessionGoneError."""
         self.check_open()
-        if self.now_s - self._served_s < self._heartbeat_limit_s:
+        if self.now_s - self._served_s < self.heartbeat_limit_s:
             self.num_heard += 1
             self.touch()
             self._changed.set()
@@ -351,7 +341,7 @@ class OpenSession:
         """Why there would be no sample if it ended now; empty if there would be one."""
         if not self.num_served:
             return "no request to the model was answered"
-        return "no reward was posted" if self._needs_reward and not self.has_rewards else ""
+        return "no reward was posted" if self.needs_reward and not self.has_rewards else ""
 
     def check_open(self) -> None:
         if self.state is not SessionState.OPEN:
@@ -385,12 +375,12 @@ class OpenSession:
         self.check_open()
         self.num_calls += 1
         if self.num_pending == 0:
-            self._on_move(Place.ENGINE)
+            self.on_move(Place.ENGINE)
         self.num_pending += 1
         try:
-            if len(self.conversation.turn_lengths) + self.num_pending > self._max_turns:
+            if len(self.conversation.turn_lengths) + self.num_pending > self.max_turns:
                 raise EpisodeBudgetError(
-                    f"the session has had its {self._max_turns} turns (episode.max_turns)",
+                    f"the session has had its {self.max_turns} turns (episode.max_turns)",
                     reason=FinishReason.TURNS,
                 )
             sampled = await sample()
@@ -413,7 +403,7 @@ class OpenSession:
             self._was_refused = True
             self.num_pending -= 1
             if self.num_pending == 0 and self.state is SessionState.OPEN:
-                self._on_move(Place.TOOL)
+                self.on_move(Place.TOOL)
             self._changed.set()
         self.touch()
         self._served_s = self._last_activity_s

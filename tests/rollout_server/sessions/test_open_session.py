@@ -242,7 +242,7 @@ def test_limits_of_a_session() -> None:
 def test_heartbeats_keep_a_session_for_a_while() -> None:
     async def body() -> None:
         session = make()
-        session._heartbeat_limit_s = 100.0
+        session.heartbeat_limit_s = 100.0
         book = SessionBook()
         book.add(session)
         ended = asyncio.create_task(session.wait_ended(idle_timeout_s=50.0, deadline_s=lambda: None))
