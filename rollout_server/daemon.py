@@ -38,7 +38,7 @@ from areal_like.wire.fingerprint import (
     tokenizer_fingerprint,
 )
 from areal_like.wire.messages.hello import Hello, Role
-from areal_like.wire.messages.producer import Lease, ServerState
+from areal_like.wire.messages.producer import ServerState
 from rollout_server.leases.client import ShardedBufferClient
 from rollout_server.metrics import ServerStats
 from rollout_server.policy.client import EngineClient
@@ -137,7 +137,7 @@ class RolloutServer:
         if config.rollout.adapts_concurrency:
             gate.set_limit(self._concurrency.limit)
         strategy = engine.weight_update_strategy(
-            gate=gate, on_quarantine=self._on_quarantine, on_untrusted=self._on_untrusted
+            gate=gate, on_quarantine=self._on_quarantine, on_untrusted=self._replace_engine
         )
         self._supervisor = EngineSupervisor(
             engine=engine,
@@ -158,7 +158,7 @@ class RolloutServer:
             max_message_bytes=config.buffer.max_message_bytes,
             strategy=strategy,
             on_version=self._on_version,
-            on_untrusted=self._on_untrusted,
+            on_untrusted=self._replace_engine,
             integrity=config.weights.integrity,
             curve=curve,
         )
@@ -168,7 +168,7 @@ class RolloutServer:
             max_episodes=config.rollout.most_episodes,
             hello=self._hello,
             waits=runtime.waits,
-            on_leases=self._on_leases,
+            on_leases=lambda leases: self._runner.start(leases),
             on_abort=lambda lease_ids: self._runner.cancel(lease_ids),
             on_drain=runtime.drain,
             on_finished=runtime.finish,
@@ -193,8 +193,8 @@ class RolloutServer:
             supervisor=self._supervisor,
             starvation=Starvation.of(config),
             book=book,
+            concurrency_limit=config.rollout.max_running,
         )
-        self._stats.concurrency_limit = config.rollout.max_running
         self._weights_address = tcp_address(
             config.rollout.advertise_host or config.rollout.host, self._receiver.port
         )
@@ -315,12 +315,8 @@ class RolloutServer:
         if self._buffers.state is not ServerState.DRAINING:
             self._buffers.announce(state=ServerState.QUARANTINED, weights_version=version)
 
-    def _on_untrusted(self, reason: str) -> None:
+    def _replace_engine(self, reason: str) -> None:
         self._supervisor.replace(reason)
-
-    def _on_leases(self, leases: list[Lease]) -> None:
-        if leases:
-            self._runner.start(leases)
 
     def _hello(self) -> Hello:
         runtime, config, task = self._runtime, self._runtime.config, self._tasks[""]

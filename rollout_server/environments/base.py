@@ -117,5 +117,5 @@ class Environment(ABC):
         """Frees the episode's resources. Called at its end, even after an error."""
 
 
-def messages_of(prompt: str | list[Message]) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+def messages_of(prompt: str | Sequence[Message]) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
