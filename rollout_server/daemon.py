@@ -43,8 +43,12 @@ from rollout_server.leases.client import ShardedBufferClient
 from rollout_server.metrics import ServerStats
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.concurrency import ConcurrencyController, EngineLoad
-from rollout_server.policy.engines.engine import Engine, make_engine
-from rollout_server.policy.engines.supervisor import INITIAL_VERSION, EngineSupervisor
+from rollout_server.policy.engines.supervisor import (
+    INITIAL_VERSION,
+    Engine,
+    EngineSupervisor,
+    make_engine,
+)
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.sample.lease_runner import LeaseRunner

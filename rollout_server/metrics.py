@@ -19,8 +19,7 @@ from areal_like.trajectory import FinishReason
 from rollout_server.engine_time import EngineTime
 from rollout_server.leases.client import ShardedBufferClient
 from rollout_server.leases.held_leases import Place
-from rollout_server.policy.engines.engine import Engine
-from rollout_server.policy.engines.supervisor import EngineSupervisor
+from rollout_server.policy.engines.supervisor import Engine, EngineSupervisor
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sessions.book import WRONG_ROUTES, SessionBook, SessionOutcome

@@ -1,4 +1,4 @@
-"""Keeps an engine running: starts it with the newest checkpoint, replaces it when it dies or stalls.
+"""Chooses the engine and keeps it running: starts it, and replaces it when it dies or stalls.
 
     STARTING -> on_ready -> RUNNING -> (died, or replaced) -> on_lost -> pause -> STARTING ...
                                           `-> too many deaths in a row -> EngineError
@@ -22,12 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from areal_like.config import Config
 from areal_like.errors import EngineError
 from areal_like.runtime.progress import ProgressClock
 from areal_like.runtime.restarts import RestartLimits, Restarts, RestartState
 from areal_like.weights.snapshots_on_disk import newest_snapshot
 from rollout_server.policy.client import EngineClient
-from rollout_server.policy.engines.engine import Engine
+from rollout_server.policy.engines.process import EmbeddedProcess
+from rollout_server.policy.engines.sglang.process import SglangAtUrl, SglangProcess
 from rollout_server.weights.strategy import WeightUpdateStrategy
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,34 @@ _LATE_S = 2.0
 """An engine that takes longer than this to respond or advance is listed among the waits."""
 _MAX_SILENCE_S = 60.0
 """A running engine that has not responded for this long is replaced, unless it is loading weights."""
+
+
+Engine = EmbeddedProcess | SglangProcess | SglangAtUrl
+"""Starts, stops and updates one engine, which this server runs itself or finds at a URL."""
+
+
+def make_engine(
+    config: Config, *, name: str, model: str, context_tokens: int, max_positions: int, vocab_size: int
+) -> Engine:
+    """Creates the engine chosen by `rollout.engine` and `rollout.sglang.url`, not started yet.
+
+    `context_tokens`: longest sequence of the job; `max_positions`: longest sequence of the model. Raises
+    ConfigError.
+    """
+    if config.rollout.engine == "embedded":
+        return EmbeddedProcess(config, name=name, model=model, context_tokens=context_tokens)
+    if config.rollout.sglang.url:
+        return SglangAtUrl(
+            config, name=name, model=model, context_tokens=context_tokens, vocab_size=vocab_size
+        )
+    return SglangProcess(
+        config,
+        name=name,
+        model=model,
+        context_tokens=context_tokens,
+        max_positions=max_positions,
+        vocab_size=vocab_size,
+    )
 
 
 @dataclass(kw_only=True)
