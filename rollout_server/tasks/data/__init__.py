@@ -1,0 +1,1 @@
+"""The task over rows of files."""
