@@ -122,16 +122,16 @@ class Registry(Generic[T]):
         return values
 
 
-def named_object(path: str, *, key: str) -> Any:
-    """Returns the object at a dotted path, such as `my_module.MyClass`. Raises ConfigError that begins with
-    `key`."""
+def named_object(path: str, *, key: str, form: str = "module.Class") -> Any:
+    """Returns the object at a dotted path. Raises ConfigError that begins with `key`. `form`: how to write
+    such a path."""
     module_name, _, attribute = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except ConfigError:  # its message already explains what to change
         raise
     except ValueError:
-        raise ConfigError(f"{key}: write module.Name") from None
+        raise ConfigError(f"{key}: write {form}") from None
     except (ImportError, SyntaxError) as error:
         raise ConfigError(
             f"{key}: {error}; it must be importable from the directory the job starts in"

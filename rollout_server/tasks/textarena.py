@@ -44,7 +44,7 @@ class TextArenaTask(GameTask):
 
     def opponent_function(self) -> Any:
         """Returns the function named by `opponent`. Raises ConfigError."""
-        return named_object(self.opponent, key=f"task.opponent={self.opponent}")
+        return named_object(self.opponent, key=f"task.opponent={self.opponent}", form="module.function")
 
     def environment(self, example: Example) -> Environment:
         return TextArenaEnvironment(self, seed=example.answer)
