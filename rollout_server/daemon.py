@@ -178,7 +178,7 @@ class RolloutServer:
             on_finished=runtime.finish,
             keyring=runtime.keyring,
         )
-        self._runner = LeaseRunner(
+        self._runner: LeaseRunner = LeaseRunner(
             config,
             sources,
             gate=gate,

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 _NUM_BINS = 10
 _NUM_EXAMPLES = 10
 
 
-class HeardPrompt(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class HeardPrompt:
     """One prompt of the training split."""
 
     index: int
@@ -32,8 +34,8 @@ class HeardPrompt(NamedTuple):
     @classmethod
     def of_row(cls, row: Sequence[float]) -> HeardPrompt:
         """Builds it from the numbers of one prompt, in the order of the fields."""
-        *counts, sum_solve_rate = row
-        return cls(*map(int, counts), float(sum_solve_rate))
+        index, issued, samples, unsolved, solved, rate = row
+        return cls(int(index), int(issued), int(samples), int(unsolved), int(solved), float(rate))
 
     @property
     def outcome(self) -> str:
