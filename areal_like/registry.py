@@ -97,20 +97,8 @@ class Registry(Generic[T]):
         return self._classes[name]
 
     def _import(self, target: str) -> type[T]:
-        module_name, _, attribute = target.rpartition(".")
         key = f"{self._section}._target_={target}"
-        try:
-            cls = getattr(importlib.import_module(module_name), attribute)
-        except ConfigError:  # its message already explains what to change
-            raise
-        except ValueError:
-            raise ConfigError(f"{key}: write module.Class") from None
-        except (ImportError, SyntaxError) as error:
-            raise ConfigError(
-                f"{key}: {error}; it must be importable from the directory the job starts in"
-            ) from error
-        except AttributeError:
-            raise ConfigError(f"{key}: module {module_name} has no {attribute}") from None
+        cls = named_object(target, key=key)
         if not (inspect.isclass(cls) and issubclass(cls, self._base)):
             raise ConfigError(f"{key}: not a subclass of {self._base.__module__}.{self._base.__name__}")
         return cls
@@ -132,6 +120,24 @@ class Registry(Generic[T]):
         if missing:
             raise ConfigError(f"{self._section}: {cls.__name__} needs {', '.join(missing)}")
         return values
+
+
+def named_object(path: str, *, key: str, form: str = "module.Class") -> Any:
+    """Returns the object at a dotted path. Raises ConfigError that begins with `key`. `form`: how to write
+    such a path."""
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except ConfigError:  # its message already explains what to change
+        raise
+    except ValueError:
+        raise ConfigError(f"{key}: write {form}") from None
+    except (ImportError, SyntaxError) as error:
+        raise ConfigError(
+            f"{key}: {error}; it must be importable from the directory the job starts in"
+        ) from error
+    except AttributeError:
+        raise ConfigError(f"{key}: module {module_name} has no {attribute}") from None
 
 
 def _coerced(hint: Any, value: Any, *, path: str) -> Any:

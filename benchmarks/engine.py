@@ -45,7 +45,7 @@ from rollout_server.engine.models.loading import load
 from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from rollout_server.policy.client import EngineClient
-from rollout_server.policy.types import Sampling
+from rollout_server.policy.generation import Sampling
 
 BATCH, PROMPT_TOKENS, MAX_NEW_TOKENS = 32, 8, 24
 TURNS, CONVERSATIONS, FIRST_TOKENS, REPLY_TOKENS, ANSWER_TOKENS = 8, 16, 96, 24, 40

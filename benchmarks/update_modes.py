@@ -39,8 +39,8 @@ from rollout_server.conversation.turns import Turns
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.engines.process import EmbeddedProcess, EngineProcess
 from rollout_server.policy.engines.sglang.process import SglangProcess
+from rollout_server.policy.generation import Sampling
 from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.policy.types import Sampling
 from rollout_server.weights.receiver import WeightReceiver
 from tests.support.snapshots import Held
 from trainer.models.tiny import build_tiny_model

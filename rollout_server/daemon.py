@@ -21,24 +21,47 @@ import asyncio
 import logging
 from typing import Any
 
-from areal_like.automatic_settings import start_limit_s
+from areal_like.automatic_settings import compute_dtype, start_limit_s
 from areal_like.errors import EngineError
+from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
+from areal_like.runtime.imports import torch_hidden, uncollected
+from areal_like.security.binding import require_loopback_or_keys
 from areal_like.security.keys import KeyRole
+from areal_like.wire.addresses import buffer_addresses
 from areal_like.wire.channel import tcp_address
 from areal_like.wire.curve import CurveServer
-from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
-from areal_like.wire.messages.hello import Hello
-from areal_like.wire.messages.producer import Lease, ServerState
-from rollout_server.leases.registration import registration
-from rollout_server.leases.shards import ShardedBufferClient
+from areal_like.wire.fingerprint import (
+    dataset_fingerprint,
+    model_fingerprint,
+    shared_settings,
+    tokenizer_fingerprint,
+)
+from areal_like.wire.messages.hello import Hello, Role
+from areal_like.wire.messages.producer import ServerState
+from rollout_server.leases.client import ShardedBufferClient
 from rollout_server.metrics import ServerStats
-from rollout_server.parts import Parts, running_parts
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.concurrency import ConcurrencyController, EngineLoad
-from rollout_server.policy.engines.supervisor import INITIAL_VERSION, EngineSupervisor
+from rollout_server.policy.engines.supervisor import (
+    INITIAL_VERSION,
+    Engine,
+    EngineSupervisor,
+    make_engine,
+)
 from rollout_server.policy.generation_gate import GenerationGate
+from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.sample.lease_runner import LeaseRunner
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.http.plane import SessionPlane, served_sessions
+from rollout_server.sources import (
+    SampleSources,
+    content_of,
+    make_tasks,
+    running_sources,
+    sequence_lengths,
+    without_long_prompts,
+)
 from rollout_server.starvation import Starvation
 from rollout_server.weights.receiver import WeightReceiver
 
@@ -50,8 +73,38 @@ _FROZEN_S = 10.0
 
 async def main(runtime: Runtime) -> None:
     """Serves until `runtime.stopping`. Raises ConfigError for settings that contradict each other."""
-    async with running_parts(runtime) as parts:
-        server = RolloutServer(runtime, parts)
+    config = runtime.config
+    tasks = make_tasks(config)
+    require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
+    buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
+    model = model_path(config)
+    with torch_hidden(), uncollected():
+        renderer = PromptRenderer(model, settings=config.model)
+    contexts = sequence_lengths(config, tasks, max_positions=renderer.max_positions)
+    renderer.max_prompt_tokens = min(
+        tasks[""].max_prompt_tokens, contexts[""] - config.sampling.max_new_tokens
+    )
+    tasks = without_long_prompts(config, tasks, renderer, contexts=contexts)
+    log.info("task %s, examples %s, %s", config.task, tasks[""].fingerprint(), compute_dtype(config))
+    context_tokens = max(contexts.values())
+    engine = make_engine(
+        config,
+        name=runtime.name,
+        model=model,
+        context_tokens=context_tokens,
+        max_positions=renderer.max_positions,
+        vocab_size=renderer.vocab_size,
+    )
+    book = SessionBook()
+    async with (
+        running_sources(config, tasks, renderer, contexts=contexts, waits=runtime.waits) as sources,
+        served_sessions(
+            runtime, book, tasks=list(tasks.values()), model=model, context_tokens=context_tokens
+        ) as plane,
+    ):
+        server = RolloutServer(
+            runtime, sources, renderer=renderer, model=model, engine=engine, book=book, plane=plane
+        )
         try:
             await server.run()
         finally:
@@ -61,27 +114,39 @@ async def main(runtime: Runtime) -> None:
 class RolloutServer:
     """One server. `run` until it returns or raises, then `close`."""
 
-    def __init__(self, runtime: Runtime, parts: Parts) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        sources: SampleSources,
+        *,
+        renderer: PromptRenderer,
+        model: str,
+        engine: Engine,
+        book: SessionBook,
+        plane: SessionPlane | None,
+    ) -> None:
+        """`engine`: not started yet. `plane`: the HTTP servers of sessions; None if no task has sessions."""
         config = runtime.config
         self._runtime = runtime
-        self._tasks = {name: source.task for name, source in parts.sources.items()}
-        self._renderer = parts.renderer
-        self._fingerprints = (model_fingerprint(parts.model), tokenizer_fingerprint(parts.model))
-        self._engine = engine = parts.engine
-        self._rewards = parts.reward_pools
-        self._environments = parts.environment_pools
-        self._plane = parts.plane
+        self._tasks = {name: source.task for name, source in sources.items()}
+        self._renderer = renderer
+        self._fingerprints = (model_fingerprint(model), tokenizer_fingerprint(model))
+        self._engine = engine
+        self._rewards = list(dict.fromkeys(source.rewards for source in sources.values()))
+        pools = dict.fromkeys(source.environments for source in sources.values())
+        self._environments = [pool for pool in pools if pool is not None]
+        self._plane = plane
         self._gate = gate = GenerationGate()
         self._concurrency = ConcurrencyController(most=config.rollout.max_running)
         if config.rollout.adapts_concurrency:
             gate.set_limit(self._concurrency.limit)
         strategy = engine.weight_update_strategy(
-            gate=gate, on_quarantine=self._on_quarantine, on_untrusted=self._on_untrusted
+            gate=gate, on_quarantine=self._on_quarantine, on_untrusted=self._replace_engine
         )
         self._supervisor = EngineSupervisor(
-            engine,
-            strategy,
-            model=parts.model,
+            engine=engine,
+            strategy=strategy,
+            model=model,
             checkpoints=runtime.paths.checkpoints,
             load_timeout_s=start_limit_s(config),
             stall_timeout_s=config.rollout.generate_timeout_s,
@@ -97,7 +162,7 @@ class RolloutServer:
             max_message_bytes=config.buffer.max_message_bytes,
             strategy=strategy,
             on_version=self._on_version,
-            on_untrusted=self._on_untrusted,
+            on_untrusted=self._replace_engine,
             integrity=config.weights.integrity,
             curve=curve,
         )
@@ -107,19 +172,18 @@ class RolloutServer:
             max_episodes=config.rollout.most_episodes,
             hello=self._hello,
             waits=runtime.waits,
-            on_leases=self._on_leases,
+            on_leases=lambda leases: self._runner.start(leases),
             on_abort=lambda lease_ids: self._runner.cancel(lease_ids),
             on_drain=runtime.drain,
             on_finished=runtime.finish,
             keyring=runtime.keyring,
         )
-        self._runner = LeaseRunner(
+        self._runner: LeaseRunner = LeaseRunner(
             config,
-            parts.sources,
+            sources,
             gate=gate,
-            on_result=self._buffers.deliver,
-            on_move=self._buffers.moved,
-            book=parts.book,
+            book=book,
+            buffers=self._buffers,
         )
         self._stats = ServerStats(
             runtime.metrics,
@@ -132,9 +196,9 @@ class RolloutServer:
             gate=gate,
             supervisor=self._supervisor,
             starvation=Starvation.of(config),
-            book=parts.book,
+            book=book,
+            concurrency_limit=config.rollout.max_running,
         )
-        self._stats.concurrency_limit = config.rollout.max_running
         self._weights_address = tcp_address(
             config.rollout.advertise_host or config.rollout.host, self._receiver.port
         )
@@ -255,21 +319,33 @@ class RolloutServer:
         if self._buffers.state is not ServerState.DRAINING:
             self._buffers.announce(state=ServerState.QUARANTINED, weights_version=version)
 
-    def _on_untrusted(self, reason: str) -> None:
+    def _replace_engine(self, reason: str) -> None:
         self._supervisor.replace(reason)
 
-    def _on_leases(self, leases: list[Lease]) -> None:
-        if leases:
-            self._runner.start(leases)
-
     def _hello(self) -> Hello:
-        return registration(
-            self._runtime,
-            self._tasks[""],
-            eval_tasks={name: task for name, task in self._tasks.items() if name},
-            fingerprints=self._fingerprints,
+        runtime, config, task = self._runtime, self._runtime.config, self._tasks[""]
+        model, tokenizer = self._fingerprints
+        eval_tasks = {name: task for name, task in self._tasks.items() if name}
+        return Hello(
+            role=Role.ROLLOUT,
+            name=runtime.name,
+            process=runtime.process,
+            job=config.name,
+            model=model,
+            tokenizer=tokenizer,
+            dataset=dataset_fingerprint(config),
+            content=task.fingerprint(),
+            eval_content=content_of(eval_tasks),
+            settings=shared_settings(config, Role.ROLLOUT),
+            http_address=runtime.http_address,
             weights_address=self._weights_address,
             weights_version=self._receiver.version,
+            dtype=compute_dtype(config),
+            device=config.rollout.engine_device,
+            num_train_prompts=task.num_train,
+            source_sizes=[source.size for source in task.sources],
+            source_weights=[source.weight for source in task.sources],
+            eval_sets={name: task.num_eval for name, task in eval_tasks.items()},
         )
 
     async def _engine_metrics(self) -> bytes:

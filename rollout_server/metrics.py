@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Any
 
 from areal_like.failures import FailureKind
@@ -16,10 +17,9 @@ from areal_like.runtime.progress import ProgressClock
 from areal_like.spans import recorder
 from areal_like.trajectory import FinishReason
 from rollout_server.engine_time import EngineTime
+from rollout_server.leases.client import ShardedBufferClient
 from rollout_server.leases.held_leases import Place
-from rollout_server.leases.shards import ShardedBufferClient
-from rollout_server.policy.engines.engine import Engine
-from rollout_server.policy.engines.supervisor import EngineSupervisor
+from rollout_server.policy.engines.supervisor import Engine, EngineSupervisor
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sessions.book import WRONG_ROUTES, SessionBook, SessionOutcome
@@ -152,45 +152,35 @@ _TRACED = ("running", "waiting", "at_engine", "in_tools", "in_rewards", "tokens_
 """Values written to traces as counters."""
 
 
+@dataclass
 class ServerStats:
     """Collects numbers from the parts of a server; `update` is called once per heartbeat."""
 
-    def __init__(
-        self,
-        metrics: Metrics,
-        *,
-        buffers: ShardedBufferClient,
-        runner: LeaseRunner,
-        rewards: Sequence[RewardPool],
-        environments: Sequence[EnvironmentPool],
-        receiver: WeightReceiver,
-        engine: Engine,
-        gate: GenerationGate,
-        supervisor: EngineSupervisor,
-        starvation: Starvation,
-        book: SessionBook,
-    ) -> None:
-        self._supervisor = supervisor
+    metrics: InitVar[Metrics]
+    _: KW_ONLY
+    buffers: ShardedBufferClient
+    runner: LeaseRunner
+    rewards: Sequence[RewardPool]
+    environments: Sequence[EnvironmentPool]
+    receiver: WeightReceiver
+    engine: Engine
+    gate: GenerationGate
+    supervisor: EngineSupervisor
+    starvation: Starvation
+    book: SessionBook
+    concurrency_limit: int = 0
+
+    def __post_init__(self, metrics: Metrics) -> None:
         self._progress = ProgressClock(now_s=0.0)
-        self._buffers, self._runner, self._rewards = buffers, runner, rewards
-        self._environments = environments
-        self._receiver, self._engine, self._gate = receiver, engine, gate
         self._engine_time = EngineTime()
-        self._starvation = starvation
-        self._book = book
         self._counters = {key: metrics.counter(*named) for key, named in _COUNTERS.items()}
         self._gauges = {key: metrics.gauge(*named) for key, named in _GAUGES.items()}
         self._by_label = [
             (metrics.counter(name, doc, label=label, values=list(map(str, keys))), keys)
             for name, doc, label, keys in _BY_LABEL
         ]
-        self._durations = {
-            lane: metrics.histogram(name, doc, buckets=SECONDS) for lane, (name, doc) in _DURATIONS.items()
-        }
-        for lane, histogram in self._durations.items():
-            recorder.listen(lane, histogram.observe)
-        self.concurrency_limit = 0
-        """Set by the server."""
+        for lane, (name, doc) in _DURATIONS.items():
+            recorder.listen(lane, metrics.histogram(name, doc, buckets=SECONDS).observe)
         self._before_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._by_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._loop_late_s = 0.0
@@ -222,35 +212,37 @@ class ServerStats:
         totals = {key: self._before_engine[key] + self._by_engine[key] for key in _CUMULATIVE}
         values = totals | {
             "progress": self._num_changes(now_s=now_s),
-            "samples_done": self._runner.num_done,
-            "samples_failed": self._runner.num_failed.total(),
-            **{name: self._runner.num_failed[kind] for kind, name in _FAILED.items()},
-            "reward_s": sum(pool.seconds_total for pool in self._rewards),
-            "reward_restarts": sum(pool.num_restarts for pool in self._rewards),
-            **{name: self._runner.num_finished[reason] for reason, name in _FINISHED.items()},
-            **self._of_environments(),
+            "samples_done": self.runner.num_done,
+            "samples_failed": self.runner.num_failed.total(),
+            **{name: self.runner.num_failed[kind] for kind, name in _FAILED.items()},
+            "reward_s": sum(pool.seconds_total for pool in self.rewards),
+            "reward_restarts": sum(pool.num_restarts for pool in self.rewards),
+            **{name: self.runner.num_finished[reason] for reason, name in _FINISHED.items()},
+            "environment_s": sum(pool.seconds_total for pool in self.environments),
+            "environment_restarts": sum(pool.num_restarts for pool in self.environments),
+            "environments_open": sum(pool.num_open for pool in self.environments),
             **self._of_sessions(),
-            "pushes": self._receiver.num_pushes,
-            "push_failures": self._receiver.num_failures,
-            "push_s": self._receiver.seconds_total,
-            "stall_s": self._receiver.stall_seconds_total,
-            "bad_frames": self._receiver.listener.num_bad_frames,
-            "refused_frames": self._receiver.listener.num_refused_frames,
-            "refused_handshakes": self._receiver.listener.num_refused_handshakes,
+            "pushes": self.receiver.num_pushes,
+            "push_failures": self.receiver.num_failures,
+            "push_s": self.receiver.seconds_total,
+            "stall_s": self.receiver.stall_seconds_total,
+            "bad_frames": self.receiver.listener.num_bad_frames,
+            "refused_frames": self.receiver.listener.num_refused_frames,
+            "refused_handshakes": self.receiver.listener.num_refused_handshakes,
             "running": float(load.get("running", 0)),
             "waiting": float(load.get("waiting", 0)),
             "kv_usage": float(load.get("kv_usage", 0.0)),
             "concurrency_limit": self.concurrency_limit,
-            "holding": self._buffers.holding_samples,
-            "in_progress_s": self._runner.seconds_in_progress,
-            "unacknowledged": self._buffers.num_unacknowledged,
+            "holding": self.buffers.holding_samples,
+            "in_progress_s": self.runner.seconds_in_progress,
+            "unacknowledged": self.buffers.num_unacknowledged,
             **self._of_places(now_s=now_s),
-            "rewards_waiting": sum(pool.num_waiting for pool in self._rewards),
+            "rewards_waiting": sum(pool.num_waiting for pool in self.rewards),
             "tokens_per_s": self._rate(totals["tokens_generated"], now_s=now_s),
-            "weights_version": self._receiver.version,
+            "weights_version": self.receiver.version,
             "weights_age_s": self._weights_age_s(now_s=now_s),
             **self._of_engine_time(passed_s=passed_s),
-            "engine_starts": self._engine.num_starts,
+            "engine_starts": self.engine.num_starts,
             "loop_late_s": self._loop_late_s,
         }
         for key, counter in self._counters.items():
@@ -266,39 +258,31 @@ class ServerStats:
         return self.values
 
     def _of_engine_time(self, *, passed_s: float) -> dict[str, float]:
-        busy_s, request_s = self._gate.seconds()
+        busy_s, request_s = self.gate.seconds()
         self._engine_time.observe(
             busy_s=busy_s,
             request_s=request_s,
             passed_s=passed_s,
             late_s=self._late_s,
-            is_pushing=self._receiver.work is not None,
-            num_pushes=self._receiver.num_pushes,
-            stall_s=self._receiver.stall_seconds_total,
+            is_pushing=self.receiver.work is not None,
+            num_pushes=self.receiver.num_pushes,
+            stall_s=self.receiver.stall_seconds_total,
         )
         return {"at_engine_s": self._engine_time.busy_s, "requests_s": self._engine_time.request_s}
 
     def _of_places(self, *, now_s: float) -> dict[str, float]:
-        num_at = self._buffers.num_at
-        if hint := self._starvation.observe(num_at, now_s=now_s):
+        num_at = self.buffers.num_at
+        if hint := self.starvation.observe(num_at, now_s=now_s):
             log.warning("%s", hint)
         return {
-            "starved_s": self._starvation.seconds_total,
+            "starved_s": self.starvation.seconds_total,
             "at_engine": num_at[Place.ENGINE],
             "in_tools": num_at[Place.TOOL],
             "in_rewards": num_at[Place.REWARD],
         }
 
-    def _of_environments(self) -> dict[str, float]:
-        pools = self._environments
-        return {
-            "environment_s": sum(pool.seconds_total for pool in pools),
-            "environment_restarts": sum(pool.num_restarts for pool in pools),
-            "environments_open": sum(pool.num_open for pool in pools),
-        }
-
     def _of_sessions(self) -> dict[str, float]:
-        book = self._book
+        book = self.book
         return {
             "sessions_open": len(book.open),
             "sessions_waiting": book.num_waiting,
@@ -320,25 +304,25 @@ class ServerStats:
         environment, a session without requests, an engine with requests. Waiting for external agents counts
         as progress: whoever runs the agents decides how long they may stay away.
         """
-        client, receiver = self._supervisor.client, self._receiver
-        reward_s = sum(pool.seconds_total for pool in self._rewards)
-        num_calls = sum(pool.num_calls for pool in self._environments)
+        client, receiver = self.supervisor.client, self.receiver
+        reward_s = sum(pool.seconds_total for pool in self.rewards)
+        num_calls = sum(pool.num_calls for pool in self.environments)
         if client is None or client.is_held:
             self._progress.advance(now_s=now_s)  # the engine starts, or takes weights
         elif client.num_generating:
             self._progress.observe("engine", client.progress, now_s=now_s)
         self._progress.observe("pushes", receiver.num_pushes, now_s=now_s)
         self._progress.observe("rewards", reward_s, now_s=now_s)
-        if self._environments:
+        if self.environments:
             self._progress.observe("environments", num_calls, now_s=now_s)
-        self._progress.observe("sessions", self._book.progress, now_s=now_s)
-        if self._book.num_waiting and not self._book.open:
+        self._progress.observe("sessions", self.book.progress, now_s=now_s)
+        if self.book.num_waiting and not self.book.open:
             self._progress.advance(now_s=now_s)
-        self._progress.observe("samples", self._runner.num_done, now_s=now_s)
+        self._progress.observe("samples", self.runner.num_done, now_s=now_s)
         return self._progress.num_changes
 
     def _weights_age_s(self, *, now_s: float) -> float:
-        version = self._receiver.version
+        version = self.receiver.version
         if version != self._weights[0]:
             self._weights = (version, now_s)
         return now_s - self._weights[1]

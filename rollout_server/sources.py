@@ -1,14 +1,20 @@
-"""The sources of a rollout server's samples: one for training, and one for each evaluation set.
+"""The tasks of a rollout server and the sources of its samples: for training, and for each evaluation set.
 
-Sets without their own task use the job's task with its worker processes. Any other task has its own worker
-processes, so that a hanging evaluation reward does not delay training samples. All are started and checked
-before the engine starts.
+    make_tasks -> sequence_lengths -> without_long_prompts -> running_sources
+
+Tasks are created first, before the slow imports, because that finds most mistakes in a configuration. Prompts
+that are too long are left out once the tokenizer is available. Sets without their own task use the job's task
+with its worker processes. Any other task has its own worker processes, so that a hanging evaluation reward
+does not delay training samples. All are started and checked before the engine starts.
+
+In all mappings the empty name is training, and the others are evaluation sets.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,17 +22,17 @@ from typing import Any
 from areal_like.config import Config, EvalSetConfig
 from areal_like.errors import ConfigError, EpisodeError
 from areal_like.runtime.waits import PendingWaits
+from areal_like.wire.fingerprint import canonical_json
+from rollout_server.context_length import longest_evaluation, longest_sequence
 from rollout_server.environments.base import Message
-from rollout_server.job_tasks import key_of
 from rollout_server.rendering.base import ChatRenderer
 from rollout_server.rendering.prompt_renderer import PromptRenderer
-from rollout_server.tasks.base import Task
+from rollout_server.tasks.base import Task, make_task
 from rollout_server.workers.environment_pool import EnvironmentPool
 from rollout_server.workers.host import WorkerHost
 from rollout_server.workers.reward_pool import RewardPool
 
 SampleSources = Mapping[str, "SampleSource"]
-"""Sources by name of the evaluation set; the empty name is training."""
 First = tuple[list[Message], list[dict[str, Any]]]
 """Messages and tools of the first environment."""
 
@@ -45,6 +51,90 @@ class SampleSource:
     """Processes of `environment()` or `agent()`; None if the task has neither, or external agents."""
     settings: EvalSetConfig | None = None
     """Sampling settings; None: those of training."""
+
+
+def make_tasks(config: Config) -> dict[str, Task]:
+    """Returns the tasks; sets with equal settings share one.
+
+    Raises ConfigError for a task that cannot be made, has no training prompts, or holds out too few.
+    """
+    task = make_task(config.task, seed=config.seed, sandbox=config.rewards.sandbox)
+    task.check()
+    if not task.num_train:
+        raise ConfigError("task.train is not set: name the rows to train on")
+    made = {"": task}
+    tasks = {"": task}
+    for name, one in config.eval.resolved_sets.items():
+        key = _key_of(one)
+        if key not in made:
+            made[key] = _make(config, name, one)
+        tasks[name] = made[key]
+        _check_num_prompts(config, name, tasks[name])
+    return tasks
+
+
+def sequence_lengths(config: Config, tasks: Mapping[str, Task], *, max_positions: int) -> dict[str, int]:
+    """Returns the longest sequence of training and of each set, in tokens. `max_positions`: the model's
+    limit.
+
+    Raises ConfigError as the functions in `context_length` do.
+    """
+    lengths = {"": longest_sequence(config, tasks[""], max_positions=max_positions)}
+    for name, one in config.eval.resolved_sets.items():
+        lengths[name] = lengths[""]
+        if one.task or one.max_new_tokens:
+            lengths[name] = longest_evaluation(config, one, tasks[name], max_positions=max_positions)
+    return lengths
+
+
+def without_long_prompts(
+    config: Config, tasks: Mapping[str, Task], renderer: PromptRenderer, *, contexts: Mapping[str, int]
+) -> dict[str, Task]:
+    """Returns the tasks without prompts that are too long for training or for one of a task's sets.
+
+    Raises ConfigError if too few are left.
+    """
+    sets = config.eval.resolved_sets
+    limits: dict[str, int] = {}
+    for name, one in sets.items():
+        limit = contexts[name] - (one.max_new_tokens or config.sampling.max_new_tokens)
+        limits[_key_of(one)] = min(limit, limits.get(_key_of(one), limit))
+    fitted = {"": tasks[""].without_long_prompts(renderer)}
+    for name, one in sets.items():
+        key = _key_of(one)
+        if key not in fitted:
+            fitted[key] = tasks[name].without_long_prompts(renderer.limited(limits[key]))
+        _check_num_prompts(config, name, fitted[key])
+    return {"": fitted[""]} | {name: fitted[_key_of(one)] for name, one in sets.items()}
+
+
+def content_of(tasks: Mapping[str, Task]) -> str:
+    """Returns a hash of 16 hex digits over the examples and data of all sets; empty without sets."""
+    prints = {name: task.fingerprint() for name, task in tasks.items()}
+    return hashlib.sha256(canonical_json(prints).encode()).hexdigest()[:16] if prints else ""
+
+
+def _check_num_prompts(config: Config, name: str, task: Task) -> None:
+    one = config.eval.resolved_sets[name]
+    if one.num_prompts > task.num_eval:
+        stated = config.eval.sets.get(name, EvalSetConfig()).num_prompts
+        setting = f"eval.sets.{name}.num_prompts" if stated or one.task else "eval.num_prompts"
+        raise ConfigError(f"{setting}={one.num_prompts}: the task holds out {task.num_eval} (task.num_eval)")
+
+
+def _key_of(one: EvalSetConfig) -> str:
+    """Returns a key that is equal for sets with the same task; empty for the job's task."""
+    return canonical_json(one.task) if one.task else ""
+
+
+def _make(config: Config, name: str, one: EvalSetConfig) -> Task:
+    try:
+        task = make_task(one.task, seed=config.seed, sandbox=config.rewards.sandbox)
+        task.check()
+        task.fingerprint()  # checks that its first examples can be made
+    except ConfigError as error:
+        raise ConfigError(f"eval.sets.{name}: {error}") from error
+    return task
 
 
 @contextlib.asynccontextmanager
@@ -68,7 +158,7 @@ async def running_sources(
     async with contextlib.AsyncExitStack() as stack:
         for name, task in tasks.items():
             one = sets[name] if name else None
-            key = key_of(one) if one is not None else ""
+            key = _key_of(one) if one is not None else ""
             if key not in workers:
                 if task.has_environment or task.uses_sessions:
                     _check_limits(config, task)

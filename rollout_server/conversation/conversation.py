@@ -16,18 +16,20 @@ trained on in the first segment that contains it, and is context in the others.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.errors import EpisodeBudgetError, EpisodeError, PromptRefusedError
 from areal_like.trajectory import FinishReason
-from rollout_server.conversation.large_work import LargeWork
 from rollout_server.conversation.messages import (
     canonical_messages,
     canonical_tools,
@@ -40,8 +42,32 @@ from rollout_server.conversation.messages import (
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.turns import SampledTurn, Turn, Turns
 from rollout_server.environments.base import Message, Reply, ToolCall
-from rollout_server.policy.types import Generation
+from rollout_server.policy.generation import Generation
 from rollout_server.rendering.base import ChatRenderer, ToolSchema
+
+LARGE_BYTES = 1 << 16
+"""Smaller work takes a few hundredths of a second and runs directly in the event loop."""
+_THREAD = ThreadPoolExecutor(1, thread_name_prefix="large-prompts")
+Result = TypeVar("Result")
+
+
+class LargeWork:
+    """Runs work on large prompts (parsing, rendering, tokenizing) in a thread: a megabyte takes a second.
+
+    One thread serves all conversations of the process, so the work delays neither heartbeats nor other
+    samples. Each conversation has at most one item of work in the thread at a time, so conversations take
+    turns no matter how much work one of them has. Belongs to one event loop.
+    """
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+
+    async def run(self, work: Callable[[], Result], *, size: int) -> Result:
+        """Returns or raises what `work` does. `size`: approximate number of bytes that it processes."""
+        if size < LARGE_BYTES:
+            return work()
+        async with self._lock:
+            return await asyncio.get_running_loop().run_in_executor(_THREAD, work)
 
 
 class Conversation(Turns):
@@ -59,7 +85,8 @@ class Conversation(Turns):
         self._max_tokens = max_tokens
         self._states: defaultdict[bytes, list[Turn]] = defaultdict(list)
         """Turns by the digest of the tools and of the messages up to and including the turn."""
-        self._num_calls = 0
+        self.num_tool_calls = 0
+        """Number of calls in all replies."""
 
     async def say(
         self, messages: Sequence[Message], *, tools: Sequence[ToolSchema] = (), stop: Sequence[str] = ()
@@ -237,7 +264,7 @@ class Conversation(Turns):
         rooms = {
             FinishReason.LENGTH: self._policy.max_new_tokens,
             FinishReason.CONTEXT: self._context_tokens - start,
-            FinishReason.TOKENS: self._max_tokens - self._num_tokens_beside(parent) - start,
+            FinishReason.TOKENS: self._max_tokens - self._num_tokens_of_others(parent) - start,
         }
         reason = min(rooms, key=lambda one: rooms[one])
         if rooms[reason] >= 1:
@@ -251,11 +278,11 @@ class Conversation(Turns):
             raise PromptRefusedError(problem)
         raise EpisodeBudgetError(problem, reason=reason)
 
-    def _num_tokens_beside(self, parent: Turn | None) -> int:
-        """Returns the number of tokens in all segments if `parent` is extended."""
-        extended = {turn.parent for turn in self._turns} | {one.parent for one in self._running} | {parent}
+    def _num_tokens_of_others(self, parent: Turn | None) -> int:
+        """Returns the number of tokens in all segments but the one that extends `parent`."""
+        extended = {turn.parent for turn in self._turns} | {one for one, _ in self._running} | {parent}
         ended = sum(turn.end for turn in self._turns if turn not in extended)
-        return ended + sum(one.most_tokens for one in self._running)
+        return ended + sum(most_tokens for _, most_tokens in self._running)
 
     def _reply(
         self,
@@ -277,8 +304,8 @@ class Conversation(Turns):
         calls = []
         for call in parsed.tool_calls:
             # Nine letters and digits, because some templates require that.
-            calls.append(call if call.id else replace(call, id=f"call{self._num_calls:05d}"))
-            self._num_calls += 1
+            calls.append(call if call.id else replace(call, id=f"call{self.num_tool_calls:05d}"))
+            self.num_tool_calls += 1
         return Reply(
             text=parsed.text,
             raw_text=self.renderer.decode(completion_ids),

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from areal_like.errors import EngineError, EngineTimeoutError, EpisodeError, PromptRefusedError
 from areal_like.spans.recorder import observe
 from areal_like.trajectory import FinishReason
-from rollout_server.policy.types import Generation, Sampling, SamplingClient
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.generation import Generation, Sampling
 
 _MAX_EMPTY_ABORTS = 16
 """Consecutive aborts without a new token after which the engine is considered broken: no job updates its
@@ -26,31 +27,29 @@ weights that often."""
 _SEED_STRIDE = 0x9E3779B1
 
 
+@dataclass
 class PolicyClient:
     """Samples from the policy for one sample."""
 
-    def __init__(
-        self,
-        engine: SamplingClient,
-        *,
-        sampling: Sampling,
-        rid: str,
-        gate: AbstractAsyncContextManager[None],
-        timeout_s: float = math.inf,
-    ) -> None:
-        """`sampling.max_new_tokens` limits each turn; `rid` must be unique among running episodes; each
-        request is made inside `async with gate` (see GenerationGate). `timeout_s`: time limit of all turns
-        together, counted from the first request."""
-        self._engine = engine
-        self._sampling = sampling
-        self._rid = rid
-        self._gate = gate
-        self._num_requests = 0
-        self._timeout_s = timeout_s
-        self._deadline_s: float | None = None
-        """End of the time limit; None before the first request."""
-        self.num_sampled = 0
-        """Number of tokens in all turns, including turns that failed."""
+    engine: EngineClient
+    _: KW_ONLY
+    sampling: Sampling
+    """`max_new_tokens` limits each turn."""
+    rid: str
+    """Start of the request ids; unique among running samples."""
+    gate: AbstractAsyncContextManager[None]
+    """Each request is made inside `async with gate` (see GenerationGate)."""
+    timeout_s: float = math.inf
+    """Time limit of all turns together, counted from the first request."""
+    on_first_token: Callable[[], None] | None = None
+    """See EngineClient.generate."""
+    num_sampled: int = field(default=0, init=False)
+    """Number of tokens in all turns, including turns that failed."""
+    _cache_salt: str = field(default="", init=False)
+    """The engine's salt at the first request."""
+    _num_requests: int = field(default=0, init=False)
+    _deadline_s: float | None = field(default=None, init=False)
+    """End of the time limit; None before the first request."""
 
     @property
     def deadline_s(self) -> float | None:
@@ -60,7 +59,7 @@ class PolicyClient:
     @property
     def max_new_tokens(self) -> int:
         """Maximum number of tokens in one turn."""
-        return self._sampling.max_new_tokens
+        return self.sampling.max_new_tokens
 
     async def sample(
         self,
@@ -80,7 +79,7 @@ class PolicyClient:
         EngineTimeoutError if nothing was sampled within the time limit, and EngineError if the engine failed
         in another way. Cancelling the caller aborts the request.
         """
-        sampling = self._sampling
+        sampling = self.sampling
         if max_new_tokens is not None or stop or stop_token_ids or keeps_prefix:
             sampling = replace(
                 sampling,
@@ -135,18 +134,25 @@ class PolicyClient:
             sampling = replace(
                 sampling, max_new_tokens=max_new_tokens, sampling_seed=later, num_resumed=num_resumed
             )
-        rid = f"{self._rid}.{self._num_requests}"
+        rid = f"{self.rid}.{self._num_requests}"
         self._num_requests += 1
-        async with self._gate:
+        async with self.gate:
             now_s = asyncio.get_running_loop().time()
             if self._deadline_s is None:
-                self._deadline_s = now_s + self._timeout_s
+                self._deadline_s = now_s + self.timeout_s
             left_s = self._deadline_s - now_s
             if left_s <= 0:
                 raise EngineTimeoutError("the time limit was over when the request could be sent again")
+            # Not earlier: weights may have been pushed while the sample waited for the gate.
+            self._cache_salt = self._cache_salt or self.engine.cache_salt
             try:
-                return await self._engine.generate(
-                    tokens_T.tolist(), sampling=sampling, rid=rid, timeout_s=left_s
+                return await self.engine.generate(
+                    tokens_T.tolist(),
+                    sampling=sampling,
+                    rid=rid,
+                    timeout_s=left_s,
+                    cache_salt=self._cache_salt,
+                    on_first_token=self.on_first_token,
                 )
             finally:
                 observe("generations", asyncio.get_running_loop().time() - now_s)

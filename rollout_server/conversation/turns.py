@@ -7,7 +7,8 @@ tree with a single turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.scoring import SampleRewards, Span, placed_token_rewards, placed_turns
 from rollout_server.environments.base import Message, Reply
-from rollout_server.policy.types import Generation
+from rollout_server.policy.generation import Generation
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,15 +55,6 @@ class Turn:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RunningTurn:
-    """A turn that is being sampled."""
-
-    parent: Turn | None
-    most_tokens: int
-    """Length of its segment if the turn reaches its limit."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class SampledTurn:
     """One sampled turn: the parsed reply and its tokens."""
 
@@ -84,7 +76,11 @@ class Turns:
         self._policy = policy
         self._turns: list[Turn] = []
         """In the order in which they finished, so a turn comes after its parent."""
-        self._running: list[RunningTurn] = []
+        self._running: list[tuple[Turn | None, int]] = []
+        """The turns being sampled: parent, and length of the segment if the turn reaches its limit."""
+        self._busy_since_s = 0.0
+        self.generation_s = 0.0
+        """Time with at least one turn at the engine or waiting for it, in seconds."""
         self.finish_reason = FinishReason.STOP
         """Reason why the last turn ended."""
 
@@ -102,7 +98,10 @@ class Turns:
         PolicyClient.sample. The returned turn is None if nothing was sampled.
         """
         num_tokens, reason = limit or (self._policy.max_new_tokens, FinishReason.LENGTH)
-        running = RunningTurn(parent=parent, most_tokens=len(prompt) + num_tokens)
+        running = (parent, len(prompt) + num_tokens)
+        clock = asyncio.get_running_loop().time
+        if not self._running:
+            self._busy_since_s = clock()
         self._running.append(running)
         try:
             generation = await self._policy.sample(
@@ -110,6 +109,8 @@ class Turns:
             )
         finally:
             self._running.remove(running)
+            if not self._running:
+                self.generation_s += clock() - self._busy_since_s
         self.finish_reason = generation.finish_reason
         if self.finish_reason is FinishReason.LENGTH:
             self.finish_reason = reason
@@ -128,7 +129,7 @@ class Turns:
 
     def forget(self, turn: Turn) -> None:
         """Drops a turn that no client has read, unless another one follows it."""
-        followed = {one.parent for one in self._turns} | {one.parent for one in self._running}
+        followed = {one.parent for one in self._turns} | {parent for parent, _ in self._running}
         if turn in self._turns and turn not in followed:
             self._turns.remove(turn)
 
@@ -159,7 +160,6 @@ class Turns:
         outcome: SampleRewards,
         *,
         finish_reason: FinishReason | None = None,
-        generation_s: float = 0.0,
         reward_s: float = 0.0,
         is_greedy: bool = False,
         label: str = "",
@@ -172,59 +172,56 @@ class Turns:
         """
         if not self._turns:
             raise ValueError("the policy has sampled nothing")
-        layout = Layout(self._turns)
+        segments, spans, arrays = _layout(self._turns)
+        tokens, logprobs, versions = arrays
         return Trajectory(
-            tokens=layout.tokens,
-            loss_mask=(layout.versions != NOT_SAMPLED).astype(np.uint8),
-            logprobs=layout.logprobs,
-            versions=layout.versions,
+            tokens=tokens,
+            loss_mask=(versions != NOT_SAMPLED).astype(np.uint8),
+            logprobs=logprobs,
+            versions=versions,
             reward=outcome.reward,
             reward_components=outcome.reward_components,
-            segments=tuple(layout.segments) if len(layout.segments) > 1 else (),
-            turns=placed_turns(outcome, layout.spans),
+            segments=tuple(segments) if len(segments) > 1 else (),
+            turns=placed_turns(outcome, spans),
             metrics=outcome.metrics,
             label=label,
-            arrays=placed_token_rewards(outcome, layout.spans, num_tokens=layout.num_tokens),
+            arrays=placed_token_rewards(outcome, spans, num_tokens=len(tokens)),
             finish_reason=finish_reason or self.finish_reason,
             is_greedy=is_greedy,
-            generation_s=generation_s,
+            generation_s=self.generation_s,
             reward_s=reward_s,
         )
 
 
-class Layout:
-    """The arrays of a trajectory of several segments, which are in the order of their last turns."""
+def _layout(turns: Sequence[Turn]) -> tuple[list[int], list[Span], Iterator[NDArray[Any]]]:
+    """Returns the lengths of the segments, in the order of their last turns; (first, end) of the sampled
+    tokens of each turn, in the order of `turns`; and the tokens, log-probs and versions of all segments.
 
-    def __init__(self, turns: Sequence[Turn]) -> None:
-        """`turns`: all turns of a conversation, at least one, each after its parent."""
-        self._pieces: list[tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]] = []
-        self.num_tokens = 0
-        self.segments: list[int] = []
-        """Lengths of the segments."""
-        spans: dict[Turn, Span] = {}
-        extended = {turn.parent for turn in turns}
-        for leaf in turns:
-            if leaf in extended:
-                continue
-            for turn in leaf.path:
-                self._append_context(turn.context)
-                if turn in spans:
-                    self._append_context(turn.sampled)
-                    continue
-                first = self.num_tokens
-                self._append(turn.sampled, turn.logprobs, turn.versions)
-                spans[turn] = (first, self.num_tokens)
-            self.segments.append(leaf.end)
-        self.spans = [spans[turn] for turn in turns]
-        """(first, end) of the sampled tokens of each turn, in the order of `turns`."""
-        self.tokens, self.logprobs, self.versions = map(np.concatenate, zip(*self._pieces, strict=True))
+    `turns`: all turns of a conversation, at least one, each after its parent.
+    """
+    segments: list[int] = []
+    spans: dict[Turn, Span] = {}
+    pieces: list[tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]] = []
+    end = 0
+    extended = {turn.parent for turn in turns}
+    for leaf in turns:
+        if leaf in extended:
+            continue
+        for turn in leaf.path:
+            pieces.append(_as_context(turn.context))
+            end += len(turn.context)
+            first, end = end, end + len(turn.sampled)
+            if turn in spans:
+                pieces.append(_as_context(turn.sampled))
+            else:
+                pieces.append((turn.sampled, turn.logprobs, turn.versions))
+                spans[turn] = first, end
+        segments.append(leaf.end)
+    arrays = map(np.concatenate, zip(*pieces, strict=True))
+    return segments, [spans[turn] for turn in turns], arrays
 
-    def _append_context(self, tokens: NDArray[np.int32]) -> None:
-        num_tokens = len(tokens)
-        self._append(tokens, np.zeros(num_tokens, np.float32), np.full(num_tokens, NOT_SAMPLED, np.int32))
 
-    def _append(
-        self, tokens: NDArray[np.int32], logprobs: NDArray[np.float32], versions: NDArray[np.int32]
-    ) -> None:
-        self._pieces.append((tokens, logprobs, versions))
-        self.num_tokens += len(tokens)
+def _as_context(
+    tokens: NDArray[np.int32],
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:
+    return tokens, np.zeros(len(tokens), np.float32), np.full(len(tokens), NOT_SAMPLED, np.int32)

@@ -38,7 +38,6 @@ class PromptHashes:
         self._num_rows = 0
 
     def add(self, prompt: str, *, answer: str = "") -> None:
-        """Adds the next row."""
         self._rows.append(self._num_rows)
         self._num_rows += 1
         self._exact.append(_hash(prompt))

@@ -16,7 +16,7 @@ _NUM_BINS = 10
 _NUM_EXAMPLES = 10
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class HeardPrompt:
     """One prompt of the training split."""
 
@@ -34,15 +34,8 @@ class HeardPrompt:
     @classmethod
     def of_row(cls, row: Sequence[float]) -> HeardPrompt:
         """Builds it from the numbers of one prompt, in the order of the fields."""
-        index, num_issued, num_samples, num_unsolved, num_solved, sum_solve_rate = row
-        return cls(
-            index=int(index),
-            num_issued=int(num_issued),
-            num_samples=int(num_samples),
-            num_unsolved=int(num_unsolved),
-            num_solved=int(num_solved),
-            sum_solve_rate=float(sum_solve_rate),
-        )
+        index, issued, samples, unsolved, solved, rate = row
+        return cls(int(index), int(issued), int(samples), int(unsolved), int(solved), float(rate))
 
     @property
     def outcome(self) -> str:
@@ -53,7 +46,6 @@ class HeardPrompt:
 
     @property
     def solve_rate(self) -> float:
-        """Mean solve rate of the samples."""
         return self.sum_solve_rate / self.num_samples
 
 

@@ -6,30 +6,13 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from areal_like.data import RowFormat, Rows
 from areal_like.data.row_format import COMPLETION_KEYS, MESSAGES_KEYS, value_at
 from areal_like.errors import RAISED_BY_TASKS, ConfigError
 from rollout_server.data_stats.split import CountedRow
 from rollout_server.tasks.base import Split, Task
-
-
-class RowSource(Protocol):
-    """Rows of one split by number."""
-
-    @property
-    def name(self) -> str:
-        """Name of the split."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-
-    def rows(self, count: int) -> Iterator[CountedRow | str]:
-        """Yields the first `count` rows; for a row that cannot be used, the reason as text."""
-
-    def place(self, index: int) -> str:
-        """Returns the human-readable position of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +27,7 @@ class FileRows:
         return len(self.data)
 
     def rows(self, count: int) -> Iterator[CountedRow | str]:
-        """See `RowSource`."""
+        """Yields the first `count` rows; for a row that cannot be used, the reason as text."""
         for index in range(count):
             row = self.data[index]
             try:
@@ -58,7 +41,6 @@ class FileRows:
                 yield _kind_of(error)
 
     def place(self, index: int) -> str:
-        """See `RowSource`."""
         return self.data.place(index)
 
     def _response_of(self, row: dict[str, Any]) -> str | None:
@@ -85,7 +67,6 @@ class TaskSplit:
         return min(self.most, self.task.num_train if self.split == "train" else self.task.num_eval)
 
     def rows(self, count: int) -> Iterator[CountedRow | str]:
-        """See `RowSource`."""
         for index in range(count):
             try:
                 example = self.task.example(self.split, index)
@@ -97,8 +78,11 @@ class TaskSplit:
                 yield CountedRow(prompt=example.prompt, answer=_text(example.answer), label=example.label)
 
     def place(self, index: int) -> str:
-        """See `RowSource`."""
         return f"{self.name}[{index}]"
+
+
+RowSource = FileRows | TaskSplit
+"""The rows of one split, by number."""
 
 
 def _text(value: Any) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from rollout_server.data_stats.duplicates import PromptHashes
-from rollout_server.data_stats.lengths import LengthSample
 from rollout_server.environments.base import Message
 
+PERCENTILES = (50, 90, 99)
 MAX_LABELS = 50
 """Maximum number of labels in the output; the others are added up."""
 MAX_PROBLEMS = 20
@@ -40,20 +43,19 @@ class SplitStats:
         tokenizer."""
         self._max_prompt_tokens, self._count_tokens = max_prompt_tokens, count_tokens
         self.hashes = PromptHashes()
-        self._prompt_chars, self._prompt_tokens = LengthSample(), LengthSample()
-        self._response_chars = LengthSample()
+        self._prompt_chars, self._prompt_tokens = array("I"), array("I")
+        self._response_chars = array("I")
         self._labels: Counter[str] = Counter()
         self._problems: Counter[str] = Counter()
         self._problem_rows: dict[str, list[int]] = {}
         self._num_rows = self._num_without_answer = 0
 
     def add(self, row: CountedRow) -> None:
-        """Counts a row."""
         text = text_of(row.prompt)
         self.hashes.add(text, answer=row.answer)
-        self._prompt_chars.add(len(text))
+        self._prompt_chars.append(len(text))
         if row.response is not None:
-            self._response_chars.add(len(row.response))
+            self._response_chars.append(len(row.response))
         if row.label:
             self._labels[row.label] += 1
         self._num_without_answer += not row.answer
@@ -61,7 +63,7 @@ class SplitStats:
             self._note("the prompt is empty")
         elif self._count_tokens is not None:
             try:
-                self._prompt_tokens.add(self._count_tokens(row.prompt))
+                self._prompt_tokens.append(self._count_tokens(row.prompt))
             except ValueError:
                 self._note("the chat template, or the model's vocabulary, cannot render the prompt")
         self._num_rows += 1
@@ -78,9 +80,9 @@ class SplitStats:
         num_others = self._labels.total() - sum(count for _, count in most_common)
         return {
             "rows": self._num_rows,
-            "prompt_chars": self._prompt_chars.summary(),
-            "prompt_tokens": self._prompt_tokens.summary(limit=self._max_prompt_tokens),
-            "response_chars": self._response_chars.summary(),
+            "prompt_chars": length_summary(self._prompt_chars),
+            "prompt_tokens": length_summary(self._prompt_tokens, limit=self._max_prompt_tokens),
+            "response_chars": length_summary(self._response_chars),
             "duplicates": self.hashes.duplicates(),
             "without_answer": self._num_without_answer,
             "labels": dict(most_common) | ({_OTHERS: num_others} if num_others else {}),
@@ -113,3 +115,25 @@ def _content(message: Message) -> str:
         return content
     parts = content if isinstance(content, list) else []
     return "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+
+
+def length_summary(values: array[int], *, limit: int | None = None) -> dict[str, Any] | None:
+    """Summarizes lengths: num, min, mean, p50, p90, p99 and max; None if there are no values.
+
+    A percentile is the smallest length that at least this share of the rows does not exceed. `limit`: the
+    largest length that can be used; `over` then counts the values above it.
+    """
+    if not values:
+        return None
+    lengths = np.frombuffer(values, dtype=np.uint32)
+    percentiles = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
+    found: dict[str, Any] = {
+        "num": len(lengths),
+        "min": int(lengths.min()),
+        "mean": round(float(lengths.mean()), 2),
+        **{f"p{share}": int(value) for share, value in zip(PERCENTILES, percentiles, strict=True)},
+        "max": int(lengths.max()),
+    }
+    if limit is not None:
+        found |= {"limit": limit, "over": int((lengths > limit).sum())}
+    return found

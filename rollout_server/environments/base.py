@@ -60,7 +60,6 @@ class Reply:
 
     @property
     def message(self) -> Message:
-        """The turn as an assistant message."""
         message: Message = {"role": "assistant", "content": self.text}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
@@ -118,6 +117,5 @@ class Environment(ABC):
         """Frees the episode's resources. Called at its end, even after an error."""
 
 
-def messages_of(prompt: str | list[Message]) -> list[Message]:
-    """Converts the prompt to messages."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+def messages_of(prompt: str | Sequence[Message]) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

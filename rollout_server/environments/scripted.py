@@ -38,7 +38,6 @@ class Episode:
 
     @property
     def reward(self) -> float:
-        """Sum of the rewards of all turns."""
         return sum(self.turn_rewards)
 
 
@@ -55,7 +54,6 @@ def say(text: str = "", *, calls: Iterable[tuple[str, dict[str, Any] | str]] = (
 
 
 def call(tool: str, **arguments: Any) -> Reply:
-    """Makes a reply that calls one tool."""
     return say(calls=[(tool, arguments)])
 
 

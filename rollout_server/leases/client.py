@@ -1,4 +1,4 @@
-"""The server's client for one buffer: registration, heartbeats with credit, results and acknowledgements.
+"""The server's clients of the buffers: registration, heartbeats with credit, results, acknowledgements.
 
     UNREGISTERED -> hello -> REGISTERED -> HelloRequired (the buffer was restarted) -> UNREGISTERED
                              `-> unacknowledged results are sent again
@@ -21,10 +21,11 @@ from typing import Any
 
 from areal_like.config import Config
 from areal_like.errors import ArealError, DeadlineError, RunFinishedError
+from areal_like.runtime.daemon import cancelled_on_exit
 from areal_like.runtime.logs import follow_level
 from areal_like.runtime.waits import PendingWaits
 from areal_like.security.keyring import Keyring
-from areal_like.shards import WHOLE, Shard
+from areal_like.shards import WHOLE, Shard, all_shards
 from areal_like.wire.addresses import buffer_addresses, buffer_lookup
 from areal_like.wire.buffer_connection import BufferConnection
 from areal_like.wire.limits import bounded_stats, shortened
@@ -295,22 +296,124 @@ class BufferClient(BufferConnection):
         self._wake()
 
     def hello_required(self) -> None:
-        """`run` registers again."""
         self._wake()
 
     def reopened(self) -> None:
-        """`run` registers again."""
         super().reopened()
         self._wake()
 
     def drain(self) -> None:
-        """Tells the server."""
         self._on_drain()
 
     def finished(self) -> None:
-        """Tells the server."""
         self._on_finished()
 
     def _wake(self) -> None:
         """Sends the next heartbeat (or registers) in the next turn of the loop."""
         self._heartbeat_now.set()
+
+
+class ShardedBufferClient:
+    """A `BufferClient` for each shard. Create it in its event loop; `run` is its task.
+
+    Its methods and properties are those of the clients and of their leases, for all shards.
+
+    The buffers are independent: each grants leases within its own budget, gets separate heartbeats with the
+    server's state and version, and receives the samples that it has leased. Only the server's capacity is
+    shared. It is split evenly and statically: each shard may lease floor or ceil of capacity / num_shards
+    samples, so that buffers never exceed the capacity without coordinating. The cost is unused capacity while
+    a buffer is down, but then its part of the step is missing too. (As with one buffer, a ticket with more
+    samples than the share is still leased as a whole to a server that holds no samples of that shard.)
+    """
+
+    def __init__(self, config: Config, *, engine_samples: int, max_episodes: int, **options: Any) -> None:
+        """`engine_samples`, `max_episodes`: see `HeldLeases`; for the whole server. `options`: those of
+        `BufferClient`."""
+        self._num_shards = config.buffer.num_shards
+        self._shards = shards = all_shards(self._num_shards)
+        self._held = [
+            HeldLeases(engine_samples=shard.share(engine_samples), max_episodes=shard.share(max_episodes))
+            for shard in shards
+        ]
+        self._clients = [
+            BufferClient(config, shard, held=held, **options)
+            for shard, held in zip(shards, self._held, strict=True)
+        ]
+
+    @property
+    def state(self) -> ServerState:
+        return self._clients[0].state
+
+    @property
+    def problem(self) -> str:
+        return "; ".join(filter(None, (client.problem for client in self._clients)))
+
+    @property
+    def newest_version(self) -> int:
+        """Newest weights version that every buffer has reported."""
+        return min(client.newest_version for client in self._clients)
+
+    @property
+    def num_refused(self) -> dict[str, int]:
+        total = sum((client.num_refused for client in self._clients), Counter[str]())
+        return dict(sorted(total.items()))
+
+    @property
+    def lease_ids(self) -> list[int]:
+        return [lease_id for held in self._held for lease_id in held.lease_ids]
+
+    @property
+    def holding_samples(self) -> int:
+        return sum(held.holding_samples for held in self._held)
+
+    @property
+    def num_at(self) -> Counter[Place]:
+        return sum((held.num_at for held in self._held), Counter())
+
+    @property
+    def num_unacknowledged(self) -> int:
+        return sum(held.num_unacknowledged for held in self._held)
+
+    async def run(self) -> None:
+        """Registers at every buffer, and sends heartbeats until cancelled. Raises like `BufferClient.run`."""
+        tasks = [
+            asyncio.create_task(client.run(), name=f"buffer {index}")
+            for index, client in enumerate(self._clients)
+        ]
+        async with cancelled_on_exit(*tasks):
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+    def announce(self, *, state: ServerState | None = None, weights_version: int | None = None) -> None:
+        for client in self._clients:
+            client.announce(state=state, weights_version=weights_version)
+
+    def set_stats(self, stats: dict[str, float]) -> None:
+        """Sends these statistics with every heartbeat from now on."""
+        for client in self._clients:
+            client.stats = stats
+
+    def set_engine_samples(self, engine_samples: int) -> None:
+        """Changes the server's limit of samples at the engine, at least one per shard; existing leases
+        stay."""
+        engine_samples = max(engine_samples, self._num_shards)
+        for shard, held in zip(self._shards, self._held, strict=True):
+            held.engine_samples = shard.share(engine_samples)
+
+    def moved(self, lease_id: int, sample_index: int, place: Place) -> None:
+        self._client_of(lease_id).moved(lease_id, sample_index, place)
+
+    def deliver(self, result: SampleResult) -> None:
+        self._client_of(result.lease_id).deliver(result)
+
+    def _client_of(self, lease_id: int) -> BufferClient:
+        return self._clients[Shard.of(lease_id, count=self._num_shards).index]
+
+    def give_back(self, *, reason: str) -> list[int]:
+        return [lease_id for client in self._clients for lease_id in client.give_back(reason=reason)]
+
+    async def leave(self) -> None:
+        await asyncio.gather(*(client.leave() for client in self._clients))
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()

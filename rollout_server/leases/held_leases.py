@@ -39,15 +39,10 @@ class Place(StrEnum):
 
 
 @dataclass(kw_only=True, slots=True)
-class _Unacknowledged:
-    result: SampleResult
-    sent_s: float
-
-
-@dataclass(kw_only=True, slots=True)
 class _HeldLease:
     missing: dict[int, Place]
-    unacknowledged: dict[int, _Unacknowledged] = field(default_factory=dict)
+    unacknowledged: dict[int, tuple[SampleResult, float]] = field(default_factory=dict)
+    """Sample index -> its result, and when it was last sent."""
 
 
 class HeldLeases:
@@ -119,7 +114,7 @@ class HeldLeases:
             return False
         self.num_at[held.missing.pop(result.sample_index)] -= 1
         self.holding_samples -= 1
-        held.unacknowledged[result.sample_index] = _Unacknowledged(result=result, sent_s=now_s)
+        held.unacknowledged[result.sample_index] = result, now_s
         return True
 
     def acknowledge(self, ack: SampleAck) -> None:
@@ -146,12 +141,10 @@ class HeldLeases:
 
     def to_resend(self, *, now_s: float, older_than_s: float) -> list[SampleResult]:
         """Returns unacknowledged results sent before `now_s - older_than_s`, and marks them as sent now."""
-        due = [
-            waiting
-            for held in self._held.values()
-            for waiting in held.unacknowledged.values()
-            if waiting.sent_s <= now_s - older_than_s
-        ]
-        for waiting in due:
-            waiting.sent_s = now_s
-        return [waiting.result for waiting in due]
+        due = []
+        for held in self._held.values():
+            for index, (result, sent_s) in held.unacknowledged.items():
+                if sent_s <= now_s - older_than_s:
+                    held.unacknowledged[index] = result, now_s
+                    due.append(result)
+        return due

@@ -35,10 +35,9 @@ import aiohttp
 from areal_like.errors import EngineError, EngineTimeoutError
 from areal_like.http.streams import FRAMES, read_events, read_frames
 from areal_like.trajectory import FinishReason
-from rollout_server.policy.http import EngineHttp, error_text
-from rollout_server.policy.stop_texts import StopTexts, StopWatch
-from rollout_server.policy.types import Generation, Sampling
-from rollout_server.policy.wire import (
+from rollout_server.policy.generation import (
+    Generation,
+    Sampling,
     checked,
     encode_request,
     is_last,
@@ -46,6 +45,8 @@ from rollout_server.policy.wire import (
     parse_generation,
     refusal,
 )
+from rollout_server.policy.http import CONNECT_TIMEOUT_S, EngineHttp, error_text
+from rollout_server.policy.stop_texts import StopTexts, StopWatch
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,6 @@ class GenerateBatcher:
 
     @property
     def num_open(self) -> int:
-        """Number of `generate` calls that have not returned."""
         return len(self._open)
 
     async def generate(
@@ -121,7 +121,7 @@ class GenerateBatcher:
         """Samples one continuation of `input_ids`, in a batch with the other calls of this turn of the event
         loop.
 
-        See EngineClient.generate; `cache_salt` and `on_first_token`: see SglangClient.generate.
+        See EngineClient.generate.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Generation] = loop.create_future()
@@ -186,7 +186,6 @@ class GenerateBatcher:
             self._start(batch[start : start + MAX_BATCH])
 
     def _start(self, batch: list[_Pending]) -> None:
-        """Starts a task that streams a batch."""
 
         def fail_cancelled(stream: asyncio.Task[None]) -> None:
             # A task that is cancelled before its first turn never enters `_stream`, nor its `finally`.
@@ -229,7 +228,7 @@ class GenerateBatcher:
             cache_salts=[pending.cache_salt for pending in batch],
             is_packed=self._is_packed,
         )
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._http.connect_timeout_s)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
         try:
             async with self._http.session.post(
                 f"{self._http.base_url}/generate",

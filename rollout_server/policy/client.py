@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import ssl
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -19,15 +20,34 @@ from areal_like.weights.buckets import Bucket
 from areal_like.weights.integrity import BucketSums
 from areal_like.wire.messages.weights import FormGroup
 from rollout_server.policy.batcher import GenerateBatcher
-from rollout_server.policy.http import EngineHttp
-from rollout_server.policy.types import (
-    EngineInfo,
-    Generation,
-    Sampling,
-    SamplingClient,
-    parse_scores,
-    parse_weight_version,
-)
+from rollout_server.policy.generation import Generation, Sampling, parse_scores, parse_weight_version
+from rollout_server.policy.http import CONNECT_TIMEOUT_S, EngineHttp
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """Properties of an engine that a weight group depends on; defaults where the engine omits them."""
+
+    num_ranks: int = 1
+    """Tensor-parallel ranks of the engine; each is one rank of the weight group."""
+    device: str = "cpu"
+    device_uuid: str = ""
+    nccl_version: str = ""
+    authenticates_store: bool = False
+    """True if the engine accepts the key of a weight group's rendezvous; SGLang does not."""
+    loads_in_place: bool = False
+    """True if the engine does not decode while it receives weights (SGLang)."""
+
+    @classmethod
+    def from_server_info(cls, server_info: Mapping[str, Any]) -> EngineInfo:
+        """Builds it from `/server_info` of either engine."""
+        return cls(
+            num_ranks=int(server_info.get("tp_size") or 1),
+            device=str(server_info.get("device") or "cpu"),
+            device_uuid=str(server_info.get("device_uuid") or ""),
+            nccl_version=str(server_info.get("nccl_version") or ""),
+            authenticates_store=server_info.get("authenticates_store") is True,
+        )
 
 
 class EngineClient:
@@ -42,23 +62,14 @@ class EngineClient:
         *,
         api_key: str = "",
         tls: ssl.SSLContext | None = None,
-        connect_timeout_s: float = 5.0,
-        control_timeout_s: float = 30.0,
         stream_interval: int = 0,
     ) -> None:
         """`tls`: how to verify an https engine; None: with the system's certificates. `stream_interval`:
         tokens between two chunks of a sequence; 0: the engine's default."""
-        self._http = EngineHttp(
-            base_url,
-            api_key=api_key,
-            tls=tls,
-            connect_timeout_s=connect_timeout_s,
-            control_timeout_s=control_timeout_s,
-        )
+        self._http = EngineHttp(base_url, api_key=api_key, tls=tls)
         self._batcher = GenerateBatcher(self._http, stream_interval=stream_interval)
         self.stop_texts = self._batcher.stop_texts
         """Requests with stop texts need its `tokenizer`."""
-        self._connect_timeout_s = connect_timeout_s
         self.base_url = self._http.base_url
         self.info = EngineInfo()
         """Filled by `fetch_info`."""
@@ -69,6 +80,9 @@ class EngineClient:
         """Number of calls in progress that load weights."""
         self.caches_prefixes = False
         """True if the engine computes a prompt that several requests share only once."""
+        self.cache_salt = ""
+        """Identifies the weights that the engine holds, if its prefixes must not outlive them (SGLang). All
+        turns of a sample are requested with the salt of its first one."""
 
     async def __aenter__(self) -> EngineClient:
         return self
@@ -80,12 +94,11 @@ class EngineClient:
 
     @property
     def is_closed(self) -> bool:
-        """True once `close` was called."""
         return self._http.is_closed
 
     async def close(self) -> None:
         """Aborts every request at the engine; pending and later calls raise EngineError."""
-        self._http.refuse_calls()
+        self._http.is_closed = True
         await self._batcher.close()
         await self._http.close()
 
@@ -98,16 +111,28 @@ class EngineClient:
         sampling: Sampling,
         rid: str | None = None,
         timeout_s: float = math.inf,
+        cache_salt: str = "",
+        on_first_token: Callable[[], None] | None = None,
     ) -> Generation:
         """Samples one continuation of `input_ids`.
 
         `rid`: id of the request for `abort`, unique among those in flight. If any client aborts it, returns
         the partial tokens with finish_reason ABORT; after `timeout_s`, returns the tokens so far with
-        TIMEOUT. Cancelling the caller aborts the request. Raises PromptRefusedError if the engine refused the
-        prompt, EngineTimeoutError if there was no token in time, and EngineError if it refused for another
-        reason or died.
+        TIMEOUT. Cancelling the caller aborts the request. `cache_salt`: only prefixes computed with the same
+        salt are used; empty: the current one. `on_first_token` is called when the prompt is computed and
+        other requests can use its prefix; it is not called if only one token is sampled.
+
+        Raises PromptRefusedError if the engine refused the prompt, EngineTimeoutError if there was no token
+        in time, and EngineError if it refused for another reason or died.
         """
-        return await self._batcher.generate(input_ids, sampling=sampling, rid=rid, timeout_s=timeout_s)
+        return await self._batcher.generate(
+            input_ids,
+            sampling=sampling,
+            rid=rid,
+            timeout_s=timeout_s,
+            cache_salt=cache_salt or self.cache_salt,
+            on_first_token=on_first_token,
+        )
 
     @property
     def num_generating(self) -> int:
@@ -119,11 +144,6 @@ class EngineClient:
         """True while this client has paused the engine or is loading weights into it, so that no request
         advances."""
         return self._is_paused or self._num_loads > 0
-
-    def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
-        """Returns the client with which one episode samples all its turns; `on_first_token` is called if this
-        engine reports the first token."""
-        return self
 
     async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
         """Returns the log-probs, at temperature 1, of the tokens from index `first` (at least 1), and the
@@ -178,7 +198,7 @@ class EngineClient:
             "timeout_s": form.timeout_s,
             **({"secret": form.secret} if form.secret else {}),
         }
-        timeout_s = form.timeout_s + self._connect_timeout_s
+        timeout_s = form.timeout_s + CONNECT_TIMEOUT_S
         await self._http.call("POST", "/init_weights_update_group", body, timeout_s=timeout_s)
 
     async def destroy_weights_group(self, *, group_name: str) -> None:
@@ -239,7 +259,6 @@ class EngineClient:
         await self._load_weights("/update_weights_from_disk", body, timeout_s=timeout_s)
 
     async def flush_cache(self) -> None:
-        """Drops cached prefixes."""
         await self._http.call("GET", "/flush_cache")
 
     # State
@@ -247,7 +266,7 @@ class EngineClient:
     async def health(self) -> bool:
         """True if the engine responds and can generate."""
         try:
-            await self._http.call("GET", "/health", timeout_s=self._connect_timeout_s)
+            await self._http.call("GET", "/health", timeout_s=CONNECT_TIMEOUT_S)
         except EngineError:
             return False
         return True
@@ -258,7 +277,6 @@ class EngineClient:
         return info
 
     async def weight_version(self) -> int:
-        """Returns the active version."""
         return parse_weight_version((await self.model_info()).get("weight_version"))
 
     async def server_info(self) -> dict[str, Any]:
@@ -282,7 +300,7 @@ class EngineClient:
 
     async def metrics(self) -> bytes:
         """Returns the engine's metrics page in Prometheus' format."""
-        return await self._http.fetch("GET", "/metrics", timeout_s=self._connect_timeout_s)
+        return await self._http.fetch("GET", "/metrics", timeout_s=CONNECT_TIMEOUT_S)
 
     async def _load_weights(self, path: str, body: dict[str, Any], *, timeout_s: float) -> None:
         self._num_loads += 1
@@ -292,7 +310,6 @@ class EngineClient:
             self._num_loads -= 1
 
     async def fetch_info(self) -> None:
-        """Fills `info` from the engine."""
         self.info = EngineInfo.from_server_info(await self.server_info())
 
 
@@ -314,7 +331,7 @@ class EmbeddedClient(EngineClient):
             "integrity": integrity,
         }
         response = await self._http.call(
-            "POST", "/receive_weights", body, timeout_s=timeout_s + self._connect_timeout_s
+            "POST", "/receive_weights", body, timeout_s=timeout_s + CONNECT_TIMEOUT_S
         )
         return BucketSums(
             checksums=[int(checksum) for checksum in response.get("checksums", ())],

@@ -62,7 +62,6 @@ class ConcurrencyController:
         """`most`: the initial and largest limit."""
         self.most = most
         self.limit = most
-        self.num_decreases = 0
         self._num_retractions = 0
         self._changed_s = float("-inf")
 
@@ -89,4 +88,3 @@ class ConcurrencyController:
         held = min(self.limit, load.num_running or self.limit)
         self.limit = max(1, min(int(held * _SHRINK), self.limit))
         self._changed_s = now_s
-        self.num_decreases += 1

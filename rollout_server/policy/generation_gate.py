@@ -52,7 +52,6 @@ class GenerationGate:
         self._let_in()
 
     def hold(self) -> None:
-        """Makes new requests wait."""
         self._is_held = True
 
     def release(self) -> None:
@@ -61,7 +60,6 @@ class GenerationGate:
         self._let_in()
 
     async def wait_empty(self) -> None:
-        """Waits until no request is at the engine."""
         await self._empty.wait()
 
     def _has_room(self) -> bool:

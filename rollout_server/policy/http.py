@@ -12,8 +12,11 @@ from typing import Any
 import aiohttp
 
 from areal_like.errors import EngineError
-from rollout_server.policy.wire import MAX_ERROR_CHARS
+from rollout_server.policy.generation import MAX_ERROR_CHARS
 
+CONNECT_TIMEOUT_S = 5.0
+_CONTROL_TIMEOUT_S = 30.0
+"""Time limit of a request that states none."""
 _KEEPALIVE_S = 2.0
 _MAX_RESPONSE_BYTES = 64 << 20
 
@@ -21,41 +24,26 @@ _MAX_RESPONSE_BYTES = 64 << 20
 class EngineHttp:
     """The HTTP session with one engine.
 
-    OPEN -> refuse_calls() -> REFUSING (`call` raises EngineError) -> close() -> CLOSED
+    OPEN -> is_closed = True (`call` raises EngineError) -> close() -> CLOSED
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        api_key: str,
-        tls: ssl.SSLContext | None,
-        connect_timeout_s: float,
-        control_timeout_s: float,
-    ) -> None:
+    def __init__(self, base_url: str, *, api_key: str, tls: ssl.SSLContext | None) -> None:
         """`tls`: how to verify an https engine; None: with the system's certificates."""
         self.base_url = base_url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._tls: ssl.SSLContext | bool = tls or True
-        self.connect_timeout_s = connect_timeout_s
-        self._control_timeout_s = control_timeout_s
         self._session: aiohttp.ClientSession | None = None
         self.is_closed = False
-
-    def refuse_calls(self) -> None:
-        """Makes every later `call` raise EngineError."""
-        self.is_closed = True
+        """True once every later `call` is to raise EngineError."""
 
     async def close(self) -> None:
-        """Closes all connections."""
-        self.refuse_calls()
+        self.is_closed = True
         if self._session is not None:
             await self._session.close()
             self._session = None
 
     @property
     def session(self) -> aiohttp.ClientSession:
-        """The session, opened on first use."""
         if self._session is None:
             # limit=0 means no limit: each stream occupies a connection, and aborts and weight calls must
             # never queue behind streams. Idle connections are closed before uvicorn closes them after 5 s: a
@@ -90,8 +78,8 @@ class EngineHttp:
         Raises EngineError if it takes longer than `timeout_s`, for a status other than 200, and for a
         response of more than 64 MiB.
         """
-        total_s = self._control_timeout_s if timeout_s is None else timeout_s
-        timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=min(total_s, self.connect_timeout_s))
+        total_s = _CONTROL_TIMEOUT_S if timeout_s is None else timeout_s
+        timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=min(total_s, CONNECT_TIMEOUT_S))
         name = f"engine {self.base_url}{path}"
         if self.is_closed:
             raise EngineError(f"{name}: the client was closed")

@@ -4,8 +4,8 @@
 sent.
 - `/health` generates a token and hangs while the engine is paused, so readiness is read from `/ready`.
 - SGLang reports no cumulative load, so the client counts generated tokens and busy time itself.
-- Each request has a cache salt, so that an episode never starts with a prefix computed under other weights.
-- Each request says how often its tokens are streamed, because an engine at a URL may run with the default.
+- Each request has a cache salt, so that a sample never starts with a prefix computed under other weights.
+- Each request states how often its tokens are streamed, because an engine at a URL may run with the default.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import math
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from areal_like.errors import EngineError, PromptRefusedError
-from rollout_server.policy.client import EngineClient
-from rollout_server.policy.types import EngineInfo, Generation, Sampling, SamplingClient
+from rollout_server.policy.client import EngineClient, EngineInfo
+from rollout_server.policy.generation import Generation, Sampling
+from rollout_server.policy.http import CONNECT_TIMEOUT_S
 
 STREAM_INTERVAL = 1 << 20
 """Tokens between two chunks of a sequence after its first one. A chunk repeats all tokens before it, so the
@@ -56,47 +56,28 @@ class SglangClient(EngineClient):
         self._busy_s = 0.0
         self._salts = (f"{uuid.uuid4().hex}.{number}" for number in itertools.count())
         self.cache_salt = next(self._salts)
-        """Salt for episodes that start now; it identifies the weights that the engine holds."""
         self.caches_prefixes = True
         self._num_retractions, self._retractions_due_s = 0, 0.0
 
     def renew_cache_salt(self) -> None:
-        """Makes later episodes share no prefix with earlier ones. Call while the engine is paused, before its
+        """Makes later samples share no prefix with earlier ones. Call while the engine is paused, before its
         weights change."""
         self.cache_salt = next(self._salts)
-
-    def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
-        """Returns a client whose turns all use the salt of the weights at the episode's first request."""
-        return _Episode(self, on_first_token=on_first_token)
 
     async def generate(
         self,
         input_ids: Sequence[int],
         *,
         sampling: Sampling,
-        rid: str | None = None,
-        timeout_s: float = math.inf,
-        cache_salt: str = "",
-        on_first_token: Callable[[], None] | None = None,
+        **options: Any,
     ) -> Generation:
-        """Samples one continuation. Refuses ids outside the vocabulary, in the prompt and as stop tokens.
-
-        `cache_salt`: only prefixes computed with the same salt are used; empty: the current one.
-        `on_first_token` is called when the prompt is computed and other requests can use its prefix; it is
-        not called if only one token is sampled.
-        """
+        """Samples one continuation, as EngineClient.generate does. Refuses ids outside the vocabulary, in the
+        prompt and as stop tokens."""
         self._check_ids(input_ids, PromptRefusedError, name="input_ids")
         self._check_ids(sampling.stop_token_ids, EngineError, name="stop_token_ids")
         self._count_running(+1)
         try:
-            generation = await self._batcher.generate(
-                input_ids,
-                sampling=sampling,
-                rid=rid,
-                timeout_s=timeout_s,
-                cache_salt=cache_salt or self.cache_salt,
-                on_first_token=on_first_token,
-            )
+            generation = await super().generate(input_ids, sampling=sampling, **options)
         finally:
             self._count_running(-1)
         self._num_tokens += len(generation.output_ids)
@@ -125,10 +106,7 @@ class SglangClient(EngineClient):
         SGLang responds to a pause before its last batch is computed, and over NCCL to a bucket before it has
         arrived.
         """
-        body = {
-            "action": "checksum",
-            "skip_tensor_list": [""],
-        }  # the empty string is in every name
+        body = {"action": "checksum", "skip_tensor_list": [""]}  # the empty string is in every name
         await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
 
     async def fetch_info(self) -> None:
@@ -149,7 +127,7 @@ class SglangClient(EngineClient):
     async def health(self) -> bool:
         """True if the engine has started and accepts requests; False while it is paused."""
         try:
-            await self._http.call("GET", "/ready", timeout_s=self._connect_timeout_s)
+            await self._http.call("GET", "/ready", timeout_s=CONNECT_TIMEOUT_S)
         except EngineError:
             return False
         return True
@@ -195,31 +173,3 @@ class SglangClient(EngineClient):
             self._busy_s += now_s - self._since_s
         self._since_s = now_s
         self._num_running += change
-
-
-class _Episode:
-    """The `SamplingClient` of one episode."""
-
-    def __init__(self, client: SglangClient, *, on_first_token: Callable[[], None] | None) -> None:
-        self._client = client
-        self._cache_salt = ""
-        self._on_first_token = on_first_token
-
-    async def generate(
-        self,
-        input_ids: Sequence[int],
-        *,
-        sampling: Sampling,
-        rid: str | None = None,
-        timeout_s: float = math.inf,
-    ) -> Generation:
-        # Not earlier: weights may have been pushed while the episode waited for its turn (GenerationGate).
-        self._cache_salt = self._cache_salt or self._client.cache_salt
-        return await self._client.generate(
-            input_ids,
-            sampling=sampling,
-            rid=rid,
-            timeout_s=timeout_s,
-            cache_salt=self._cache_salt,
-            on_first_token=self._on_first_token,
-        )

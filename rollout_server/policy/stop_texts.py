@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from areal_like.errors import EngineError
 from areal_like.trajectory import FinishReason
-from rollout_server.policy.types import Generation, Sampling
+from rollout_server.policy.generation import Generation, Sampling
 
 MAX_CHUNKS = 64
 """Maximum number of chunks of a stream in which stop texts are searched; limited because a chunk repeats all

@@ -113,7 +113,6 @@ class ChatRenderer(ABC):
         return ParsedReply(text=text, reasoning=parsed.reasoning)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Decodes tokens to text."""
         return str(
             self.tokenizer.decode(
                 list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.errors import ConfigError
+from areal_like.registry import named_object
 from rollout_server.rendering.base import ChatRenderer
 from rollout_server.rendering.jinja import JinjaRenderer
 
@@ -91,17 +91,8 @@ def choose_renderer(
 
 
 def _custom_class(path: str) -> type[ChatRenderer]:
-    module_name, _, attribute = path.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise ConfigError(
-            f"model.renderer={path}: {error}; it must be importable from the directory the job starts in"
-        ) from error
-    except AttributeError:
-        raise ConfigError(f"model.renderer={path}: module {module_name} has no {attribute}") from None
+    key = f"model.renderer={path}"
+    cls = named_object(path, key=key)
     if not (isinstance(cls, type) and issubclass(cls, ChatRenderer)):
-        raise ConfigError(
-            f"model.renderer={path}: not a subclass of rollout_server.rendering.base.ChatRenderer"
-        )
+        raise ConfigError(f"{key}: not a subclass of rollout_server.rendering.base.ChatRenderer")
     return cls

@@ -9,15 +9,17 @@ earlier reasoning, ...), and the conversation has to start a new segment.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
 from areal_like.chat.messages import with_parsed_arguments
 from areal_like.errors import ConfigError, EpisodeError
-from rollout_server.environments.base import Message
+from rollout_server.environments.base import Message, ToolCall
 from rollout_server.rendering.base import ChatRenderer, ParsedReply, ToolSchema
-from rollout_server.rendering.replies import Markers, ParseCall, parse_json_call, split_reply
 
 _REASONING = "reasoning_content"
 _PROBE_TOOL: dict[str, Any] = {
@@ -37,6 +39,23 @@ _PROBE_REASONING = "ProbeReasoning"
 _MAX_ERROR_CHARS = 300
 _TOKENS_OF_A_MARKER = 16
 """Maximum number of tokens in the marker that starts the reasoning, including the white space after it."""
+_NAME = re.compile(r'"name"\s*:\s*"([^"\\]*)"')
+ParseCall = Callable[[str], tuple[str, str]]
+"""Parses the text between a call's markers into name and arguments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Markers:
+    """The markers around the parts of a reply."""
+
+    reasoning_begin: str = "<think>"
+    reasoning_end: str = "</think>"
+    call_begin: str = "<tool_call>"
+    call_end: str = "</tool_call>"
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return self.reasoning_begin, self.reasoning_end, self.call_begin, self.call_end
 
 
 class JinjaRenderer(ChatRenderer):
@@ -218,3 +237,56 @@ class JinjaRenderer(ChatRenderer):
                 f"the chat template cannot render these messages ({type(error).__name__}: "
                 f"{str(error)[:_MAX_ERROR_CHARS]})"
             ) from error
+
+
+def parse_json_call(body: str) -> tuple[str, str]:
+    """Parses a call as Hermes and Qwen write it, `{"name": "add", "arguments": {"a": 1}}`; returns the name,
+    and the arguments as JSON text.
+
+    For any other body, returns the name if it can be read, else an empty one, and the body as arguments.
+    """
+    try:
+        call = json.loads(body)
+        name, arguments = call["name"], call.get("arguments", {})
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        found = _NAME.search(body)
+        return found.group(1) if found else "", body
+    if not isinstance(name, str):
+        return "", body
+    return name, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def split_reply(
+    text: str,
+    *,
+    markers: Markers,
+    parse_call: ParseCall | None = parse_json_call,
+    starts_in_reasoning: bool = False,
+) -> ParsedReply:
+    """Splits a reply, given without its end-of-turn token, into reasoning, text and tool calls.
+
+        [<think> reasoning </think>] text [<tool_call> body </tool_call> text]*
+
+    No text raises an exception: a malformed call keeps its raw text, so that an environment can tell the
+    policy what is wrong with it.
+
+    `parse_call`: None leaves calls in the text. `starts_in_reasoning`: the prompt ended with the marker that
+    starts the reasoning. If the reasoning does not end, the text is empty; a call that does not end is
+    malformed.
+    """
+    reasoning = ""
+    begin = text.lstrip()
+    if starts_in_reasoning or begin.startswith(markers.reasoning_begin):
+        inside = begin.removeprefix(markers.reasoning_begin)
+        reasoning, _, text = inside.partition(markers.reasoning_end)
+        reasoning, text = reasoning.strip("\n"), text.lstrip("\n")
+    if parse_call is None:
+        return ParsedReply(text=text, reasoning=reasoning)
+    text, *rest = text.split(markers.call_begin)
+    calls = []
+    for part in rest:
+        body, end, after = part.partition(markers.call_end)
+        name, arguments = parse_call(body.strip()) if end else ("", body)
+        calls.append(ToolCall(id="", name=name, arguments=arguments))
+        text += after
+    return ParsedReply(text=text.strip() if calls else text, reasoning=reasoning, tool_calls=tuple(calls))

@@ -13,6 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 from renderers import create_renderer
@@ -133,14 +134,13 @@ class LibraryRenderer(ChatRenderer):
         )
         own_ids = self._renderer.get_stop_token_ids()
         self.stop_token_ids = tuple(sorted({*self.stop_token_ids, *own_ids}))
-        try:
-            self._supports_tools = self._ids([_USER], (_TOOL,)) != self._ids([_USER], ())
-        except EpisodeError:
-            self._supports_tools = False
 
-    @property
+    @cached_property
     def supports_tools(self) -> bool:
-        return self._supports_tools
+        try:
+            return self.render([_USER], tools=(_TOOL,)) != self.render([_USER])
+        except EpisodeError:
+            return False
 
     def difference(self) -> str:
         """Describes how its prompts differ from those of the tokenizer's chat template; empty if they do not.
@@ -179,7 +179,7 @@ class LibraryRenderer(ChatRenderer):
             except EpisodeError:  # the template does not support this conversation
                 continue
             try:
-                yield self._ids(messages, tools), theirs
+                yield self.render(messages, tools=tools), theirs
             except EpisodeError:
                 yield [], theirs
 
@@ -190,7 +190,18 @@ class LibraryRenderer(ChatRenderer):
         tools: Sequence[ToolSchema] = (),
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        return self._ids(messages, tools, add_generation_prompt)
+        try:
+            return list(
+                self._renderer.render_ids(
+                    self._prepared(messages),
+                    tools=_copies(tools),
+                    add_generation_prompt=add_generation_prompt,
+                )
+            )
+        except Exception as error:  # like a chat template, it may raise anything
+            raise EpisodeError(
+                f"the renderer {self.name} cannot render these messages ({first_line(error)})"
+            ) from error
 
     def bridge(
         self,
@@ -231,25 +242,6 @@ class LibraryRenderer(ChatRenderer):
             reasoning=parsed.reasoning_content or "",
             tool_calls=tuple(_tool_call(call) for call in parsed.tool_calls),
         )
-
-    def _ids(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[ToolSchema],
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
-        try:
-            return list(
-                self._renderer.render_ids(
-                    self._prepared(messages),
-                    tools=_copies(tools),
-                    add_generation_prompt=add_generation_prompt,
-                )
-            )
-        except Exception as error:  # like a chat template, it may raise anything
-            raise EpisodeError(
-                f"the renderer {self.name} cannot render these messages ({first_line(error)})"
-            ) from error
 
     def _prepared(self, messages: Sequence[Message]) -> list[Message]:
         prepared = [with_parsed_arguments(message) for message in messages]

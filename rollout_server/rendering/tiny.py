@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from rollout_server.rendering.base import ParsedReply, ToolSchema
-from rollout_server.rendering.jinja import JinjaRenderer
-from rollout_server.rendering.replies import Markers, split_reply
+from rollout_server.rendering.jinja import JinjaRenderer, Markers, split_reply
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 

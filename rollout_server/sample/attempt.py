@@ -3,32 +3,44 @@
     make(): play() -> the task's reward -> Trajectory
        `----> EngineError, EpisodeError, RewardError -> num_sampled, without_reward()
 
-The kinds of samples differ in how turns are played: one prompt and one completion (here), a conversation with
-an environment (environment_attempt.py), or a program that requests each turn (session_attempt.py). An attempt
-outlives its failure, because `buffer.on_failure` may use the tokens sampled before it.
+The kinds of samples differ only in how turns are played: one prompt and one completion (`SingleTurn`), a
+conversation with an environment (`EnvironmentAttempt`), or a program that requests each turn
+(session_attempt.py). An attempt outlives its failure, because `buffer.on_failure` may use the tokens sampled
+before it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from areal_like.errors import RAISED_BY_TASKS, EngineError, EpisodeError, RewardError
-from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.errors import (
+    RAISED_BY_TASKS,
+    EngineError,
+    EpisodeBudgetError,
+    EpisodeError,
+    RewardError,
+)
+from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, FinishReason, Trajectory
+from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.scoring import SampleRewards, add_up, both
 from rollout_server.conversation.turns import Turns
-from rollout_server.environments.base import Message
+from rollout_server.environments.base import Message, Reply, Step
 from rollout_server.leases.held_leases import Place
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.sample.prompts import LoadedPrompt, PromptLeader
 from rollout_server.tasks.base import Completion, Score, Split
+from rollout_server.workers.environment_pool import EnvironmentPool, EnvironmentSession
 from rollout_server.workers.reward_pool import Reward, RewardPool
 
 NOT_WANTED = "its sample is no longer needed: the job has ended, or another server makes it"
 """Message to clients of a session whose lease was cancelled."""
+_MAX_METRICS = 64
+"""Maximum number of metric names in one episode."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +65,6 @@ class Played:
     """The outcome of a sample's turns."""
 
     finish_reason: FinishReason
-    generation_s: float
-    """Time at the engine, in seconds."""
     text: str
     """The last turn, for the reward."""
     raw_text: str
@@ -67,14 +77,14 @@ class Played:
     """The score that an agent returned; the task's score is added to it."""
 
 
+@dataclass(kw_only=True)
 class Attempt(ABC):
     """One sample while it is being made."""
 
-    def __init__(self, request: SampleRequest, turns: Turns, *, label: str = "") -> None:
-        """`label`: the example's label, if already known."""
-        self._request = request
-        self._turns = turns
-        self._label = label
+    request: SampleRequest
+    turns: Turns
+    label: str = ""
+    """The example's label; an environment reports it."""
 
     @abstractmethod
     async def play(self) -> Played:
@@ -88,7 +98,7 @@ class Attempt(ABC):
             raise
         except RAISED_BY_TASKS as error:  # also raised by renderers: only this sample fails
             raise EpisodeError(f"the episode raised {type(error).__name__}: {error}") from error
-        turns, request = self._turns, self._request
+        turns, request = self.turns, self.request
         turn_lengths = turns.turn_lengths
         scored: Reward | None = None
         if request.rewards is not None:
@@ -117,47 +127,115 @@ class Attempt(ABC):
             return turns.to_trajectory(
                 outcome,
                 finish_reason=played.finish_reason,
-                generation_s=played.generation_s,
                 reward_s=scored.seconds if scored is not None else 0.0,
                 is_greedy=request.is_greedy,
-                label=self._label,
+                label=self.label,
             )
         except ValueError as error:
             raise EngineError(f"the engine's completion cannot be used: {error}") from None
 
     @property
     def num_sampled(self) -> int:
-        """Number of tokens that the policy has sampled so far."""
-        return self._request.policy.num_sampled
+        return self.request.policy.num_sampled
 
     def without_reward(self) -> Trajectory:
         """Returns the turns so far with reward 0. Raises ValueError if they cannot be trained on."""
-        return self._turns.to_trajectory(
-            SampleRewards(), is_greedy=self._request.is_greedy, label=self._label
-        )
+        return self.turns.to_trajectory(SampleRewards(), is_greedy=self.request.is_greedy, label=self.label)
 
 
+@dataclass(kw_only=True)
 class SingleTurn(Attempt):
     """A sample of one turn."""
 
-    def __init__(
-        self, request: SampleRequest, *, prompt: LoadedPrompt, leader: PromptLeader, renderer: PromptRenderer
-    ) -> None:
-        """`leader`: notified when the prompt is computed."""
-        super().__init__(request, Turns(request.policy), label=prompt.example.label)
-        self._prompt = prompt
-        self._leader = leader
-        self._renderer = renderer
+    prompt: LoadedPrompt
+    leader: PromptLeader
+    """Told when the prompt is computed."""
+    renderer: PromptRenderer
 
     async def play(self) -> Played:
-        """Samples the turn."""
-        loop = asyncio.get_running_loop()
-        started_s = loop.time()
-        generation, _ = await self._turns.sample(self._prompt.tokens_P)
-        self._leader.prompt_computed()  # not reported yet if the completion has one token
+        generation, _ = await self.turns.sample(self.prompt.tokens_P)
+        self.leader.prompt_computed()  # not reported yet if the completion has one token
         return Played(
             finish_reason=generation.finish_reason,
-            generation_s=loop.time() - started_s,
-            text=self._renderer.decode(generation.output_ids),
-            raw_text=self._renderer.text_of(generation.output_ids.tolist()),
+            text=self.renderer.decode(generation.output_ids),
+            raw_text=self.renderer.text_of(generation.output_ids.tolist()),
         )
+
+
+@dataclass(kw_only=True)
+class EnvironmentAttempt(Attempt):
+    """A conversation with an environment, until the environment or a budget ends it.
+
+        reset -> [say -> step]* -> done
+                     |       |---> episode.max_turns: TURNS;  rollout.sample_timeout_s: TIMEOUT
+                     `-----------> no room for the turn: TOKENS, CONTEXT;  turn cut: LENGTH, TIMEOUT
+
+    If a budget runs out, the sample is truncated: it keeps the rewards so far and is trained on like any
+    other. If the environment raises, hangs or crashes, the sample fails. A turn that was cut off is not
+    passed to the environment, because its response to half a turn would be meaningless.
+    """
+
+    turns: Conversation
+    environments: EnvironmentPool
+    max_turns: int
+    _messages: list[Message] = field(default_factory=list, init=False)
+    _last: Reply | None = field(default=None, init=False)
+    _step_rewards: list[float] = field(default_factory=list, init=False)
+    _metrics: dict[str, float] = field(default_factory=dict, init=False)
+    """Sums of the environment's metrics over the steps."""
+
+    async def play(self) -> Played:
+        request = self.request
+        request.on_move(Place.TOOL)
+        environment = await self.environments.open(
+            split=request.split, index=request.index, seed=request.seed
+        )
+        try:
+            finish_reason = await self._converse(environment)
+        finally:
+            environment.close()
+        return Played(
+            finish_reason=finish_reason,
+            text=self._last.text if self._last is not None else "",
+            raw_text=self._last.raw_text if self._last is not None else "",
+            messages=self._messages,
+            step_rewards=self._step_rewards,
+            metrics={"tool_calls": float(self.turns.num_tool_calls), **self._metrics},
+        )
+
+    async def _converse(self, environment: EnvironmentSession) -> FinishReason:
+        """Returns why the conversation ended."""
+        messages, tools = await environment.reset()
+        self.label = environment.label
+        self._messages += messages
+        for _ in range(self.max_turns):
+            self.request.on_move(Place.ENGINE)
+            try:
+                self._last = reply = await self.turns.say(self._messages, tools=tools)
+            except EpisodeBudgetError as error:
+                return error.reason
+            self._messages.append(reply.message)
+            if reply.finish_reason is not FinishReason.STOP:
+                return reply.finish_reason
+            self.request.on_move(Place.TOOL)
+            try:
+                async with asyncio.timeout_at(self.request.policy.deadline_s):
+                    step = await environment.step(reply)
+            except TimeoutError:
+                return FinishReason.TIMEOUT
+            self._add(step)
+            if step.done:
+                return FinishReason.STOP
+        return FinishReason.TURNS
+
+    def _add(self, step: Step) -> None:
+        self._messages += step.messages
+        self._step_rewards.append(step.reward)
+        for name, value in step.metrics.items():
+            self._metrics[name] = self._metrics.get(name, 0.0) + value
+        if len(self._metrics) > _MAX_METRICS:
+            raise EpisodeError(f"the environment has more than {_MAX_METRICS} metrics in one episode")
+        if abs(math.fsum(self._step_rewards)) > LARGEST_REWARD:
+            raise EpisodeError(f"the rewards of the environment add up to more than {LARGEST_REWARD:g}")
+        if max(map(abs, self._metrics.values()), default=0.0) > LARGEST_METRIC:
+            raise EpisodeError(f"a metric of the environment adds up to more than {LARGEST_METRIC:.4g}")

@@ -8,9 +8,7 @@ A sample starts as soon as its prompt is ready; a task with environments needs n
 ready together start in the same turn of the event loop, so that the engine client can send them as one
 request. A failed sample is reported with the kind of its failure, and the buffer decides about a retry. If
 `buffer.on_failure` is `zero` and there are sampled tokens, it becomes a sample with reward 0 instead. A
-sample that an external agent failed to make is first offered to other agents (`AgentTries`), because such a
-failure says nothing about the server or the task. A sample that is lost with the engine is not reported: the
-server gives its lease back.
+sample that is lost with the engine is not reported: the server gives its lease back.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from areal_like.config import Config
 from areal_like.errors import (
@@ -38,12 +37,12 @@ from areal_like.spans import recorder
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.producer import Lease, SampleDone, SampleFailed
 from areal_like.wire.records import Record
-from rollout_server.leases.held_leases import Place, SampleResult
+from rollout_server.leases.client import ShardedBufferClient
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.sample.attempt import NOT_WANTED, Attempt
 from rollout_server.sample.maker import AttemptMaker
-from rollout_server.sample.prompts import FailedPrompt, LoadedPrompt, PromptLeader, PromptLoader, needs_leader
+from rollout_server.sample.prompts import Failure, LoadedPrompt, PromptLeader, PromptLoader, needs_leader
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sources import SampleSources
 
@@ -68,17 +67,38 @@ _TRIES_OF_BROKEN_AGENTS = 4
 """Tries by all agents for each counted one."""
 
 
-class AgentTries:
-    """Counts the tries of external agents at one sample. Pure.
+def failure_of(error: EngineError | EpisodeError | RewardError) -> Failure:
+    """Returns the kind and reason of a failure by its exception."""
+    kind = next(kind for cause, kind in _KINDS if isinstance(error, cause))
+    # The policy does not cause the loss of an environment's process.
+    return Failure(kind=kind, reason=str(error), is_of_policy=not isinstance(error, EnvironmentLostError))
 
-    Broken agents must not use up the tries at samples that others can make. So tries of an agent whose
-    previous sample also failed do not count, up to a limit: with a single agent, all failures may be due to
-    one sample.
+
+class AgentTries:
+    """The attempts at one sample: a single one, unless external agents fail to make it.
+
+    Such a failure says nothing about the server or the task, so the sample is offered to other agents before
+    it is reported. Broken agents must not use up the tries at samples that others can make. So tries of an
+    agent whose previous sample also failed do not count, up to a limit: with a single agent, all failures may
+    be due to one sample.
     """
 
     def __init__(self, most: int) -> None:
         self._left = most
         self._left_of_all = _TRIES_OF_BROKEN_AGENTS * most
+        self.attempt: Attempt | None = None
+        """The newest attempt; None before the first one."""
+
+    async def make(self, begin: Callable[[], Attempt], *, name: str) -> Trajectory:
+        """Makes the sample. `begin` returns a new attempt. Raises as it and `Attempt.make` do."""
+        while True:
+            self.attempt = begin()
+            try:
+                return await self.attempt.make()
+            except AgentLostError as error:
+                if not self.goes_on(error):
+                    raise
+                log.warning("%s waits for another agent: %s", name, error)
 
     def goes_on(self, error: AgentLostError) -> bool:
         """Records a failed try; returns True if the sample should be offered again."""
@@ -97,23 +117,19 @@ class LeaseRunner:
         *,
         gate: GenerationGate,
         book: SessionBook,
-        on_result: Callable[[SampleResult], None],
-        on_move: Callable[[int, int, Place], None] = lambda lease_id, sample_index, place: None,
+        buffers: ShardedBufferClient,
     ) -> None:
-        """`on_result` is called once per sample, unless its lease was cancelled or the engine was lost;
-        `on_move` is called with (lease id, sample index, place) when a sample leaves the engine or comes
-        back. `book`: the sessions offered to agents."""
+        """`buffers` gets one result per sample, unless its lease was cancelled or the engine was lost.
+        `book`: the sessions offered to agents."""
         self._makers = {
-            name: AttemptMaker(config, source, gate=gate, on_move=on_move, book=book)
+            name: AttemptMaker(config=config, source=source, gate=gate, on_move=buffers.moved, book=book)
             for name, source in sources.items()
         }
         self._sources = sources
-        self._on_result = on_result
+        self._buffers = buffers
         self._on_failure = config.buffer.on_failure
         self._num_tries = 1 + config.buffer.max_sample_retries
-        """Tries at one sample by external agents, counted as described for `AgentLostError`. Only after that
-        is a failure reported to the buffer, because agents' failures say nothing about the server or the
-        task."""
+        """Tries at one sample by external agents, counted as described for `AgentLostError`."""
         self._prompts = PromptLoader(sources, timeout_s=config.rollout.reward_timeout_s)
         self._waiting: list[Lease] = []
         """Leases whose prompts are not being loaded yet."""
@@ -144,7 +160,7 @@ class LeaseRunner:
             source = self._sources.get(lease.eval_set)
             if source is None:
                 reason = f"this server has no evaluation set {lease.eval_set}"
-                self._start_samples(lease, FailedPrompt(reason=reason))
+                self._start_samples(lease, Failure(reason=reason))
             elif source.task.has_environment:
                 self._start_samples(lease, None)
             else:
@@ -187,131 +203,91 @@ class LeaseRunner:
     def _is_wanted(self, lease: Lease) -> bool:
         return lease.lease_id in self._samples
 
-    def _start_samples(self, lease: Lease, prompt: LoadedPrompt | FailedPrompt | None) -> None:
+    def _start_samples(self, lease: Lease, prompt: LoadedPrompt | Failure | None) -> None:
         """`prompt`: None if the environment provides it."""
-        if self._is_wanted(lease):  # the lease may have been cancelled in the meantime
-            leader = PromptLeader(self._leader_of(lease, prompt))
-            for sample_index in lease.sample_indices:
-                self._start_sample(lease, sample_index, prompt, leader)
-
-    def _leader_of(self, lease: Lease, prompt: LoadedPrompt | FailedPrompt | None) -> int | None:
-        """Returns the sample that computes the prompt before the others; None if all start at once."""
-        is_needed = isinstance(prompt, LoadedPrompt) and needs_leader(
+        if not self._is_wanted(lease):  # it was cancelled in the meantime
+            return
+        is_led = isinstance(prompt, LoadedPrompt) and needs_leader(
             num_prompt_tokens=len(prompt.tokens_P),
             num_samples=len(lease.sample_indices),
             caches_prefixes=self.engine is not None and self.engine.caches_prefixes,
         )
-        return lease.sample_indices[0] if is_needed else None
+        leader = PromptLeader(lease.sample_indices[0] if is_led else None)
+        tasks = self._samples[lease.lease_id]
+        for sample_index in lease.sample_indices:
+            task = asyncio.create_task(self._make_sample(lease, sample_index, prompt, leader))
+            tasks.add(task)
+            task.add_done_callback(partial(self._ended, lease.lease_id))
 
-    def _start_sample(
-        self,
-        lease: Lease,
-        sample_index: int,
-        prompt: LoadedPrompt | FailedPrompt | None,
-        leader: PromptLeader,
-    ) -> None:
-        def ended(task: asyncio.Task[None]) -> None:
+    def _ended(self, lease_id: int, task: asyncio.Task[None]) -> None:
+        if (tasks := self._samples.get(lease_id)) is not None:
             tasks.discard(task)
             if not tasks:
-                self._samples.pop(lease.lease_id, None)
-            self._report_unexpected(task)
-
-        tasks = self._samples[lease.lease_id]
-        task = asyncio.create_task(self._make_sample(lease, sample_index, prompt, leader))
-        tasks.add(task)
-        task.add_done_callback(ended)
+                del self._samples[lease_id]
+        self._report_unexpected(task)
 
     async def _make_sample(
         self,
         lease: Lease,
         sample_index: int,
-        prompt: LoadedPrompt | FailedPrompt | None,
+        prompt: LoadedPrompt | Failure | None,
         leader: PromptLeader,
     ) -> None:
-        """Makes one sample and reports its result."""
-        if isinstance(prompt, FailedPrompt):
-            self._report_failed(lease, sample_index, prompt.kind, prompt.reason)
+        if isinstance(prompt, Failure):
+            self._fail(lease, sample_index, prompt, attempt=None)
             return
-        engine, attempt, started_s, end = self.engine, None, time.monotonic(), "cancelled"
+        engine, started_s, end = self.engine, time.monotonic(), "cancelled"
+        name, tries = f"ticket {lease.ticket_id}.{sample_index}", AgentTries(self._num_tries)
         self._began_s[lease.lease_id, sample_index] = started_s
+        begin = partial(
+            self._makers[lease.eval_set].begin, engine, lease, sample_index, prompt=prompt, leader=leader
+        )
         try:
             await leader.wait_turn(sample_index)
-            maker = self._makers[lease.eval_set]
-            tries = AgentTries(self._num_tries)
-            while True:
-                attempt = maker.begin(engine, lease, sample_index, prompt=prompt, leader=leader)
-                try:
-                    record = _record_of(lease, sample_index, await attempt.make())
-                    break
-                except AgentLostError as error:
-                    if not tries.goes_on(error):
-                        raise
-                    log.warning(
-                        "sample %d of ticket %d waits for another agent: %s",
-                        sample_index,
-                        lease.ticket_id,
-                        error,
-                    )
+            record = _record_of(lease, sample_index, await tries.make(begin, name=name))
         except (EngineError, EpisodeError, RewardError) as error:
             if isinstance(error, EngineError):
                 await asyncio.sleep(_ENGINE_GRACE_S)
                 if engine is None or self.engine is not engine:
                     return
-            kind = next(kind for cause, kind in _KINDS if isinstance(error, cause))
-            self._report_failed(
-                lease,
-                sample_index,
-                kind,
-                str(error),
-                attempt=attempt,
-                # The policy did not cause the loss of the process, so its tokens are not trained on with
-                # reward 0.
-                is_innocent=isinstance(error, EnvironmentLostError),
-            )
+            self._fail(lease, sample_index, failure_of(error), attempt=tries.attempt)
             end = f"failed: {type(error).__name__}"
         else:
             self.num_done += 1
             self.num_finished[record.finish_reason] += 1
-            self._on_result(SampleDone(lease_id=lease.lease_id, record=record))
+            self._buffers.deliver(SampleDone(lease_id=lease.lease_id, record=record))
             end = record.finish_reason.name.lower()
         finally:
             self._began_s.pop((lease.lease_id, sample_index), None)
-            name = f"ticket {lease.ticket_id}.{sample_index}"
             recorder.record("samples", name, start_s=started_s, end=end)
             leader.prompt_computed()
 
-    def _report_failed(
-        self,
-        lease: Lease,
-        sample_index: int,
-        kind: FailureKind,
-        error: str,
-        *,
-        attempt: Attempt | None = None,
-        is_innocent: bool = False,
-    ) -> None:
-        """Reports a failure, or the tokens sampled before it with reward 0 (`buffer.on_failure`).
+    def _fail(self, lease: Lease, sample_index: int, failure: Failure, *, attempt: Attempt | None) -> None:
+        """Delivers a failure, or the tokens sampled before it with reward 0 (`buffer.on_failure`).
 
-        `attempt`: None if the failure came before the attempt. `is_innocent`: the policy did not cause the
-        failure.
+        `attempt`: None if the failure came before the attempt.
         """
+        kind = failure.kind
         self.num_failed[kind] += 1
-        log.warning("sample %d of ticket %d failed (%s): %s", sample_index, lease.ticket_id, kind, error)
-        if self._on_failure.policy(kind) is FailurePolicy.ZERO and attempt is not None and not is_innocent:
+        log.warning(
+            "sample %d of ticket %d failed (%s): %s", sample_index, lease.ticket_id, kind, failure.reason
+        )
+        is_zero = self._on_failure.policy(kind) is FailurePolicy.ZERO and failure.is_of_policy
+        if is_zero and attempt is not None:
             try:
                 record = Record.of(lease.ticket_id, sample_index, attempt.without_reward())
-                self._on_result(SampleDone(lease_id=lease.lease_id, record=record, failure=kind.value))
+                self._buffers.deliver(SampleDone(lease_id=lease.lease_id, record=record, failure=kind.value))
                 return
             except ValueError:  # nothing was sampled, or the engine's tokens cannot be used
                 pass
-        self._on_result(
+        self._buffers.deliver(
             SampleFailed(
                 lease_id=lease.lease_id,
                 ticket_id=lease.ticket_id,
                 sample_index=sample_index,
                 kind=kind,
                 num_tokens=attempt.num_sampled if attempt is not None else 0,
-                error=error[:_MAX_ERROR_CHARS],
+                error=failure.reason[:_MAX_ERROR_CHARS],
             )
         )
 

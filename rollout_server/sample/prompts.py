@@ -2,8 +2,8 @@
 
 A thread is needed because some tasks are slow and must not block the event loop.
 
-    lease: waiting -> being loaded -> LoadedPrompt | FailedPrompt
-                                   -> took too long: FailedPrompt; the thread is replaced
+    lease: waiting -> being loaded -> LoadedPrompt | Failure
+                                   -> took too long: Failure; the thread is replaced
                    -> cancelled: skipped
 
 There is only one thread, so that a task need not be thread-safe. The thread does not notify the event loop of
@@ -42,12 +42,14 @@ class LoadedPrompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FailedPrompt:
-    """The reason why a lease has no prompt."""
+class Failure:
+    """The reason why there is no prompt or no sample."""
 
     reason: str
     kind: FailureKind = FailureKind.ENVIRONMENT
-    """PROMPT if the prompt itself cannot be used; ENVIRONMENT if the task failed to make one."""
+    """For a prompt: PROMPT if it cannot be used; ENVIRONMENT if the task failed to make one."""
+    is_of_policy: bool = True
+    """False if the policy did not cause it, so that its tokens are not trained on with reward 0."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,7 +58,7 @@ class _Batch:
 
     leases: list[Lease]
     is_wanted: Callable[[Lease], bool]
-    prompts: list[LoadedPrompt | FailedPrompt] = field(default_factory=list)
+    prompts: list[LoadedPrompt | Failure] = field(default_factory=list)
     current: tuple[int, float]
     """Index of the lease being loaded, and when that started: one tuple, so that both are replaced
     atomically."""
@@ -78,12 +80,12 @@ class PromptLoader:
         leases: list[Lease],
         *,
         is_wanted: Callable[[Lease], bool],
-        on_prompt: Callable[[Lease, LoadedPrompt | FailedPrompt], None],
+        on_prompt: Callable[[Lease, LoadedPrompt | Failure], None],
     ) -> None:
         """Calls `on_prompt` for each lease in order, as soon as its prompt is loaded or has failed.
 
         `is_wanted` is called in the thread before a prompt is loaded; if it returns False, the prompt is
-        skipped and `on_prompt` gets a FailedPrompt.
+        skipped and `on_prompt` gets a Failure.
         """
         while leases:
             batch = _Batch(leases=leases, is_wanted=is_wanted, current=(0, self._clock()))
@@ -91,7 +93,7 @@ class PromptLoader:
             if num_loaded < len(leases):
                 self._replace_thread()
                 limit = f"rollout.reward_timeout_s={self._timeout_s:g}"
-                on_prompt(leases[num_loaded], FailedPrompt(reason=f"task.example() took longer than {limit}"))
+                on_prompt(leases[num_loaded], Failure(reason=f"task.example() took longer than {limit}"))
             leases = leases[num_loaded + 1 :]
 
     def close(self) -> None:
@@ -99,7 +101,7 @@ class PromptLoader:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _load_until_timeout(
-        self, batch: _Batch, on_prompt: Callable[[Lease, LoadedPrompt | FailedPrompt], None]
+        self, batch: _Batch, on_prompt: Callable[[Lease, LoadedPrompt | Failure], None]
     ) -> int:
         """Returns the number of leases that were handed over before an example exceeded its time limit."""
         loading = asyncio.get_running_loop().run_in_executor(self._thread, self._load_in_thread, batch)
@@ -129,9 +131,9 @@ class PromptLoader:
             if batch.is_wanted(lease):
                 batch.prompts.append(self._make_prompt(lease))
             else:
-                batch.prompts.append(FailedPrompt(reason="cancelled"))
+                batch.prompts.append(Failure(reason="cancelled"))
 
-    def _make_prompt(self, lease: Lease) -> LoadedPrompt | FailedPrompt:
+    def _make_prompt(self, lease: Lease) -> LoadedPrompt | Failure:
         """Runs in the thread."""
         source = self._sources[lease.eval_set]
         split, index = SPLITS[lease.purpose], lease.prompt_index
@@ -139,15 +141,15 @@ class PromptLoader:
         try:
             example = source.task.example(split, index)
         except RAISED_BY_TASKS as error:  # only the samples of this lease fail
-            return FailedPrompt(reason=f"{name}: {type(error).__name__}: {error}")
+            return Failure(reason=f"{name}: {type(error).__name__}: {error}")
         if source.task.uses_sessions:  # the agent writes the prompts
             return LoadedPrompt(example=example, tokens_P=np.empty(0, np.int32))
         try:
             return LoadedPrompt(example=example, tokens_P=source.renderer.encode(example))
         except ValueError as error:
-            return FailedPrompt(reason=f"{name}: {error}", kind=FailureKind.PROMPT)
+            return Failure(reason=f"{name}: {error}", kind=FailureKind.PROMPT)
         except RAISED_BY_TASKS as error:  # also raised by chat templates
-            return FailedPrompt(reason=f"{name}: {type(error).__name__}: {error}")
+            return Failure(reason=f"{name}: {type(error).__name__}: {error}")
 
     def _replace_thread(self) -> None:
         self._thread.shutdown(wait=False)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
 from areal_like.errors import (
     AgentLostError,
@@ -23,6 +24,7 @@ from areal_like.errors import (
     PromptRefusedError,
 )
 from areal_like.trajectory import FinishReason, Trajectory
+from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.scoring import add_up
 from rollout_server.leases.held_leases import Place
 from rollout_server.sample.attempt import NOT_WANTED, Attempt, Played, SampleRequest
@@ -35,31 +37,21 @@ RunAgent = Callable[[OpenSession, SampleRequest], Awaitable[Score | None]]
 agent."""
 
 
+@dataclass(kw_only=True)
 class SessionAttempt(Attempt):
     """A sample that an agent makes."""
 
-    def __init__(
-        self,
-        request: SampleRequest,
-        *,
-        session: OpenSession,
-        book: SessionBook,
-        idle_timeout_s: float,
-        run_agent: RunAgent | None,
-        label: str = "",
-    ) -> None:
-        """`run_agent`: None for external agents."""
-        super().__init__(request, session.conversation, label=label)
-        self._session = session
-        self._book = book
-        self._idle_timeout_s = idle_timeout_s
-        self._run_agent = run_agent
-        self._outcome = SessionOutcome.FAILED
+    turns: Conversation
+    session: OpenSession
+    book: SessionBook
+    idle_timeout_s: float
+    run_agent: RunAgent | None
+    """None for external agents."""
+    _outcome: SessionOutcome = field(default=SessionOutcome.FAILED, init=False)
 
     async def play(self) -> Played:
-        """Waits until the agent has finished."""
-        session, conversation = self._session, self._session.conversation
-        self._book.add(session)
+        session, conversation = self.session, self.turns
+        self.book.add(session)
         problem: EpisodeError | PromptRefusedError | None = None
         try:
             score, limit = await self._run()
@@ -69,7 +61,7 @@ class SessionAttempt(Attempt):
             num_turns = len(conversation.turn_lengths)
             if not num_turns:
                 raise session.refused_prompt or EnvironmentLostError(self._no_request())
-            if self._run_agent is None:
+            if self.run_agent is None:
                 _check_posted(score, turn_rewards, num_turns=num_turns)
             self._outcome = SessionOutcome.TRUNCATED if finish_reason.is_truncated else SessionOutcome.ENDED
         except (EpisodeError, PromptRefusedError) as error:
@@ -82,25 +74,24 @@ class SessionAttempt(Attempt):
             self._outcome = SessionOutcome.CANCELLED
             raise
         finally:
-            is_of_sample = self._book.remove(session, self._outcome, str(problem or ""))
+            is_of_sample = self.book.remove(session, self._outcome, str(problem or ""))
         if problem is not None:
             raise self._failure(problem, is_of_sample=is_of_sample)
         last, sampled = conversation.turns[-1], session.last_sampled
         return Played(
             finish_reason=finish_reason,
-            generation_s=session.generation_s,
             text=sampled.reply.text if sampled is not None else "",
             raw_text=sampled.reply.raw_text if sampled is not None else "",
             messages=last.messages,
             step_rewards=turn_rewards,
-            metrics={"tool_calls": float(session.num_tool_calls)},
+            metrics={"tool_calls": float(conversation.num_tool_calls)},
             score=score,
         )
 
     def without_reward(self) -> Trajectory:
         """Returns the turns that a client has read, with reward 0. Raises ValueError if they cannot be
         trained on."""
-        self._session.finish()
+        self.session.finish()
         return super().without_reward()
 
     def _failure(
@@ -108,13 +99,13 @@ class SessionAttempt(Attempt):
     ) -> EpisodeError | PromptRefusedError:
         """Returns the error to fail the sample with; failures of external agents are not attributed to the
         policy."""
-        if self._run_agent is not None or (is_of_sample and isinstance(problem, PromptRefusedError)):
+        if self.run_agent is not None or (is_of_sample and isinstance(problem, PromptRefusedError)):
             return problem
         return AgentLostError(str(problem), is_of_sample=is_of_sample)
 
     def _no_request(self) -> str:
-        refused = self._session.refused_route
-        if self._session.num_served:
+        refused = self.session.refused_route
+        if self.session.num_served:
             return "the agent was gone before it had read a completion"
         made = "the agent has made no request to the model"
         return f"{made} ({refused} is not served: chat/completions is)" if refused else made
@@ -122,29 +113,29 @@ class SessionAttempt(Attempt):
     async def _run(self) -> tuple[Score | None, FinishReason | None]:
         """Returns the agent's score, and the limit that ended the session. Raises EpisodeError,
         EngineError."""
-        session = self._session
-        self._request.on_move(Place.TOOL)
+        session = self.session
+        self.request.on_move(Place.TOOL)
         running: asyncio.Future[Score | None] | None = None
-        if self._run_agent is not None:
-            running = asyncio.ensure_future(self._run_agent(session, self._request))
+        if self.run_agent is not None:
+            running = asyncio.ensure_future(self.run_agent(session, self.request))
             running.add_done_callback(self._agent_ended)
         try:
             limit = await session.wait_ended(
-                idle_timeout_s=self._idle_timeout_s, deadline_s=lambda: self._request.policy.deadline_s
+                idle_timeout_s=self.idle_timeout_s, deadline_s=lambda: self.request.policy.deadline_s
             )
             if session.failure is not None:
                 raise session.failure
             if limit == "idle" and session.budget is None:
                 raise self._idle()
-            if limit == "idle":  # it did not end although it was told that there is no room
+            if limit == "idle":  # the agent did not end although it was told that there is no room
                 session.close("the session had no request that could be served for too long")
                 return self._posted(), session.budget or FinishReason.STOP
             if limit == "deadline":
                 session.close("the session timed out (rollout.sample_timeout_s)")
                 return self._posted(), FinishReason.TIMEOUT
             score = await self._result(running)
-            is_scored = score is not None or self._request.rewards is not None or session.has_rewards
-            if not is_scored and session.budget is None and session.conversation.turn_lengths:
+            is_scored = score is not None or self.request.rewards is not None or session.has_rewards
+            if not is_scored and session.budget is None and self.turns.turn_lengths:
                 raise self._no_reward()
             return score, session.budget
         finally:
@@ -152,7 +143,7 @@ class SessionAttempt(Attempt):
                 running.cancel()
 
     def _agent_ended(self, running: asyncio.Future[Score | None]) -> None:
-        self._session.end()
+        self.session.end()
         if not running.cancelled():
             running.exception()  # the sample may have ended for another reason
 
@@ -161,38 +152,38 @@ class SessionAttempt(Attempt):
         if running is None:
             return self._posted()
         # An agent may end its session itself and compute its score afterwards.
-        await asyncio.wait({running}, timeout=self._idle_timeout_s)
+        await asyncio.wait({running}, timeout=self.idle_timeout_s)
         if not running.done():
             raise self._idle()
         try:
             score = running.result()
         except EpisodeError as error:
-            if not self._session.conversation.turn_lengths:
-                raise self._session.refused_prompt or error from None
+            if not self.turns.turn_lengths:
+                raise self.session.refused_prompt or error from None
             # The agent may end because its last request was refused: then the sample is truncated.
-            if self._session.budget is None:
+            if self.session.budget is None:
                 raise
             return self._posted()
         return self._posted() if score is None else score
 
     def _posted(self) -> Score | None:
-        reward = self._session.reward
+        reward = self.session.reward
         return None if reward is None else Score(value=reward)
 
     def _no_reward(self) -> EpisodeError:
-        if self._run_agent is None:
+        if self.run_agent is None:
             problem = (
                 "its agent has ended it without a reward (POST .../reward), and the task has no reward()"
             )
-            return EnvironmentLostError(f"the session {self._session.id}: {problem}")
+            return EnvironmentLostError(f"the session {self.session.id}: {problem}")
         return EpisodeError("agent() returned None and posted no reward, and the task has no reward()")
 
     def _idle(self) -> EpisodeError:
         problem = (
-            f"the session {self._session.id} had no request for "
-            f"sessions.idle_timeout_s={self._idle_timeout_s:g}"
+            f"the session {self.session.id} had no request for "
+            f"sessions.idle_timeout_s={self.idle_timeout_s:g}"
         )
-        self._session.close(problem)
+        self.session.close(problem)
         self._outcome = SessionOutcome.IDLE
         return EpisodeError(problem)
 

@@ -64,7 +64,6 @@ class BwrapSandbox:
             )
 
     def check(self) -> None:
-        """Raises ConfigError, which says what to allow, if a program cannot be run."""
         problem = problem_of(self)
         if problem:
             raise ConfigError(

@@ -52,7 +52,6 @@ class RlimitsSandbox:
             shutil.rmtree(directory, ignore_errors=True)
 
     def check(self) -> None:
-        """Raises ConfigError if a program cannot be run."""
         problem = problem_of(self)
         if problem:
             raise ConfigError(f"rewards.sandbox=rlimits: cannot run {sys.executable} ({problem})")

@@ -85,7 +85,6 @@ class SessionBook:
         self.on_waiting()
 
     def add(self, session: OpenSession) -> None:
-        """Adds a new session."""
         self._sessions[session.id] = session
         if session.state is SessionState.WAITING:
             self.on_waiting()
@@ -104,7 +103,6 @@ class SessionBook:
 
     @property
     def num_pending(self) -> int:
-        """Number of requests to the model in progress."""
         return sum(one.num_pending for one in self._sessions.values())
 
     def waits(self) -> dict[str, float]:
@@ -190,13 +188,6 @@ class SessionBook:
         if session.state is SessionState.WAITING:
             session.api_key = secrets.token_urlsafe(32)
             self.on_waiting()
-
-    def claim(self) -> OpenSession | None:
-        """Claims the next session for an external agent at once; None if there is none."""
-        session = self.offer()
-        if session is not None:
-            session.claim()
-        return session
 
 
 def _is_free(session: OpenSession) -> bool:

@@ -7,16 +7,18 @@
 The turns form a `Conversation`: a prompt extends an earlier turn only if it starts with exactly its tokens.
 So whatever a client sends, sampled tokens are never tokenized again, and log-probs stay correct.
 
-A request may be a repetition: an SDK sends it again after a timeout or a broken connection. It then gets the
-response of the first one (see `begin`). A turn that no client has read is not part of the sample, unless the
-time limit of the sample cut it off.
+A request may be a repetition: an SDK sends it again after a timeout or a broken connection. It then joins the
+call of the first one (see `begin`): the policy samples one turn, and every client gets the same response. A
+turn that no client has read is not part of the sample, unless the time limit of the sample cut it off.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Coroutine
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -32,13 +34,103 @@ from areal_like.trajectory import LARGEST_REWARD, FinishReason
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.turns import SampledTurn, Turn
 from rollout_server.leases.held_leases import Place
-from rollout_server.sessions.calls import Call, Calls
 from rollout_server.sessions.claimants import Claimant
 from rollout_server.tasks.base import Example, Split
 
 _CUT_S = 5.0
 """Wait after the time limit of the sample. The engine returns the tokens of a request that timed out faster
 than this."""
+
+
+class Call:
+    """One request to the model, and its repetitions."""
+
+    def __init__(self, task: asyncio.Task[SampledTurn], *, gone: Callable[[], str]) -> None:
+        """`gone`: returns the message to clients when the session has ended."""
+        self.id = uuid.uuid4().hex
+        """The completion's id is derived from it."""
+        self.task = task
+        self.num_readers = 0
+        """Number of clients that wait for the response."""
+        self.body: bytes | None = None
+        """The response body while clients are connected; equal requests get equal bodies."""
+        self.is_delivered = False
+        """True once the whole response was sent to a client."""
+        self._gone = gone
+
+    async def turn(self) -> SampledTurn:
+        """Returns the sampled turn; cancelling the caller does not affect other callers. Raises as the
+        session's `sample_turn` does."""
+        self.num_readers += 1
+        try:
+            return await asyncio.shield(self.task)
+        except asyncio.CancelledError:
+            if self.task.cancelled():  # before its first step: later it ends with a SessionGoneError
+                raise SessionGoneError(self._gone()) from None
+            raise
+        finally:
+            self.num_readers -= 1
+
+    @property
+    def has_failed(self) -> bool:
+        """True if it ended without a turn."""
+        task = self.task
+        return task.done() and (task.cancelled() or task.exception() is not None)
+
+    @property
+    def is_lost(self) -> bool:
+        """True if its clients disconnected before they got the response."""
+        return self.num_readers == 0 and not self.is_delivered
+
+
+class Calls:
+    """The calls of one session. Belongs to one event loop."""
+
+    def __init__(self, *, gone: Callable[[], str]) -> None:
+        """`gone`: returns the message to clients when the session has ended."""
+        self._gone = gone
+        self._by_digest: dict[bytes, list[Call]] = {}
+        """Calls by the digest of their bodies."""
+        self._by_id: dict[str, Call] = {}
+
+    def begin(
+        self, digest: bytes, ask: Callable[[], Coroutine[Any, Any, SampledTurn]], *, is_repetition: bool
+    ) -> Call:
+        """Returns the call for a request: a new one, or the one that it repeats (see OpenSession.begin)."""
+        usable = [call for call in self._by_digest.get(digest, ()) if not call.has_failed]
+        lost = [call for call in usable if call.is_lost]
+        # Equal requests that were sent and lost at the same time get one turn each.
+        if joined := lost or (usable if is_repetition else []):
+            return joined[-1]
+        call = Call(asyncio.get_running_loop().create_task(ask()), gone=self._gone)
+        self._by_digest.setdefault(digest, []).append(call)
+        self._by_id[call.id] = call
+        call.task.add_done_callback(lambda _: self._forget_failed(call, digest))
+        return call
+
+    def find(self, completion_id: str) -> Call | None:
+        """Returns the call that produced a completion (`chatcmpl-...`, `cmpl-...`); None if there is none."""
+        call = self._by_id.get(completion_id.rpartition("-")[2])
+        return call if call is not None and call.task.done() and not call.has_failed else None
+
+    def completed(self) -> Iterator[tuple[Call, SampledTurn]]:
+        """Yields the calls that have a turn, newest first."""
+        for call in reversed(self._by_id.values()):
+            if call.task.done() and not call.has_failed:
+                yield call, call.task.result()
+
+    def cancel(self) -> None:
+        for call in self._by_id.values():
+            call.task.cancel()
+
+    def _forget_failed(self, call: Call, digest: bytes) -> None:
+        """Forgets a failed call: none can join it, and a client may send any number of requests that fail."""
+        if call.has_failed:  # also retrieves its exception, as there may be no client to do so
+            del self._by_id[call.id]
+            same = self._by_digest[digest]
+            same.remove(call)
+            if not same:
+                del self._by_digest[digest]
 
 
 class SessionState(StrEnum):
@@ -53,40 +145,33 @@ class SessionState(StrEnum):
     """Its sample is no longer needed, or was given up."""
 
 
+@dataclass(eq=False, kw_only=True)
 class OpenSession:
     """The session of one sample. Belongs to one event loop."""
 
-    def __init__(
-        self,
-        *,
-        id: str,
-        api_key: str,
-        conversation: Conversation,
-        max_turns: int,
-        group: int,
-        sample: int,
-        split: Split,
-        index: int,
-        on_move: Callable[[Place], None] = lambda place: None,
-        example: Example | None = None,
-        is_waiting: bool = False,
-        needs_reward: bool = False,
-        heartbeat_limit_s: float = math.inf,
-    ) -> None:
-        """`id`: unique to the attempt, so that no client of an earlier attempt can reach this one. `group`,
-        `sample`: ticket and sample index. `example`: sent to external agents; None: the agent already has it.
-        `is_waiting`: True if an external agent has to claim it. `needs_reward`: True if the task has no
-        reward of its own. `heartbeat_limit_s`: longest time without a served request in which heartbeats
-        count."""
-        self.id = id
-        self.api_key = api_key
-        self.group = group
-        self.sample = sample
-        self.split = split
-        self.index = index
-        self.example = example
-        self.conversation = conversation
-        self.state = SessionState.WAITING if is_waiting else SessionState.OPEN
+    id: str
+    """Unique to the attempt, so that no client of an earlier attempt can reach this one."""
+    api_key: str
+    conversation: Conversation
+    max_turns: int
+    group: int
+    """The sample's ticket."""
+    sample: int
+    """Its index in the ticket."""
+    split: Split
+    index: int
+    on_move: Callable[[Place], None] = lambda place: None
+    example: Example | None = None
+    """Sent to external agents; None: the agent already has it."""
+    is_waiting: bool = False
+    """True if an external agent has to claim it."""
+    needs_reward: bool = False
+    """True if the task has no reward of its own."""
+    heartbeat_limit_s: float = math.inf
+    """Longest time without a served request in which heartbeats count."""
+
+    def __post_init__(self) -> None:
+        self.state = SessionState.WAITING if self.is_waiting else SessionState.OPEN
         self.is_offered = False
         """True while the response that offers it to an agent is being sent."""
         self.claimant: Claimant | None = None
@@ -112,23 +197,15 @@ class OpenSession:
         self.num_calls = 0
         self.num_served = 0
         """Number of requests to the model that were served."""
-        self.generation_s = 0.0
-        """Time with at least one request at the engine, in seconds."""
-        self.num_tool_calls = 0
         self.last_sampled: SampledTurn | None = None
         """The newest sampled turn."""
         self._was_refused = False
         """True if a request was refused since the last served one."""
         self.num_heard = 0
         """Number of heartbeats, and other requests that are not to the model."""
-        self._needs_reward = needs_reward
-        self._heartbeat_limit_s = heartbeat_limit_s
-        self._max_turns = max_turns
-        self._on_move = on_move
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._last_activity_s = self._served_s = self._loop.time()
-        self._busy_since_s = 0.0
         self._calls = Calls(gone=lambda: self.gone)
         self._turn_rewards: dict[Turn, float] = {}
 
@@ -148,7 +225,6 @@ class OpenSession:
             self._calls.cancel()
 
     def fail(self, error: EngineError) -> None:
-        """Fails the sample because the engine failed."""
         if self.state is SessionState.OPEN:
             self.failure = error
             self.end()
@@ -185,7 +261,6 @@ class OpenSession:
 
     @property
     def now_s(self) -> float:
-        """Current time of the event loop."""
         return self._loop.time()
 
     @property
@@ -256,7 +331,7 @@ class OpenSession:
         """Records a sign of life: a request from its agent that is not to the model. Raises
         SessionGoneError."""
         self.check_open()
-        if self.now_s - self._served_s < self._heartbeat_limit_s:
+        if self.now_s - self._served_s < self.heartbeat_limit_s:
             self.num_heard += 1
             self.touch()
             self._changed.set()
@@ -266,10 +341,9 @@ class OpenSession:
         """Why there would be no sample if it ended now; empty if there would be one."""
         if not self.num_served:
             return "no request to the model was answered"
-        return "no reward was posted" if self._needs_reward and not self.has_rewards else ""
+        return "no reward was posted" if self.needs_reward and not self.has_rewards else ""
 
     def check_open(self) -> None:
-        """Raises SessionGoneError unless the session is open."""
         if self.state is not SessionState.OPEN:
             raise SessionGoneError(self.gone)
 
@@ -301,13 +375,12 @@ class OpenSession:
         self.check_open()
         self.num_calls += 1
         if self.num_pending == 0:
-            self._busy_since_s = self._loop.time()
-            self._on_move(Place.ENGINE)
+            self.on_move(Place.ENGINE)
         self.num_pending += 1
         try:
-            if len(self.conversation.turn_lengths) + self.num_pending > self._max_turns:
+            if len(self.conversation.turn_lengths) + self.num_pending > self.max_turns:
                 raise EpisodeBudgetError(
-                    f"the session has had its {self._max_turns} turns (episode.max_turns)",
+                    f"the session has had its {self.max_turns} turns (episode.max_turns)",
                     reason=FinishReason.TURNS,
                 )
             sampled = await sample()
@@ -329,10 +402,8 @@ class OpenSession:
         finally:
             self._was_refused = True
             self.num_pending -= 1
-            if self.num_pending == 0:
-                self.generation_s += self._loop.time() - self._busy_since_s
-                if self.state is SessionState.OPEN:
-                    self._on_move(Place.TOOL)
+            if self.num_pending == 0 and self.state is SessionState.OPEN:
+                self.on_move(Place.TOOL)
             self._changed.set()
         self.touch()
         self._served_s = self._last_activity_s
@@ -340,7 +411,6 @@ class OpenSession:
         self.budget = None
         self._was_refused = False
         self.last_sampled = sampled
-        self.num_tool_calls += len(sampled.reply.tool_calls)
         return sampled
 
     def _set(self, state: SessionState) -> None:

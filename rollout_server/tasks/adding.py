@@ -28,7 +28,6 @@ class AddingTask(Task):
     """False: the same prompts without the calculator; the first reply is the final one."""
 
     def example(self, split: Split, index: int) -> Example:
-        """Returns the terms and their sum."""
         return sum_example(self.seed, split, index)
 
     def environment(self, example: Example) -> Environment:
@@ -44,12 +43,10 @@ class Addition(ToolEnvironment):
         self._total = example.answer
 
     async def final(self, reply: Reply) -> float:
-        """Returns 1.0 for the correct sum, otherwise 0.0."""
         return float(reply.text == self._total)
 
 
 def sum_example(seed: int, split: Split, index: int) -> Example:
-    """Returns the terms and their sum."""
     example = adding.add_example(seed=seed, split=_STREAMS[split], index=index)
     return Example(prompt=example.prompt, answer=example.answer)
 

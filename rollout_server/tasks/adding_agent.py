@@ -29,11 +29,9 @@ class AddingAgentTask(Task):
             optional_package(_AGENT, task="adding_agent", distribution="openai-agents")
 
     def example(self, split: Split, index: int) -> Example:
-        """Returns the terms and their sum."""
         return sum_example(self.seed, split, index)
 
     async def agent(self, example: Example, session: Session) -> float:
-        """Runs the SDK's agent; returns its reward."""
         from rollout_server.agents.adding import add_up
 
         return float(await add_up(str(example.prompt), session) == example.answer)

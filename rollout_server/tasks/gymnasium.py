@@ -34,7 +34,6 @@ class GymnasiumTask(GameTask):
             raise ConfigError("task gymnasium: set task.id, as for gymnasium.make")
 
     def environment(self, example: Example) -> Environment:
-        """Returns the environment, which is reset with the example's seed."""
         return GymnasiumEnvironment(self, seed=example.answer)
 
 
@@ -63,7 +62,6 @@ class GymnasiumEnvironment(Environment):
             env.close()
 
     async def reset(self) -> list[Message]:
-        """Returns the system prompt and the first observation."""
         self._env = self._make()
         observation, _ = self._env.reset(seed=self._example_seed)
         return self._task.first_messages(_text(observation))
@@ -83,7 +81,6 @@ class GymnasiumEnvironment(Environment):
         )
 
     async def close(self) -> None:
-        """Closes the environment."""
         if self._env is not None:
             self._env.close()
 

@@ -120,7 +120,6 @@ class MixtureTask(Task):
         super().__post_init__()
 
     def example(self, split: Split, index: int) -> Example:
-        """Returns the example of the task that the index belongs to."""
         part, own_index = self._train_place(index) if split == "train" else self._eval_place(index)
         own = part.task.example(split, own_index)
         return _PartExample(
@@ -146,7 +145,6 @@ class MixtureTask(Task):
         return await scored if isinstance(scored, Awaitable) else scored
 
     def environment(self, example: Example) -> Environment | None:
-        """Returns the environment of the example's task; None: one prompt, one completion."""
         part, own = _of(example)
         return part.task.environment(own)
 
@@ -160,40 +158,32 @@ class MixtureTask(Task):
 
     @property
     def has_agent(self) -> bool:
-        """True if one of the tasks has an agent."""
         return any(part.task.has_agent for part in self.parts)
 
     @property
     def has_environment(self) -> bool:
-        """True if one of the tasks has environments."""
         return any(part.task.has_environment for part in self.parts)
 
     @property
     def has_reward(self) -> bool:
-        """True if one of the tasks has a reward in addition to those of environments."""
         return any(part.task.has_reward for part in self.parts)
 
     def is_rewarded(self, example: Example) -> bool:
-        """True if the example's task has a reward."""
         return _of(example)[0].task.has_reward
 
     @property
     def has_async_reward(self) -> bool:
-        """True if one of the rewards is asynchronous."""
         return any(part.task.has_reward and part.task.has_async_reward for part in self.parts)
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """Returns the tasks with their sizes and weights."""
         return tuple(Source(size=part.task.num_train, weight=part.weight) for part in self.parts)
 
     @property
     def content(self) -> list[str]:
-        """Returns fingerprints of the data of all tasks."""
         return [part.task.fingerprint() for part in self.parts]
 
     def check(self) -> None:
-        """Checks each task."""
         for part in self.parts:
             part.task.check()
 
@@ -206,7 +196,6 @@ class MixtureTask(Task):
         return fitted
 
     def settings_of_workers(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns the settings, with those of each task replaced."""
         entries = []
         for part, entry in zip(self.parts, settings["tasks"], strict=True):
             own = {name: entry[name] for name in _OWN if name in entry}
@@ -240,7 +229,6 @@ class MixtureTask(Task):
 
 
 def _part(entry: Any, *, seed: int, sandbox: str) -> _Part:
-    """Creates a part from its entry. Raises ConfigError."""
     if not isinstance(entry, Mapping):
         raise ConfigError(f"want a mapping with the settings of a task, got {entry!r}")
     weight, label, tokens = entry.get("weight", 1.0), entry.get("label", ""), entry.get("max_new_tokens", 0)

@@ -15,6 +15,7 @@ from typing import Any
 
 from areal_like.errors import ConfigError
 from rollout_server.tasks.base import Example, Split, Task
+from rollout_server.tasks.games import optional_package
 
 _EVAL_SEED_OFFSET = 1_000_000_000
 """Larger than any realistic num_train; seed + offset + index still fits numpy's 32-bit seeds."""
@@ -37,12 +38,7 @@ class ReasoningGymTask(Task):
             raise ConfigError(
                 "task reasoning_gym: seed must be in 0 .. 999999999 and num_train at most 1000000000"
             )
-        try:
-            gym = importlib.import_module("reasoning_gym")
-        except ImportError as error:
-            raise ConfigError(
-                f"task reasoning_gym needs an extra: pip install 'areal-like[tasks]' ({error})"
-            ) from error
+        gym = optional_package("reasoning_gym", task="reasoning_gym", distribution="'areal-like[tasks]'")
         names = importlib.import_module("reasoning_gym.factory").DATASETS
         if self.dataset not in names:
             raise ConfigError(f"task.dataset={self.dataset!r}: reasoning_gym has {', '.join(sorted(names))}")

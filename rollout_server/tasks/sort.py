@@ -23,10 +23,8 @@ class SortTask(Task):
     """Room for eight digits, the equals sign, and a BOS token if the tokenizer adds one."""
 
     def example(self, split: Split, index: int) -> Example:
-        """Returns the digits with an equals sign, and the sorted digits."""
         example = sorting.sort_example(seed=self.seed, split=_SPLITS[split], index=index)
         return Example(prompt=example.prompt, answer=example.answer)
 
     def reward(self, example: Example, completion: str) -> float:
-        """Returns 1.0 for exactly the sorted digits, otherwise 0.0."""
         return float(completion == example.answer)

@@ -6,13 +6,13 @@ so the wrappers are bypassed: the policy reads only what is new, without its own
 
 from __future__ import annotations
 
-import importlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from areal_like.errors import ConfigError
+from areal_like.registry import named_object
 from rollout_server.environments.base import Environment, Message, Reply, Step
 from rollout_server.tasks.base import Example
 from rollout_server.tasks.games import GameTask, optional_package
@@ -44,14 +44,9 @@ class TextArenaTask(GameTask):
 
     def opponent_function(self) -> Any:
         """Returns the function named by `opponent`. Raises ConfigError."""
-        module, _, name = self.opponent.rpartition(".")
-        try:
-            return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"task.opponent={self.opponent}: {error}; want module.function") from error
+        return named_object(self.opponent, key=f"task.opponent={self.opponent}", form="module.function")
 
     def environment(self, example: Example) -> Environment:
-        """Returns the game with the example's seed."""
         return TextArenaEnvironment(self, seed=example.answer)
 
 

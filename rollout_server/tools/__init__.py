@@ -3,7 +3,6 @@
 from areal_like.errors import ToolError
 from rollout_server.tools.calculator import calculator
 from rollout_server.tools.environment import ToolEnvironment
-from rollout_server.tools.settings import make_tools
-from rollout_server.tools.tool import Tool
+from rollout_server.tools.tool import Tool, make_tools
 
 __all__ = ["Tool", "ToolEnvironment", "ToolError", "calculator", "make_tools"]

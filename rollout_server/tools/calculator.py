@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from areal_like.errors import ToolError
-from rollout_server.tools.settings import NamedTool
-from rollout_server.tools.tool import Tool
+from rollout_server.tools.tool import NamedTool, Tool
 
 Number = Fraction | float
 
@@ -32,7 +31,6 @@ class Calculator(NamedTool):
     """`{name: calculator}`."""
 
     def tool(self) -> Tool:
-        """Returns a tool with one argument, the expression."""
         return Tool.of(calculator)
 
 

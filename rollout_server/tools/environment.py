@@ -28,7 +28,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from areal_like.errors import ConfigError, EpisodeError
-from rollout_server.environments.base import Environment, Message, Reply, Step, ToolCall
+from rollout_server.environments.base import Environment, Message, Reply, Step, ToolCall, messages_of
 from rollout_server.environments.exchange import awaitable
 from rollout_server.tools.tool import Tool, ToolOutput
 
@@ -60,13 +60,9 @@ class ToolEnvironment(Environment):
         """Returns the reward of a reply without calls, which ends the episode; a Step may continue it."""
 
     async def reset(self) -> list[Message]:
-        """Returns the prompt."""
-        if isinstance(self._prompt, str):
-            return [{"role": "user", "content": self._prompt}]
-        return list(self._prompt)
+        return messages_of(self._prompt)
 
     def check(self) -> None:
-        """Raises ConfigError if a tool does not work on this machine."""
         for tool in self._tools.values():
             tool.check()
 

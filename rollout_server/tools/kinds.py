@@ -157,14 +157,10 @@ class _Union:
         raise ToolError("; or ".join(problems))
 
 
-def shown(value: Any) -> str:
-    """Formats a value for a message."""
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."
-
-
 def _mismatch(name: str, wanted: str, value: Any) -> ToolError:
-    return ToolError(f"argument {name}: want {wanted}, got {shown(value)}")
+    text = repr(value)
+    shown = text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."
+    return ToolError(f"argument {name}: want {wanted}, got {shown}")
 
 
 def _written(hint: Any) -> str:

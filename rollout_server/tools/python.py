@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from areal_like.errors import ConfigError
 from rollout_server.sandbox import Limits, ProgramResult, make_sandbox
-from rollout_server.tools.settings import NamedTool
-from rollout_server.tools.tool import Tool
+from rollout_server.tools.tool import NamedTool, Tool
 
 _EXTRA_TIME_S = 10.0
 """Extra time, because starting and ending a program in the sandbox take longer on a busy machine."""
@@ -32,7 +31,6 @@ class Python(NamedTool):
             raise ConfigError("tool python: timeout_s and max_output_bytes above 0, memory_mb at least 32")
 
     def tool(self) -> Tool:
-        """Returns a tool with one argument, the source."""
         sandbox = make_sandbox(self.sandbox)
         limits = Limits(
             timeout_s=self.timeout_s, memory_mb=self.memory_mb, output_bytes=self.max_output_bytes
@@ -55,7 +53,6 @@ class Python(NamedTool):
 
 
 def describe(result: ProgramResult, limits: Limits) -> str:
-    """Describes a program's result to the policy."""
     parts = [result.stdout.rstrip("\n")]
     if result.stderr.strip():
         parts.append(result.stderr.strip())

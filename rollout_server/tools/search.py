@@ -17,8 +17,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from areal_like.errors import ConfigError, ToolError
-from rollout_server.tools.settings import NamedTool
-from rollout_server.tools.tool import Tool
+from rollout_server.tools.tool import NamedTool, Tool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,6 @@ class Search(NamedTool):
             raise ConfigError(f"tool search: text_keys={self.text_keys!r}: want a list")
 
     def tool(self) -> Tool:
-        """Returns a tool with one argument, the query."""
 
         async def search(query: str) -> str:
             """Searches a collection of texts and returns the best matches.

@@ -27,7 +27,7 @@ from areal_like.wire.messages.hello import Hello, Role
 from areal_like.wire.messages.producer import Lease, SampleDone, ServerState
 from areal_like.wire.records import Record
 from rollout_server.leases import client as client_module
-from rollout_server.leases.shards import ShardedBufferClient
+from rollout_server.leases.client import ShardedBufferClient
 
 RESEND_AFTER_S = 0.5
 

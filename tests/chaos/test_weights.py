@@ -20,8 +20,8 @@ from areal_like.errors import EngineError
 from areal_like.wire.messages.consumer import ServerEntry
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.engines.process import EmbeddedProcess
+from rollout_server.policy.generation import Generation
 from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.policy.types import Generation
 from rollout_server.weights.receiver import WeightReceiver
 from rollout_server.weights.shadow import ShadowWeightUpdate
 from tests.support.engine_harness import load_model, reference_logprobs, sample, save_model, weights_of

@@ -18,8 +18,8 @@ from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.environments.base import Message
+from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.policy.types import Generation, Sampling
 from rollout_server.rendering.jinja import JinjaRenderer
 from tests.support.chat_models import APPENDING, NEVER_ENDING, STRIPPING, TOOLLESS, WITH_BOS, jinja_renderer
 
@@ -31,6 +31,8 @@ TOOLS = [
 class Scripted:
     """Answers each request with the next text, tokenized one character at a time, and an end-of-turn token
     unless the text ends with a backslash. The log-prob of a token is its index in the request, negated."""
+
+    cache_salt = ""
 
     def __init__(self, renderer: JinjaRenderer, texts: Sequence[str]) -> None:
         self.renderer, self.texts = renderer, list(texts)
@@ -55,6 +57,7 @@ class Scripted:
         sampling: Sampling,
         rid: str | None = None,
         timeout_s: float = math.inf,
+        **options: Any,
     ) -> Generation:
         self.requests.append((list(input_ids), sampling))
         if not self.texts:

@@ -32,8 +32,8 @@ from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams
 from rollout_server.engine.scheduler import Sequence as EngineSequence
 from rollout_server.environments.base import Message, Reply
+from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.policy.types import Generation, Sampling
 from rollout_server.rendering.base import ChatRenderer
 from rollout_server.rendering.jinja import JinjaRenderer
 from rollout_server.rendering.library import LibraryRenderer
@@ -88,6 +88,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 class InProcess:
     """The embedded engine's core as a client, which interrupts some requests as `abort_resume` does."""
 
+    cache_salt = ""
+
     def __init__(self, core: EngineCore, interrupt_after: Sequence[int]) -> None:
         self.core = core
         self.interruptions = list(interrupt_after)
@@ -99,6 +101,7 @@ class InProcess:
         sampling: Sampling,
         rid: str | None = None,
         timeout_s: float = math.inf,
+        **options: Any,
     ) -> Generation:
         sequence = EngineSequence(
             seq_id=str(rid),

@@ -20,8 +20,8 @@ from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from areal_like.wire.records import Record
 from rollout_server.leases.held_leases import Place, SampleResult
+from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.policy.types import Generation, Sampling
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sources import SampleSource
@@ -32,6 +32,7 @@ from tests.rollout_server.test_episodes import Digits
 from tests.support import moved_clock
 from tests.support.line_chat import LineChat
 from tests.support.moved_clock import advance
+from tests.support.reported import Reported
 from tests.support.waiting import HANG_LIMIT_S
 from tests.support.workers import environment_pool
 
@@ -58,14 +59,13 @@ class Ordinals:
 class ScriptedEngine:
     """Answers turn i of each sample with line i of the script, then EOS; a line without room is cut."""
 
+    cache_salt = ""
+
     def __init__(self, script: Script) -> None:
         self.script = script
         self.num_turns: dict[str, int] = {}
         self.caches_prefixes = False
         self.sampling: list[Sampling] = []
-
-    def episode(self, *, on_first_token: Callable[[], None] | None = None) -> ScriptedEngine:
-        return self
 
     async def generate(
         self,
@@ -74,6 +74,7 @@ class ScriptedEngine:
         sampling: Sampling,
         rid: str | None = None,
         timeout_s: float = math.inf,
+        **options: Any,
     ) -> Generation:
         self.sampling.append(sampling)
         sample = (rid or "").rpartition(".")[0]
@@ -109,8 +110,8 @@ class Job:
     def __init__(
         self, pool: EnvironmentPool, script: Script, *, task: dict[str, Any], settings: dict[str, Any]
     ) -> None:
-        self.results: list[SampleResult] = []
-        self.places: list[Place] = []
+        self.reported = Reported()
+        self.results, self.places = self.reported.results, self.reported.places
         self.rewards = Verdict()
         self.engine = ScriptedEngine(script)
         config = from_mapping(
@@ -130,8 +131,7 @@ class Job:
             },
             gate=GenerationGate(),
             book=SessionBook(),
-            on_result=self.results.append,
-            on_move=lambda lease, sample, place: self.places.append(place),
+            buffers=self.reported,  # type: ignore[arg-type]
         )
         self.runner.engine = self.engine  # type: ignore[assignment]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.conversation.turns import Turns
+from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.policy.types import Generation, Sampling
 from rollout_server.tasks.base import Example
 from tests.support import moved_clock
 from tests.support.moved_clock import advance
@@ -34,15 +34,14 @@ class CountingEngine:
     log-prob is a function of the token, so that the tests detect misaligned arrays.
     """
 
+    cache_salt = ""
+
     def __init__(self, *, interrupt_after: Sequence[int] = (), eos_at: int = EOS) -> None:
         self.interruptions = list(interrupt_after)
         self.version = 0
         self.eos_at = eos_at
         self.requests: list[tuple[list[int], Sampling, str]] = []
         self.caches_prefixes = False
-
-    def episode(self, *, on_first_token: Callable[[], None] | None = None) -> CountingEngine:
-        return self
 
     async def generate(
         self,
@@ -51,6 +50,7 @@ class CountingEngine:
         sampling: Sampling,
         rid: str | None = None,
         timeout_s: float = math.inf,
+        **options: Any,
     ) -> Generation:
         self.requests.append((list(input_ids), sampling, rid or ""))
         limit = self.interruptions.pop(0) if self.interruptions else None
@@ -221,6 +221,7 @@ def test_the_time_limit_goes_on_when_a_turn_is_sent_again() -> None:
             sampling: Sampling,
             rid: str | None = None,
             timeout_s: float = math.inf,
+            **options: Any,
         ) -> Generation:
             self.limits.append(timeout_s)
             advance(50)

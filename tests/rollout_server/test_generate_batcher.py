@@ -15,7 +15,7 @@ from aiohttp import web
 from areal_like.errors import EngineError, EngineTimeoutError, PromptRefusedError
 from areal_like.trajectory import FinishReason
 from rollout_server.policy.client import EngineClient
-from rollout_server.policy.types import Generation, Sampling
+from rollout_server.policy.generation import Generation, Sampling
 from tests.support import moved_clock
 from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S

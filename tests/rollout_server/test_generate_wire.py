@@ -24,7 +24,7 @@ from areal_like.http.streams import (
     read_frames,
     unpack_tokens,
 )
-from rollout_server.policy.wire import checked, encode_request, parse_generation
+from rollout_server.policy.generation import checked, encode_request, parse_generation
 
 EVENT = {
     "output_ids": pack_tokens([5, 6]),

@@ -29,8 +29,8 @@ from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from rollout_server.environments.base import Environment, Message, Reply, Step
 from rollout_server.leases.held_leases import HeldLeases, Place, SampleResult
+from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.policy.types import Generation, Sampling
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sample.prompts import LONG_PROMPT_TOKENS, needs_leader
 from rollout_server.sessions.book import SessionBook
@@ -119,6 +119,7 @@ class FailingEngine(CountingEngine):
         sampling: Sampling,
         rid: str | None = None,
         timeout_s: float = math.inf,
+        **options: Any,
     ) -> Generation:
         if len(self.requests) >= self.num_good:
             raise self.error
@@ -188,6 +189,7 @@ class Served:
     ) -> None:
         self.results: list[SampleResult] = []
         self.held = HeldLeases(engine_samples=AT_ENGINE, max_episodes=EPISODES)
+        self.moved = self.held.moved
         self.engine = engine or CountingEngine()
         config = from_mapping(
             {
@@ -201,12 +203,11 @@ class Served:
             {"": source(task, rewards=rewards, environments=environments), **(eval_sets or {})},
             gate=GenerationGate(),
             book=SessionBook(),
-            on_result=self._deliver,
-            on_move=self.held.moved,
+            buffers=self,  # type: ignore[arg-type]
         )
         self.runner.engine = self.engine
 
-    def _deliver(self, result: SampleResult) -> None:
+    def deliver(self, result: SampleResult) -> None:
         self.results.append(result)
         self.held.finish(result, now_s=0.0)
 
@@ -512,6 +513,7 @@ def test_logprobs_that_cannot_be_used_are_the_engines_fault() -> None:
             sampling: Sampling,
             rid: str | None = None,
             timeout_s: float = math.inf,
+            **options: Any,
         ) -> Generation:
             made = await super().generate(input_ids, sampling=sampling, rid=rid)
             return replace(made, logprobs=np.full_like(made.logprobs, 0.5))
@@ -563,11 +565,6 @@ class SlowPrompts(CountingEngine):
         self.may_answer = asyncio.Event()
         self.error: EngineError | None = None
 
-    def episode(self, *, on_first_token: Callable[[], None] | None = None) -> CountingEngine:
-        assert on_first_token is not None
-        self.first_tokens.append(on_first_token)
-        return self
-
     async def generate(
         self,
         input_ids: Sequence[int],
@@ -575,7 +572,9 @@ class SlowPrompts(CountingEngine):
         sampling: Sampling,
         rid: str | None = None,
         timeout_s: float = math.inf,
+        **options: Any,
     ) -> Generation:
+        self.first_tokens.append(options["on_first_token"])
         made = await super().generate(input_ids, sampling=sampling, rid=rid)
         await self.may_answer.wait()
         if self.error is not None:

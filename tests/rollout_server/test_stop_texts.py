@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from areal_like.trajectory import FinishReason
 from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.policy.generation import Sampling
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.stop_texts import StopFinder
-from rollout_server.policy.types import Sampling
 from tests.rollout_server.test_episodes import EXAMPLE, CountingEngine, Digits
 from tests.support.engine_harness import VOCAB, PieceTokenizer
 

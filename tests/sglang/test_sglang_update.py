@@ -24,9 +24,9 @@ from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.conversation.turns import Turns
 from rollout_server.policy.engines.sglang.process import SglangAtUrl
+from rollout_server.policy.generation import Sampling
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.sglang_client import SglangClient
-from rollout_server.policy.types import Sampling
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from rollout_server.weights.in_place import SglangWeightUpdate
 from rollout_server.weights.strategy import WeightPush
@@ -214,16 +214,19 @@ def test_push_while_sequences_run(engine: Engine, models: Models, mode: str) -> 
 
 
 def test_keep_shares_prefixes_only_within_one_version(engine: Engine, models: Models) -> None:
-    """New requests compute their prompt under the new weights, those of an older episode use its prefix."""
+    """New requests compute their prompt under the new weights, those of an older sample use its prefix."""
     references = [load_model(path) for path in models]
     prompt = [*range(20, 99), *PROMPT]  # shares no prefix with the running one
 
     async def body() -> None:
         async with harness_of(engine, models) as harness:
             client = harness.client
-            old_episode, waiting_episode = client.episode(), client.episode()
             sampling = Sampling(max_new_tokens=12, ignore_eos=True)
-            await old_episode.generate([99, 98], sampling=sampling)
+            old_sample, waiting_sample = (
+                PolicyClient(client, sampling=sampling, rid=name, gate=harness.gate)
+                for name in ("old", "waiting")
+            )
+            await old_sample.sample(np.array([99, 98], np.int32))
             running = asyncio.create_task(sample(client, PROMPT, 900))
             await until_running(client, 1)
             cached = []
@@ -237,10 +240,10 @@ def test_keep_shares_prefixes_only_within_one_version(engine: Engine, models: Mo
                 if version == 0:
                     await harness.push(weights_of(models[1]), mode="keep")
             assert cached == [(0, len(prompt) - 1), (0, len(prompt) - 1)]
-            turn = await old_episode.generate(prompt, sampling=sampling)
+            turn = await old_sample.sample(np.array(prompt, np.int32))
             assert turn.num_cached_tokens == len(prompt) - 1 and set(turn.versions.tolist()) == {1}
             assert error_of(references[1], prompt, turn) > TOLERANCE, "its KV is that of the old weights"
-            late = await waiting_episode.generate(prompt, sampling=sampling)
+            late = await waiting_sample.sample(np.array(prompt, np.int32))
             assert error_of(references[1], prompt, late) < TOLERANCE, "it began after the push"
             generation = await asyncio.wait_for(running, 60)
             assert set(generation.versions.tolist()) == {0, 1}, "the push did not wait for it"

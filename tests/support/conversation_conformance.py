@@ -18,8 +18,8 @@ from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.environments.base import Message
 from rollout_server.policy.client import EngineClient
+from rollout_server.policy.generation import Sampling
 from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.policy.types import Sampling
 from rollout_server.rendering.base import ChatRenderer, ParsedReply, ToolSchema
 from tests.support.engine_harness import (
     EOS,
@@ -86,7 +86,7 @@ class Talk:
     def __init__(self, client: EngineClient, seed: int) -> None:
         self._rng = random.Random(seed)
         sampling = Sampling(max_new_tokens=24, stop=STOPS, temperature=1.5)
-        policy = PolicyClient(client.episode(), sampling=sampling, rid=f"talk{seed}", gate=GenerationGate())
+        policy = PolicyClient(client, sampling=sampling, rid=f"talk{seed}", gate=GenerationGate())
         self.conversation = Conversation(IdRenderer(), policy, context_tokens=512, max_tokens=4096)
         self._messages = [self._user()]
         self.reasons: list[FinishReason] = []

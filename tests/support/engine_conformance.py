@@ -22,7 +22,7 @@ from areal_like.errors import EngineError, PromptRefusedError
 from areal_like.trajectory import FinishReason
 from rollout_server.policy import batcher as batcher_module
 from rollout_server.policy.client import EngineClient
-from rollout_server.policy.types import Sampling
+from rollout_server.policy.generation import Sampling
 from tests.support import moved_clock
 from tests.support.conversation_conformance import conversations_are_exact
 from tests.support.engine_harness import (
@@ -177,7 +177,7 @@ async def turns_reuse_what_earlier_turns_computed(engine: Engine, models: Models
     """Conversations of four turns, with an update before the last: log-probs and versions are right, and only
     an update (or, with `keep`, an episode that began before it) changes what is in the cache.
 
-    With SGLang `episode` gives each conversation the cache salt of its start.
+    Every turn is requested with the cache salt of the conversation's start, as by a PolicyClient.
     """
     old, new = (load_model(path) for path in models)
     async with engine.client() as client:
@@ -186,17 +186,14 @@ async def turns_reuse_what_earlier_turns_computed(engine: Engine, models: Models
             await pusher.push(weights_of(models[0]), version=version)
             await client.flush_cache()
             said = [list(range(3, 20 + 5 * i)) for i in range(4)]
-            episodes = [client.episode() for _ in said]
+            salt = client.cache_salt
             for turn in range(4):
                 if turn == 3:
                     version += 1
                     await pusher.push(weights_of(models[1]), version=version)
                 sampling = Sampling(max_new_tokens=8 + turn, ignore_eos=True, keeps_prefix=True)
                 turns = await asyncio.gather(
-                    *(
-                        episode.generate(tokens, sampling=sampling)
-                        for episode, tokens in zip(episodes, said, strict=True)
-                    )
+                    *(client.generate(tokens, sampling=sampling, cache_salt=salt) for tokens in said)
                 )
                 for tokens, generation in zip(said, turns, strict=True):
                     assert error_of(new if turn == 3 else old, tokens, generation) < TOLERANCE

@@ -42,8 +42,8 @@ from areal_like.weights.hf_layout import hf_tensors
 from areal_like.weights.weight_group import WeightGroup
 from areal_like.wire.messages.weights import FormGroup
 from rollout_server.policy.client import EmbeddedClient, EngineClient
+from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.sglang_client import SglangClient
-from rollout_server.policy.types import Generation, Sampling
 from tests.support import warm_start
 from tests.support.waiting import HANG_LIMIT_S
 

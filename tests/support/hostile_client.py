@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.environments.base import Message
-from rollout_server.policy.types import Generation
+from rollout_server.policy.generation import Generation
 from rollout_server.sessions.open_session import OpenSession
 from tests.support.scripted_policy import VOCAB, Say, ScriptedPolicy, segments, tool_call
 

@@ -37,8 +37,8 @@ from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.engine.http.generate_request import MAX_SCORED
 from rollout_server.policy.client import EngineClient
+from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.policy.types import Generation, Sampling, SamplingClient
 from rollout_server.rendering.base import ChatRenderer
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.app import session_app
@@ -83,8 +83,10 @@ def tool_call(name: str, **arguments: Any) -> str:
     return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
 
-class ScriptedPolicy(SamplingClient):
+class ScriptedPolicy:
     """Samples what the script says."""
+
+    cache_salt = ""
 
     def __init__(self, engine: EngineClient, script: Script, tokenizer: Any) -> None:
         self.generations: list[tuple[list[int], Generation]] = []
@@ -103,6 +105,7 @@ class ScriptedPolicy(SamplingClient):
         sampling: Sampling,
         rid: str | None = None,
         timeout_s: float = math.inf,
+        **options: Any,
     ) -> Generation:
         """As EngineClient.generate."""
         self.num_requests += 1
@@ -206,7 +209,7 @@ class Plane:
 
     def open(
         self,
-        policy: SamplingClient,
+        policy: EngineClient | ScriptedPolicy,
         *,
         max_new_tokens: int = 64,
         context_tokens: int = CONTEXT,

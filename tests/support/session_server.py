@@ -7,7 +7,6 @@ import contextlib
 import math
 import socket
 import threading
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -20,8 +19,8 @@ from areal_like.http.server import HttpConfig, HttpServer
 from areal_like.trajectory import FinishReason
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.policy.types import Generation, Sampling
 from rollout_server.rendering.jinja import JinjaRenderer
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.app import session_app
@@ -37,6 +36,8 @@ MAX_CONTEXT = 4096
 
 class SayingPolicy:
     """Says the next text, one character a token, and an end of turn unless it ends with a backslash."""
+
+    cache_salt = ""
 
     def __init__(self, renderer: JinjaRenderer) -> None:
         self.renderer = renderer
@@ -56,6 +57,7 @@ class SayingPolicy:
         sampling: Sampling,
         rid: str | None = None,
         timeout_s: float = math.inf,
+        **options: Any,
     ) -> Generation:
         """As an engine's."""
         self.prompts.append(list(input_ids))
@@ -96,7 +98,6 @@ class SessionServer:
     def __init__(self, *, keep_alive_s: float = 5.0, max_turns: int = 64) -> None:
         self.renderer = jinja_renderer(APPENDING)
         self.policy = SayingPolicy(self.renderer)
-        self.ignored: Counter[str] = Counter()
         self.sessions: list[OpenSession] = []
         self._max_turns = max_turns
         self._keep_alive_s = keep_alive_s
@@ -181,7 +182,6 @@ class SessionServer:
             idle_timeout_s=500.0,
             sample_timeout_s=600.0,
             keep_alive_s=self._keep_alive_s,
-            on_ignored=lambda name: self.ignored.update([name]),
         )
         guard = HttpGuard(
             app,

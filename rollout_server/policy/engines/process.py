@@ -78,7 +78,6 @@ class EngineProcess(ABC):
 
     @property
     def is_running(self) -> bool:
-        """True while the process runs."""
         return self._process is not None and self._process.poll() is None
 
     async def start(self, *, version: int) -> EngineClient:
@@ -134,7 +133,6 @@ class EngineProcess(ABC):
             self._process.kill()
 
     async def _end(self) -> None:
-        """Kills the process and waits for its end, for a limited time."""
         self.kill()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STOP_TIMEOUT_S):

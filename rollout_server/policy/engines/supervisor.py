@@ -1,4 +1,4 @@
-"""Keeps an engine running: starts it with the newest checkpoint, replaces it when it dies or stalls.
+"""Chooses the engine and keeps it running: starts it, and replaces it when it dies or stalls.
 
     STARTING -> on_ready -> RUNNING -> (died, or replaced) -> on_lost -> pause -> STARTING ...
                                           `-> too many deaths in a row -> EngineError
@@ -18,15 +18,18 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from areal_like.config import Config
 from areal_like.errors import EngineError
 from areal_like.runtime.progress import ProgressClock
 from areal_like.runtime.restarts import RestartLimits, Restarts, RestartState
 from areal_like.weights.snapshots_on_disk import newest_snapshot
 from rollout_server.policy.client import EngineClient
-from rollout_server.policy.engines.engine import Engine
+from rollout_server.policy.engines.process import EmbeddedProcess
+from rollout_server.policy.engines.sglang.process import SglangAtUrl, SglangProcess
 from rollout_server.weights.strategy import WeightUpdateStrategy
 
 log = logging.getLogger(__name__)
@@ -41,40 +44,59 @@ _MAX_SILENCE_S = 60.0
 """A running engine that has not responded for this long is replaced, unless it is loading weights."""
 
 
+Engine = EmbeddedProcess | SglangProcess | SglangAtUrl
+"""Starts, stops and updates one engine, which this server runs itself or finds at a URL."""
+
+
+def make_engine(
+    config: Config, *, name: str, model: str, context_tokens: int, max_positions: int, vocab_size: int
+) -> Engine:
+    """Creates the engine chosen by `rollout.engine` and `rollout.sglang.url`, not started yet.
+
+    `context_tokens`: longest sequence of the job; `max_positions`: longest sequence of the model. Raises
+    ConfigError.
+    """
+    if config.rollout.engine == "embedded":
+        return EmbeddedProcess(config, name=name, model=model, context_tokens=context_tokens)
+    if config.rollout.sglang.url:
+        return SglangAtUrl(
+            config, name=name, model=model, context_tokens=context_tokens, vocab_size=vocab_size
+        )
+    return SglangProcess(
+        config,
+        name=name,
+        model=model,
+        context_tokens=context_tokens,
+        max_positions=max_positions,
+        vocab_size=vocab_size,
+    )
+
+
+@dataclass(kw_only=True)
 class EngineSupervisor:
     """Supervises one engine at a time. `run` is its task; `load` is called every heartbeat."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        strategy: WeightUpdateStrategy,
-        *,
-        model: str,
-        checkpoints: Path,
-        load_timeout_s: float,
-        stall_timeout_s: float,
-        starting: Callable[[], AbstractContextManager[None]],
-        on_ready: Callable[[EngineClient, int], None],
-        on_lost: Callable[[], None],
-    ) -> None:
-        """`stall_timeout_s`: longest time that an engine with requests may go without progress. `starting`
-        returns a context in which each start runs. `on_ready` is called with the client and the loaded
-        version; `on_lost` is called when `client` is already None but its connections are still open."""
-        self._engine = engine
-        self._strategy = strategy
-        self._model = model
-        self._checkpoints = checkpoints
-        self._load_timeout_s = load_timeout_s
-        self._starting = starting
-        self._on_ready = on_ready
-        self._on_lost = on_lost
-        self._stall_timeout_s = stall_timeout_s
+    engine: Engine
+    strategy: WeightUpdateStrategy
+    model: str
+    checkpoints: Path
+    load_timeout_s: float
+    stall_timeout_s: float
+    """Longest time that an engine with requests may go without progress."""
+    starting: Callable[[], AbstractContextManager[None]]
+    """Returns a context in which each start runs."""
+    on_ready: Callable[[EngineClient, int], None]
+    """Called with the client and the loaded version."""
+    on_lost: Callable[[], None]
+    """Called when `client` is already None but its connections are still open."""
+    client: EngineClient | None = field(default=None, init=False)
+    """Client of the running engine; None while there is none."""
+    _is_paused: bool = field(default=False, init=False)
+    """True if the engine reported in its last response that it is paused."""
+
+    def __post_init__(self) -> None:
         self._responded_s = asyncio.get_running_loop().time()
         self._progress = ProgressClock(now_s=self._responded_s)
-        self._is_paused = False
-        """True if the engine reported in its last response that it is paused."""
-        self.client: EngineClient | None = None
-        """Client of the running engine; None while there is none."""
 
     async def run(self) -> None:
         """Runs until cancelled.
@@ -85,13 +107,13 @@ class EngineSupervisor:
         restarts = Restarts(_LIMITS, now_s=loop.time())
         while True:
             restarts.started(now_s=loop.time())
-            with self._starting():
-                client = await self._engine.start(version=INITIAL_VERSION)
+            with self.starting():
+                client = await self.engine.start(version=INITIAL_VERSION)
                 path, version = await self._load_newest(client)
-                await self._strategy.engine_started(client, path=path, version=version)
+                await self.strategy.engine_started(client, path=path, version=version)
             self.client = client
-            self._on_ready(client, version)
-            reason = await self._engine.died()
+            self.on_ready(client, version)
+            reason = await self.engine.died()
             await self._lose(reason)
             restarts.failed(now_s=loop.time())
             if restarts.state is RestartState.GIVEN_UP:
@@ -143,7 +165,7 @@ class EngineSupervisor:
             self._progress.advance(now_s=now_s)
         self._progress.observe("engine", client.progress, now_s=now_s)
         stalled_s = now_s - self._progress.last_s
-        if stalled_s > self._stall_timeout_s:
+        if stalled_s > self.stall_timeout_s:
             self._progress.advance(now_s=now_s)  # for the next engine
             self.replace(
                 f"{client.num_generating} requests have made no progress for {stalled_s:.0f} s "
@@ -153,37 +175,37 @@ class EngineSupervisor:
     def replace(self, reason: str) -> None:
         """Kills the engine; `run` then starts another."""
         log.error("replacing the engine: %s", reason)
-        self._engine.kill()
+        self.engine.kill()
 
     async def close(self) -> None:
         """Stops the engine. Cancel `run` first."""
         if self.client is not None:
             await self.client.close()
-        await self._engine.stop()
+        await self.engine.stop()
 
     async def _lose(self, reason: str) -> None:
         log.error("engine lost: %s", reason)
         client, self.client = self.client, None
-        self._on_lost()
+        self.on_lost()
         if client is not None:
             await client.close()
 
     async def _load_newest(self, client: EngineClient) -> tuple[str, int]:
         """Loads the newest checkpoint, if there is one; returns the loaded directory and version."""
-        newest = newest_snapshot(self._checkpoints)
+        newest = newest_snapshot(self.checkpoints)
         if newest is None:
-            return self._model, INITIAL_VERSION
+            return self.model, INITIAL_VERSION
         try:
             await client.update_weights_from_disk(
-                str(newest.path), weight_version=newest.version, timeout_s=self._load_timeout_s
+                str(newest.path), weight_version=newest.version, timeout_s=self.load_timeout_s
             )
         except EngineError as error:
             log.warning(
                 "%s was not loaded, the engine starts with the run's first weights: %s", newest.path, error
             )
-            await self._strategy.restore_after_failed_load(
-                client, path=self._model, version=INITIAL_VERSION, timeout_s=self._load_timeout_s
+            await self.strategy.restore_after_failed_load(
+                client, path=self.model, version=INITIAL_VERSION, timeout_s=self.load_timeout_s
             )
-            return self._model, INITIAL_VERSION
+            return self.model, INITIAL_VERSION
         log.info("%s loaded as version %d", newest.path, newest.version)
         return str(newest.path), newest.version

@@ -1,28 +1,45 @@
 """The endpoints of sessions as one ASGI application. Keys and body sizes are checked before it (rules.py).
 
+/v1/completions and /inference/v1/generate take prompts that the client rendered itself. A prompt whose token
+ids start with all tokens through the end of an earlier turn continues that turn's segment. Any other prompt
+starts a new segment, including a text that is tokenized differently from how the policy sampled it.
+
 Every refusal has OpenAI's format, including that of a path that does not exist.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from areal_like.chat.openai import ChatRequest, ChatRules, model_object, parse_chat
 from areal_like.errors import ArealError
 from areal_like.http.bodies import ParamError, parse_bounded_object, text
+from rollout_server.conversation.turns import SampledTurn
 from rollout_server.sessions.book import SessionBook
-from rollout_server.sessions.http.call_response import KEEP_ALIVE_S, session_of
+from rollout_server.sessions.http.call_response import KEEP_ALIVE_S, CallResponse, begin_call, session_of
 from rollout_server.sessions.http.claims import ClaimRoutes
 from rollout_server.sessions.http.errors import error_response, response_of
-from rollout_server.sessions.http.model_routes import ModelRoutes
-from rollout_server.sessions.http.requests import session_rules
+from rollout_server.sessions.http.requests import (
+    CompletionRequest,
+    parse_completion,
+    parse_tokens,
+    session_rules,
+)
+from rollout_server.sessions.http.responses import chat_body, completion_body, tokens_body
+from rollout_server.sessions.open_session import Call, OpenSession
 
+R = TypeVar("R", ChatRequest, CompletionRequest)
+_FIRST_ERROR = 400
 _THERE = (
     "there are chat/completions, completions, models, reward, heartbeat and end under /sessions/ID/v1, and "
     "/sessions/ID/inference/v1/generate; not the Responses API, nor Anthropic's"
@@ -38,36 +55,31 @@ def session_app(
     sample_timeout_s: float | None = None,
     advertise_host: str = "",
     keep_alive_s: float = KEEP_ALIVE_S,
-    on_ignored: Callable[[str], None] = lambda name: None,
-) -> Starlette:
+) -> ASGIApp:
     """Builds the application. `model`: the model's name in responses. `max_context`: longest sequence in
     tokens. `sample_timeout_s`, `idle_timeout_s`: time limits of a session, told to external agents.
-    `advertise_host`: host in their base URL; empty: the one by which they reached the server. `on_ignored`
-    counts fields that have no effect."""
+    `advertise_host`: host in their base URL; empty: the one by which they reached the server."""
     claims = ClaimRoutes(
         book=book,
         advertise_host=advertise_host,
         sample_timeout_s=sample_timeout_s,
         idle_timeout_s=idle_timeout_s,
     )
-    policy = ModelRoutes(
-        book=book,
-        rules=session_rules(model),
-        max_context=max_context,
-        keep_alive_s=keep_alive_s,
-        on_ignored=on_ignored,
+    one = _SessionRoutes(
+        book=book, rules=session_rules(model), max_context=max_context, keep_alive_s=keep_alive_s
     )
-    life = _LifeRoutes(book)
     session = "/sessions/{id}"
     routes = [
-        Route(f"{session}/v1/chat/completions", policy.chat, methods=["POST"]),
-        Route(f"{session}/v1/completions", policy.complete, methods=["POST"]),
-        Route(f"{session}/inference/v1/generate", policy.generate, methods=["POST"]),
-        Route(f"{session}/v1/models", policy.models, methods=["GET"]),
-        Route(f"{session}/v1/models/{{name:path}}", policy.model, methods=["GET"]),
-        *(Route(f"{session}{v1}/reward", life.reward, methods=["POST"]) for v1 in ("", "/v1")),
-        *(Route(f"{session}{v1}/heartbeat", life.heartbeat, methods=["POST"]) for v1 in ("", "/v1")),
-        *(Route(f"{session}{v1}/end", life.end, methods=["POST"]) for v1 in ("", "/v1")),
+        Route(f"{session}/v1/chat/completions", one.chat, methods=["POST"]),
+        Route(f"{session}/v1/completions", one.complete, methods=["POST"]),
+        Route(f"{session}/inference/v1/generate", one.generate, methods=["POST"]),
+        Route(f"{session}/v1/models", one.models, methods=["GET"]),
+        Route(f"{session}/v1/models/{{name:path}}", one.model, methods=["GET"]),
+        *(
+            Route(f"{session}{v1}/{name}", endpoint, methods=["POST"])
+            for name, endpoint in (("reward", one.reward), ("heartbeat", one.heartbeat), ("end", one.end))
+            for v1 in ("", "/v1")
+        ),
         Route("/sessions", claims.claim, methods=["POST"]),
         Route("/sessions", claims.counts, methods=["GET"]),
     ]
@@ -83,14 +95,78 @@ def session_app(
         routes=routes, exception_handlers={ArealError: _failed, HTTPException: refused, Exception: _broken}
     )
     app.router.redirect_slashes = False  # a redirect would not have the error format
-    return app
+    return _counted(app, book)
 
 
-@dataclass(frozen=True)
-class _LifeRoutes:
-    """The endpoints for reward, heartbeat and end of a session. Each request may be repeated."""
+def _counted(app: ASGIApp, book: SessionBook) -> ASGIApp:
+    """Wraps the application to count its refusals. (`SessionPlane.on_refused` counts those before it.)"""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= _FIRST_ERROR:
+                book.num_refused[message["status"]] += 1
+            await send(message)
+
+        await app(scope, receive, sent)
+
+    return call
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SessionRoutes:
+    """The endpoints of a session: the policy, and the session's reward, heartbeat and end, which may be
+    repeated. They raise UserError and SessionGoneError."""
 
     book: SessionBook
+    rules: ChatRules
+    max_context: int
+    """Longest sequence in tokens."""
+    keep_alive_s: float
+
+    async def models(self, request: Request) -> Response:
+        session_of(request, self.book).hear()
+        return JSONResponse({"object": "list", "data": [self._described(self.rules.default_model)]})
+
+    async def model(self, request: Request) -> Response:
+        """/v1/models/NAME: the policy, whatever the name is, because requests may use any name."""
+        session_of(request, self.book).hear()
+        return JSONResponse(self._described(request.path_params["name"]))
+
+    async def chat(self, request: Request) -> CallResponse:
+        return await self._served(request, parse_chat, _next_turn, chat_body)
+
+    async def complete(self, request: Request) -> CallResponse:
+        return await self._served(request, parse_completion, _continuation, completion_body)
+
+    async def generate(self, request: Request) -> CallResponse:
+        return await self._served(request, parse_tokens, _continuation, tokens_body)
+
+    async def _served(
+        self,
+        request: Request,
+        parse: Callable[[Mapping[str, Any], ChatRules], R],
+        sample: Callable[[OpenSession, R], Coroutine[Any, Any, SampledTurn]],
+        write: Callable[..., bytes],
+    ) -> CallResponse:
+        """Parses a body, samples its turn and writes the response. `write`: one of the functions in
+        `responses`."""
+        session = session_of(request, self.book)
+        conversation, content = session.conversation, await request.body()
+        parsed = await conversation.large_work.run(
+            lambda: parse(parse_bounded_object(content), self.rules), size=len(content)
+        )
+        self.book.num_ignored.update(parsed.options.ignored)
+
+        def body_of(call: Call, turn: SampledTurn) -> bytes:
+            return write(turn, parsed, id=call.id, created_s=int(time.time()), conversation=conversation)
+
+        call = begin_call(request, session, content, lambda: sample(session, parsed))
+        return CallResponse(
+            call=call, write=body_of, is_stream=parsed.options.stream, keep_alive_s=self.keep_alive_s
+        )
+
+    def _described(self, name: str) -> dict[str, Any]:
+        return model_object(name, max_context=self.max_context)
 
     async def reward(self, request: Request) -> Response:
         """Sets the `reward` of the sample, or of the turn `completion_id`."""
@@ -121,6 +197,27 @@ class _LifeRoutes:
         problem = session.problem
         session.end()
         return JSONResponse({"id": session.id, "ended": True, "problem": problem or None})
+
+
+async def _next_turn(session: OpenSession, chat: ChatRequest) -> SampledTurn:
+    options = chat.options
+    return await session.sample_turn(
+        chat.messages, tools=chat.tools, stop=options.stop, max_new_tokens=options.max_new_tokens
+    )
+
+
+async def _continuation(session: OpenSession, request: CompletionRequest) -> SampledTurn:
+    """Samples the turn after a prompt; a text is tokenized as is, without a chat template."""
+    prompt, conversation = request.prompt, session.conversation
+    if isinstance(prompt, str):
+        text, tokenizer = prompt, conversation.renderer.tokenizer
+
+        def tokenized() -> list[int]:
+            return list(tokenizer(text, add_special_tokens=request.add_special_tokens)["input_ids"])
+
+        prompt = await conversation.large_work.run(tokenized, size=len(text))
+    options = request.options
+    return await session.continue_tokens(prompt, stop=options.stop, max_new_tokens=options.max_new_tokens)
 
 
 async def _failed(request: Request, error: Exception) -> Response:

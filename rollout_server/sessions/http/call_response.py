@@ -23,9 +23,8 @@ from areal_like.chat.openai import error_object
 from areal_like.http.streams import EVENTS, disconnected, encode_event
 from rollout_server.conversation.turns import SampledTurn
 from rollout_server.sessions.book import SessionBook
-from rollout_server.sessions.calls import Call
 from rollout_server.sessions.http.errors import NoSessionError, described, response_of
-from rollout_server.sessions.open_session import OpenSession, SessionState
+from rollout_server.sessions.open_session import Call, OpenSession, SessionState
 
 KEEP_ALIVE_S = 5.0
 """Time between two comments in a stream, and before its status is sent."""

@@ -48,8 +48,7 @@ def error_response(
 
 
 def described(error: BaseException) -> tuple[int, str, str | None, str | None]:
-    """Returns status, message, code and param for an exception of a request. Raises `error` if it is
-    unexpected."""
+    """Returns status, message, code and param of an exception. Raises `error` if it is unexpected."""
     message = str(error)
     match error:
         case SessionGoneError():
@@ -65,12 +64,8 @@ def described(error: BaseException) -> tuple[int, str, str | None, str | None]:
         case EpisodeError() | UserError():
             return 400, message, None, None
         case EngineError():
-            return (
-                500,
-                f"the engine failed, and the session's sample with it: {message}",
-                "engine_error",
-                None,
-            )
+            message = f"the engine failed, and the session's sample with it: {message}"
+            return 500, message, "engine_error", None
     raise error
 
 

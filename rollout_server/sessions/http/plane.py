@@ -12,27 +12,34 @@ the start it is checked that there are enough file descriptors for all connectio
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import resource
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from starlette.types import ASGIApp
 
+from areal_like.chat.openai import most_bytes
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.http.access import Reason, host_names
 from areal_like.http.guard import BodyLimits, HttpGuard
 from areal_like.http.server import HttpConfig, HttpServer
+from areal_like.runtime.daemon import Runtime
 from areal_like.security.binding import require_loopback_or_keys
 from areal_like.security.keyring import Keyring
 from areal_like.security.tls import tls_files
 from areal_like.security.tokens import role_of_token
 from areal_like.wire.sockets import bound_socket
+from rollout_server.policy.engines.sglang.process import server_index
 from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.http.claims import MAX_WAITING
 from rollout_server.sessions.http.rules import SessionRules, most_bytes_of_body, openai_error
+from rollout_server.tasks.base import Task
 
 _LOOPBACK = "127.0.0.1"
 _BODY_TIMEOUT_S = 30.0
@@ -46,6 +53,46 @@ _SPARE_CONNECTIONS = 64
 _MAX_BACKLOG = 1024
 _OTHER_FILES = 256
 _LARGEST_PORT = 65535
+
+
+@contextlib.asynccontextmanager
+async def served_sessions(
+    runtime: Runtime, book: SessionBook, *, tasks: Sequence[Task], model: str, context_tokens: int
+) -> AsyncIterator[SessionPlane | None]:
+    """Yields the running HTTP servers; None if no task uses sessions. Raises ConfigError like
+    SessionPlane."""
+    if not any(task.uses_sessions for task in tasks):
+        yield None
+        return
+    config = runtime.config
+    app = session_app(
+        book,
+        model=Path(model).name,
+        max_context=context_tokens,
+        idle_timeout_s=config.sessions.idle_timeout_s,
+        sample_timeout_s=config.rollout.sample_timeout_s or None,
+        advertise_host=config.sessions.advertise_host,
+    )
+    plane = SessionPlane(
+        config=config,
+        app=app,
+        book=book,
+        keyring=runtime.keyring,
+        index=server_index(runtime.name),
+        needs_external=any(task.external for task in tasks),
+        max_body_bytes=most_bytes(context_length=context_tokens),
+        on_refused=runtime.count_refused,
+    )
+    await plane.start()
+    runtime.waits.sources.append(book.waits)
+    book.url = plane.internal_url
+    if plane.external_url:
+        runtime.advertise(sessions=plane.external_url)
+    try:
+        yield plane
+    finally:
+        book.close()
+        await plane.close()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -140,7 +187,7 @@ class SessionPlane:
     def _rules(self, hosts: frozenset[str], *, takes_claims: bool) -> SessionRules:
         keyring = self.keyring
         return SessionRules(
-            self.book,
+            book=self.book,
             hosts=hosts,
             role_of=None if keyring is None else lambda token: role_of_token(keyring, token),
             takes_claims=takes_claims,

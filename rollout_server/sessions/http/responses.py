@@ -31,7 +31,6 @@ DecodeToken = Callable[[int], str]
 def chat_body(
     turn: SampledTurn, request: ChatRequest, *, id: str, created_s: int, conversation: Conversation
 ) -> bytes:
-    """Returns the body for /v1/chat/completions."""
     head = chat_head(id=id, created_s=created_s, model=request.options.model, is_chunk=request.options.stream)
     logprobs = None
     if request.logprobs:
@@ -92,7 +91,6 @@ def _chat_events(
 def completion_body(
     turn: SampledTurn, request: CompletionRequest, *, id: str, created_s: int, conversation: Conversation
 ) -> bytes:
-    """Returns the body for /v1/completions."""
     options, decode = request.options, conversation.decode
     choice: dict[str, Any] = {
         "index": 0,
@@ -117,7 +115,6 @@ def completion_body(
 def tokens_body(
     turn: SampledTurn, request: CompletionRequest, *, id: str, created_s: int, conversation: Conversation
 ) -> bytes:
-    """Returns the body for /inference/v1/generate."""
     tokens = turn.token_ids.tolist()
     logprobs: list[dict[str, Any]] = [
         {"token": f"token_id:{token}", "logprob": logprob, "bytes": None, "top_logprobs": []}

@@ -16,6 +16,7 @@ import hmac
 import json
 import secrets
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from areal_like.chat.openai import error_object
@@ -38,30 +39,23 @@ _NO_KEY = secrets.token_urlsafe(32)
 """Compared with the key in a request to an unknown session, so that the check takes the same time."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class SessionRules:
     """The rules of one listener."""
 
-    def __init__(
-        self,
-        book: SessionBook,
-        *,
-        hosts: frozenset[str],
-        role_of: RoleOfToken | None,
-        takes_claims: bool,
-        most_requests: int,
-    ) -> None:
-        """`hosts`: see AccessRules. `role_of`: returns the role of a job's token; None without keys.
-        `takes_claims`: False for the listener of the server's own agents, whose sessions are not claimed.
-        `most_requests`: maximum number of concurrent requests in a session."""
-        self._book = book
-        self._head = AccessRules(hosts=hosts, open_paths=frozenset())
-        self._role_of = role_of
-        self._takes_claims = takes_claims
-        self._most_requests = most_requests
+    book: SessionBook
+    hosts: frozenset[str]
+    """See AccessRules."""
+    role_of: RoleOfToken | None
+    """Returns the role of a job's token; None without keys."""
+    takes_claims: bool
+    """False for the listener of the server's own agents, whose sessions are not claimed."""
+    most_requests: int
+    """Maximum number of concurrent requests in a session."""
 
     def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
         """Returns why a request is refused, given its head; None if its body may be read."""
-        refusal = self._head.refusal(scope)
+        refusal = AccessRules(hosts=self.hosts, open_paths=frozenset()).refusal(scope)
         if refusal is not None:
             return refusal
         token = bearer_token(scope["headers"])
@@ -73,10 +67,10 @@ class SessionRules:
         """Context in which an accepted request is read and handled; yields a refusal if its session has too
         many. Otherwise a client with a single key could use all connections, and memory for as many
         bodies."""
-        session = self._book.find(_session_id(scope["path"]))
+        session = self.book.find(_session_id(scope["path"]))
         if session is None:
             yield None
-        elif session.num_requests >= self._most_requests:
+        elif session.num_requests >= self.most_requests:
             message = f"{session.num_requests} requests of this session are in progress: wait for one of them"
             yield Refusal(429, Reason.BUSY, message)
         else:
@@ -87,28 +81,28 @@ class SessionRules:
                 session.num_requests -= 1
 
     def _session_refusal(self, id: str, token: str) -> Refusal | None:
-        key = self._book.key_of(id)
+        key = self.book.key_of(id)
         is_key = hmac.compare_digest(token.encode(), (key or _NO_KEY).encode())
         if not (is_key and key):
             wanted = (
                 "no session of this server has this id and this key: send the api_key of the session "
                 "(Authorization: Bearer API_KEY). If you do, the server was started again: claim another"
             )
-            if self._role_of is not None and self._role_of(token) is not None:
+            if self.role_of is not None and self.role_of(token) is not None:
                 wanted += "; a token of the job opens no session"
             return Refusal(401, Reason.TOKEN, wanted)
         try:
-            self._book.find(id)
+            self.book.find(id)
         except SessionGoneError as gone:
             return Refusal(410, Reason.GONE, str(gone))
         return None
 
     def _claim_refusal(self, token: str) -> Refusal | None:
-        if not self._takes_claims:
+        if not self.takes_claims:
             return Refusal(403, Reason.ROLE, "this listener is for the server's own agents: no claims here")
-        if self._role_of is None:
+        if self.role_of is None:
             return None
-        role = self._role_of(token)
+        role = self.role_of(token)
         if role is None:
             return Refusal(
                 401,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from array import array
 from contextlib import closing
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from buffer.storage import sql
 from launch.observation.heard_prompts import read_heard_prompts
 from rollout_server.data_stats.duplicates import PromptHashes, normalised
 from rollout_server.data_stats.heard import HeardPrompt, summary
-from rollout_server.data_stats.lengths import LengthSample
+from rollout_server.data_stats.split import length_summary
 
 WORDS = st.lists(st.sampled_from(["a", "A", "b", "a?", " b", "1-1", "1*1", "é"]), max_size=40)
 
@@ -28,8 +29,8 @@ def hashes(prompts: list[str]) -> PromptHashes:
 
 
 def test_lengths() -> None:
-    assert LengthSample().summary() is None
-    assert LengthSample(range(1, 101)).summary(limit=98) == {
+    assert length_summary(array("I")) is None
+    assert length_summary(array("I", range(1, 101)), limit=98) == {
         "num": 100,
         "min": 1,
         "mean": 50.5,

@@ -15,10 +15,11 @@ import pytest
 
 from areal_like.errors import EngineError, PromptRefusedError
 from areal_like.http.streams import EVENTS, FRAMES, pack_tokens, read_events, read_frames
-from rollout_server.policy import batcher, wire
+from rollout_server.policy import batcher
 from rollout_server.policy.client import EngineClient
-from rollout_server.policy.types import Generation, Sampling
-from rollout_server.policy.wire import (
+from rollout_server.policy.generation import (
+    Generation,
+    Sampling,
     is_last,
     output_tokens,
     parse_generation,
@@ -185,7 +186,7 @@ def test_packed_and_json_streams_say_the_same(gpt2_engine: Engine) -> None:
 
 def test_a_client_packs_after_a_packed_answer(gpt2_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[bool] = []
-    encode = wire.encode_request
+    encode = batcher.encode_request
 
     def watched(*args: Any, is_packed: bool, **options: Any) -> Any:
         sent.append(is_packed)

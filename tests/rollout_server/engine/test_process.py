@@ -50,7 +50,8 @@ def test_an_engine_that_another_program_paused_is_reported(models: Models) -> No
 
     async def body(url: str) -> None:
         supervisor = EngineSupervisor(
-            nothing, nothing, model="", checkpoints=models[0], load_timeout_s=1, stall_timeout_s=60,
+            engine=nothing, strategy=nothing, model="", checkpoints=models[0], load_timeout_s=1,
+            stall_timeout_s=60,
             starting=nothing, on_ready=nothing, on_lost=nothing,
         )  # fmt: skip
 

@@ -26,6 +26,7 @@ from tests.rollout_server.test_episodes import Digits
 from tests.support import moved_clock
 from tests.support.line_chat import LineChat
 from tests.support.moved_clock import advance
+from tests.support.reported import Reported
 from tests.support.waiting import HANG_LIMIT_S
 
 TASK = {"name": "external"}
@@ -62,7 +63,7 @@ class Job:
                 )
             },
             gate=GenerationGate(),
-            on_result=self.results.append,
+            buffers=Reported(self.results),  # type: ignore[arg-type]
             book=self.book,
         )
         runner.engine = ScriptedEngine(["abc"])  # type: ignore[assignment]
@@ -75,8 +76,9 @@ class Job:
     async def claimed(self) -> OpenSession:
         """The next session."""
         async with asyncio.timeout(HANG_LIMIT_S):
-            while (session := self.book.claim()) is None:
+            while (session := self.book.offer()) is None:
                 await asyncio.sleep(0.005)
+        session.claim()
         return session
 
     async def abandoned(self) -> OpenSession:

@@ -30,6 +30,7 @@ from tests.support import moved_clock
 from tests.support.agent_tasks import index_of
 from tests.support.line_chat import LineChat
 from tests.support.moved_clock import advance
+from tests.support.reported import Reported
 from tests.support.waiting import HANG_LIMIT_S
 from tests.support.workers import environment_pool
 
@@ -47,8 +48,8 @@ class Job:
     def __init__(self, pool: EnvironmentPool, book: SessionBook, settings: dict[str, Any]) -> None:
         self.pool = pool
         self.book = book
-        self.results: list[SampleResult] = []
-        self.places: list[Place] = []
+        self.reported = Reported()
+        self.results, self.places = self.reported.results, self.reported.places
         self.engine = ScriptedEngine(["abc"])
         config = from_mapping(
             {"sampling": {"max_new_tokens": 12}, "rollout": {"max_context": 200}, "task": TASK} | settings
@@ -66,8 +67,7 @@ class Job:
                 )
             },
             gate=GenerationGate(),
-            on_result=self.results.append,
-            on_move=lambda lease, sample, place: self.places.append(place),
+            buffers=self.reported,  # type: ignore[arg-type]
             book=book,
         )
         self.runner.engine = self.engine  # type: ignore[assignment]

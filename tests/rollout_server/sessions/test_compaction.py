@@ -12,8 +12,8 @@ from openai import AsyncOpenAI, BadRequestError
 from areal_like.errors import EpisodeError
 from areal_like.trajectory import FinishReason
 from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.policy.generation import Sampling
 from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.policy.types import Sampling
 from rollout_server.sample.attempt import SampleRequest
 from rollout_server.sample.session_attempt import SessionAttempt
 from rollout_server.sessions.open_session import OpenSession
@@ -144,7 +144,8 @@ def test_budget_counts_all_segments(engine: Engine, models: tuple[Path, Path]) -
                 rewards=None,
             )
             attempt = SessionAttempt(
-                request,
+                request=request,
+                turns=session.conversation,
                 session=session,
                 book=plane.book,
                 idle_timeout_s=HANG_LIMIT_S,

@@ -19,8 +19,7 @@ from rollout_server.environments.base import Reply
 from rollout_server.leases.held_leases import Place
 from rollout_server.metrics import ServerStats
 from rollout_server.sessions.book import SessionBook, SessionOutcome
-from rollout_server.sessions.calls import Call
-from rollout_server.sessions.open_session import OpenSession, SessionState
+from rollout_server.sessions.open_session import Call, OpenSession, SessionState
 from tests.support import moved_clock
 from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
@@ -243,7 +242,7 @@ def test_limits_of_a_session() -> None:
 def test_heartbeats_keep_a_session_for_a_while() -> None:
     async def body() -> None:
         session = make()
-        session._heartbeat_limit_s = 100.0
+        session.heartbeat_limit_s = 100.0
         book = SessionBook()
         book.add(session)
         ended = asyncio.create_task(session.wait_ended(idle_timeout_s=50.0, deadline_s=lambda: None))
@@ -352,7 +351,9 @@ def test_answers_are_progress_of_the_server() -> None:
         changes = stats._num_changes(now_s=3.0)
         book.add(make(id="waiting", is_waiting=True))
         assert changes < stats._num_changes(now_s=4.0) < stats._num_changes(now_s=5.0)
-        assert book.claim() is not None
+        offered = book.offer()
+        assert offered is not None
+        offered.claim()
         changes = stats._num_changes(now_s=6.0)
         assert stats._num_changes(now_s=7.0) == changes, "an agent has it, and its limits count"
 
@@ -370,7 +371,8 @@ def test_the_book_says_what_sessions_wait_for() -> None:
             "sessions: 2 wait for an agent (POST /sessions)",
             "sessions: the next request to 7-0-3, of 1 open",
         ]
-        assert book.claim() is sessions[1], "in the order of the leases"
+        assert book.offer() is sessions[1], "in the order of the leases"
+        sessions[1].claim()
         book.remove(sessions[0], SessionOutcome.IDLE)
         assert book.num_ended == {SessionOutcome.IDLE: 1} and book.num_waiting == 1
         with pytest.raises(SessionGoneError):

@@ -166,7 +166,7 @@ def test_textarena_game_against_a_script(player: int) -> None:
     [
         ({"game": "Nothing-v0"}, "task.game='Nothing-v0': TextArena has"),
         ({"game": "TicTacToe-v0", "player": 1}, "want 0, or 1 with task.opponent"),
-        ({"game": "TicTacToe-v0", "opponent": "no.such.thing"}, "want module.function"),
+        ({"game": "TicTacToe-v0", "opponent": "no.such.thing"}, "task.opponent=no.such.thing: No module"),
     ],
 )
 def test_wrong_settings_of_textarena(settings: Any, problem: str) -> None:

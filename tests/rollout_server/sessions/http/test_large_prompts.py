@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from areal_like.http import bodies
-from rollout_server.conversation import large_work
-from rollout_server.conversation.large_work import LARGE_BYTES
+from rollout_server.conversation import conversation
+from rollout_server.conversation.conversation import LARGE_BYTES
 from rollout_server.sessions.http.responses import chat_body
 from rollout_server.sessions.open_session import OpenSession
 from tests.support.chat_models import APPENDING, jinja_renderer
@@ -85,7 +85,7 @@ def test_sessions_take_turns_with_large_prompts(server: SessionServer, slow: Slo
         server.wait(lambda: slow.names == ["a"])
         server.wait(lambda: len(many.conversation.large_work._lock._waiters or ()) == 3)
         posted.append(pool.submit(post, server, one, saying("b" + LARGE)))
-        server.wait(lambda: large_work._THREAD._work_queue.qsize() == 1)
+        server.wait(lambda: conversation._THREAD._work_queue.qsize() == 1)
         slow.may_go_on.set()
         assert [made.result()[0] for made in posted] == [400] * 5
     assert sorted(slow.names) == ["a", "a", "a", "a", "b"] and slow.names.index("b") <= 2
@@ -98,7 +98,7 @@ def test_an_answer_is_written_once_for_all(server: SessionServer, monkeypatch: p
         written.append(chat_body(*arguments, **options))
         return written[-1]
 
-    monkeypatch.setattr("rollout_server.sessions.http.model_routes.chat_body", counted)
+    monkeypatch.setattr("rollout_server.sessions.http.app.chat_body", counted)
     session = server.add()
     server.policy.open.clear()
     with ThreadPoolExecutor(8) as pool:

@@ -264,7 +264,7 @@ def test_fields_without_effect_are_counted(server: SessionServer) -> None:
             stop=["END"],
         )
     assert len(answer.choices) == 1
-    assert set(server.ignored) == {"temperature", "n", "seed", "response_format"}
+    assert set(server.book.num_ignored) == {"temperature", "n", "seed", "response_format"}
     sampling = server.policy.samplings[-1]
     assert (sampling.temperature, sampling.max_new_tokens, sampling.stop) == (1.0, 9, ("END",))
     assert "add" not in server.renderer.decode(server.policy.prompts[-1])
@@ -338,4 +338,4 @@ def test_a_parsed_answer_is_what_was_sampled(server: SessionServer) -> None:
         # No decoding is constrained: the policy may say something else.
         with pytest.raises(pydantic.ValidationError):
             client.chat.completions.parse(model="m", messages=HI, response_format=Sum)
-    assert server.ignored["response_format"] == 2
+    assert server.book.num_ignored["response_format"] == 2
