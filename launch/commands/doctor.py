@@ -14,8 +14,8 @@ from areal_like.config import Config
 from areal_like.runtime.command_line import load_config
 from launch.commands.configuration import configuration, settings_of
 from launch.commands.parser import JSON, argument, command, flag
-from launch.doctor.checks import Finding, Level, findings
-from launch.doctor.gathering import ROLES, gather
+from launch.doctor.checks import Finding, Level
+from launch.doctor.gathering import ROLES, findings
 from launch.observation.reach import RunningJob
 
 _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "red"}
@@ -50,7 +50,7 @@ _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "red"}
 def main(args: argparse.Namespace) -> int:
     """Prints the findings; returns 1 if one of them is an error. Raises ConfigError for a wrong setting."""
     config = load_config(settings_of("doctor", args))
-    found = findings(gather(config, args.role or ROLES, job=_job(config, args.buffer)))
+    found = list(findings(config, args.role or ROLES, job=_job(config, args.buffer)))
     if args.json:
         print(json.dumps([dataclasses.asdict(each) for each in found], indent=2))
     else:
