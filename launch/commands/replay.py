@@ -11,7 +11,6 @@ trains only that step again.
 from __future__ import annotations
 
 import argparse
-import filecmp
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from areal_like.paths import RunPaths, checkpoint_name, write_json
 from areal_like.runtime.process import keep_files_private
 from launch.commands.foreground import StopSignals
 from launch.commands.parser import RUN, SETTINGS, argument, command, flag
+from launch.comparison.weights import same_files
 from launch.local_job.child import ProcessTable
 from launch.local_job.display import View
 from launch.local_job.foreground import Foreground
@@ -170,29 +170,21 @@ def _compare(recorded: RunPaths, replayed: RunPaths) -> list[str]:
     """Lines for the user: the steps at which the weights of both runs are equal, and those where they
     differ."""
     steps = sorted(set(checkpoints(recorded)) & set(checkpoints(replayed)))
-    same = [step for step in steps if _are_equal(recorded, replayed, step)]
-    others = [step for step in steps if step not in same]
-    lines = []
-    if same:
-        lines.append(f"weights after step {_joined(same)}: equal to the recorded run's, to the last bit")
-    if others:
-        lines.append(f"weights after step {_joined(others)}: different from the recorded run's")
-    return lines
-
-
-def _joined(steps: Sequence[int]) -> str:
-    return ", ".join(map(str, steps))
+    by_result: dict[bool, list[str]] = {True: [], False: []}
+    for step in steps:
+        by_result[_are_equal(recorded, replayed, step)].append(str(step))
+    texts = {True: "equal to the recorded run's, to the last bit", False: "different from the recorded run's"}
+    return [
+        f"weights after step {', '.join(by_result[is_equal])}: {text}"
+        for is_equal, text in texts.items()
+        if by_result[is_equal]
+    ]
 
 
 def _are_equal(recorded: RunPaths, replayed: RunPaths, step: int) -> bool:
     """Compares the weights' files and, if both runs had the same number of ranks, masters and moments."""
     folders = [paths.checkpoints / checkpoint_name(step) for paths in (recorded, replayed)]
-    weights, others = (_files(folder, "model*.safetensors") for folder in folders)
-    rows = _files(folders[0], "rows/policy-*") & _files(folders[1], "rows/policy-*")
-    return weights == others and all(
-        filecmp.cmp(folders[0] / file, folders[1] / file, shallow=False) for file in weights | rows
+    rows = [{file.name for file in folder.glob("rows/policy-*")} for folder in folders]
+    return same_files(*folders, "model*.safetensors") is True and all(
+        same_files(*folders, f"rows/{name}") for name in rows[0] & rows[1]
     )
-
-
-def _files(folder: Path, pattern: str) -> set[Path]:
-    return {file.relative_to(folder) for file in folder.glob(pattern)}
