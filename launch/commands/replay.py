@@ -20,7 +20,7 @@ from rich.console import Console
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, checkpoint_name, write_json
 from areal_like.runtime.process import keep_files_private
-from launch.commands.foreground import StopSignals
+from launch.commands.foreground import StopSignals, in_directory
 from launch.commands.parser import RUN, SETTINGS, argument, command, flag
 from launch.comparison.weights import same_files
 from launch.local_job.child import ProcessTable
@@ -124,11 +124,13 @@ def run_replay(recorded: Path, argv: Sequence[str]) -> int:
     run = open_replay(recorded, argv)
     console = Console()
     view = LastingView(PlainView(run.config, console))
-    for arg in argv:
-        if arg.startswith(_WITHOUT_EFFECT):
-            view.notice(f"{arg} has no effect: the trajectories and their order come from the recorded run")
-    view.notice(f"replaying {recorded} into {run.paths.root}")
-    try:
+    with in_directory(run):
+        for arg in argv:
+            if arg.startswith(_WITHOUT_EFFECT):
+                view.notice(
+                    f"{arg} has no effect: the trajectories and their order come from the recorded run"
+                )
+        view.notice(f"replaying {recorded} into {run.paths.root}")
         own_lr = any(arg.startswith("trainer.lr=") for arg in argv)
         write_json(run.paths.replay, {"recording": str(recorded.resolve()), "own_lr": own_lr})
         code = _train(recorded, run, view=view, options=("--own-lr",) if own_lr else ())
@@ -138,12 +140,7 @@ def run_replay(recorded: Path, argv: Sequence[str]) -> int:
                 console.print(table)
             for line in _compare(RunPaths(recorded), run.paths):
                 view.notice(line)
-        return code
-    except ConfigError:
-        run.remove_if_created()
-        raise
-    finally:
-        run.close()
+    return code
 
 
 def _train(recorded: Path, run: OpenRun, *, view: View, options: Sequence[str]) -> int:
