@@ -19,6 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from launch.formatting import typed_seconds
+
 MAX_LINE_BYTES = 1 << 18
 """Longest line that is read; a longer one is cut."""
 _BLOCK_BYTES = 1 << 20
@@ -263,8 +265,8 @@ def since_time(text: str, *, now_unix_s: float) -> float:
 
     Raises ValueError.
     """
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text):
-        return now_unix_s - float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    if text.endswith(("s", "m", "h", "d")):
+        return now_unix_s - typed_seconds(text)
     if re.fullmatch(r"\d{1,2}:\d\d(:\d\d)?", text):
         today = time.strftime("%Y-%m-%d", time.localtime(now_unix_s))
         return datetime.fromisoformat(f"{today} {text:0>5}").timestamp()
