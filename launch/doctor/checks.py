@@ -85,21 +85,21 @@ class Versions:
     error: str = ""
 
 
-def check_port(setting: str, address: str, *, error: str = "", needs_keys: bool = False) -> Finding:
+def check_port(setting: str, address: str, *, problem: str = "", needs_keys: bool = False) -> Finding:
     """An address that a daemon will listen on can be bound, and is not reachable without keys.
 
-    `error`: why it cannot be bound. `needs_keys`: other machines can reach it, and the job has no keys.
+    `problem`: why it cannot be bound. `needs_keys`: other machines can reach it, and the job has no keys.
     """
     what = f"{setting} {address}"
-    if error:
-        return _error(what, error, f"end what uses it, or change {setting}")
+    if problem:
+        return error(what, problem, f"end what uses it, or change {setting}")
     if needs_keys:
-        return _error(
+        return error(
             what,
             "other machines can reach it, and the job has no keys",
             "areal-like keys init DIR, then security.keys=DIR",
         )
-    return _ok(what, "free")
+    return ok(what, "free")
 
 
 def check_name(setting: str, host: str, addresses: Sequence[str], *, spans_machines: bool) -> Finding:
@@ -109,14 +109,14 @@ def check_name(setting: str, host: str, addresses: Sequence[str], *, spans_machi
     """
     what = f"{setting} {host}"
     if not addresses:
-        return _error(what, "does not resolve here", "use an address, or a name that every machine knows")
+        return error(what, "does not resolve here", "use an address, or a name that every machine knows")
     if spans_machines and all(map(is_loopback, addresses)):
-        return _warning(
+        return warning(
             what,
             "is loopback, while other settings name other machines",
             f"set {setting} to an address of this machine that the others reach",
         )
-    return _ok(what, ", ".join(addresses))
+    return ok(what, ", ".join(addresses))
 
 
 def check_clock(of: str, ahead_s: float | None, *, uncertain_s: float) -> Finding:
@@ -127,14 +127,14 @@ def check_clock(of: str, ahead_s: float | None, *, uncertain_s: float) -> Findin
     """
     what = f"clock of {of}"
     if ahead_s is None:
-        return _warning(what, "no response", "is the buffer running there, with keys and TLS as given here?")
+        return warning(what, "no response", "is the buffer running there, with keys and TLS as given here?")
     apart_s = max(0.0, abs(ahead_s) - uncertain_s)
     found = f"{abs(ahead_s):.1f} s {'ahead' if ahead_s > 0 else 'behind'}"
     if apart_s > CLOCK_ERROR_S:
-        return _error(what, found, "synchronize both clocks (chrony, systemd-timesyncd)")
+        return error(what, found, "synchronize both clocks (chrony, systemd-timesyncd)")
     if apart_s > CLOCK_WARNING_S:
-        return _warning(what, found, "synchronize both clocks: logs and traces are merged by time")
-    return _ok(what, f"agrees within {apart_s + uncertain_s:.1f} s")
+        return warning(what, found, "synchronize both clocks: logs and traces are merged by time")
+    return ok(what, f"agrees within {apart_s + uncertain_s:.1f} s")
 
 
 def check_space(
@@ -148,97 +148,76 @@ def check_space(
     what, free = f"{setting} {path}", f"{gigabytes(free_bytes)} free"
     needed_bytes += reserved_bytes
     if not needed_bytes:
-        return _ok(what, free)
+        return ok(what, free)
     found = f"{free}, about {gigabytes(needed_bytes)} needed"
     if reserved_bytes:
         found += f", of which buffer.min_free_bytes keeps {gigabytes(reserved_bytes)} free"
     if free_bytes < needed_bytes:
         remedy = f"free some, choose another {setting}, or keep fewer (trainer.keep_checkpoints)"
-        return _error(what, found, remedy)
+        return error(what, found, remedy)
     if free_bytes < 2 * needed_bytes:
-        return _warning(what, found, "watch it: other runs may fill it")
-    return _ok(what, found)
-
-
-def unusable_directory(setting: str, path: object, error: str) -> Finding:
-    """A directory that cannot be written, or has no locks."""
-    return _error(f"{setting} {path}", error, f"choose another directory for {setting}")
-
-
-def ledger_on_network(setting: str, path: object, file_system: str) -> Finding:
-    """A ledger that would be on a network file system."""
-    return _warning(
-        f"{setting} {path}",
-        f"the ledger would be on {file_system}: SQLite's WAL is unsafe on it",
-        "set buffer.ledger_dir to a directory on a local disk",
-    )
-
-
-def unusable_model(error: str) -> Finding:
-    """A model that cannot be read here."""
-    return _error("model.path", error, "set model.path to a directory with config.json")
+        return warning(what, found, "watch it: other runs may fill it")
+    return ok(what, found)
 
 
 def check_versions(versions: Sequence[Versions], gpus: GpuFacts) -> Iterator[Finding]:
     """Versions of packages are compatible with one another and, if the job wants GPUs, with the driver."""
     for each in versions:
         if each.error:
-            yield _error(f"Python of the {each.of}", each.error, "make setup; for SGLang see the guide")
+            yield error(f"Python of the {each.of}", each.error, "make setup; for SGLang see the guide")
             continue
         if each.of == "trainer":  # SGLang has its own requirements, which pip has checked
             yield _version("torch", each.torch, TORCH)
             yield _version("transformers", each.transformers, TRANSFORMERS)
         elif each.sglang:
-            yield _ok("sglang", each.sglang)
+            yield ok("sglang", each.sglang)
         else:
-            yield _error("sglang", "not installed", "set rollout.sglang.python, or run `make sglang`")
+            yield error("sglang", "not installed", "set rollout.sglang.python, or run `make sglang`")
         if gpus.wanted:
             yield _cuda(each, gpus.driver)
     nccl = {each.of: each.nccl for each in versions if each.nccl}
     if gpus.wanted and len(nccl) == 2:
         if nccl["engine"] != nccl["trainer"]:
-            yield _error(
+            yield error(
                 "NCCL",
                 f"{nccl['trainer']} in the trainer, {nccl['engine']} in SGLang",
                 "use a torch with the same NCCL in both (requirements-gpu.txt): ranks of two versions refuse "
                 "each other",
             )
         else:
-            yield _ok("NCCL", f"{nccl['trainer']} in both")
+            yield ok("NCCL", f"{nccl['trainer']} in both")
 
 
 def _version(package: str, found: str, bounds: tuple[tuple[int, int], tuple[int, int]]) -> Finding:
     (first, last), numbers = bounds, tuple(map(int, re.findall(r"\d+", found)[:2]))
     if found and first <= numbers < last:
-        return _ok(package, found)
+        return ok(package, found)
     wanted = f"{first[0]}.{first[1]} or newer, below {last[0]}.{last[1]}"
-    return _error(package, found or "not installed", f"install {package} {wanted}")
+    return error(package, found or "not installed", f"install {package} {wanted}")
 
 
 def _cuda(each: Versions, driver: str) -> Finding:
     what = f"CUDA of the {each.of}'s torch"
     if not each.cuda:
-        return _error(
+        return error(
             what, f"torch {each.torch} is built for CPUs", "make setup REQUIREMENTS=requirements-gpu.txt"
         )
     needed, branch = LEAST_DRIVER.get(int(each.cuda.split(".")[0])), re.match(r"\d+", driver)
     if needed is None or branch is None:
-        return _ok(what, each.cuda)
+        return ok(what, each.cuda)
     if int(branch[0]) < needed:
-        return _error(
+        return error(
             what,
             f"{each.cuda} needs driver {needed} or newer, this is {driver}",
             "update the driver, or use a torch for an older CUDA",
         )
-    return _ok(what, f"{each.cuda}, driver {driver}")
+    return ok(what, f"{each.cuda}, driver {driver}")
 
 
 def check_gpus(gpus: GpuFacts) -> Iterator[Finding]:
     """The GPUs that the job wants exist and are free."""
     if gpus.wanted and gpus.error:
-        yield _error(
-            "GPUs", gpus.error, "install the driver, or use trainer.device=cpu and engine_device=cpu"
-        )
+        yield error("GPUs", gpus.error, "install the driver, or use trainer.device=cpu and engine_device=cpu")
         return
     found = {gpu.index: gpu for gpu in gpus.found}
     for index, roles in sorted(gpus.wanted.items()):
@@ -246,14 +225,14 @@ def check_gpus(gpus: GpuFacts) -> Iterator[Finding]:
         gpu = found.get(index)
         if gpu is None:
             hidden = f" (CUDA_VISIBLE_DEVICES={gpus.visible})" if gpus.visible is not None else ""
-            yield _error(
+            yield error(
                 what, f"{len(found)} GPUs are visible{hidden}", "use fewer ranks or servers, or other GPUs"
             )
         elif gpu.used_mb > USED_GPU_MB and not gpus.may_share:
             in_use = f"{gpu.name}, {gpu.used_mb} of {gpu.total_mb} MB in use"
-            yield _warning(what, in_use, "end what uses it (nvidia-smi)")
+            yield warning(what, in_use, "end what uses it (nvidia-smi)")
         else:
-            yield _ok(what, f"{gpu.name}, {gpu.total_mb - gpu.used_mb} MB free")
+            yield ok(what, f"{gpu.name}, {gpu.total_mb - gpu.used_mb} MB free")
 
 
 def check_interfaces(named: Mapping[str, str], interfaces: Sequence[str]) -> Iterator[Finding]:
@@ -263,9 +242,9 @@ def check_interfaces(named: Mapping[str, str], interfaces: Sequence[str]) -> Ite
         unknown = [name for name in wanted if not any(each.startswith(name) for each in interfaces)]
         if unknown:
             remedy = f"choose among {', '.join(interfaces)}"
-            yield _error(f"{variable}={value}", f"there is no interface {unknown[0]}", remedy)
+            yield error(f"{variable}={value}", f"there is no interface {unknown[0]}", remedy)
         else:
-            yield _ok(f"{variable}={value}", "exists")
+            yield ok(f"{variable}={value}", "exists")
 
 
 def check_rdma(
@@ -277,11 +256,11 @@ def check_rdma(
     """
     if not active:
         ports = f" ({', '.join(down)} down)" if down else ""
-        yield _warning("RDMA", f"no active port{ports}", "NCCL uses TCP, which is slower between machines")
+        yield warning("RDMA", f"no active port{ports}", "NCCL uses TCP, which is slower between machines")
         return
-    yield _ok("RDMA", ", ".join(active))
+    yield ok("RDMA", ", ".join(active))
     if max_locked_bytes is not None:
-        yield _warning(
+        yield warning(
             "locked memory",
             f"limited to {gigabytes(max_locked_bytes)}",
             "ulimit -l unlimited (LimitMEMLOCK=infinity): RDMA registers its buffers",
@@ -292,27 +271,27 @@ def check_open_files(limit: int) -> Finding:
     """A daemon may open many files. `limit`: the hard limit."""
     found = f"at most {limit}"
     if limit < MANY_FILES:
-        return _warning("open files", found, f"ulimit -Hn {MANY_FILES} or more (LimitNOFILE)")
-    return _ok("open files", found)
+        return warning("open files", found, f"ulimit -Hn {MANY_FILES} or more (LimitNOFILE)")
+    return ok("open files", found)
 
 
 def check_shared_memory(num_bytes: int) -> Finding:
     """/dev/shm is large enough for NCCL."""
     found = gigabytes(num_bytes)
     if num_bytes < SMALL_SHM_BYTES:
-        return _warning("/dev/shm", found, "docker run --shm-size=8g (an emptyDir with medium Memory)")
-    return _ok("/dev/shm", found)
+        return warning("/dev/shm", found, "docker run --shm-size=8g (an emptyDir with medium Memory)")
+    return ok("/dev/shm", found)
 
 
 def check_secret(path: str, mode: int | None, *, is_mine: bool = True) -> Finding:
     """Other users cannot read a file of keys. `mode`: its permission bits; None: there is no such file."""
     if mode is None:
-        return _error(path, "there is no such file", "areal-like keys init DIR, or copy it here")
+        return error(path, "there is no such file", "areal-like keys init DIR, or copy it here")
     if not is_mine:
-        return _error(path, "belongs to another user", f"chown it to the daemons' user: {path}")
+        return error(path, "belongs to another user", f"chown it to the daemons' user: {path}")
     if mode & 0o077:
-        return _error(path, f"mode {mode:03o}: other users can read it", f"chmod go= {path}")
-    return _ok(path, f"mode {mode:03o}")
+        return error(path, f"mode {mode:03o}: other users can read it", f"chmod go= {path}")
+    return ok(path, f"mode {mode:03o}")
 
 
 def gigabytes(num_bytes: int) -> str:
@@ -322,13 +301,16 @@ def gigabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.0f} MB"
 
 
-def _ok(what: str, found: str) -> Finding:
+def ok(what: str, found: str) -> Finding:
+    """A finding that needs no remedy."""
     return Finding(level=Level.OK, what=what, found=found)
 
 
-def _warning(what: str, found: str, remedy: str) -> Finding:
+def warning(what: str, found: str, remedy: str) -> Finding:
+    """The job starts, and may be slow or unsafe."""
     return Finding(level=Level.WARNING, what=what, found=found, remedy=remedy)
 
 
-def _error(what: str, found: str, remedy: str) -> Finding:
+def error(what: str, found: str, remedy: str) -> Finding:
+    """The job does not start, or fails later."""
     return Finding(level=Level.ERROR, what=what, found=found, remedy=remedy)

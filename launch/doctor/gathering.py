@@ -48,9 +48,8 @@ from launch.doctor.checks import (
     check_shared_memory,
     check_space,
     check_versions,
-    ledger_on_network,
-    unusable_directory,
-    unusable_model,
+    error,
+    warning,
 )
 from launch.observation.reach import RunningJob
 
@@ -87,8 +86,8 @@ def findings(config: Config, roles: Sequence[str], *, job: RunningJob | None = N
     if config.model.path not in BUILT_MODELS:
         try:
             model_path(config)
-        except ConfigError as error:
-            yield unusable_model(str(error))
+        except ConfigError as problem:
+            yield error("model.path", str(problem), "set model.path to a directory with config.json")
     gpus = _gpus(config, roles)
     yield from check_versions(list(_versions(config, roles)), gpus)
     yield from check_gpus(gpus)
@@ -127,9 +126,9 @@ def _try(config: Config, setting: str, host: str, port: int) -> Finding:
         needs_keys = True
     try:
         bound_socket(host, port).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
-    return check_port(setting, address, error=reason, needs_keys=needs_keys)
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+    return check_port(setting, address, problem=reason, needs_keys=needs_keys)
 
 
 def _named_hosts(config: Config, roles: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -184,12 +183,16 @@ def _disk(
         free_bytes = shutil.disk_usage(existing).free
         with tempfile.TemporaryFile(dir=existing) as probe:
             fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        reason = f"cannot write or lock a file in {existing}: {error.strerror or error}"
-        yield unusable_directory(setting, path, reason)
+    except OSError as problem:
+        reason = f"cannot write or lock a file in {existing}: {problem.strerror or problem}"
+        yield error(f"{setting} {path}", reason, f"choose another directory for {setting}")
         return
     if is_ledger and is_network(kind := file_system_of(existing)):
-        yield ledger_on_network(setting, path, kind)
+        yield warning(
+            f"{setting} {path}",
+            f"the ledger would be on {kind}: SQLite's WAL is unsafe on it",
+            "set buffer.ledger_dir to a directory on a local disk",
+        )
     yield check_space(setting, path, free_bytes, needed_bytes, reserved_bytes=reserved_bytes)
 
 
@@ -291,8 +294,8 @@ def _gpus(config: Config, roles: Sequence[str]) -> GpuFacts:
         )
     except FileNotFoundError:
         return GpuFacts(wanted=named, error="nvidia-smi is not installed", visible=visible)
-    except (OSError, subprocess.SubprocessError) as error:
-        return GpuFacts(wanted=named, error=f"nvidia-smi fails: {error}", visible=visible)
+    except (OSError, subprocess.SubprocessError) as problem:
+        return GpuFacts(wanted=named, error=f"nvidia-smi fails: {problem}", visible=visible)
     return gpus_from(done.stdout, wanted=named, visible=visible, may_share=may_share)
 
 
@@ -344,5 +347,5 @@ def _probe(of: str, python: str) -> Versions:
             check=True,
         )
         return Versions(of=of, **json.loads(done.stdout))
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return Versions(of=of, error=f"{python} does not run: {error}")
+    except (OSError, subprocess.SubprocessError, ValueError) as problem:
+        return Versions(of=of, error=f"{python} does not run: {problem}")

@@ -35,9 +35,6 @@ from launch.doctor.checks import (
     check_shared_memory,
     check_space,
     check_versions,
-    ledger_on_network,
-    unusable_directory,
-    unusable_model,
 )
 from launch.doctor.gathering import findings, gpus_from
 from tests.support.buffer_harness import ROOT, running_buffer
@@ -51,8 +48,8 @@ H100 = Gpu(index=0, name="H100", total_mb=81559, used_mb=4)
 GPUS = GpuFacts(wanted={0: "the trainer"}, found=(H100,), driver="580.65.06")
 
 
-def port(error: str = "", *, needs_keys: bool = False) -> Finding:
-    return check_port("buffer.host", "h:1", error=error, needs_keys=needs_keys)
+def port(problem: str = "", *, needs_keys: bool = False) -> Finding:
+    return check_port("buffer.host", "h:1", problem=problem, needs_keys=needs_keys)
 
 
 def name(*addresses: str, spans: bool = True) -> Finding:
@@ -96,9 +93,6 @@ def cpu(**changed: str) -> Iterable[Finding]:
         (space(5, 10), Level.ERROR, "5.0 GB free, about 10.0 GB needed"),
         (space(5, 0), Level.OK, "5.0 GB free"),
         (space(0.2, 0, reserved_gb=0.27), Level.ERROR, "buffer.min_free_bytes keeps 0.3 GB free"),
-        (unusable_directory("runs_dir", "/r", "cannot write"), Level.ERROR, "cannot write"),
-        (ledger_on_network("runs_dir", "/r", "nfs4"), Level.WARNING, "nfs4: SQLite's WAL is unsafe"),
-        (unusable_model("no config.json there"), Level.ERROR, "no config.json there"),
         (cpu(), Level.OK, "2.13.0+cpu"),
         (cpu(torch="2.10.1"), Level.ERROR, "2.10.1"),
         (cpu(torch="2.15.0"), Level.ERROR, "2.15.0"),
@@ -209,6 +203,16 @@ def test_what_a_machine_has_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found["torch"].level is found["transformers"].level is Level.OK
     assert any("buffer.min_free_bytes keeps" in each.found for each in found.values())
     assert not (tmp_path / "runs").exists(), "looking has left something behind"
+
+
+def test_directories_that_cannot_hold_a_ledger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = from_mapping({"runs_dir": "/proc/no"})
+    (found,) = (each for each in findings(config, ["buffer"]) if each.what.startswith("runs_dir"))
+    assert found.level is Level.ERROR and "cannot write or lock a file in /proc" in found.found
+    monkeypatch.setattr(gathering, "file_system_of", lambda path: "nfs4")
+    config = from_mapping({"runs_dir": str(tmp_path)})
+    levels = {each.level for each in findings(config, ["buffer"]) if "nfs4: SQLite's WAL" in each.found}
+    assert levels == {Level.WARNING}
 
 
 def test_the_command_before_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
