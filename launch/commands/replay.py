@@ -22,6 +22,7 @@ from areal_like.paths import RunPaths, checkpoint_name, write_json
 from areal_like.runtime.process import keep_files_private
 from launch.commands.foreground import StopSignals, in_directory
 from launch.commands.parser import RUN, SETTINGS, argument, command, flag
+from launch.comparison.settings import GENERATION
 from launch.comparison.weights import same_files
 from launch.local_job.child import ProcessTable
 from launch.local_job.display import View
@@ -33,21 +34,6 @@ from launch.run_directory.rundir import checkpoints, find_run
 from launch.view.lasting import LastingView, output_may_be_gone
 from launch.view.plain import PlainView
 from launch.view.summary import summary_table
-
-_WITHOUT_EFFECT = (
-    "buffer.",
-    "rollout.",
-    "weights.",
-    "eval.",
-    "trackers",
-    "sampling.",
-    "task",
-    "max_staleness",
-    "max_staleness_cap",
-    "ess_target",
-    "seed",
-)
-"""Prefixes of settings that affect only the generation of trajectories."""
 
 
 @command(
@@ -126,7 +112,7 @@ def run_replay(recorded: Path, argv: Sequence[str]) -> int:
     view = LastingView(PlainView(run.config, console))
     with in_directory(run):
         for arg in argv:
-            if arg.startswith(_WITHOUT_EFFECT):
+            if arg.startswith((*GENERATION, "trackers")):
                 view.notice(
                     f"{arg} has no effect: the trajectories and their order come from the recorded run"
                 )
