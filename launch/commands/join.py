@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError
