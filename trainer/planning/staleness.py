@@ -41,8 +41,8 @@ MASKED = 0.05
 """Share of masked tokens below which a bound counts as large enough."""
 
 
-# Fitted by hand to `benchmarks.simulate close`: 64 groups of 4 a step, `close_after` 4, bounds of 4, 8 and 16,
-# spreads of .5, 1 and 1.5 cut off at 4 to 16 means.
+# Fitted by hand to `benchmarks.simulate close`: 64 groups of 4 a step, `close_after` 4, bounds of 4, 8 and
+# 16, spreads of .5, 1 and 1.5 cut off at 4 to 16 means.
 CLOSING = 1.0
 """Throughput over its limit with `buffer.overdue=close`; masked tokens count as trained on."""
 _DELAY = 1.0
