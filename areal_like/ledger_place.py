@@ -1,4 +1,4 @@
-"""Where the ledger of a run belongs, which shards have written one, and whether its file system is safe.
+"""Where the ledger of a run belongs, how to read it, and whether its file system is safe.
 
 SQLite's WAL is only safe on a local file system: in WAL mode all processes that use a ledger share memory
 through the file `ledger.sqlite3-shm`. Over a network two machines have two copies of it, and some network
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from areal_like.config import Config
+from areal_like.errors import StoreCorruptError
 from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
 
@@ -25,6 +27,23 @@ _NETWORK = frozenset(
     }
 )
 """Types of network and cluster file systems, as the kernel names them."""
+_ADDED_TABLES = (
+    (2, "operations (id INTEGER PRIMARY KEY, unix_s, verb, subject, detail)"),
+    (3, "evaluations (first_ticket INTEGER PRIMARY KEY, eval_id, eval_set, num_prompts, num_samples, state)"),
+    (4, "settings (id INTEGER PRIMARY KEY, step, key, value, origin, unix_s)"),
+    (5, "parts (ticket_id, sample_index, position_id, slot, PRIMARY KEY (ticket_id, sample_index))"),
+)
+_ADDED_COLUMNS = {
+    "tickets": (
+        (3, "'' AS eval_set"),
+        (5, "-1 AS begin_step"),
+        (5, "-1 AS close_step"),
+        (5, "'[]' AS early"),
+    ),
+    "samples": ((3, "0 AS truncated"), (3, "'' AS failure"), (5, "'[]' AS token_steps")),
+    "failures": ((3, "0 AS given_up"),),
+}
+"""(schema version, what its migration in buffer/storage/sql.py has added)"""
 
 
 def wanted_place(config: Config, shard: Shard = WHOLE) -> Path:
@@ -35,9 +54,40 @@ def wanted_place(config: Config, shard: Shard = WHOLE) -> Path:
 
 
 def open_ledger(directory: Path) -> sqlite3.Connection:
-    """A connection that only reads; buffers may write meanwhile. Raises sqlite3.DatabaseError."""
+    """A connection that only reads; buffers may write meanwhile. Raises sqlite3.DatabaseError.
+
+    A file of an earlier release has the tables and columns of the newest schema: empty temporary tables, and
+    views whose names hide those of the file.
+    """
     path = (directory / LEDGER_FILE).absolute().as_uri()
-    return sqlite3.connect(f"{path}?mode=ro", uri=True, timeout=10, isolation_level=None)
+    connection = sqlite3.connect(f"{path}?mode=ro", uri=True, timeout=10, isolation_level=None)
+    try:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version:
+            connection.execute("PRAGMA temp_store = MEMORY")
+            scripts = [f"CREATE TEMP TABLE {table}" for since, table in _ADDED_TABLES if since > version]
+            for table, columns in _ADDED_COLUMNS.items():
+                if added := [column for since, column in columns if since > version]:
+                    view = f"SELECT *, {', '.join(added)} FROM main.{table}"
+                    scripts.append(f"CREATE TEMP VIEW {table} AS {view}")
+            connection.executescript(";".join(scripts))
+    except sqlite3.DatabaseError:
+        connection.close()
+        raise
+    return connection
+
+
+@contextmanager
+def reading_ledger(directory: Path) -> Iterator[sqlite3.Connection]:
+    """Opens a ledger for the block. Raises StoreCorruptError if SQLite cannot read it."""
+    try:
+        with closing(open_ledger(directory)) as connection:
+            yield connection
+    except sqlite3.DatabaseError as error:
+        raise StoreCorruptError(
+            f"{directory / LEDGER_FILE} cannot be read ({error}); it is damaged, or was written by another "
+            "release"
+        ) from None
 
 
 def recorded_shards(paths: RunPaths) -> int | None:

@@ -1,8 +1,9 @@
-"""Numbers, times and the ticks of axes as a person reads them. Pure."""
+"""Numbers, times and the ticks of axes as a person reads and types them. Pure."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -54,6 +55,13 @@ def duration(seconds: float | None) -> str:
             rest = whole % size // below
             return f"{whole // size} {unit}" + (f" {rest} {part}" if rest else "")
     return f"{whole} s"
+
+
+def typed_seconds(text: str) -> float:
+    """The seconds in `90`, `90s`, `10m`, `2h` or `1d`. Raises ValueError."""
+    if (match := re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)([smhd]?)", text)) is None:
+        raise ValueError(f"{text!r} is not a time such as 60s or 5m")
+    return float(match[1]) * {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[match[2]]
 
 
 def utc(unix_s: float | None) -> str:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections import Counter
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from areal_like.errors import StoreCorruptError
-from areal_like.ledger_place import open_ledger
+from areal_like.ledger_place import reading_ledger
 from areal_like.selection import failures_of
 from areal_like.shards import Shard
 from areal_like.trajectory import NOT_SAMPLED
@@ -20,24 +18,6 @@ from launch.audit.invariants import LEDGER_INVARIANTS
 from launch.audit.result import Audit, Check
 
 _Row = tuple[int, ...]
-_OLDEST = 2
-"""Oldest schema version whose runs can be audited without a buffer that migrates them."""
-_ADDED_TABLES = (
-    (3, "evaluations (first_ticket INTEGER PRIMARY KEY, eval_id, eval_set, num_prompts, num_samples, state)"),
-    (4, "settings (id INTEGER PRIMARY KEY, step, key, value, origin, unix_s)"),
-    (5, "parts (ticket_id, sample_index, position_id, slot, PRIMARY KEY (ticket_id, sample_index))"),
-)
-_ADDED_COLUMNS = {
-    "tickets": (
-        (3, "'' AS eval_set"),
-        (5, "-1 AS begin_step"),
-        (5, "-1 AS close_step"),
-        (5, "'[]' AS early"),
-    ),
-    "samples": ((5, "'[]' AS token_steps"),),
-    "failures": ((3, "0 AS given_up"),),
-}
-"""Table -> (schema version, column that it added); they are read under names that hide those of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +51,8 @@ class LedgerAudit:
 
 
 def audit_ledger(directory: Path) -> LedgerAudit:
-    """Audits the ledger in `directory`, which may be in use. Raises sqlite3.DatabaseError."""
-    with closing(_connect(directory)) as connection:
+    """Audits the ledger in `directory`, which may be in use. Raises StoreCorruptError."""
+    with reading_ledger(directory) as connection:
         connection.execute("BEGIN")
         query = connection.execute
         checks = [
@@ -136,19 +116,6 @@ def audit_ledger(directory: Path) -> LedgerAudit:
     )
 
 
-def _connect(directory: Path) -> sqlite3.Connection:
-    connection = open_ledger(directory)
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version >= _OLDEST:
-        connection.execute("PRAGMA temp_store = MEMORY")
-        scripts = [f"CREATE TEMP TABLE {table}" for since, table in _ADDED_TABLES if since > version]
-        for table, columns in _ADDED_COLUMNS.items():
-            if added := [column for since, column in columns if since > version]:
-                scripts.append(f"CREATE TEMP VIEW {table} AS SELECT *, {', '.join(added)} FROM main.{table}")
-        connection.executescript(";".join(scripts))
-    return connection
-
-
 def _trajectories_on_disk(
     directory: Path, samples: list[tuple[Any, ...]], versions: dict[int, int]
 ) -> tuple[Check, Check]:
@@ -178,7 +145,7 @@ def _trajectories_on_disk(
             wrong.setdefault(ticket_id, text)
     if unread:
         # A running buffer may have deleted records since the transaction, if they are no longer needed.
-        with closing(_connect(directory)) as connection:
+        with reading_ledger(directory) as connection:
             gone = connection.execute("SELECT ticket_id FROM tickets WHERE released = 1 OR state = 'dropped'")
             for (ticket_id,) in gone:
                 unread.pop(ticket_id, None)

@@ -7,12 +7,11 @@ right order, not the quality of the training data.
 
 from __future__ import annotations
 
-import sqlite3
 from pathlib import Path
 from typing import Any
 
 from areal_like.config import Config
-from areal_like.errors import ConfigError, StoreCorruptError
+from areal_like.errors import ConfigError
 from areal_like.ledger_place import shards_of
 from areal_like.paths import RunPaths
 from areal_like.promise import promise
@@ -43,12 +42,7 @@ def audit_run(root: Path) -> Audit:
     # Before the ledgers are read: a running job may add a checkpoint, or a step, afterwards.
     rows = _step_rows(RunPaths(root).metrics)
     num_checkpointed = max(checkpoints(RunPaths(root)), default=0)
-    try:
-        ledgers = [audit_ledger(directory) for directory in directories]
-    except sqlite3.DatabaseError as error:
-        raise StoreCorruptError(
-            f"{root}: its ledger cannot be read ({error}); it is damaged, or was written by another release"
-        ) from None
+    ledgers = [audit_ledger(directory) for directory in directories]
     checks = [*_merged(ledgers), _whole_steps(ledgers, config=config, num_checkpointed=num_checkpointed)]
     checks += [_settings_in_force(ledgers, rows), _lags_within_bounds(ledgers, rows)]
     if len(ledgers) > 1 or config.buffer.num_shards > 1:

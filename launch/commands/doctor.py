@@ -7,16 +7,16 @@ import dataclasses
 import json
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from areal_like.config import Config
 from areal_like.runtime.command_line import load_config
 from launch.commands.configuration import configuration, settings_of
 from launch.commands.parser import JSON, argument, command, flag
-from launch.doctor.checks import Finding, Level, findings
-from launch.doctor.gathering import ROLES, gather
+from launch.doctor.checks import Finding, Level
+from launch.doctor.gathering import ROLES, findings
 from launch.observation.reach import RunningJob
+from launch.view.status import plain_table
 
 _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "red"}
 
@@ -50,7 +50,7 @@ _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "red"}
 def main(args: argparse.Namespace) -> int:
     """Prints the findings; returns 1 if one of them is an error. Raises ConfigError for a wrong setting."""
     config = load_config(settings_of("doctor", args))
-    found = findings(gather(config, args.role or ROLES, job=_job(config, args.buffer)))
+    found = list(findings(config, args.role or ROLES, job=_job(config, args.buffer)))
     if args.json:
         print(json.dumps([dataclasses.asdict(each) for each in found], indent=2))
     else:
@@ -66,16 +66,14 @@ def _job(config: Config, addresses: list[str] | None) -> RunningJob | None:
 
 
 def _show(found: list[Finding], *, shows_all: bool) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=False)
-    for heading in ("", "what", "found", "what to do"):
-        table.add_column(heading, overflow="fold")
-    for each in found:
-        if shows_all or each.level is not Level.OK:
-            level = Text(each.level.value, style=_STYLES[each.level])
-            table.add_row(level, Text(each.what), Text(each.found), Text(each.remedy))
+    rows = [
+        (Text(each.level.value, style=_STYLES[each.level]), *map(Text, (each.what, each.found, each.remedy)))
+        for each in found
+        if shows_all or each.level is not Level.OK
+    ]
     console = Console()
-    if table.row_count:
-        console.print(table)
+    if rows:
+        console.print(plain_table(("", "what", "found", "what to do"), rows))
     counts = {level: sum(each.level is level for each in found) for level in Level}
     summary = (
         f"{len(found)} checks: {counts[Level.ERROR]} errors, {counts[Level.WARNING]} warnings, "

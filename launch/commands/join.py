@@ -9,6 +9,7 @@ daemons hold it. On other machines the server waits for its buffer until a user 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import re
@@ -18,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError
@@ -165,18 +165,10 @@ def free_name(paths: RunPaths) -> str:
         # `p` before the number: a plain number at the end would be read as the server's index.
         host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:40]
         return f"rollout-{host}-p{os.getpid()}"
-    names = (f"rollout-{number}" for number in itertools.count())
-    return next(
-        name
-        for name in names
-        if not (paths.endpoints / f"{name}.json").exists() and _create(paths.logs / f"{name}.log")
-    )
-
-
-def _create(path: Path) -> bool:
-    """Creates an empty file; returns False if the file exists already."""
-    try:
-        path.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
+    for number in itertools.count():
+        name = f"rollout-{number}"
+        if not (paths.endpoints / f"{name}.json").exists():
+            with contextlib.suppress(FileExistsError):
+                (paths.logs / f"{name}.log").touch(exist_ok=False)
+                return name
+    raise AssertionError("itertools.count ended")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.table import Table
 
 from areal_like.errors import ConfigError
 from areal_like.security.administration import (
@@ -27,6 +26,8 @@ from areal_like.security.administration import (
 )
 from areal_like.security.keys import AllowedKey, KeyDirectory, KeyRole
 from launch.commands.parser import argument, command
+from launch.formatting import duration
+from launch.view.status import plain_table
 
 _ROLES = [role.value for role in KeyRole]
 _GRACE_S = 3600.0
@@ -58,7 +59,7 @@ def _rotate(args: argparse.Namespace) -> str:
     renewed = rotate_keys(args.directory, args.name, grace_s=grace_s)
     names = ", ".join(key.name for key in renewed)
     return (
-        f"renewed {names}; the old keys are valid for another {_duration(grace_s)}\n"
+        f"renewed {names}; the old keys are valid for another {duration(grace_s)}\n"
         + _copy_hint(args.directory)
         + "on another machine copy public.json first, then the new secrets\n"
     )
@@ -72,38 +73,31 @@ def _revoke(args: argparse.Namespace) -> str:
 
 
 def _show(args: argparse.Namespace) -> str:
-    keys = KeyDirectory(args.directory).allowed.keys
     now_s = time.time()
-    table = Table(box=None, pad_edge=False)
-    for column in ("name", "role", "fingerprint", "age", "expires", "secret here"):
-        table.add_column(column, overflow="fold")
-    for key in sorted(keys, key=lambda key: (key.name, key.added_unix_s)):
-        table.add_row(
+    rows = [
+        (
             key.name,
             key.role.value,
             fingerprint(key.public),
-            _duration(now_s - key.added_unix_s),
+            duration(round(now_s - key.added_unix_s)),
             _expiry(key, now_s),
             "yes" if has_secret(args.directory, key) else "no",
         )
+        for key in sorted(
+            KeyDirectory(args.directory).allowed.keys, key=lambda key: (key.name, key.added_unix_s)
+        )
+    ]
     console = Console(highlight=False, markup=False)
     with console.capture() as capture:
-        console.print(table)
+        console.print(plain_table(("name", "role", "fingerprint", "age", "expires", "secret here"), rows))
     return capture.get()
 
 
 def _expiry(key: AllowedKey, now_s: float) -> str:
     if key.expires_unix_s is None:
         return "never"
-    left_s = key.expires_unix_s - now_s
-    return f"in {_duration(left_s)}" if left_s > 0 else "expired"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length_s in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * length_s:
-            return f"{seconds / length_s:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
+    left_s = round(key.expires_unix_s - now_s)
+    return f"in {duration(left_s)}" if left_s > 0 else "expired"
 
 
 def _copy_hint(directory: Path) -> str:

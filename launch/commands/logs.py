@@ -91,11 +91,7 @@ def _chosen(
     # bounded memory.
     num_read = num_last if level == LEVELS[0] and since_unix_s is None else None
     streams = (source.entries(since_unix_s=since_unix_s, num_last=num_read, ends=ends) for source in sources)
-    entries = (
-        entry
-        for entry in heapq.merge(*streams)
-        if entry.is_at_least(level) and (since_unix_s is None or entry.unix_s >= since_unix_s)
-    )
+    entries = (entry for entry in heapq.merge(*streams) if entry.is_at_least(level))
     return entries if num_last is None else deque(entries, maxlen=num_last)
 
 

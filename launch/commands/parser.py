@@ -7,11 +7,13 @@ has: usage, description, arguments, options, examples (a test parses the example
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from areal_like.errors import ConfigError
+from launch.formatting import typed_seconds
 
 Main = Callable[[argparse.Namespace], int]
 """What a verb does; returns the exit code."""
@@ -55,6 +57,20 @@ def argument(*names: str, **options: Any) -> Argument:
 def flag(name: str, help: str) -> Argument:
     """An option without a value."""
     return argument(name, action="store_true", help=help)
+
+
+def seconds(least: float, most: float) -> Callable[[str], float]:
+    """The type of an argument that is a time between two limits: `90`, `90s`, `10m`, `2h`."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= (found := typed_seconds(text)) <= most:
+                return found
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a time from {least:g} to {most:g} s, such as 60s or 5m"
+        )
+
+    return parse
 
 
 def group(title: str, *arguments: Argument) -> Argument:

@@ -48,10 +48,17 @@ def main(args: argparse.Namespace) -> int:
     if not args.timeout > 0:
         raise ConfigError(f"profile: --timeout {args.timeout:g}: use a number of seconds above 0")
     paths = RunPaths(find_run(args.run))
-    out = None if args.out is None else _made(Path(args.out))
+    out = None if args.out is None else Path(args.out)
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"profile: --out {out}: {error.strerror}") from None
     config = load_config(["--config", str(paths.config)])
     ranks = _ranks_of(args.rank, paths, Operator(config.security, paths.endpoints))
-    _check_goes_on(ranks)
+    step, num_steps = max(int(rank.status["step"]) for rank in ranks), int(ranks[0].status["num_steps"])
+    if step >= num_steps or ranks[0].status["state"] == "draining":
+        raise ConfigError("profile: the trainer is ending, and will not train another step")
     request = {"id": secrets.token_hex(8), "steps": args.steps, "ranks": len(ranks)}
     for rank in ranks:
         rank.ask(request | {"shapes": args.shapes, "memory": args.memory})
@@ -130,7 +137,7 @@ def _ranks_of(given: str, paths: RunPaths, operator: Operator) -> list[_Rank]:
         numbers = sorted({int(part) for part in parts})
     if unknown := [number for number in numbers if number not in found]:
         raise ConfigError(
-            f"profile: --rank {given}: there is no rank {unknown[0]} (ranks: {_shortened(sorted(found))})"
+            f"profile: --rank {given}: there is no rank {unknown[0]} (ranks: {min(found)} to {max(found)})"
         )
     ranks = []
     for number in numbers:
@@ -150,23 +157,3 @@ def _ranks_of(given: str, paths: RunPaths, operator: Operator) -> list[_Rank]:
             _Rank(number=number, address=found[number], status=status, paths=paths, operator=operator)
         )
     return ranks
-
-
-def _check_goes_on(ranks: list[_Rank]) -> None:
-    """Raises ConfigError if the trainer will not train another step."""
-    step, num_steps = max(int(rank.status["step"]) for rank in ranks), int(ranks[0].status["num_steps"])
-    if step >= num_steps or ranks[0].status["state"] == "draining":
-        raise ConfigError("profile: the trainer is ending, and will not train another step")
-
-
-def _shortened(numbers: list[int]) -> str:
-    shown = ", ".join(str(number) for number in numbers[:8])
-    return shown if len(numbers) <= 8 else f"{shown}, ... {numbers[-1]}"
-
-
-def _made(directory: Path) -> Path:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"profile: --out {directory}: {error.strerror}") from None
-    return directory

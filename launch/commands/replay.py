@@ -11,7 +11,6 @@ trains only that step again.
 from __future__ import annotations
 
 import argparse
-import filecmp
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +20,10 @@ from rich.console import Console
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, checkpoint_name, write_json
 from areal_like.runtime.process import keep_files_private
-from launch.commands.foreground import StopSignals
+from launch.commands.foreground import StopSignals, in_directory
 from launch.commands.parser import RUN, SETTINGS, argument, command, flag
+from launch.comparison.settings import GENERATION
+from launch.comparison.weights import same_files
 from launch.local_job.child import ProcessTable
 from launch.local_job.display import View
 from launch.local_job.foreground import Foreground
@@ -33,21 +34,6 @@ from launch.run_directory.rundir import checkpoints, find_run
 from launch.view.lasting import LastingView, output_may_be_gone
 from launch.view.plain import PlainView
 from launch.view.summary import summary_table
-
-_WITHOUT_EFFECT = (
-    "buffer.",
-    "rollout.",
-    "weights.",
-    "eval.",
-    "trackers",
-    "sampling.",
-    "task",
-    "max_staleness",
-    "max_staleness_cap",
-    "ess_target",
-    "seed",
-)
-"""Prefixes of settings that affect only the generation of trajectories."""
 
 
 @command(
@@ -124,11 +110,13 @@ def run_replay(recorded: Path, argv: Sequence[str]) -> int:
     run = open_replay(recorded, argv)
     console = Console()
     view = LastingView(PlainView(run.config, console))
-    for arg in argv:
-        if arg.startswith(_WITHOUT_EFFECT):
-            view.notice(f"{arg} has no effect: the trajectories and their order come from the recorded run")
-    view.notice(f"replaying {recorded} into {run.paths.root}")
-    try:
+    with in_directory(run):
+        for arg in argv:
+            if arg.startswith((*GENERATION, "trackers")):
+                view.notice(
+                    f"{arg} has no effect: the trajectories and their order come from the recorded run"
+                )
+        view.notice(f"replaying {recorded} into {run.paths.root}")
         own_lr = any(arg.startswith("trainer.lr=") for arg in argv)
         write_json(run.paths.replay, {"recording": str(recorded.resolve()), "own_lr": own_lr})
         code = _train(recorded, run, view=view, options=("--own-lr",) if own_lr else ())
@@ -138,12 +126,7 @@ def run_replay(recorded: Path, argv: Sequence[str]) -> int:
                 console.print(table)
             for line in _compare(RunPaths(recorded), run.paths):
                 view.notice(line)
-        return code
-    except ConfigError:
-        run.remove_if_created()
-        raise
-    finally:
-        run.close()
+    return code
 
 
 def _train(recorded: Path, run: OpenRun, *, view: View, options: Sequence[str]) -> int:
@@ -170,29 +153,21 @@ def _compare(recorded: RunPaths, replayed: RunPaths) -> list[str]:
     """Lines for the user: the steps at which the weights of both runs are equal, and those where they
     differ."""
     steps = sorted(set(checkpoints(recorded)) & set(checkpoints(replayed)))
-    same = [step for step in steps if _are_equal(recorded, replayed, step)]
-    others = [step for step in steps if step not in same]
-    lines = []
-    if same:
-        lines.append(f"weights after step {_joined(same)}: equal to the recorded run's, to the last bit")
-    if others:
-        lines.append(f"weights after step {_joined(others)}: different from the recorded run's")
-    return lines
-
-
-def _joined(steps: Sequence[int]) -> str:
-    return ", ".join(map(str, steps))
+    by_result: dict[bool, list[str]] = {True: [], False: []}
+    for step in steps:
+        by_result[_are_equal(recorded, replayed, step)].append(str(step))
+    texts = {True: "equal to the recorded run's, to the last bit", False: "different from the recorded run's"}
+    return [
+        f"weights after step {', '.join(by_result[is_equal])}: {text}"
+        for is_equal, text in texts.items()
+        if by_result[is_equal]
+    ]
 
 
 def _are_equal(recorded: RunPaths, replayed: RunPaths, step: int) -> bool:
     """Compares the weights' files and, if both runs had the same number of ranks, masters and moments."""
     folders = [paths.checkpoints / checkpoint_name(step) for paths in (recorded, replayed)]
-    weights, others = (_files(folder, "model*.safetensors") for folder in folders)
-    rows = _files(folders[0], "rows/policy-*") & _files(folders[1], "rows/policy-*")
-    return weights == others and all(
-        filecmp.cmp(folders[0] / file, folders[1] / file, shallow=False) for file in weights | rows
+    rows = [{file.name for file in folder.glob("rows/policy-*")} for folder in folders]
+    return same_files(*folders, "model*.safetensors") is True and all(
+        same_files(*folders, f"rows/{name}") for name in rows[0] & rows[1]
     )
-
-
-def _files(folder: Path, pattern: str) -> set[Path]:
-    return {file.relative_to(folder) for file in folder.glob(pattern)}

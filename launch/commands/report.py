@@ -10,13 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+from areal_like.errors import ArealError
 from launch.commands.completion import installed_version
 from launch.commands.output import private_file
 from launch.commands.parser import RUN, argument, command
 from launch.report.page import page
 from launch.report.run import read_run
-from launch.report.samples import read_samples
 from launch.run_directory.rundir import find_run
+from launch.samples.choosing import transcripts
+from launch.samples.reading import Selection
+from launch.samples.transcripts import Transcript
 
 
 @command(
@@ -32,7 +35,12 @@ def main(args: argparse.Namespace) -> int:
     """Writes the page. Raises ConfigError without such a run, or if the file cannot be written."""
     roots = [find_run(args.run)] + ([find_run(args.against)] if args.against else [])
     runs = [read_run(root) for root in roots]
-    text = page(runs, samples=read_samples(roots[0]), now_s=time.time(), version=installed_version())
+    samples: list[Transcript] | str
+    try:
+        _, samples = transcripts(roots[0], Selection())
+    except (ArealError, OSError) as error:
+        samples = str(error)
+    text = page(runs, samples=samples, now_s=time.time(), version=installed_version())
     if args.out == "-":
         sys.stdout.write(text)
         return 0

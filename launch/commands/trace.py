@@ -13,23 +13,10 @@ from pathlib import Path
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from launch.commands.output import private_file
-from launch.commands.parser import RUN, argument, command
+from launch.commands.parser import RUN, argument, command, seconds
 from launch.run_directory.rundir import find_run
 from launch.trace.perfetto import events, window
 from launch.trace.reading import Process, read_processes
-
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def _seconds(text: str) -> float:
-    unit = text[-1:] if text[-1:] in _UNITS else ""
-    try:
-        seconds = float(text.removesuffix(unit)) * _UNITS.get(unit, 1.0)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e9:
-        raise argparse.ArgumentTypeError(f"expected a time such as 60s or 5m, got {text!r}")
-    return seconds
 
 
 def _steps(text: str) -> tuple[int, int]:
@@ -42,7 +29,9 @@ def _steps(text: str) -> tuple[int, int]:
 def _part(parser: argparse._ActionsContainer) -> None:
     """Adds the part of the run to show: one of two options."""
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--last", metavar="SECONDS", type=_seconds, help="only the last seconds: 60s, 5m or 60")
+    part.add_argument(
+        "--last", metavar="SECONDS", type=seconds(0.001, 1e9), help="only the last seconds: 60s, 5m or 60"
+    )
     part.add_argument("--steps", metavar="A:B", type=_steps, help="while the trainer ran steps A to B - 1")
 
 

@@ -19,7 +19,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from launch.commands.parser import argument, command, flag
+from launch.commands.parser import argument, command, flag, seconds
 from launch.commands.running_job import JOB, job_of
 from launch.local_job.display import View
 from launch.observation.job_report import job_report
@@ -42,16 +42,6 @@ _NUM_CHANGES = 5
 """Changes of settings that are shown; --json has more."""
 
 
-def _interval_s(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds; put RUN before it") from None
-    if not 0.1 <= seconds <= 86400:
-        raise argparse.ArgumentTypeError(f"{text}: use 0.1 to 86400 seconds")
-    return seconds
-
-
 @command(
     "status",
     "Show the daemons, rates, leases and weights of a running job, or how a run ended and how to continue "
@@ -62,7 +52,7 @@ def _interval_s(text: str) -> float:
         "--watch",
         nargs="?",
         const=_WATCH_S,
-        type=_interval_s,
+        type=seconds(0.1, 86400),
         metavar="SECONDS",
         help=f"show it again every SECONDS ({_WATCH_S:g}) until Ctrl-C; with --json one line each time",
     ),

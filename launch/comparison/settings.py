@@ -18,7 +18,7 @@ _ROUNDING = (
     "trainer.num_threads",
 )
 """Settings that change the order of summation, and so the last bits of the results."""
-_GENERATION = (
+GENERATION = (
     "buffer.",
     "episode.",
     "eval.",
@@ -81,8 +81,8 @@ def compare_settings(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Sett
         text = f"{key}={values[0]} / {values[1]}"
         if key in _ROUNDING:
             found.of_rounding.append(text)
-        elif key in _STEP or not key.startswith((*_GENERATION, *_WITHOUT_EFFECT)):
+        elif key in _STEP or not key.startswith((*GENERATION, *_WITHOUT_EFFECT)):
             found.of_steps.append(text)
-        elif key.startswith(_GENERATION):
+        elif key.startswith(GENERATION):
             found.of_generation.append(text)
     return found

@@ -1,23 +1,19 @@
-"""Compares the weights of two Hugging Face directories, without torch."""
+"""Compares the weights of two Hugging Face directories."""
 
 from __future__ import annotations
 
 import filecmp
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from areal_like.errors import ConfigError
 
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "|u1", "I64": "<i8", "I32": "<i4"}
-"""Dtype of safetensors -> dtype of numpy, which lacks bfloat16."""
-_LENGTH_BYTES = 8
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_WEIGHTS = "model*.safetensors"
 _CHUNK = 1 << 22
 """Number of elements that are compared at once."""
 
@@ -44,21 +40,27 @@ def same_files(ours: Path, theirs: Path, pattern: str) -> bool | None:
 def compare_weights(ours: Path, theirs: Path) -> WeightsDifference | None:
     """Compares the weights in two directories; returns None if they are equal to the last bit. Raises
     ConfigError."""
-    if same_files(ours, theirs, "model*.safetensors"):
+    if same_files(ours, theirs, _WEIGHTS):
         return None
-    models = _Tensors(ours), _Tensors(theirs)
-    names = [model.places.keys() for model in models]
+    from trainer.models.safetensors_rows import SafetensorsRows  # imports torch: only if the files differ
+
+    files = [sorted(folder.glob(_WEIGHTS)) for folder in (ours, theirs)]
+    for folder, found in zip((ours, theirs), files, strict=True):
+        if not found:
+            raise ConfigError(f"{folder} has no weights: there is no {_WEIGHTS}")
+    models = [SafetensorsRows(found, remedy="compare other runs") for found in files]
+    names = [set(model.names) for model in models]
     if names[0] != names[1]:
         only = sorted(names[0] ^ names[1])
         return WeightsDifference(text=f"{only[0]} is in one model only", relative=math.inf)
     difference = norm = worst = 0.0
     num, worst_name = 0, ""
     for name in sorted(names[0]):
-        shapes = [model.places[name].shape for model in models]
+        shapes = [model.shape(name) for model in models]
         if shapes[0] != shapes[1]:
             text = f"shape of {name}: {shapes[0]} / {shapes[1]}"
             return WeightsDifference(text=text, relative=math.inf)
-        square, of_ours = _squares(models[0].flat(name), models[1].flat(name))
+        square, of_ours = _squares(*(model.tensor(name) for model in models))
         difference, norm = difference + square, norm + of_ours
         num += square > 0
         share = math.sqrt(square / of_ours) if of_ours else math.inf if square else 0.0
@@ -74,61 +76,12 @@ def compare_weights(ours: Path, theirs: Path) -> WeightsDifference | None:
     return WeightsDifference(text=text, relative=relative)
 
 
-def _squares(ours: NDArray[Any], theirs: NDArray[Any]) -> tuple[float, float]:
+def _squares(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     """Sums of squares: of the difference, and of the first."""
     difference = norm = 0.0
-    for start in range(0, len(ours), _CHUNK):
-        a, b = (_floats(array[start : start + _CHUNK]) for array in (ours, theirs))
-        difference += float(np.square(a - b).sum())
-        norm += float(np.square(a).sum())
+    chunks = (tensor.reshape(-1).split(_CHUNK) for tensor in (ours, theirs))
+    for a, b in zip(*chunks, strict=True):
+        difference += float((a.double() - b.double()).square().sum())
+        norm += float(a.double().square().sum())
     # NaN is neither equal nor close to anything.
     return (math.inf if math.isnan(difference) else difference), norm
-
-
-def _floats(array: NDArray[Any]) -> NDArray[np.float64]:
-    if array.dtype == np.uint16:
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-
-class _Tensors:
-    """The tensors of a directory's `model*.safetensors`, read on demand."""
-
-    def __init__(self, folder: Path) -> None:
-        self.places: dict[str, _Place] = {}
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise ConfigError(f"{folder} has no weights: there is no model*.safetensors")
-        for file in files:
-            try:
-                with file.open("rb") as opened:
-                    num_bytes = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
-                    if num_bytes > file.stat().st_size:
-                        raise ValueError("its header is cut short")
-                    header: Mapping[str, Any] = json.loads(opened.read(num_bytes))
-                for name, entry in header.items():
-                    if name != "__metadata__":
-                        self.places[name] = _Place(
-                            file=file,
-                            dtype=_DTYPES[entry["dtype"]],
-                            shape=tuple(entry["shape"]),
-                            offset=_LENGTH_BYTES + num_bytes + entry["data_offsets"][0],
-                        )
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{file} cannot be read ({error!r})") from None
-
-    def flat(self, name: str) -> NDArray[Any]:
-        place = self.places[name]
-        num = math.prod(place.shape)
-        try:
-            return np.memmap(place.file, place.dtype, "r", place.offset, (num,)) if num else np.zeros(0)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{place.file} cannot be read ({error})") from None

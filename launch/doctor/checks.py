@@ -1,13 +1,13 @@
-"""The checks of `areal-like doctor`: pure functions from facts to findings."""
+"""The checks of `areal-like doctor`: pure functions from what was found on a machine to findings."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from launch.doctor.facts import Disk, Facts, Versions
+from areal_like.hosts import is_loopback
 
 TORCH = ((2, 11), (2, 15))
 TRANSFORMERS = ((5, 17), (6, 0))
@@ -43,159 +43,181 @@ class Finding:
     """What to do about it."""
 
 
-def findings(facts: Facts) -> list[Finding]:
-    """All findings, in the order of the checks."""
-    return [finding for check in CHECKS for finding in check(facts)]
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A GPU that the driver shows."""
+
+    index: int
+    name: str
+    total_mb: int
+    used_mb: int
 
 
-def check_ports(facts: Facts) -> Iterator[Finding]:
-    """Checks that addresses can be bound, and are not reachable without keys."""
-    for bound in facts.bound:
-        what = f"{bound.setting} {bound.address}"
-        if bound.error:
-            yield _error(what, bound.error, f"end what uses it, or change {bound.setting}")
-        elif bound.needs_keys:
-            yield _error(
-                what,
-                "other machines can reach it, and the job has no keys",
-                "areal-like keys init DIR, then security.keys=DIR",
-            )
-        else:
-            yield _ok(what, "free")
+@dataclass(frozen=True, kw_only=True)
+class GpuFacts:
+    """GPUs of this machine, and those that the job wants."""
+
+    wanted: dict[int, str] = field(default_factory=dict)
+    """Index -> the roles that use it."""
+    found: tuple[Gpu, ...] = ()
+    driver: str = ""
+    error: str = ""
+    """Why the driver could not be queried."""
+    visible: str | None = None
+    """CUDA_VISIBLE_DEVICES."""
+    may_share: bool = False
+    """True if `--mem-fraction-static` bounds an engine's memory."""
 
 
-def check_names(facts: Facts) -> Iterator[Finding]:
-    """Checks that hosts that peers connect to resolve, and to the right kind of address."""
-    for name in facts.names:
-        what = f"{name.setting} {name.host}"
-        if not name.addresses:
-            yield _error(what, "does not resolve here", "use an address, or a name that every machine knows")
-        elif name.is_loopback and facts.spans_machines:
-            yield _warning(
-                what,
-                "is loopback, while other settings name other machines",
-                f"set {name.setting} to an address of this machine that the others reach",
-            )
-        else:
-            yield _ok(what, ", ".join(name.addresses))
+@dataclass(frozen=True, kw_only=True)
+class Versions:
+    """Versions of one Python environment; empty: not installed."""
+
+    of: str
+    """`trainer`, or `engine` for the environment of SGLang."""
+    python: str = ""
+    torch: str = ""
+    cuda: str = ""
+    """CUDA version that torch was built for; empty: a build for CPUs."""
+    transformers: str = ""
+    sglang: str = ""
+    nccl: str = ""
+    error: str = ""
 
 
-def check_clocks(facts: Facts) -> Iterator[Finding]:
-    """Checks that clocks agree: logs, traces and the age of keys and weights depend on it."""
-    for clock in facts.clocks:
-        what = f"clock of {clock.of}"
-        if clock.ahead_s is None:
-            remedy = "is the buffer running there, with keys and TLS as given here?"
-            yield _warning(what, "no response", remedy)
-            continue
-        apart_s = max(0.0, abs(clock.ahead_s) - clock.uncertain_s)
-        found = f"{abs(clock.ahead_s):.1f} s {'ahead' if clock.ahead_s > 0 else 'behind'}"
-        if apart_s > CLOCK_ERROR_S:
-            yield _error(what, found, "synchronize both clocks (chrony, systemd-timesyncd)")
-        elif apart_s > CLOCK_WARNING_S:
-            yield _warning(what, found, "synchronize both clocks: logs and traces are merged by time")
-        else:
-            yield _ok(what, f"agrees within {apart_s + clock.uncertain_s:.1f} s")
+def check_port(setting: str, address: str, *, problem: str = "", needs_keys: bool = False) -> Finding:
+    """An address that a daemon will listen on can be bound, and is not reachable without keys.
+
+    `problem`: why it cannot be bound. `needs_keys`: other machines can reach it, and the job has no keys.
+    """
+    what = f"{setting} {address}"
+    if problem:
+        return error(what, problem, f"end what uses it, or change {setting}")
+    if needs_keys:
+        return error(
+            what,
+            "other machines can reach it, and the job has no keys",
+            "areal-like keys init DIR, then security.keys=DIR",
+        )
+    return ok(what, "free")
 
 
-def check_disks(facts: Facts) -> Iterator[Finding]:
-    """Checks that directories are writable and have space, and that the ledger is on a local disk."""
-    for disk in facts.disks:
-        what = f"{disk.setting} {disk.path}"
-        if disk.error:
-            yield _error(what, disk.error, f"choose another directory for {disk.setting}")
-            continue
-        if disk.is_network and disk.is_ledger:
-            yield _warning(
-                what,
-                f"the ledger would be on {disk.file_system}: SQLite's WAL is unsafe on it",
-                "set buffer.ledger_dir to a directory on a local disk",
-            )
-        yield _space(disk, what)
+def check_name(setting: str, host: str, addresses: Sequence[str], *, spans_machines: bool) -> Finding:
+    """A host that peers connect to resolves, and to the right kind of address.
+
+    `spans_machines`: the settings name addresses that are not loopback.
+    """
+    what = f"{setting} {host}"
+    if not addresses:
+        return error(what, "does not resolve here", "use an address, or a name that every machine knows")
+    if spans_machines and all(map(is_loopback, addresses)):
+        return warning(
+            what,
+            "is loopback, while other settings name other machines",
+            f"set {setting} to an address of this machine that the others reach",
+        )
+    return ok(what, ", ".join(addresses))
 
 
-def _space(disk: Disk, what: str) -> Finding:
-    free = f"{gigabytes(disk.free_bytes)} free"
-    needed_bytes = disk.needed_bytes + disk.reserved_bytes
+def check_clock(of: str, ahead_s: float | None, *, uncertain_s: float) -> Finding:
+    """Another machine's clock agrees with this one's: logs, traces and the age of keys and weights depend on
+    it.
+
+    `ahead_s`: how far it is ahead; None: no response.
+    """
+    what = f"clock of {of}"
+    if ahead_s is None:
+        return warning(what, "no response", "is the buffer running there, with keys and TLS as given here?")
+    apart_s = max(0.0, abs(ahead_s) - uncertain_s)
+    found = f"{abs(ahead_s):.1f} s {'ahead' if ahead_s > 0 else 'behind'}"
+    if apart_s > CLOCK_ERROR_S:
+        return error(what, found, "synchronize both clocks (chrony, systemd-timesyncd)")
+    if apart_s > CLOCK_WARNING_S:
+        return warning(what, found, "synchronize both clocks: logs and traces are merged by time")
+    return ok(what, f"agrees within {apart_s + uncertain_s:.1f} s")
+
+
+def check_space(
+    setting: str, path: object, free_bytes: int, needed_bytes: int, *, reserved_bytes: int = 0
+) -> Finding:
+    """A directory has space for the whole run.
+
+    `needed_bytes`: estimate; 0: not known. `reserved_bytes`: bytes that must stay free in addition to them:
+    `buffer.min_free_bytes`.
+    """
+    what, free = f"{setting} {path}", f"{gigabytes(free_bytes)} free"
+    needed_bytes += reserved_bytes
     if not needed_bytes:
-        return _ok(what, free)
+        return ok(what, free)
     found = f"{free}, about {gigabytes(needed_bytes)} needed"
-    if disk.reserved_bytes:
-        found += f", of which buffer.min_free_bytes keeps {gigabytes(disk.reserved_bytes)} free"
-    if disk.free_bytes < needed_bytes:
-        remedy = f"free some, choose another {disk.setting}, or keep fewer (trainer.keep_checkpoints)"
-        return _error(what, found, remedy)
-    if disk.free_bytes < 2 * needed_bytes:
-        return _warning(what, found, "watch it: other runs may fill it")
-    return _ok(what, found)
+    if reserved_bytes:
+        found += f", of which buffer.min_free_bytes keeps {gigabytes(reserved_bytes)} free"
+    if free_bytes < needed_bytes:
+        remedy = f"free some, choose another {setting}, or keep fewer (trainer.keep_checkpoints)"
+        return error(what, found, remedy)
+    if free_bytes < 2 * needed_bytes:
+        return warning(what, found, "watch it: other runs may fill it")
+    return ok(what, found)
 
 
-def check_model(facts: Facts) -> Iterator[Finding]:
-    """Checks that the model can be read."""
-    if facts.model_error:
-        yield _error("model.path", facts.model_error, "set model.path to a directory with config.json")
-
-
-def check_versions(facts: Facts) -> Iterator[Finding]:
-    """Checks that the versions of packages are compatible with one another and with the driver."""
-    for each in facts.versions:
+def check_versions(versions: Sequence[Versions], gpus: GpuFacts) -> Iterator[Finding]:
+    """Versions of packages are compatible with one another and, if the job wants GPUs, with the driver."""
+    for each in versions:
         if each.error:
-            yield _error(f"Python of the {each.of}", each.error, "make setup; for SGLang see the guide")
+            yield error(f"Python of the {each.of}", each.error, "make setup; for SGLang see the guide")
             continue
         if each.of == "trainer":  # SGLang has its own requirements, which pip has checked
             yield _version("torch", each.torch, TORCH)
             yield _version("transformers", each.transformers, TRANSFORMERS)
         elif each.sglang:
-            yield _ok("sglang", each.sglang)
+            yield ok("sglang", each.sglang)
         else:
-            yield _error("sglang", "not installed", "set rollout.sglang.python, or run `make sglang`")
-        if facts.uses_gpus:
-            yield from _cuda(facts, each)
-    engine = next((each.nccl for each in facts.versions if each.of == "engine"), "")
-    trainer = next((each.nccl for each in facts.versions if each.of == "trainer"), "")
-    if engine and trainer and facts.uses_gpus:
-        if engine != trainer:
-            yield _error(
+            yield error("sglang", "not installed", "set rollout.sglang.python, or run `make sglang`")
+        if gpus.wanted:
+            yield _cuda(each, gpus.driver)
+    nccl = {each.of: each.nccl for each in versions if each.nccl}
+    if gpus.wanted and len(nccl) == 2:
+        if nccl["engine"] != nccl["trainer"]:
+            yield error(
                 "NCCL",
-                f"{trainer} in the trainer, {engine} in SGLang",
+                f"{nccl['trainer']} in the trainer, {nccl['engine']} in SGLang",
                 "use a torch with the same NCCL in both (requirements-gpu.txt): ranks of two versions refuse "
                 "each other",
             )
         else:
-            yield _ok("NCCL", f"{trainer} in both")
+            yield ok("NCCL", f"{nccl['trainer']} in both")
 
 
-def _cuda(facts: Facts, each: Versions) -> Iterator[Finding]:
+def _version(package: str, found: str, bounds: tuple[tuple[int, int], tuple[int, int]]) -> Finding:
+    (first, last), numbers = bounds, tuple(map(int, re.findall(r"\d+", found)[:2]))
+    if found and first <= numbers < last:
+        return ok(package, found)
+    wanted = f"{first[0]}.{first[1]} or newer, below {last[0]}.{last[1]}"
+    return error(package, found or "not installed", f"install {package} {wanted}")
+
+
+def _cuda(each: Versions, driver: str) -> Finding:
     what = f"CUDA of the {each.of}'s torch"
     if not each.cuda:
-        yield _error(
+        return error(
             what, f"torch {each.torch} is built for CPUs", "make setup REQUIREMENTS=requirements-gpu.txt"
         )
-        return
-    major = int(each.cuda.split(".")[0])
-    needed = LEAST_DRIVER.get(major)
-    driver = re.match(r"\d+", facts.gpus.driver)
-    if needed is None or driver is None:
-        yield _ok(what, each.cuda)
-    elif int(driver[0]) < needed:
-        yield _error(
+    needed, branch = LEAST_DRIVER.get(int(each.cuda.split(".")[0])), re.match(r"\d+", driver)
+    if needed is None or branch is None:
+        return ok(what, each.cuda)
+    if int(branch[0]) < needed:
+        return error(
             what,
-            f"{each.cuda} needs driver {needed} or newer, this is {facts.gpus.driver}",
+            f"{each.cuda} needs driver {needed} or newer, this is {driver}",
             "update the driver, or use a torch for an older CUDA",
         )
-    else:
-        yield _ok(what, f"{each.cuda}, driver {facts.gpus.driver}")
+    return ok(what, f"{each.cuda}, driver {driver}")
 
 
-def check_gpus(facts: Facts) -> Iterator[Finding]:
-    """Checks that the GPUs that the job wants exist and are free."""
-    gpus = facts.gpus
-    if not gpus.wanted:
-        return
-    if gpus.error:
-        yield _error(
-            "GPUs", gpus.error, "install the driver, or use trainer.device=cpu and engine_device=cpu"
-        )
+def check_gpus(gpus: GpuFacts) -> Iterator[Finding]:
+    """The GPUs that the job wants exist and are free."""
+    if gpus.wanted and gpus.error:
+        yield error("GPUs", gpus.error, "install the driver, or use trainer.device=cpu and engine_device=cpu")
         return
     found = {gpu.index: gpu for gpu in gpus.found}
     for index, roles in sorted(gpus.wanted.items()):
@@ -203,92 +225,73 @@ def check_gpus(facts: Facts) -> Iterator[Finding]:
         gpu = found.get(index)
         if gpu is None:
             hidden = f" (CUDA_VISIBLE_DEVICES={gpus.visible})" if gpus.visible is not None else ""
-            yield _error(
+            yield error(
                 what, f"{len(found)} GPUs are visible{hidden}", "use fewer ranks or servers, or other GPUs"
             )
         elif gpu.used_mb > USED_GPU_MB and not gpus.may_share:
-            yield _warning(
-                what,
-                f"{gpu.name}, {gpu.used_mb} of {gpu.total_mb} MB in use",
-                "end what uses it (nvidia-smi)",
-            )
+            in_use = f"{gpu.name}, {gpu.used_mb} of {gpu.total_mb} MB in use"
+            yield warning(what, in_use, "end what uses it (nvidia-smi)")
         else:
-            yield _ok(what, f"{gpu.name}, {gpu.total_mb - gpu.used_mb} MB free")
+            yield ok(what, f"{gpu.name}, {gpu.total_mb - gpu.used_mb} MB free")
 
 
-def check_network(facts: Facts) -> Iterator[Finding]:
-    """Checks the interfaces for NCCL and gloo."""
-    limits = facts.limits
-    for variable, value in limits.named_interfaces.items():
+def check_interfaces(named: Mapping[str, str], interfaces: Sequence[str]) -> Iterator[Finding]:
+    """The network interfaces that variables of NCCL and gloo name exist. `named`: variable -> its value."""
+    for variable, value in named.items():
         wanted = [name.strip("^=") for name in value.split(",")]
-        unknown = [name for name in wanted if not any(each.startswith(name) for each in limits.interfaces)]
+        unknown = [name for name in wanted if not any(each.startswith(name) for each in interfaces)]
         if unknown:
-            have = ", ".join(limits.interfaces)
-            yield _error(f"{variable}={value}", f"there is no interface {unknown[0]}", f"choose among {have}")
+            remedy = f"choose among {', '.join(interfaces)}"
+            yield error(f"{variable}={value}", f"there is no interface {unknown[0]}", remedy)
         else:
-            yield _ok(f"{variable}={value}", "exists")
-    if facts.uses_gpus and facts.num_hosts > 1:
-        if limits.rdma:
-            yield _ok("RDMA", ", ".join(limits.rdma))
-            if limits.max_locked_bytes is not None:
-                yield _warning(
-                    "locked memory",
-                    f"limited to {gigabytes(limits.max_locked_bytes)}",
-                    "ulimit -l unlimited (LimitMEMLOCK=infinity): RDMA registers its buffers",
-                )
-        else:
-            down = f" ({', '.join(limits.rdma_down)} down)" if limits.rdma_down else ""
-            yield _warning("RDMA", f"no active port{down}", "NCCL uses TCP, which is slower between machines")
+            yield ok(f"{variable}={value}", "exists")
 
 
-def check_limits(facts: Facts) -> Iterator[Finding]:
-    """Checks the limits of open files and shared memory."""
-    limits = facts.limits
-    if limits.max_files < MANY_FILES:
-        yield _warning(
-            "open files", f"at most {limits.max_files}", f"ulimit -Hn {MANY_FILES} or more (LimitNOFILE)"
+def check_rdma(
+    active: Sequence[str], down: Sequence[str], *, max_locked_bytes: int | None
+) -> Iterator[Finding]:
+    """NCCL can use RDMA between machines. The ports are named as `mlx5_0/1`.
+
+    `max_locked_bytes`: limit of locked memory; None: no limit.
+    """
+    if not active:
+        ports = f" ({', '.join(down)} down)" if down else ""
+        yield warning("RDMA", f"no active port{ports}", "NCCL uses TCP, which is slower between machines")
+        return
+    yield ok("RDMA", ", ".join(active))
+    if max_locked_bytes is not None:
+        yield warning(
+            "locked memory",
+            f"limited to {gigabytes(max_locked_bytes)}",
+            "ulimit -l unlimited (LimitMEMLOCK=infinity): RDMA registers its buffers",
         )
-    else:
-        yield _ok("open files", f"at most {limits.max_files}")
-    if facts.uses_gpus and limits.shm_bytes is not None:
-        if limits.shm_bytes < SMALL_SHM_BYTES:
-            yield _warning(
-                "/dev/shm",
-                gigabytes(limits.shm_bytes),
-                "docker run --shm-size=8g (an emptyDir with medium Memory)",
-            )
-        else:
-            yield _ok("/dev/shm", gigabytes(limits.shm_bytes))
 
 
-def check_secrets(facts: Facts) -> Iterator[Finding]:
-    """Checks that files of keys exist, and that other users cannot read them."""
-    for file in facts.secrets:
-        if file.mode is None:
-            if file.is_needed:
-                yield _error(file.path, "there is no such file", "areal-like keys init DIR, or copy it here")
-        elif not file.is_mine:
-            yield _error(file.path, "belongs to another user", f"chown it to the daemons' user: {file.path}")
-        elif file.mode & 0o077:
-            yield _error(
-                file.path, f"mode {file.mode:03o}: other users can read it", f"chmod go= {file.path}"
-            )
-        else:
-            yield _ok(file.path, f"mode {file.mode:03o}")
+def check_open_files(limit: int) -> Finding:
+    """A daemon may open many files. `limit`: the hard limit."""
+    found = f"at most {limit}"
+    if limit < MANY_FILES:
+        return warning("open files", found, f"ulimit -Hn {MANY_FILES} or more (LimitNOFILE)")
+    return ok("open files", found)
 
 
-CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    check_ports,
-    check_names,
-    check_clocks,
-    check_disks,
-    check_model,
-    check_versions,
-    check_gpus,
-    check_network,
-    check_limits,
-    check_secrets,
-)
+def check_shared_memory(num_bytes: int) -> Finding:
+    """/dev/shm is large enough for NCCL."""
+    found = gigabytes(num_bytes)
+    if num_bytes < SMALL_SHM_BYTES:
+        return warning("/dev/shm", found, "docker run --shm-size=8g (an emptyDir with medium Memory)")
+    return ok("/dev/shm", found)
+
+
+def check_secret(path: str, mode: int | None, *, is_mine: bool = True) -> Finding:
+    """Other users cannot read a file of keys. `mode`: its permission bits; None: there is no such file."""
+    if mode is None:
+        return error(path, "there is no such file", "areal-like keys init DIR, or copy it here")
+    if not is_mine:
+        return error(path, "belongs to another user", f"chown it to the daemons' user: {path}")
+    if mode & 0o077:
+        return error(path, f"mode {mode:03o}: other users can read it", f"chmod go= {path}")
+    return ok(path, f"mode {mode:03o}")
 
 
 def gigabytes(num_bytes: int) -> str:
@@ -298,23 +301,16 @@ def gigabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.0f} MB"
 
 
-def _version(package: str, found: str, bounds: tuple[tuple[int, int], tuple[int, int]]) -> Finding:
-    (first, last), numbers = bounds, tuple(map(int, re.findall(r"\d+", found)[:2]))
-    wanted = f"{first[0]}.{first[1]} or newer, below {last[0]}.{last[1]}"
-    if not found:
-        return _error(package, "not installed", f"install {package} {wanted}")
-    if not first <= numbers < last:
-        return _error(package, found, f"install {package} {wanted}")
-    return _ok(package, found)
-
-
-def _ok(what: str, found: str) -> Finding:
+def ok(what: str, found: str) -> Finding:
+    """A finding that needs no remedy."""
     return Finding(level=Level.OK, what=what, found=found)
 
 
-def _warning(what: str, found: str, remedy: str) -> Finding:
+def warning(what: str, found: str, remedy: str) -> Finding:
+    """The job starts, and may be slow or unsafe."""
     return Finding(level=Level.WARNING, what=what, found=found, remedy=remedy)
 
 
-def _error(what: str, found: str, remedy: str) -> Finding:
+def error(what: str, found: str, remedy: str) -> Finding:
+    """The job does not start, or fails later."""
     return Finding(level=Level.ERROR, what=what, found=found, remedy=remedy)

@@ -1,4 +1,4 @@
-"""Collects the facts of `areal-like doctor` on this machine, without importing torch.
+"""Looks at this machine for `areal-like doctor` and checks what it finds, without importing torch.
 
 No daemon is started, and nothing is written or left behind.
 """
@@ -31,17 +31,25 @@ from areal_like.security.binding import require_loopback_or_keys
 from areal_like.shards import all_shards
 from areal_like.wire.addresses import buffer_host, buffer_port
 from areal_like.wire.sockets import bound_socket
-from launch.doctor.facts import (
-    BoundAddress,
-    Disk,
-    Facts,
+from launch.doctor.checks import (
+    Finding,
     Gpu,
     GpuFacts,
-    Name,
-    ProcessLimits,
-    RemoteClock,
-    SecretFile,
+    Level,
     Versions,
+    check_clock,
+    check_gpus,
+    check_interfaces,
+    check_name,
+    check_open_files,
+    check_port,
+    check_rdma,
+    check_secret,
+    check_shared_memory,
+    check_space,
+    check_versions,
+    error,
+    warning,
 )
 from launch.observation.reach import RunningJob
 
@@ -69,27 +77,25 @@ print(json.dumps({"python": sys.version.split()[0], "torch": version("torch"),
 """Reads versions from metadata: importing torch would take seconds and memory."""
 
 
-def gather(config: Config, roles: Sequence[str], *, job: RunningJob | None = None) -> Facts:
-    """Collects the facts about this machine for these roles. `job`: a running job, to compare its clock."""
-    hosts = [(setting, host) for setting, host in _named_hosts(config, roles) if host]
+def findings(config: Config, roles: Sequence[str], *, job: RunningJob | None = None) -> Iterator[Finding]:
+    """Checks this machine for these roles. `job`: a running job, to compare its clock."""
+    yield from _bound(config, roles)
+    yield from _names(config, roles)
+    yield from (_clock(job, address) for address in (job.buffers if job is not None else ()))
+    yield from _disks(config, roles)
+    if config.model.path not in BUILT_MODELS:
+        try:
+            model_path(config)
+        except ConfigError as problem:
+            yield error("model.path", str(problem), "set model.path to a directory with config.json")
     gpus = _gpus(config, roles)
-    return Facts(
-        bound=tuple(_bound(config, roles)),
-        names=tuple(_name(setting, host) for setting, host in hosts),
-        disks=tuple(_disks(config, roles)),
-        gpus=gpus,
-        versions=tuple(_versions(config, roles)),
-        secrets=tuple(_secrets(config, roles)),
-        clocks=tuple(_clock(job, address) for address in job.buffers) if job is not None else (),
-        limits=_limits(),
-        model_error=_model_error(config),
-        uses_gpus=bool(gpus.wanted),
-        num_hosts=config.trainer.num_hosts,
-        spans_machines=any(not is_loopback(host) for _, host in hosts),
-    )
+    yield from check_versions(list(_versions(config, roles)), gpus)
+    yield from check_gpus(gpus)
+    yield from _limits(uses_gpus=bool(gpus.wanted), num_hosts=config.trainer.num_hosts)
+    yield from _secrets(config, roles)
 
 
-def _bound(config: Config, roles: Sequence[str]) -> Iterator[BoundAddress]:
+def _bound(config: Config, roles: Sequence[str]) -> Iterator[Finding]:
     http_host, http_port = config.daemon.http_host, config.daemon.http_port
     num_daemons = 0
     if "buffer" in roles:
@@ -105,13 +111,13 @@ def _bound(config: Config, roles: Sequence[str]) -> Iterator[BoundAddress]:
     if "trainer" in roles:
         # A trainer uses one port of the range; other trainers may have taken all of them.
         tried = [_try(config, "weights.host", config.weights.host, port) for port in config.weights.ports]
-        yield next((each for each in tried if not each.error), tried[0])
+        yield next((each for each in tried if each.level is not Level.ERROR), tried[0])
         num_daemons += max(1, config.trainer.world_size // config.trainer.num_hosts)
     for index in range(num_daemons if http_port else 1):
         yield _try(config, "daemon.http_host", http_host, http_port + index if http_port else 0)
 
 
-def _try(config: Config, setting: str, host: str, port: int) -> BoundAddress:
+def _try(config: Config, setting: str, host: str, port: int) -> Finding:
     address = f"{host}:{port}" if port else f"{host} (any port)"
     needs_keys, reason = False, ""
     try:
@@ -120,9 +126,9 @@ def _try(config: Config, setting: str, host: str, port: int) -> BoundAddress:
         needs_keys = True
     try:
         bound_socket(host, port).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
-    return BoundAddress(setting=setting, address=address, error=reason, needs_keys=needs_keys)
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+    return check_port(setting, address, problem=reason, needs_keys=needs_keys)
 
 
 def _named_hosts(config: Config, roles: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -139,21 +145,24 @@ def _named_hosts(config: Config, roles: Sequence[str]) -> Iterator[tuple[str, st
     yield "daemon.advertise_host", config.daemon.advertise_host
 
 
-def _name(setting: str, host: str) -> Name:
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return Name(setting=setting, host=host)
-    addresses = tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
-    return Name(setting=setting, host=host, addresses=addresses, is_loopback=all(map(is_loopback, addresses)))
+def _names(config: Config, roles: Sequence[str]) -> Iterator[Finding]:
+    hosts = [(setting, host) for setting, host in _named_hosts(config, roles) if host]
+    spans_machines = any(not is_loopback(host) for _, host in hosts)
+    for setting, host in hosts:
+        try:
+            found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            found = []
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        yield check_name(setting, host, addresses, spans_machines=spans_machines)
 
 
-def _disks(config: Config, roles: Sequence[str]) -> Iterator[Disk]:
+def _disks(config: Config, roles: Sequence[str]) -> Iterator[Finding]:
     runs = Path(config.runs_dir).expanduser().resolve()
     trainer, buffer = config.trainer, config.buffer
     if "trainer" in roles:
         kept = min(trainer.keep_checkpoints + 1, 1 + trainer.num_steps // trainer.checkpoint_interval)
-        yield _disk("runs_dir", runs, kept * _checkpoint_bytes(config))
+        yield from _disk("runs_dir", runs, kept * _checkpoint_bytes(config))
     if "buffer" in roles and buffer.durability != "none":
         tickets = trainer.num_steps * trainer.groups_per_step
         group_tokens = config.sampling.group_size * config.sampling.max_new_tokens
@@ -163,31 +172,28 @@ def _disks(config: Config, roles: Sequence[str]) -> Iterator[Disk]:
         setting = "buffer.ledger_dir" if buffer.ledger_dir else "runs_dir"
         place = wanted_place(config).parent
         needed = rows + held * group_tokens * _BYTES_PER_TOKEN
-        yield _disk(setting, place, needed, is_ledger=True, reserved_bytes=buffer.min_free_bytes)
+        yield from _disk(setting, place, needed, is_ledger=True, reserved_bytes=buffer.min_free_bytes)
 
 
 def _disk(
     setting: str, path: Path, needed_bytes: int, *, is_ledger: bool = False, reserved_bytes: int = 0
-) -> Disk:
+) -> Iterator[Finding]:
     existing = next(each for each in (path, *path.parents) if each.exists())
-    kind, error = file_system_of(existing), ""
     try:
         free_bytes = shutil.disk_usage(existing).free
         with tempfile.TemporaryFile(dir=existing) as probe:
             fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as reason:
-        free_bytes, error = 0, f"cannot write or lock a file in {existing}: {reason.strerror or reason}"
-    return Disk(
-        setting=setting,
-        path=str(path),
-        free_bytes=free_bytes,
-        needed_bytes=needed_bytes,
-        file_system=kind,
-        is_network=is_network(kind),
-        error=error,
-        is_ledger=is_ledger,
-        reserved_bytes=reserved_bytes,
-    )
+    except OSError as problem:
+        reason = f"cannot write or lock a file in {existing}: {problem.strerror or problem}"
+        yield error(f"{setting} {path}", reason, f"choose another directory for {setting}")
+        return
+    if is_ledger and is_network(kind := file_system_of(existing)):
+        yield warning(
+            f"{setting} {path}",
+            f"the ledger would be on {kind}: SQLite's WAL is unsafe on it",
+            "set buffer.ledger_dir to a directory on a local disk",
+        )
+    yield check_space(setting, path, free_bytes, needed_bytes, reserved_bytes=reserved_bytes)
 
 
 def _checkpoint_bytes(config: Config) -> int:
@@ -201,41 +207,31 @@ def _checkpoint_bytes(config: Config) -> int:
     return 0
 
 
-def _model_error(config: Config) -> str:
-    if config.model.path in BUILT_MODELS:
-        return ""
-    try:
-        model_path(config)
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-def _secrets(config: Config, roles: Sequence[str]) -> Iterator[SecretFile]:
+def _secrets(config: Config, roles: Sequence[str]) -> Iterator[Finding]:
     security = config.security
     if security.keys:
         folder = Path(security.keys).expanduser()
         identity = [security.identity] if security.identity else list(roles)
-        yield _secret(folder)
-        for name in identity:
-            yield _secret(folder / f"{name}.secret")
-        yield _secret(folder / "operator.token", is_needed=False)
+        for path in (folder, *(folder / f"{name}.secret" for name in identity)):
+            yield _secret(path)
+        if (folder / "operator.token").exists():
+            yield _secret(folder / "operator.token")
         if not (folder / "public.json").exists():
-            yield SecretFile(path=str(folder / "public.json"), mode=None)
+            yield check_secret(str(folder / "public.json"), None)
     if security.tls_private_key:
         yield _secret(Path(security.tls_private_key).expanduser())
 
 
-def _secret(path: Path, *, is_needed: bool = True) -> SecretFile:
+def _secret(path: Path) -> Finding:
     try:
         found = path.stat()
     except OSError:
-        return SecretFile(path=str(path), mode=None, is_needed=is_needed)
+        return check_secret(str(path), None)
     is_mine = found.st_uid == os.geteuid() or os.geteuid() == 0
-    return SecretFile(path=str(path), mode=found.st_mode & 0o777, is_needed=is_needed, is_mine=is_mine)
+    return check_secret(str(path), found.st_mode & 0o777, is_mine=is_mine)
 
 
-def _clock(job: RunningJob, address: str) -> RemoteClock:
+def _clock(job: RunningJob, address: str) -> Finding:
     """Compares this clock with the Date header of a buffer, which has a resolution of one second."""
     host, _, port = address.rpartition(":")
     connection = job.operator.connection(host.strip("[]"), int(port), timeout_s=5.0)
@@ -246,32 +242,29 @@ def _clock(job: RunningJob, address: str) -> RemoteClock:
         after_s = time.time()
         ahead_s = parsedate_to_datetime(date).timestamp() + 0.5 - (before_s + after_s) / 2
     except (OSError, http.client.HTTPException, ValueError, TypeError):
-        return RemoteClock(of=address, ahead_s=None)
+        return check_clock(address, None, uncertain_s=0.0)
     finally:
         connection.close()
     # uvicorn renews the header about once a second, so it may be a second old.
-    return RemoteClock(of=address, ahead_s=ahead_s, uncertain_s=1.5 + (after_s - before_s) / 2)
+    return check_clock(address, ahead_s, uncertain_s=1.5 + (after_s - before_s) / 2)
 
 
-def _limits() -> ProcessLimits:
-    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+def _limits(*, uses_gpus: bool, num_hosts: int) -> Iterator[Finding]:
+    names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+    variables = {name: os.environ[name] for name in names if os.environ.get(name)}
+    yield from check_interfaces(variables, [name for _, name in socket.if_nameindex()])
+    if uses_gpus and num_hosts > 1:
+        ports: dict[bool, list[str]] = {True: [], False: []}
+        for state in sorted(Path("/sys/class/infiniband").glob("*/ports/*/state")):
+            with contextlib.suppress(OSError):
+                ports["ACTIVE" in state.read_text()].append(f"{state.parts[-4]}/{state.parts[-2]}")
+        locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+        limit = None if locked == resource.RLIM_INFINITY else locked
+        yield from check_rdma(ports[True], ports[False], max_locked_bytes=limit)
+    yield check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     shm = Path("/dev/shm")
-    active: list[str] = []
-    down: list[str] = []
-    for state in sorted(Path("/sys/class/infiniband").glob("*/ports/*/state")):
-        name = f"{state.parts[-4]}/{state.parts[-2]}"
-        with contextlib.suppress(OSError):
-            (active if "ACTIVE" in state.read_text() else down).append(name)
-    variables = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-    return ProcessLimits(
-        max_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
-        max_locked_bytes=None if locked == resource.RLIM_INFINITY else locked,
-        shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else None,
-        rdma=tuple(active),
-        rdma_down=tuple(down),
-        interfaces=tuple(name for _, name in socket.if_nameindex()),
-        named_interfaces={name: os.environ[name] for name in variables if os.environ.get(name)},
-    )
+    if uses_gpus and shm.is_dir():
+        yield check_shared_memory(shutil.disk_usage(shm).total)
 
 
 def _gpus(config: Config, roles: Sequence[str]) -> GpuFacts:
@@ -301,8 +294,8 @@ def _gpus(config: Config, roles: Sequence[str]) -> GpuFacts:
         )
     except FileNotFoundError:
         return GpuFacts(wanted=named, error="nvidia-smi is not installed", visible=visible)
-    except (OSError, subprocess.SubprocessError) as error:
-        return GpuFacts(wanted=named, error=f"nvidia-smi fails: {error}", visible=visible)
+    except (OSError, subprocess.SubprocessError) as problem:
+        return GpuFacts(wanted=named, error=f"nvidia-smi fails: {problem}", visible=visible)
     return gpus_from(done.stdout, wanted=named, visible=visible, may_share=may_share)
 
 
@@ -354,5 +347,5 @@ def _probe(of: str, python: str) -> Versions:
             check=True,
         )
         return Versions(of=of, **json.loads(done.stdout))
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return Versions(of=of, error=f"{python} does not run: {error}")
+    except (OSError, subprocess.SubprocessError, ValueError) as problem:
+        return Versions(of=of, error=f"{python} does not run: {problem}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +19,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from launch.formatting import typed_seconds
+
 MAX_LINE_BYTES = 1 << 18
 """Longest line that is read; a longer one is cut."""
-_UNDATED_BYTES = 1 << 20
-"""Bytes at the end of a plain file that are read for `--since` and for the last lines."""
+_BLOCK_BYTES = 1 << 20
+"""Bytes at the end of a plain file that are read for `--since`, and distance of the lines of a daemon's log
+whose times are looked at."""
 _OFFSET_BYTES = 1 << 16
 """Bytes at the beginning of a daemon's spans that are read for its clock offset."""
 _LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
@@ -71,7 +75,9 @@ class LogFiles:
         `ends`: the offset at which to stop, by file.
         """
         for file, start in self._starts(since_unix_s, num_last):
-            yield from self.read(file, start, ends.get(file))
+            for entry in self.read(file, start, ends.get(file)):
+                if since_unix_s is None or entry.unix_s >= since_unix_s:
+                    yield entry
 
     def read(self, path: Path, start: int = 0, end: int | None = None) -> Iterator[Entry]:
         """The entries of one of its files from byte `start` on."""
@@ -99,9 +105,7 @@ class LogFiles:
                         break
                     start = 0
                     if since_unix_s is not None:
-                        start = (
-                            _first_since(file, size, since_unix_s) if self.is_json else _near_end(file, size)
-                        )
+                        start = _before(file, size, since_unix_s, is_json=self.is_json)
                     elif left is not None:
                         start, num_found = _last_lines(file, size, left)
                         left -= num_found
@@ -204,33 +208,20 @@ def _unix_s(stamp: re.Match[str]) -> float | None:
     return when + float(f"0.{stamp[3]}") if stamp[3] else when
 
 
-def _first_since(file: BinaryIO, size: int, since_unix_s: float) -> int:
-    """Offset of the first line at or after a time, by bisection: times in a log ascend, at least nearly."""
-    low, high = 0, size
-    while high - low > MAX_LINE_BYTES:
-        middle = (low + high) // 2
-        unix_s = _time_after(file, middle, high)
+def _before(file: BinaryIO, size: int, since_unix_s: float, *, is_json: bool) -> int:
+    """Offset of a line from before a time, or 0, looked for from the end: times in a log ascend, at least
+    nearly. In a plain file: offset of the last block."""
+    start = size
+    while start > 0:
+        start = max(0, start - _BLOCK_BYTES)
+        file.seek(start)
+        if start:
+            file.readline(MAX_LINE_BYTES)
+        offset = file.tell()
+        unix_s = _time_of(file.readline(MAX_LINE_BYTES)) if is_json else -math.inf
         if unix_s is not None and unix_s < since_unix_s:
-            low = middle
-        else:
-            high = middle
-    file.seek(low)
-    if low:
-        file.readline(MAX_LINE_BYTES)
-    while line := file.readline(MAX_LINE_BYTES):
-        unix_s = _time_of(line)
-        if unix_s is not None and unix_s >= since_unix_s:
-            return file.tell() - len(line)
-    return size
-
-
-def _time_after(file: BinaryIO, start: int, end: int) -> float | None:
-    file.seek(start)
-    file.readline(MAX_LINE_BYTES)
-    while file.tell() < end and (line := file.readline(MAX_LINE_BYTES)):
-        if (unix_s := _time_of(line)) is not None:
-            return unix_s
-    return None
+            return offset
+    return 0
 
 
 def _time_of(line: bytes) -> float | None:
@@ -238,14 +229,6 @@ def _time_of(line: bytes) -> float | None:
         return float(json.loads(line)["time"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def _near_end(file: BinaryIO, size: int) -> int:
-    if size <= _UNDATED_BYTES:
-        return 0
-    file.seek(size - _UNDATED_BYTES)
-    file.readline(MAX_LINE_BYTES)
-    return file.tell()
 
 
 def _last_lines(file: BinaryIO, size: int, num_lines: int) -> tuple[int, int]:
@@ -282,8 +265,8 @@ def since_time(text: str, *, now_unix_s: float) -> float:
 
     Raises ValueError.
     """
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text):
-        return now_unix_s - float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    if text.endswith(("s", "m", "h", "d")):
+        return now_unix_s - typed_seconds(text)
     if re.fullmatch(r"\d{1,2}:\d\d(:\d\d)?", text):
         today = time.strftime("%Y-%m-%d", time.localtime(now_unix_s))
         return datetime.fromisoformat(f"{today} {text:0>5}").timestamp()

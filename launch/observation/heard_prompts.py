@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from areal_like.errors import StoreCorruptError
-from areal_like.ledger_place import open_ledger
+from areal_like.ledger_place import reading_ledger
 
 # A position of parts of closed groups is a ticket without a prompt.
 _ISSUED = (
@@ -50,19 +47,14 @@ def read_heard_prompts(ledgers: Iterable[Path], *, reward_low: float, reward_hig
     heard: dict[int, tuple[float, ...]] = {}
     num_drawn = 0
     for directory in ledgers:
-        try:
-            with closing(open_ledger(directory)) as connection:
-                connection.execute("BEGIN")
-                issued.update(dict(connection.execute(_ISSUED)))
-                rates = {"low": reward_low, "high": reward_high}
-                # A prompt belongs to one shard, so no ledger has rows of another one's prompts.
-                heard |= {row[0]: row[1:] for row in connection.execute(_HEARD, rates)}
-                cursor = connection.execute("SELECT value FROM marks WHERE name = 'cursor'").fetchone()
-                num_drawn += cursor[0] if cursor else 0
-        except sqlite3.DatabaseError as error:
-            raise StoreCorruptError(
-                f"{directory} cannot be read ({error}); it is damaged, or was written by another release"
-            ) from None
+        with reading_ledger(directory) as ledger:
+            ledger.execute("BEGIN")
+            issued.update(dict(ledger.execute(_ISSUED)))
+            rates = {"low": reward_low, "high": reward_high}
+            # A prompt belongs to one shard, so no ledger has rows of another one's prompts.
+            heard |= {row[0]: row[1:] for row in ledger.execute(_HEARD, rates)}
+            cursor = ledger.execute("SELECT value FROM marks WHERE name = 'cursor'").fetchone()
+            num_drawn += cursor[0] if cursor else 0
     nothing = (0, 0, 0, 0.0)
     return HeardPrompts(
         num_drawn=num_drawn,

@@ -285,16 +285,8 @@ def merged_peers(statuses: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The peers in the /status of all shards, each once, from the shard that heard from it last."""
     found: dict[str, dict[str, Any]] = {}
     for status in statuses:
-        peers = status.get("peers")
-        for peer in peers if isinstance(peers, list) else ():
-            if not isinstance(peer, dict) or "name" not in peer:
-                continue
-            known = found.get(name := str(peer["name"]))
-            if known is None or as_number(peer.get("silent_s")) < as_number(known.get("silent_s")):
-                found[name] = peer
+        for peer in status.get("peers") or ():
+            known = found.get(peer["name"])
+            if known is None or peer.get("silent_s", 0.0) < known.get("silent_s", 0.0):
+                found[peer["name"]] = peer
     return list(found.values())
-
-
-def as_number(value: Any) -> float:
-    """The value if it is a number, else 0."""
-    return float(value) if isinstance(value, (int, float)) else 0.0

@@ -25,10 +25,9 @@ class PolledSteps:
         """Adds one poll; returns the progress over all polls so far."""
         answers = list(statuses)
         rank0 = next((peer for peer in merged_peers(answers) if peer["name"] == "trainer-0"), {})
-        stats = rank0.get("stats")
-        stats = stats if isinstance(stats, dict) else {}
+        stats = rank0.get("stats") or {}
         step = stats.get("row_step")
-        if isinstance(step, (int, float)) and int(step) != self._step:
+        if step is not None and int(step) != self._step:
             if int(step) < self._step:  # a trainer has resumed at an earlier step
                 self._tally = StepTally()
             self._step = int(step)

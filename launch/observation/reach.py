@@ -22,7 +22,6 @@ from areal_like.shards import all_shards
 from launch.observation.http_json import REQUEST_TIMEOUT_S, Operator, fetch_json, post_json
 from launch.observation.observer import (
     DaemonView,
-    as_number,
     look_at_daemon,
     look_at_daemons,
     merged_peers,
@@ -171,7 +170,7 @@ class RunningJob:
         for peer in merged_peers(answers):
             name = str(peer["name"])
             known = views.get(name)
-            is_heard = as_number(peer.get("silent_s")) <= alive_s
+            is_heard = peer.get("silent_s", 0.0) <= alive_s
             if known is None or (known.status is None and is_heard):
                 views[name] = peer_view(peer, endpoint=known.endpoint if known else {}, is_heard=is_heard)
         return dict(sorted(views.items()))
@@ -204,21 +203,20 @@ def peer_view(
 
     `is_heard`: False if the buffer does not hear from it either; its status is then None.
     """
-    stats = peer.get("stats")
     status = {
-        **(stats if isinstance(stats, dict) else {}),
+        **(peer.get("stats") or {}),
         **{key: value for key, value in peer.items() if key not in ("stats", "waits")},
         "not_ready": "" if peer.get("state") != "starting" else "starting",
         "waiting_on": peer.get("waits") or {},
     }
-    if isinstance(quarantine := peer.get("quarantine"), dict):
+    if (quarantine := peer.get("quarantine")) is not None:
         status["not_ready"] = f"quarantine: {quarantine.get('reason', '')}"
     own = {"role": str(peer.get("role", "?")), "http": str(peer.get("http", ""))}
     return DaemonView(
         name=str(peer["name"]),
         endpoint=own | dict(endpoint or {}),
         status=status if is_heard else None,
-        seen_s=time.monotonic() - as_number(peer.get("silent_s")),
+        seen_s=time.monotonic() - peer.get("silent_s", 0.0),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from areal_like.paths import RunPaths
 from areal_like.terminal_text import harmless
+from launch.formatting import duration
 from launch.report.columns import read_columns
 from launch.report.logs import LogFacts, read_logs
 from launch.report.run import status_of
@@ -43,7 +44,11 @@ class Ended:
 
     def lines(self) -> list[str]:
         """The end as lines for a terminal."""
-        when = "" if self.unix_s is None else f" at {_clock(self.unix_s)} ({_ago(self.unix_s)})"
+        when = (
+            ""
+            if self.unix_s is None
+            else f" at {_clock(self.unix_s)} ({duration(max(0, round(time.time() - self.unix_s)))} ago)"
+        )
         return [
             f"{self.how}{when}: {self.detail}",
             *([f"last error: {self.last_error}"] if self.last_error else []),
@@ -107,9 +112,3 @@ def _next(paths: RunPaths, *, is_finished: bool) -> tuple[str, str]:
 
 def _clock(unix_s: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s))
-
-
-def _ago(unix_s: float) -> str:
-    minutes = max(0, round((time.time() - unix_s) / 60))
-    hours, days = minutes // 60, minutes // 1440
-    return f"{days} days ago" if days > 1 else f"{hours} h ago" if hours > 1 else f"{minutes} min ago"

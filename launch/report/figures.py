@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from areal_like.failures import FailureKind
 from areal_like.selection import failures_of
 from launch.formatting import count, duration, percent, short
 from launch.report.columns import mean
@@ -67,10 +66,7 @@ def last_evaluations(run: Run) -> dict[str, tuple[Evaluation, Evaluation]]:
 
 def num_failures(run: Run) -> int:
     """Samples that have failed."""
-    counters = run.ledger.counters if run.has_ledger else mapping(run.summary.get("counters"))
-    known = {name: value for name, value in counters.items() if number(value) is not None}
-    by_kind = failures_of(known) if known else {}
-    assert set(by_kind) <= {kind.value for kind in FailureKind}
+    by_kind = failures_of(run.counters)
     return sum(count for outcomes in by_kind.values() for count in outcomes.values())
 
 

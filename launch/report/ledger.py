@@ -1,6 +1,6 @@
 """Reads counters, tickets, restarts and operators' changes from the ledgers of a run.
 
-Buffers may write the ledgers at the same time. Data that a ledger of an earlier release lacks are left out.
+Buffers may write the ledgers at the same time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from areal_like.ledger_place import LEDGER_FILE, open_ledger
 
@@ -84,27 +83,22 @@ def read_ledgers(directories: Sequence[Path]) -> LedgerFacts:
 
 
 def _read(ledger: sqlite3.Connection, facts: LedgerFacts, *, shard: int, num_shards: int) -> None:
-    tables = {name for (name,) in ledger.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-
-    def rows(table: str, query: str) -> list[Any]:
-        return ledger.execute(query).fetchall() if table in tables else []
-
-    for name, value in rows("statistics", "SELECT name, value FROM statistics"):
+    for name, value in ledger.execute("SELECT name, value FROM statistics"):
         known = facts.counters.get(str(name), 0.0)
         # The trainer may wait for several shards at once.
         is_time = name == "held_back_s"
         facts.counters[str(name)] = max(known, float(value)) if is_time else known + float(value)
     counts = "SELECT state, coalesce(reason, ''), count(*) FROM tickets WHERE purpose = 'train' GROUP BY 1, 2"
-    for state, reason, count in rows("tickets", counts):
+    for state, reason, count in ledger.execute(counts):
         facts.tickets[str(state)] += int(count)
         if state == "dropped":
             facts.drops[str(reason) or "unknown"] += int(count)
-    marks = {str(name): int(value) for name, value in rows("marks", "SELECT name, value FROM marks")}
+    marks = {str(name): int(value) for name, value in ledger.execute("SELECT name, value FROM marks")}
     facts.counts_selection &= bool(marks.get("counts_selection"))
     suffix = f"-{shard}" if num_shards > 1 else ""
     if "generation" in marks:
         facts.starts[f"buffer{suffix}"] = marks["generation"]
-    for step, count in rows("attempts", "SELECT step, num_starts FROM attempts"):
+    for step, count in ledger.execute("SELECT step, num_starts FROM attempts"):
         facts.crashed_steps[int(step)] = max(int(count), facts.crashed_steps.get(int(step), 0))
     if shard:
         return  # the first shard alone has the names, versions and operations
@@ -113,46 +107,45 @@ def _read(ledger: sqlite3.Connection, facts: LedgerFacts, *, shard: int, num_sha
             facts.starts[name.removeprefix("incarnation:")] = value
     if marks.get("trainer_incarnation"):
         facts.starts["trainer"] = marks["trainer_incarnation"]
-    facts.changes = _changes(rows)
+    facts.changes = _changes(ledger)
     of_changes = [
         Event(f"{change.text} ({change.by})", step=change.step, unix_s=change.unix_s)
         for change in facts.changes[-_MAX_ROWS:]
     ]
-    facts.events = [*_restarts(rows), *_operations(rows), *of_changes]
+    facts.events = [*_restarts(ledger), *_operations(ledger), *of_changes]
 
 
-def _restarts(rows: Any) -> list[Event]:
+def _restarts(ledger: sqlite3.Connection) -> list[Event]:
     newest = f"ORDER BY 1 DESC LIMIT {_MAX_ROWS}"
     began = f"SELECT trainer_incarnation, min(version), step FROM versions GROUP BY 1 {newest}"
     undone = f"SELECT id, from_step, to_step, num_tickets, num_tokens, unix_s FROM rollbacks {newest}"
     events = [
         Event(f"trainer process {incarnation} began", step=int(step))
-        for incarnation, _, step in rows("versions", began)
+        for incarnation, _, step in ledger.execute(began)
         if incarnation > 1
     ]
-    for _, from_step, to_step, num_tickets, num_tokens, unix_s in rows("rollbacks", undone):
+    for _, from_step, to_step, num_tickets, num_tokens, unix_s in ledger.execute(undone):
         lost = f"{num_tickets} groups, {num_tokens} tokens"
         text = f"steps {to_step} to {from_step - 1} were undone: {lost}"
         events.append(Event(text, step=int(to_step), unix_s=float(unix_s)))
     return events
 
 
-def _operations(rows: Any) -> list[Event]:
+def _operations(ledger: sqlite3.Connection) -> list[Event]:
     done = f"SELECT verb, subject, detail, unix_s FROM operations ORDER BY id DESC LIMIT {_MAX_ROWS}"
     return [
         Event(f"{verb} {subject}" + (f" ({detail})" if detail else ""), unix_s=float(unix_s))
-        for verb, subject, detail, unix_s in rows("operations", done)
+        for verb, subject, detail, unix_s in ledger.execute(done)
         if verb != "set"  # in the table of settings, with its step
     ]
 
 
-def _changes(rows: Any) -> list[SettingChange]:
+def _changes(ledger: sqlite3.Connection) -> list[SettingChange]:
     """The changes, without the values with which the run started."""
     found: list[SettingChange] = []
     values: dict[str, list[tuple[int, str]]] = {}
-    for step, key, value, origin, unix_s in rows(
-        "settings", "SELECT step, key, value, origin, unix_s FROM settings ORDER BY id"
-    ):
+    rows = ledger.execute("SELECT step, key, value, origin, unix_s FROM settings ORDER BY id")
+    for step, key, value, origin, unix_s in rows:
         earlier = [known for first, known in values.get(key, []) if first <= step]
         if origin == "operator" or (earlier and earlier[-1] != value):
             before = earlier[-1] if earlier else ""

@@ -20,13 +20,12 @@ from markupsafe import Markup
 
 from areal_like.config.loading import flat
 from areal_like.terminal_text import harmless
-from launch.formatting import utc
+from launch.formatting import short, utc
 from launch.report.charts import sections
 from launch.report.drawing import NUM_COLORS, Drawing, drawn, x_axis
 from launch.report.figures import figures
 from launch.report.findings import findings
 from launch.report.run import Run
-from launch.report.samples import ShownSamples
 from launch.report.tables import (
     Table,
     change_table,
@@ -38,11 +37,17 @@ from launch.report.tables import (
     setting_tables,
 )
 from launch.samples.choosing import NUM_AT_ENDS
+from launch.samples.showing import facts
+from launch.samples.transcripts import Transcript
 
 _HERE = Path(__file__).parent
 _MAX_CHARS = 400
 """Longest text in a cell of a table."""
 _MAX_MARKS = 60
+_MAX_PARTS = 200
+"""Most parts of a sample that are shown."""
+_SHOWN_CHARS = 3000
+"""Longest part, in characters, that is shown whole; a longer one is cut in the middle."""
 _SELECTION_NOTE = (
     "Offered: samples that arrived with a reward. Trained: those of completed steps. A filter, the staleness "
     "bound or failures make them differ."
@@ -75,7 +80,7 @@ class PageSection:
     """True if there is room for two tables in a row."""
     findings: list[str] = field(default_factory=list)
     charts: list[Drawing] = field(default_factory=list)
-    samples: ShownSamples | None = None
+    samples: Sequence[Transcript] = ()
 
     @property
     def anchor(self) -> str:
@@ -89,8 +94,11 @@ class PageSection:
         return bool(self.findings or self.charts or self.samples or has_rows)
 
 
-def page(runs: Sequence[Run], *, samples: ShownSamples, now_s: float, version: str) -> str:
-    """The page of one run, or of two: the second is the one to compare with."""
+def page(runs: Sequence[Run], *, samples: Sequence[Transcript] | str, now_s: float, version: str) -> str:
+    """The page of one run, or of two: the second is the one to compare with.
+
+    `samples`: of the first run, or the reason why there are none.
+    """
     run = runs[0]
     charted = sections(runs)
     x = x_axis(chart for charts in charted.values() for chart in charts)
@@ -110,7 +118,9 @@ def page(runs: Sequence[Run], *, samples: ShownSamples, now_s: float, version: s
         ),
         PageSection("Selection", selection_tables(run), selection_note, is_wide=True),
         PageSection("Changes", [change_table(run)]),
-        PageSection("Samples", samples=samples),
+        PageSection("Samples", empty=samples)
+        if isinstance(samples, str)
+        else PageSection("Samples", samples=samples),
         PageSection("Events", event_tables(run)),
         PageSection("Log messages", [message_table(run)], _MESSAGES_NOTE, empty="No warning and no error."),
         PageSection("Settings", setting_tables(runs)),
@@ -132,6 +142,9 @@ def page(runs: Sequence[Run], *, samples: ShownSamples, now_s: float, version: s
             "charts": [chart.hover for part in charts for chart in part.charts],
         },
         described=described,
+        facts=facts,
+        max_parts=_MAX_PARTS,
+        shown_chars=_SHOWN_CHARS,
         num_at_ends=NUM_AT_ENDS,
         now=utc(now_s),
         version=version,
@@ -151,7 +164,7 @@ def _environment() -> Environment:
         finalize=_visible,
     )
     found.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    found.filters |= {"short_text": _short_text, "sha256": _sha256}
+    found.filters |= {"short": short, "short_text": _short_text, "sha256": _sha256}
     return found
 
 

@@ -100,6 +100,12 @@ class Run:
         return mapping(self.summary.get("selection"))
 
     @property
+    def counters(self) -> dict[str, float]:
+        """Counters of the ledger, or of the summary without one."""
+        found = self.ledger.counters if self.has_ledger else mapping(self.summary.get("counters"))
+        return {name: value for name, value in found.items() if number(value) is not None}
+
+    @property
     def closing(self) -> dict[str, Any]:
         """Closed groups and their samples; empty without any."""
         return mapping(self.selection.get("closing"))
@@ -107,8 +113,7 @@ class Run:
     @property
     def held_back_s(self) -> float | None:
         """Seconds in which the trainer waited for samples that were complete, in groups that were not."""
-        counters = self.ledger.counters if self.has_ledger else mapping(self.summary.get("counters"))
-        return number(counters.get("held_back_s"))
+        return self.counters.get("held_back_s")
 
     @property
     def drops(self) -> dict[str, int]:

@@ -145,9 +145,7 @@ def _by_length(run: Run) -> list[Table]:
     masked = run.closing.get("tokens_masked_by_length")
     if not isinstance(masked, list):
         return []
-    counters = run.ledger.counters if run.has_ledger else mapping(run.summary.get("counters"))
-    known = {name: value for name, value in counters.items() if number(value) is not None}
-    offered, trained = (lengths_of(known, [name]) for name in SAMPLE_POPULATIONS)
+    offered, trained = (lengths_of(run.counters, [name]) for name in SAMPLE_POPULATIONS)
     rows = []
     for bucket, (num_offered, num_trained, num_masked) in enumerate(
         zip(offered, trained, masked, strict=False)

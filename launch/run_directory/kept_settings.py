@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,10 +20,11 @@ from areal_like.config import Config, to_mapping
 from areal_like.config.loading import flat
 from areal_like.errors import ConfigError
 from areal_like.ledger_place import recorded_shards
-from areal_like.paths import BUILT_MODELS, RunPaths
+from areal_like.paths import BUILT_MODELS, RunPaths, replacing
 from areal_like.runtime.command_line import load_config, save_config
 from areal_like.security.redaction import without_secrets
 from launch.run_directory.rundir import checkpoints
+from launch.run_files import json_lines
 
 _MAX_CHANGES = 200
 """Most lines of the history; the oldest are dropped."""
@@ -76,7 +77,9 @@ def keep(config: Config, paths: RunPaths, *, by: str, step: int | None = None) -
     if changed:
         step = max(checkpoints(paths), default=0) if step is None else step
         change = SettingsChange(unix_s=round(time.time(), 3), step=step, by=by, changed=changed)
-        _write(paths, [*read_changes(paths), change][-_MAX_CHANGES:])
+        history = [*read_changes(paths), change][-_MAX_CHANGES:]
+        with replacing(paths.config_changes) as partial:
+            partial.write_text("".join(json.dumps(asdict(one)) + "\n" for one in history))
     save_config(config, paths.config)
 
 
@@ -122,14 +125,9 @@ def _is_same_model(before: str, after: str) -> bool:
 
 def read_changes(paths: RunPaths) -> list[SettingsChange]:
     """The history, the oldest change first. Lines that cannot be read are left out."""
-    try:
-        lines = paths.config_changes.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
     found = []
-    for line in lines:
+    for row in json_lines(paths.config_changes):
         with contextlib.suppress(KeyError, TypeError, ValueError):
-            row = json.loads(line)
             changed = {str(key): (str(old), str(new)) for key, (old, new) in dict(row["changed"]).items()}
             unix_s, step = float(row["unix_s"]), int(row["step"])
             found.append(SettingsChange(unix_s=unix_s, step=step, by=str(row["by"]), changed=changed))
@@ -141,9 +139,3 @@ def _read(path: os.PathLike[str]) -> Config | None:
         return load_config(["--config", os.fspath(path)])
     except ConfigError:
         return None
-
-
-def _write(paths: RunPaths, history: Iterable[SettingsChange]) -> None:
-    partial = paths.config_changes.with_name(f".{paths.config_changes.name}.{os.getpid()}.partial")
-    partial.write_text("".join(json.dumps(asdict(change)) + "\n" for change in history))
-    partial.replace(paths.config_changes)

@@ -105,13 +105,23 @@ def open_evaluation(model: EvaluatedModel, argv: Sequence[str]) -> OpenRun:
     resume = next((arg.partition("=")[2] for arg in argv if arg.startswith("resume=")), "")
     if resume not in ("", "auto", "latest"):
         raise ConfigError(f"resume={resume}: an evaluation has no steps: use resume=latest or resume=auto")
-    config = dataclasses.replace(config, name=given[-1] if given else _name_of(model))
+    own_name = f"{re.sub(r'[^A-Za-z0-9._-]', '-', model.label)[:48]}-eval"
+    config = dataclasses.replace(config, name=given[-1] if given else own_name)
     check_gpus_are_separate(config)
     if resume and RunPaths.of(config).config.is_file():
         return _continued(config)
     if resume == "latest":
         raise ConfigError(f"resume=latest: there is no evaluation in {RunPaths.of(config).root}")
-    return _new(config, is_named=bool(given) or resume == "auto")
+    run = free_directory(
+        config,
+        is_named=bool(given) or resume == "auto",
+        is_taken=lambda paths: paths.config.exists() or paths.summary.exists() or bool(paths.ledgers),
+        refusal=lambda paths: (
+            f"{paths.root} already holds a run or an evaluation: choose another name=..., or "
+            "continue the evaluation with resume=latest"
+        ),
+    )
+    return prepared(dataclasses.replace(run, announcement=(f"new evaluation in {run.paths.root}",)))
 
 
 def evaluation_config(config: Config, model: EvaluatedModel) -> Config:
@@ -157,10 +167,6 @@ def _with_training_rows(task: dict[str, Any]) -> dict[str, Any]:
     return task | {"train": task["eval"]} if has_only_eval else task
 
 
-def _name_of(model: EvaluatedModel) -> str:
-    return f"{re.sub(r'[^A-Za-z0-9._-]', '-', model.label)[:48]}-eval"
-
-
 def _continued(config: Config) -> OpenRun:
     paths = RunPaths.of(config)
     lock_fd = lock(paths)
@@ -180,18 +186,3 @@ def _continued(config: Config) -> OpenRun:
         return OpenRun(config=config, paths=paths, lock_fd=lock_fd, announcement=lines, is_finished=True)
     lines = (f"continuing the evaluation in {paths.root} with the samples in its ledger",)
     return prepared(OpenRun(config=config, paths=paths, lock_fd=lock_fd, announcement=lines, is_resumed=True))
-
-
-def _new(config: Config, *, is_named: bool) -> OpenRun:
-    def refusal(paths: RunPaths) -> str:
-        return (
-            f"{paths.root} already holds a run or an evaluation: choose another name=..., or continue the "
-            "evaluation with resume=latest"
-        )
-
-    run = free_directory(config, is_named=is_named, is_taken=_is_taken, refusal=refusal)
-    return prepared(dataclasses.replace(run, announcement=(f"new evaluation in {run.paths.root}",)))
-
-
-def _is_taken(paths: RunPaths) -> bool:
-    return paths.config.exists() or paths.summary.exists() or bool(paths.ledgers)

@@ -1,7 +1,7 @@
 """Finds samples in the ledgers of a run, which may still be running, and reads their records.
 
 The rows have step, position and reward, so that the worst samples of a step are found without reading a
-record. A ledger of an earlier release is read as it is: columns that it lacks have their defaults.
+record.
 """
 
 from __future__ import annotations
@@ -9,18 +9,40 @@ from __future__ import annotations
 import bisect
 import sqlite3
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from areal_like.errors import ConfigError, StoreCorruptError
-from areal_like.ledger_place import LEDGER_FILE, open_ledger
+from areal_like.ledger_place import reading_ledger
 from areal_like.paths import RunPaths
 from areal_like.wire.records import Record, RecordLocation, read_record
 
-_ADDED_COLUMNS = {"eval_set": "'eval'", "failure": "''"}
-"""Columns of newer ledgers, and their values in older ones."""
+_EVAL_SET = "iif(eval_set = '', 'eval', eval_set)"
+"""The first releases had one set, without a name."""
+_OF_SAMPLE = """
+    t.ticket_id, t.prompt_index, t.purpose, t.num_samples, t.num_greedy, t.eval_id, t.eval_set,
+    s.sample_index, s.failure, s.reward, s.num_sampled, s.oldest_version, s.newest_version,
+    s.segment, s.offset, s.num_bytes, s.crc32"""
+# Each of the two parts can use an index of the columns that a condition names.
+_RECORDED = f"""(
+    SELECT {_OF_SAMPLE}, t.state, t.reason, t.step AS train_step, t.position, NULL AS recorded_in
+    FROM tickets AS t CROSS JOIN samples AS s USING (ticket_id)
+    WHERE (t.ticket_id, s.sample_index) NOT IN (SELECT ticket_id, sample_index FROM parts)
+    UNION ALL
+    SELECT {_OF_SAMPLE}, place.state, place.reason, place.step, place.position, place.ticket_id
+    FROM parts AS p CROSS JOIN tickets AS place ON place.ticket_id = p.position_id
+         CROSS JOIN tickets AS t ON t.ticket_id = p.ticket_id
+         CROSS JOIN samples AS s ON s.ticket_id = p.ticket_id AND s.sample_index = p.sample_index)"""
+"""All samples with the columns of their tickets, and where each is recorded."""
+_ROWS = f"""
+    SELECT ticket_id AS ticket, sample_index AS sample, prompt_index, state, purpose, reward, num_sampled,
+           oldest_version, newest_version, failure, recorded_in, coalesce(reason, '') AS reason,
+           iif(purpose = 'eval', {_EVAL_SET}, '') AS eval_set,
+           iif(purpose = 'eval', eval_id, train_step) AS step,
+           sample_index >= num_samples - num_greedy AS is_greedy, coalesce(position, -1) AS position,
+           segment, offset, num_bytes, crc32
+    FROM {_RECORDED} WHERE """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +94,7 @@ class Selection:
 
 
 class RunLedgers:
-    """The ledgers of a run, read with one connection each."""
+    """The ledgers of a run."""
 
     def __init__(self, root: Path) -> None:
         """Raises ConfigError for a run without a ledger."""
@@ -134,8 +156,7 @@ class RunLedgers:
         where = "purpose = 'eval' AND state = 'evaluated'"
         steps_of: dict[str, set[int]] = {}
         for directory in self._directories:
-            column = self._column(directory, "eval_set")
-            query = f"SELECT DISTINCT {column}, eval_id FROM tickets WHERE {where}"
+            query = f"SELECT DISTINCT {_EVAL_SET}, eval_id FROM tickets WHERE {where}"
             for name, eval_id in self._execute(directory, query, []):
                 steps_of.setdefault(name, set()).add(eval_id)
         if set_name not in steps_of:
@@ -161,13 +182,10 @@ class RunLedgers:
 
         Empty for a ledger of an earlier release. All are in one shard.
         """
+        query = "SELECT first_ticket, eval_id, state FROM evaluations WHERE eval_set = ? ORDER BY 1"
         for directory in self._directories:
-            has_rounds = "SELECT 1 FROM sqlite_master WHERE name = 'evaluations'"
-            query = "SELECT first_ticket, eval_id, state FROM evaluations WHERE eval_set = ? ORDER BY 1"
-            if self._execute(directory, has_rounds, []):
-                found = self._execute(directory, query, [set_name])
-                if found:
-                    return [(first, step, (state != "cancelled", first)) for first, step, state in found]
+            if found := self._execute(directory, query, [set_name]):
+                return [(first, step, (state != "cancelled", first)) for first, step, state in found]
         return []
 
     def _newest_step(self) -> int | None:
@@ -181,52 +199,12 @@ class RunLedgers:
         return None
 
     def _query(self, where: str, values: Sequence[Any]) -> list[LocatedRow]:
-        rows = []
-        for shard, directory in enumerate(self._directories):
-            added = {name: self._column(directory, name) for name in _ADDED_COLUMNS}
-            query = (
-                "SELECT ticket_id AS ticket, sample_index AS sample, prompt_index, state, purpose, reward, "
-                "num_sampled, oldest_version, newest_version, coalesce(reason, '') AS why, "
-                "iif(purpose = 'eval', eval_set, '') AS set_name, failure AS failed, "
-                "iif(purpose = 'eval', eval_id, train_step) AS wanted_step, "
-                "sample_index >= num_samples - num_greedy AS greedy, coalesce(train_position, -1) AS at, "
-                "segment, offset, num_bytes, crc32, recorded_in "
-                f"FROM ({self._recorded(directory, **added)}) WHERE {where}"
-            )
-            rows += [_row(directory, shard, dict(row)) for row in self._execute(directory, query, values)]
+        rows = [
+            _row(directory, shard, dict(row))
+            for shard, directory in enumerate(self._directories)
+            for row in self._execute(directory, _ROWS + where, values)
+        ]
         return sorted(rows, key=lambda row: row.order)
-
-    def _recorded(self, directory: Path, *, eval_set: str, failure: str) -> str:
-        """Query for all samples with the columns of their tickets, and where each is recorded.
-
-        Its two parts can each use an index of the columns that a condition names.
-        """
-        eval_set = f"t.{eval_set}" if eval_set == "eval_set" else eval_set  # two tables of tickets have it
-        columns = (
-            f"t.ticket_id, t.prompt_index, t.purpose, t.num_samples, t.num_greedy, t.eval_id, {eval_set} "
-            f"AS eval_set, s.sample_index, {failure} AS failure, s.reward, s.num_sampled, s.oldest_version, "
-            "s.newest_version, s.segment, s.offset, s.num_bytes, s.crc32"
-        )
-        at = "{0}.state, {0}.reason, {0}.step AS train_step, {0}.position AS train_position".format
-        own = f"SELECT {columns}, {at('t')}, NULL AS recorded_in FROM tickets AS t CROSS JOIN samples AS s "
-        own += "USING (ticket_id)"
-        if not self._execute(directory, "SELECT 1 FROM sqlite_master WHERE name = 'parts'", []):
-            return own
-        return (
-            f"{own} WHERE (t.ticket_id, s.sample_index) NOT IN (SELECT ticket_id, sample_index FROM parts) "
-            f"UNION ALL SELECT {columns}, {at('place')}, place.ticket_id AS recorded_in "
-            "FROM parts AS p CROSS JOIN tickets AS place ON place.ticket_id = p.position_id "
-            "CROSS JOIN tickets AS t ON t.ticket_id = p.ticket_id "
-            "CROSS JOIN samples AS s ON s.ticket_id = p.ticket_id AND s.sample_index = p.sample_index"
-        )
-
-    def _column(self, directory: Path, name: str) -> str:
-        known = {
-            column
-            for table in ("tickets", "samples")
-            for _, column, *_ in self._execute(directory, f"PRAGMA table_info({table})", [])
-        }
-        return name if name in known else _ADDED_COLUMNS[name]
 
     def _range(self, column: str, where: str) -> str:
         """The range of steps with samples, for a message."""
@@ -248,15 +226,9 @@ class RunLedgers:
         return [row for directory in self._directories for row in self._execute(directory, query, [])]
 
     def _execute(self, directory: Path, query: str, values: Sequence[Any]) -> list[Any]:
-        try:
-            with closing(open_ledger(directory)) as connection:
-                connection.row_factory = sqlite3.Row
-                return connection.execute(query, values).fetchall()
-        except sqlite3.DatabaseError as error:
-            path = directory / LEDGER_FILE
-            raise StoreCorruptError(
-                f"{path} cannot be read ({error}); it is damaged, or was written by another release"
-            ) from None
+        with reading_ledger(directory) as ledger:
+            ledger.row_factory = sqlite3.Row
+            return ledger.execute(query, values).fetchall()
 
     def _nothing(self, text: str) -> list[LocatedRow]:
         raise ConfigError(f"{self._root}: {text}")
@@ -264,14 +236,6 @@ class RunLedgers:
 
 def _row(directory: Path, shard: int, columns: dict[str, Any]) -> LocatedRow:
     location = RecordLocation(*(columns.pop(name) for name in ("segment", "offset", "num_bytes", "crc32")))
-    return LocatedRow(
-        directory=directory,
-        order=(columns.pop("at"), shard, columns["ticket"], columns["sample"]),
-        location=location,
-        step=columns.pop("wanted_step"),
-        reason=columns.pop("why"),
-        eval_set=columns.pop("set_name"),
-        failure=columns.pop("failed"),
-        is_greedy=bool(columns.pop("greedy")),
-        **columns,
-    )
+    order = (columns.pop("position"), shard, columns["ticket"], columns["sample"])
+    columns["is_greedy"] = bool(columns["is_greedy"])
+    return LocatedRow(directory=directory, order=order, location=location, **columns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 
+from rich.bar import Bar
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -16,7 +17,7 @@ from areal_like.config import Config
 from areal_like.terminal_text import harmless
 from launch.formatting import fixed, short
 from launch.observation.observer import Observation
-from launch.view.plot import bar, curve
+from launch.view.plot import curve
 from launch.view.speed import Eta, recent_mean, tokens_per_s_trained
 from launch.view.status import daemon_table, tickets_line
 
@@ -118,7 +119,7 @@ def _lag_panel(seen: Observation, *, config: Config) -> Panel:
     grid = Table.grid(padding=(0, 1))
     for lag in lags:
         share = counts[lag] / total
-        grid.add_row(f"{lag:>2}", Text(bar(share, width=14), style="cyan"), f"{share:4.0%}")
+        grid.add_row(f"{lag:>2}", Bar(1.0, 0.0, share, width=14, color="cyan"), f"{share:4.0%}")
     bound = (seen.steps[-1] if seen.steps else {}).get("max_staleness", cap)
     return Panel(grid, title=f"trained lag, at most {bound}", title_align="left")
 

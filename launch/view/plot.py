@@ -1,4 +1,4 @@
-"""Draws curves and bars as text: pure functions from numbers to lines."""
+"""Draws curves as text: from numbers to lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Bits of a braille cell (U+2800) by row and column."""
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def curve(values: Sequence[float], *, width: int, height: int, low: float, high: float) -> list[str]:
@@ -27,12 +26,6 @@ def curve(values: Sequence[float], *, width: int, height: int, low: float, high:
             cells[dot // 4][column // 2] |= _DOTS[dot % 4][column % 2]
         previous = row
     return ["".join(chr(0x2800 + bits) for bits in line) for line in cells]
-
-
-def bar(share: float, *, width: int) -> str:
-    """A horizontal bar over `share` (0 to 1) of `width` characters, in eighths of a character."""
-    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
-    return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).ljust(width)[:width]
 
 
 def _binned(values: Sequence[float], num_bins: int) -> list[float]:

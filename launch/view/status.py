@@ -4,13 +4,14 @@ also shows daemons and tickets."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from launch.formatting import fixed, short
+from launch.formatting import count, duration, fixed, short
 from launch.observation.observer import DaemonView, Observation, find_number, find_table
 
 _NARROW = 80
@@ -28,10 +29,8 @@ def daemon_table(daemons: list[DaemonView], *, width: int, one_line: bool = Fals
     The last column has the reason why a daemon is not ready, and takes the rest of the line. The reason wraps
     and is shown whole; with `one_line` it is cut at the end of the line.
     """
-    table = _table()
     numbers = ("version", "queue", "heartbeat") if width >= _NARROW else ()
-    for heading in ("daemon", "state", *numbers):
-        table.add_column(heading, no_wrap=True, overflow="ellipsis")
+    table = plain_table(("daemon", "state", *numbers), no_wrap=True, overflow="ellipsis")
     table.add_column("waiting for", overflow="fold")
     for daemon in daemons:
         status = daemon.status or {}
@@ -112,33 +111,38 @@ def server_table(report: Mapping[str, Any]) -> Table | None:
     servers = [each for each in report["daemons"] if each["role"] == "rollout"]
     if not servers:
         return None
-    table = _table()
-    for heading in ("server", "leases", "oldest", "weights", "behind", "for", "tok/s"):
-        table.add_column(heading, no_wrap=True, justify="left" if heading == "server" else "right")
-    for each in servers:
-        behind = each["versions_behind"]
-        table.add_row(
+    rows = [
+        (
             each["name"],
-            _count(each["leases"]),
-            _seconds(each["oldest_lease_s"]),
-            "" if each["weights_version"] is None else f"v{each['weights_version']}",
-            _count(behind),
-            _seconds(each["weights_age_s"]),
+            count(each["leases"]),
+            duration(each["oldest_lease_s"]),
+            "-" if each["weights_version"] is None else f"v{each['weights_version']}",
+            count(each["versions_behind"]),
+            duration(each["weights_age_s"]),
             short(each["tokens_per_s"]),
         )
+        for each in servers
+    ]
+    table = plain_table(
+        ("server", "leases", "oldest", "weights", "behind", "for", "tok/s"),
+        rows,
+        no_wrap=True,
+        justify="right",
+    )
+    table.columns[0].justify = "left"
     return table
 
 
-def _table() -> Table:
-    return Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=False)
-
-
-def _count(value: Any) -> str:
-    return "" if value is None else f"{value:,}"
-
-
-def _seconds(value: Any) -> str:
-    return "" if value is None else f"{value:.1f} s"
+def plain_table(
+    headings: Sequence[str] = (), rows: Iterable[Sequence[RenderableType]] = (), **options: Any
+) -> Table:
+    """A table without lines. `options`: of its columns; long cells are folded by default."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=False)
+    for heading in headings:
+        table.add_column(heading, **({"overflow": "fold"} | options))
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _waiting_for(status: dict[str, Any], *, reason: str, one_line: bool) -> Text:

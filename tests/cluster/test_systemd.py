@@ -21,6 +21,8 @@ from tests.support.launching import areal_like, num_steps_done
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 UNITS = Path(__file__).parents[2] / "launch" / "deploy" / "systemd"
+COMMON = Path("areal-.service.d") / "common.conf"
+"""systemd reads it for each unit whose name begins with `areal-`."""
 PROJECT = Path(__file__).parents[2]
 
 
@@ -29,18 +31,19 @@ def units(tmp_path: Path) -> Path:
     """The units, with this machine's paths."""
     out = tmp_path / "units"
     out.mkdir()
-    for file in UNITS.iterdir():
+    for file in (path for path in UNITS.rglob("*") if path.is_file()):
         text = file.read_text().replace("/opt/areal-like/.venv/bin/python", sys.executable)
         text = text.replace("/etc/areal-like", str(out)).replace("/var/lib/areal-like", str(tmp_path))
-        (out / file.name).write_text(text)
+        (out / file.relative_to(UNITS)).parent.mkdir(exist_ok=True)
+        (out / file.relative_to(UNITS)).write_text(text)
     return out
 
 
 def test_systemd_accepts_every_line(units: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
-    names = sorted(str(path).replace("@.", "@0.") for path in units.iterdir() if path.suffix != ".env")
-    names = [name for name in names if not name.endswith(".yaml")]
+    found = (path for path in units.iterdir() if path.suffix in (".service", ".target"))
+    names = sorted(str(path).replace("@.", "@0.") for path in found)
     (units / "areal-rollout@0.service").symlink_to(units / "areal-rollout@.service")
     # It ends with 0 also for lines that systemd ignores; its messages tell.
     done = subprocess.run(
@@ -53,13 +56,26 @@ def test_systemd_accepts_every_line(units: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_systemd_reads_the_common_settings_of_each_unit(units: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    (units / "areal-rollout@0.service").symlink_to(units / "areal-rollout@.service")
+    with (units / COMMON).open("a") as file:
+        file.write("NoSuchSetting=1\n")
+    for name in ("areal-buffer", "areal-trainer", "areal-rollout@0"):
+        command = ["systemd-analyze", "verify", "--man=no", str(units / f"{name}.service")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert "NoSuchSetting" in done.stderr, name
+
+
 class Service:
     """What systemd does for one unit, as far as a command and its restarts go."""
 
     def __init__(self, units: Path, name: str) -> None:
         template, _, instance = name.partition("@")
         file = units / f"{template}{'@' if instance else ''}.service"
-        lines = [line.partition("=") for line in file.read_text().splitlines() if "=" in line]
+        text = (units / COMMON).read_text() + file.read_text()
+        lines = [line.partition("=") for line in text.splitlines() if "=" in line]
         self.fields = {key: value for key, _, value in lines if not key.startswith("#")}
         pairs = (line.partition("=") for line in (units / "areal.env").read_text().splitlines())
         self._environment = {key: value for key, _, value in pairs if value and not key.startswith("#")}

@@ -1,4 +1,4 @@
-"""`areal-like doctor`: each check on made-up facts, and the command on this machine."""
+"""`areal-like doctor`: each check by itself, and the command on this machine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import socket
 import time
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,20 +16,27 @@ import pytest
 from areal_like.config import from_mapping
 from launch.cli import main
 from launch.doctor import gathering
-from launch.doctor.checks import CHECKS, TORCH, TRANSFORMERS, Level, findings
-from launch.doctor.facts import (
-    BoundAddress,
-    Disk,
-    Facts,
+from launch.doctor.checks import (
+    TORCH,
+    TRANSFORMERS,
+    Finding,
     Gpu,
     GpuFacts,
-    Name,
-    ProcessLimits,
-    RemoteClock,
-    SecretFile,
+    Level,
     Versions,
+    check_clock,
+    check_gpus,
+    check_interfaces,
+    check_name,
+    check_open_files,
+    check_port,
+    check_rdma,
+    check_secret,
+    check_shared_memory,
+    check_space,
+    check_versions,
 )
-from launch.doctor.gathering import gather, gpus_from
+from launch.doctor.gathering import findings, gpus_from
 from tests.support.buffer_harness import ROOT, running_buffer
 from tests.support.keys import make_keys
 
@@ -37,155 +45,112 @@ ENGINE = Versions(of="engine", torch="2.14.1", cuda="13.0", sglang="0.5.23", ncc
 H100 = Gpu(index=0, name="H100", total_mb=81559, used_mb=4)
 
 
-def limits(
-    *,
-    max_files: int = 1 << 20,
-    max_locked_bytes: int | None = None,
-    shm_bytes: int = 1 << 33,
-    rdma: tuple[str, ...] = (),
-    named: dict[str, str] | None = None,
-) -> ProcessLimits:
-    return ProcessLimits(
-        max_files=max_files,
-        max_locked_bytes=max_locked_bytes,
-        shm_bytes=shm_bytes,
-        rdma=rdma,
-        rdma_down=("mlx5_1/1",),
-        interfaces=("lo", "eth0"),
-        named_interfaces=named or {},
-    )
+GPUS = GpuFacts(wanted={0: "the trainer"}, found=(H100,), driver="580.65.06")
 
 
-def disk(
-    free_gb: float, needed_gb: float, *, error: str = "", is_network: bool = False, reserved_gb: float = 0
-) -> Facts:
-    one = Disk(
-        setting="runs_dir",
-        path="/r",
-        free_bytes=int(free_gb * 1e9),
-        needed_bytes=int(needed_gb * 1e9),
-        file_system="nfs4",
-        error=error,
-        is_network=is_network,
-        is_ledger=True,
-        reserved_bytes=int(reserved_gb * 1e9),
-    )
-    return Facts(disks=(one,), limits=limits())
+def port(problem: str = "", *, needs_keys: bool = False) -> Finding:
+    return check_port("buffer.host", "h:1", problem=problem, needs_keys=needs_keys)
 
 
-def gpu_job(*, gpus: GpuFacts | None = None, versions: tuple[Versions, ...] = (), hosts: int = 1) -> Facts:
-    wanted = gpus or GpuFacts(wanted={0: "the trainer"}, found=(H100,), driver="580.65.06")
-    return Facts(uses_gpus=True, gpus=wanted, versions=versions, num_hosts=hosts, limits=limits())
+def name(*addresses: str, spans: bool = True) -> Finding:
+    return check_name("weights.host", "h", addresses, spans_machines=spans)
 
 
-def bound(error: str = "", *, needs_keys: bool = False) -> Facts:
-    one = BoundAddress(setting="buffer.host", address="h:1", error=error, needs_keys=needs_keys)
-    return Facts(bound=(one,), limits=limits())
+def clock(ahead_s: float | None) -> Finding:
+    return check_clock("a:1", ahead_s, uncertain_s=1.5)
 
 
-def named(*addresses: str, is_loopback: bool = False, spans: bool = True) -> Facts:
-    one = Name(setting="weights.host", host="h", addresses=addresses, is_loopback=is_loopback)
-    return Facts(names=(one,), spans_machines=spans, limits=limits())
+def space(free_gb: float, needed_gb: float, *, reserved_gb: float = 0) -> Finding:
+    free, needed, reserved = (int(gb * 1e9) for gb in (free_gb, needed_gb, reserved_gb))
+    return check_space("runs_dir", "/r", free, needed, reserved_bytes=reserved)
 
 
-def clock(ahead_s: float | None) -> Facts:
-    return Facts(clocks=(RemoteClock(of="a:1", ahead_s=ahead_s, uncertain_s=1.5),), limits=limits())
+def versions(*found: Versions, gpus: GpuFacts = GPUS) -> Iterable[Finding]:
+    return check_versions(found, gpus)
 
 
-def secret(mode: int | None, *, is_needed: bool = True, is_mine: bool = True) -> Facts:
-    file = SecretFile(path="/k/x.secret", mode=mode, is_needed=is_needed, is_mine=is_mine)
-    return Facts(secrets=(file,), limits=limits())
-
-
-def cpu(**versions: str) -> Facts:
-    one = Versions(**({"of": "trainer", "torch": "2.13.0+cpu", "transformers": "5.19.0"} | versions))
-    return Facts(versions=(one,), limits=limits())
+def cpu(**changed: str) -> Iterable[Finding]:
+    one = Versions(**({"of": "trainer", "torch": "2.13.0+cpu", "transformers": "5.19.0"} | changed))
+    return check_versions([one], GpuFacts())
 
 
 @pytest.mark.parametrize(
-    ("facts", "level", "text"),
+    ("found", "level", "text"),
     [
-        (bound(), Level.OK, "free"),
-        (bound("Address already in use"), Level.ERROR, "Address already in use"),
-        (bound(needs_keys=True), Level.ERROR, "the job has no keys"),
-        (named("10.0.0.1"), Level.OK, "10.0.0.1"),
-        (named(), Level.ERROR, "does not resolve"),
-        (named("127.0.0.1", is_loopback=True), Level.WARNING, "is loopback"),
-        (named("127.0.0.1", is_loopback=True, spans=False), Level.OK, "127.0.0.1"),
+        (port(), Level.OK, "free"),
+        (port("Address already in use"), Level.ERROR, "Address already in use"),
+        (port(needs_keys=True), Level.ERROR, "the job has no keys"),
+        (name("10.0.0.1"), Level.OK, "10.0.0.1"),
+        (name(), Level.ERROR, "does not resolve"),
+        (name("127.0.0.1"), Level.WARNING, "is loopback"),
+        (name("127.0.0.1", spans=False), Level.OK, "127.0.0.1"),
         (clock(1.9), Level.OK, "agrees within 1.9 s"),
         (clock(-7.0), Level.WARNING, "7.0 s behind"),
         (clock(4000.0), Level.ERROR, "4000.0 s ahead"),
         (clock(None), Level.WARNING, "no response"),
-        (disk(100, 10), Level.OK, "100.0 GB free, about 10.0 GB needed"),
-        (disk(15, 10), Level.WARNING, "15.0 GB free"),
-        (disk(5, 10), Level.ERROR, "5.0 GB free, about 10.0 GB needed"),
-        (disk(5, 0), Level.OK, "5.0 GB free"),
-        (disk(0.2, 0, reserved_gb=0.27), Level.ERROR, "buffer.min_free_bytes keeps 0.3 GB free"),
-        (disk(5, 0, error="cannot write"), Level.ERROR, "cannot write"),
-        (disk(100, 1, is_network=True), Level.WARNING, "nfs4: SQLite's WAL is unsafe"),
-        (Facts(model_error="no config.json there", limits=limits()), Level.ERROR, "no config.json there"),
+        (space(100, 10), Level.OK, "100.0 GB free, about 10.0 GB needed"),
+        (space(15, 10), Level.WARNING, "15.0 GB free"),
+        (space(5, 10), Level.ERROR, "5.0 GB free, about 10.0 GB needed"),
+        (space(5, 0), Level.OK, "5.0 GB free"),
+        (space(0.2, 0, reserved_gb=0.27), Level.ERROR, "buffer.min_free_bytes keeps 0.3 GB free"),
         (cpu(), Level.OK, "2.13.0+cpu"),
         (cpu(torch="2.10.1"), Level.ERROR, "2.10.1"),
         (cpu(torch="2.15.0"), Level.ERROR, "2.15.0"),
         (cpu(torch=""), Level.ERROR, "not installed"),
         (cpu(transformers="6.0.1"), Level.ERROR, "6.0.1"),
         (cpu(error="/x does not run"), Level.ERROR, "does not run"),
-        (gpu_job(versions=(TRAINER, ENGINE)), Level.OK, "2.30.7 in both"),
+        (versions(TRAINER, ENGINE), Level.OK, "2.30.7 in both"),
         (
-            gpu_job(versions=(TRAINER, Versions(of="engine", sglang="0.5", cuda="12.8", nccl="2.27.3"))),
+            versions(TRAINER, Versions(of="engine", sglang="0.5", cuda="12.8", nccl="2.27.3")),
             Level.ERROR,
             "2.30.7 in the trainer, 2.27.3 in SGLang",
         ),
-        (gpu_job(versions=(Versions(of="engine", cuda="13.0"),)), Level.ERROR, "not installed"),
-        (gpu_job(versions=(Versions(of="engine", sglang="1", torch="2.1"),)), Level.ERROR, "built for CPUs"),
+        (versions(Versions(of="engine", cuda="13.0")), Level.ERROR, "not installed"),
+        (versions(Versions(of="engine", sglang="1", torch="2.1")), Level.ERROR, "built for CPUs"),
         (
-            gpu_job(
-                versions=(TRAINER,),
-                gpus=GpuFacts(wanted={0: "x"}, found=(H100,), driver="570.86.10"),
-            ),
+            versions(TRAINER, gpus=GpuFacts(wanted={0: "x"}, found=(H100,), driver="570.86.10")),
             Level.ERROR,
             "13.0 needs driver 580 or newer, this is 570.86.10",
         ),
-        (gpu_job(), Level.OK, "81555 MB free"),
-        (gpu_job(gpus=GpuFacts(wanted={0: "x"}, error="nvidia-smi is not installed")), Level.ERROR, "nvidia"),
+        (check_gpus(GPUS), Level.OK, "81555 MB free"),
+        (check_gpus(GpuFacts(wanted={0: "x"}, error="nvidia-smi is not installed")), Level.ERROR, "nvidia"),
         (
-            gpu_job(gpus=GpuFacts(wanted={0: "x", 1: "y"}, found=(H100,), visible="0")),
+            check_gpus(GpuFacts(wanted={0: "x", 1: "y"}, found=(H100,), visible="0")),
             Level.ERROR,
             "1 GPUs are visible (CUDA_VISIBLE_DEVICES=0)",
         ),
         (
-            gpu_job(
-                gpus=GpuFacts(wanted={0: "x"}, found=(Gpu(index=0, name="A", total_mb=9999, used_mb=5000),))
+            check_gpus(
+                GpuFacts(wanted={0: "x"}, found=(Gpu(index=0, name="A", total_mb=9999, used_mb=5000),))
             ),
             Level.WARNING,
             "5000 of 9999 MB in use",
         ),
-        (gpu_job(hosts=2), Level.WARNING, "no active port (mlx5_1/1 down)"),
         (
-            Facts(uses_gpus=True, num_hosts=2, limits=limits(rdma=("mlx5_0/1",), max_locked_bytes=8 << 20)),
+            check_rdma((), ("mlx5_1/1",), max_locked_bytes=None),
             Level.WARNING,
-            "limited to 8 MB",
+            "no active port (mlx5_1/1 down)",
         ),
-        (Facts(limits=limits(named={"NCCL_SOCKET_IFNAME": "ib0"})), Level.ERROR, "no interface ib0"),
-        (Facts(limits=limits(named={"NCCL_SOCKET_IFNAME": "=eth"})), Level.OK, "exists"),
-        (Facts(limits=limits(max_files=1024)), Level.WARNING, "at most 1024"),
-        (Facts(uses_gpus=True, limits=limits(shm_bytes=64 << 20)), Level.WARNING, "67 MB"),
-        (secret(0o600), Level.OK, "mode 600"),
-        (secret(0o640), Level.ERROR, "mode 640: other users can read it"),
-        (secret(None), Level.ERROR, "no such file"),
-        (secret(0o600, is_mine=False), Level.ERROR, "another user"),
+        (check_rdma(("mlx5_0/1",), (), max_locked_bytes=8 << 20), Level.WARNING, "limited to 8 MB"),
+        (
+            check_interfaces({"NCCL_SOCKET_IFNAME": "ib0"}, ("lo", "eth0")),
+            Level.ERROR,
+            "no interface ib0",
+        ),
+        (check_interfaces({"NCCL_SOCKET_IFNAME": "=eth"}, ("lo", "eth0")), Level.OK, "exists"),
+        (check_open_files(1024), Level.WARNING, "at most 1024"),
+        (check_shared_memory(64 << 20), Level.WARNING, "67 MB"),
+        (check_secret("/k", 0o600), Level.OK, "mode 600"),
+        (check_secret("/k", 0o640), Level.ERROR, "mode 640: other users can read it"),
+        (check_secret("/k", None), Level.ERROR, "no such file"),
+        (check_secret("/k", 0o600, is_mine=False), Level.ERROR, "another user"),
     ],
 )
-def test_each_check(facts: Facts, level: Level, text: str) -> None:
-    matching = [each for each in findings(facts) if text in each.found]
-    assert [each.level for each in matching] == [level], findings(facts)
+def test_each_check(found: Finding | Iterable[Finding], level: Level, text: str) -> None:
+    all_found = [found] if isinstance(found, Finding) else list(found)
+    matching = [each for each in all_found if text in each.found]
+    assert [each.level for each in matching] == [level], all_found
     assert bool(matching[0].remedy) is (level is not Level.OK)
-
-
-def test_a_machine_without_wishes_has_no_trouble() -> None:
-    found = findings(Facts())
-    assert {each.level for each in found} == {Level.OK} and len(CHECKS) == 10
-    assert not [each for each in findings(secret(None, is_needed=False)) if each.level is not Level.OK]
 
 
 def test_versions_are_those_of_the_package() -> None:
@@ -226,19 +191,28 @@ def test_what_a_machine_has_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 "model": {"path": "/nowhere/model"},
             }
         )
-        facts = gather(config, gathering.ROLES)
-    by_setting = {each.setting: each for each in facts.bound}
-    assert "in use" in by_setting["buffer.host"].error and not by_setting["daemon.http_host"].error
-    assert {each.host for each in facts.names if not each.addresses} == {"no-such-host.invalid"}
-    assert facts.spans_machines and "no config.json" in facts.model_error
-    assert facts.gpus.wanted == {0: "the trainer", 1: "the trainer"} and facts.gpus.found[0].name == "H100"
-    modes = {Path(each.path).name: each.mode for each in facts.secrets}
-    assert modes["rollout.secret"] == 0o644 and modes["trainer.secret"] is None
-    (trainer,) = facts.versions
-    assert trainer.torch and trainer.transformers and not trainer.error
-    assert all(each.free_bytes > 0 and not each.error for each in facts.disks)
-    assert max(each.reserved_bytes for each in facts.disks) == config.buffer.min_free_bytes
+        found = {each.what: each for each in findings(config, gathering.ROLES)}
+    assert "in use" in found[f"buffer.host 0.0.0.0:{port}"].found
+    assert found["daemon.http_host 127.0.0.1 (any port)"].level is Level.OK
+    assert "does not resolve" in found["weights.host no-such-host.invalid"].found
+    assert "no config.json" in found["model.path"].found
+    assert found["GPU 0 for the trainer"].found == "H100, 81555 MB free"
+    assert "1 GPUs are visible" in found["GPU 1 for the trainer"].found
+    assert "mode 644" in found[str(tmp_path / "keys" / "rollout.secret")].found
+    assert "no such file" in found[str(tmp_path / "keys" / "trainer.secret")].found
+    assert found["torch"].level is found["transformers"].level is Level.OK
+    assert any("buffer.min_free_bytes keeps" in each.found for each in found.values())
     assert not (tmp_path / "runs").exists(), "looking has left something behind"
+
+
+def test_directories_that_cannot_hold_a_ledger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = from_mapping({"runs_dir": "/proc/no"})
+    (found,) = (each for each in findings(config, ["buffer"]) if each.what.startswith("runs_dir"))
+    assert found.level is Level.ERROR and "cannot write or lock a file in /proc" in found.found
+    monkeypatch.setattr(gathering, "file_system_of", lambda path: "nfs4")
+    config = from_mapping({"runs_dir": str(tmp_path)})
+    levels = {each.level for each in findings(config, ["buffer"]) if "nfs4: SQLite's WAL" in each.found}
+    assert levels == {Level.WARNING}
 
 
 def test_the_command_before_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

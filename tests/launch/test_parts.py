@@ -25,7 +25,7 @@ from launch.run_directory.open_run import OpenRun, open_run
 from launch.settings_help import COMMON, all_keys
 from launch.view.picture import picture
 from launch.view.plain import plain_line
-from launch.view.plot import bar, curve
+from launch.view.plot import curve
 from launch.view.speed import Eta
 from launch.view.status import daemon_table
 from trainer.distributed.spawn import start_ranks
@@ -257,16 +257,6 @@ def test_the_curve_rises_from_bottom_left_to_top_right() -> None:
     blank = "\u2800"
     assert lines[0][-1] != blank and lines[0][0] == blank
     assert lines[-1][0] != blank and lines[-1][-1] == blank
-
-
-def test_bars_have_their_width() -> None:
-    assert [bar(share, width=4) for share in (0.0, 0.5, 1.0, 7.0)] == [
-        "    ",
-        "██  ",
-        "████",
-        "████",
-    ]
-    assert bar(0.28, width=4) == "█▏  "
 
 
 def test_units() -> None:

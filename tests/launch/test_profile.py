@@ -35,7 +35,7 @@ def test_two_ranks_of_a_running_job_record_the_same_steps(tmp_path: Path) -> Non
     with launcher(*SMALL, f"security.keys={tmp_path / 'keys'}", cwd=tmp_path) as process:
         wait_for_steps(1, root, process=process)
         for mistake, message in (
-            (("--rank", "2"), "there is no rank 2 (ranks: 0, 1)"),
+            (("--rank", "2"), "there is no rank 2 (ranks: 0 to 1)"),
             (("--steps", "51"), "steps must be 1 to 50"),
         ):
             refused = areal_like("profile", "x", *mistake, cwd=tmp_path)

@@ -265,7 +265,7 @@ def test_settings_of_the_project_hold_no_secrets() -> None:
 def test_peers_are_seen_as_the_buffers_have_heard_them() -> None:
     old = {"name": "rollout-0", "role": "rollout", "state": "serving", "silent_s": 3.0, "stats": {"queue": 1}}
     new = old | {"silent_s": 0.1, "stats": {"queue": 7}, "waits": {"push": 2.5}, "http": "127.0.0.1:1"}
-    (merged,) = merged_peers([{"peers": [old]}, {"peers": [new, "x", {}]}, {"peers": None}])
+    (merged,) = merged_peers([{"peers": [old]}, {"peers": [new]}, {"peers": None}])
     assert merged == new
     view = peer_view(merged)
     assert view.status is not None and view.not_ready == "" and view.role == "rollout"

@@ -63,19 +63,9 @@ def _bfloat16(plan: Plan) -> _Changed | None:
     return "model.dtype=bfloat16", replace(plan.config, model=model), plan.placement
 
 
-def _recompute(plan: Plan) -> _Changed | None:
-    return _trainer(plan, "gradient_checkpointing", True)
-
-
-def _shorter_microbatch(plan: Plan) -> _Changed | None:
-    context = plan.lengths.context
-    is_longer = plan.config.trainer.tokens_per_microbatch > context
-    return _trainer(plan, "tokens_per_microbatch", context) if is_longer else None
-
-
-def _smaller_chunk(plan: Plan) -> _Changed | None:
-    is_larger = plan.config.trainer.logprob_chunk_tokens > _SMALL_CHUNK
-    return _trainer(plan, "logprob_chunk_tokens", _SMALL_CHUNK) if is_larger else None
+def _at_most(plan: Plan, key: str, most: int) -> _Changed | None:
+    """Lowers trainer.KEY to `most`, if the trainer is short of memory."""
+    return _trainer(plan, key, min(most, getattr(plan.config.trainer, key)))
 
 
 def _more_gpus_an_engine(plan: Plan) -> _Changed | None:
@@ -110,9 +100,9 @@ def _more_ranks(plan: Plan) -> _Changed | None:
 _SMALL_CHUNK = 256
 _CANDIDATES: tuple[_Candidate, ...] = (
     _bfloat16,
-    _recompute,
-    _shorter_microbatch,
-    _smaller_chunk,
+    lambda plan: _trainer(plan, "gradient_checkpointing", True),
+    lambda plan: _at_most(plan, "tokens_per_microbatch", plan.lengths.context),
+    lambda plan: _at_most(plan, "logprob_chunk_tokens", _SMALL_CHUNK),
     _apart,
     *[_more_gpus_an_engine] * 3,
     *[_more_ranks] * 6,

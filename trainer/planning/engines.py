@@ -8,40 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from areal_like.config import Config
 from areal_like.config.common import require
 from areal_like.config.sglang_args import STATIC_MEMORY, option, words_of
 from trainer.planning.gpus import GIB
-from trainer.planning.lengths import Lengths
-from trainer.planning.shapes import ModelShape
+from trainer.planning.trace import PlannedJob
 
 DEFAULT_STATIC_FRACTION = 0.85
 """Assumed if `rollout.sglang.args` names none: SGLang then computes it from the GPU."""
 SHARED_OTHER_BYTES = 4 * GIB
 """Assumed activations and CUDA graphs of an engine that shares its GPU with a trainer rank."""
-BYTES = {"float32": 4, "bfloat16": 2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedEngine:
-    """The engine's options that the planner uses."""
-
-    tensor_parallel: int
-    static_fraction: float
-    max_total_tokens: int | None
-    """Limit of the KV cache in tokens; None: the memory is the limit."""
-
-
-def engine_options(config: Config) -> PlannedEngine:
-    """Reads the options from `rollout.gpus_per_engine` and `rollout.sglang.args`."""
-    words = words_of(config.rollout.sglang.args)
-    fraction = _number(words, STATIC_MEMORY)
-    limit = _number(words, ("--max-total-tokens",))
-    return PlannedEngine(
-        tensor_parallel=config.rollout.gpus_per_engine,
-        static_fraction=fraction or DEFAULT_STATIC_FRACTION,
-        max_total_tokens=None if limit is None else int(limit),
-    )
 
 
 def _number(words: list[str], names: tuple[str, ...]) -> float | None:
@@ -81,40 +56,34 @@ class EngineMemory:
         return max(0, int(self.kv_at_least / self.kv_per_token))
 
 
-def engine_memory(
-    config: Config,
-    shape: ModelShape,
-    lengths: Lengths,
-    *,
-    num_params: int,
-    gpu_bytes: float,
-    beside_bytes: float = 0.0,
-) -> EngineMemory:
-    """One GPU of `gpu_bytes`. `beside_bytes`: memory of a trainer rank on the same GPU between steps.
+def engine_memory(job: PlannedJob, *, trainer_bytes: float = 0.0) -> EngineMemory:
+    """One GPU of an engine. `trainer_bytes`: memory of a trainer rank on the same GPU between steps.
 
     On a shared GPU the engine may start before the trainer, which gives it the most memory, or after it,
-    which leaves the smallest KV cache: `total` is for the first case, `num_tokens` for the second.
+    which leaves the smallest KV cache: `total` is for the first case, `num_tokens` for the second. Raises
+    ConfigError for an option in `rollout.sglang.args` that is not a number.
     """
-    options = engine_options(config)
-    size = BYTES[str(config.model.dtype)]
+    rollout, shape, gpu_bytes = job.config.rollout, job.shape, job.placement.gpu.memory_bytes
+    parallel = rollout.gpus_per_engine
     # With more GPUs than KV heads, SGLang keeps a copy of a head on several of them.
-    heads = max(1, shape.num_kv_heads // options.tensor_parallel)
-    per_token = float(shape.kv_values_per_token // shape.num_kv_heads * heads * size)
-    weights = num_params * size / options.tensor_parallel
-    if config.rollout.engine == "embedded":
+    heads = max(1, shape.num_kv_heads // parallel)
+    per_token = float(shape.kv_values_per_token // shape.num_kv_heads * heads * job.param_bytes)
+    weights = job.weights_bytes / parallel
+    if rollout.engine == "embedded":
         # A second set of weights receives a push while the first one decodes.
-        rows = config.rollout.max_running * lengths.context * per_token
+        rows = rollout.max_running * job.lengths.context * per_token
         return EngineMemory(
             weights=2 * weights, kv_cache=rows, kv_at_least=rows, other=1 * GIB, kv_per_token=per_token
         )
-    limit = float("inf") if options.max_total_tokens is None else options.max_total_tokens * per_token
-    most = min(options.static_fraction * gpu_bytes - weights, limit)
-    least = min(options.static_fraction * (gpu_bytes - beside_bytes) - weights, limit)
-    rest = (1 - options.static_fraction) * gpu_bytes
+    words = words_of(rollout.sglang.args)
+    static = _number(words, STATIC_MEMORY) or DEFAULT_STATIC_FRACTION
+    limit = _number(words, ("--max-total-tokens",))
+    limit_bytes = float("inf") if limit is None else int(limit) * per_token
+    rest = (1 - static) * gpu_bytes
     return EngineMemory(
         weights=weights,
-        kv_cache=most,
-        kv_at_least=least,
-        other=min(rest, SHARED_OTHER_BYTES) if beside_bytes else rest,
+        kv_cache=min(static * gpu_bytes - weights, limit_bytes),
+        kv_at_least=min(static * (gpu_bytes - trainer_bytes) - weights, limit_bytes),
+        other=min(rest, SHARED_OTHER_BYTES) if trainer_bytes else rest,
         kv_per_token=per_token,
     )

@@ -30,11 +30,8 @@ class Placement:
     @property
     def num_gpus(self) -> int:
         """GPUs of the whole job."""
-        return max(self.engine_gpus, self.trainer_gpus) if self.is_shared else self._sum
-
-    @property
-    def _sum(self) -> int:
-        return self.engine_gpus + self.trainer_gpus
+        used = (self.engine_gpus, self.trainer_gpus)
+        return max(used) if self.is_shared else sum(used)
 
     @property
     def is_one_host(self) -> bool:

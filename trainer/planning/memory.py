@@ -5,12 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from areal_like.config import Config
-from trainer.planning.engines import BYTES, EngineMemory, engine_memory
-from trainer.planning.gpus import GIB, GPUS_PER_HOST, Placement
-from trainer.planning.lengths import Lengths
-from trainer.planning.shapes import ModelShape
-from trainer.planning.trace import StepTrace
+from trainer.planning.engines import EngineMemory, engine_memory
+from trainer.planning.gpus import GIB, GPUS_PER_HOST
+from trainer.planning.trace import PlannedJob
 
 CONTEXT_BYTES = 1.5 * GIB
 """Assumed on each trainer GPU: CUDA context, cuBLAS workspaces, NCCL's buffers."""
@@ -94,44 +91,36 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.1f} GiB"
 
 
-def plan_memory(
-    config: Config, shape: ModelShape, lengths: Lengths, placement: Placement, trace: StepTrace
-) -> MemoryPlan:
-    """The memory of the job on these GPUs."""
-    gpu_bytes = placement.gpu.memory_bytes
-    tensors = float(trace.peak)
-    trainer: dict[str, float] = {name: float(size) for name, size in trace.peak_bytes.items()}
-    trainer["allocator (fragmentation)"] = FRAGMENTATION * tensors
-    trainer["CUDA context, cuBLAS, NCCL"] = CONTEXT_BYTES
-    largest = trace.largest_param_bytes / 4 * BYTES[str(config.model.dtype)]
-    bucket = max(float(config.weights.bucket_bytes_on("cuda")), largest)
-    trainer["push buckets (rank 0)"] = _SENT_BUCKETS * bucket
-    engine = engine_memory(
-        config,
-        shape,
-        lengths,
-        num_params=trace.num_params,
-        gpu_bytes=gpu_bytes,
-        beside_bytes=trace.resident + CONTEXT_BYTES if placement.is_shared else 0.0,
-    )
+def plan_memory(job: PlannedJob) -> MemoryPlan:
+    """The memory of the job on its GPUs."""
+    placement, trace = job.placement, job.trace
+    largest = trace.largest_param_bytes / 4 * job.param_bytes
+    bucket = max(float(job.config.weights.bucket_bytes_on("cuda")), largest)
     return MemoryPlan(
-        trainer=trainer,
-        engine=engine,
-        gpu_bytes=gpu_bytes,
-        host=_host(config, placement, trace),
+        trainer={
+            **{name: float(size) for name, size in trace.peak_bytes.items()},
+            "allocator (fragmentation)": FRAGMENTATION * trace.peak,
+            "CUDA context, cuBLAS, NCCL": CONTEXT_BYTES,
+            "push buckets (rank 0)": _SENT_BUCKETS * bucket,
+        },
+        engine=engine_memory(
+            job, trainer_bytes=trace.resident + CONTEXT_BYTES if placement.is_shared else 0.0
+        ),
+        gpu_bytes=placement.gpu.memory_bytes,
+        host=_host(job),
         is_shared=placement.is_shared,
-        context=lengths.context,
+        context=job.lengths.context,
     )
 
 
-def _host(config: Config, placement: Placement, trace: StepTrace) -> dict[str, float]:
+def _host(job: PlannedJob) -> dict[str, float]:
     """The host memory of rank 0, which needs the most."""
-    ranks = min(placement.trainer_gpus, GPUS_PER_HOST)
-    engines = config.rollout.num_servers if placement.is_one_host else 0
-    wire = float(trace.num_params * BYTES[str(config.model.dtype)])
+    ranks = min(job.placement.trainer_gpus, GPUS_PER_HOST)
+    engines = job.config.rollout.num_servers if job.placement.is_one_host else 0
+    rows = 12.0 * job.trace.num_params * ranks / job.trace.world_size
     return {
         "trainer processes": ranks * HOST_PROCESS_BYTES,
-        "snapshots for pushes (two, on rank 0)": _SNAPSHOTS * wire,
-        "rows of a checkpoint that is being written": 12.0 * trace.num_params * ranks / trace.world_size,
+        "snapshots for pushes (two, on rank 0)": _SNAPSHOTS * job.weights_bytes,
+        "rows of a checkpoint that is being written": rows,
         "engine processes": engines * HOST_PROCESS_BYTES,
     }

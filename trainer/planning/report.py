@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.planning.advice import AdvisedChange
+from trainer.planning.estimate import ASSUMED
 from trainer.planning.gpus import GIB
 from trainer.planning.memory import CONTEXT_BYTES, FRAGMENTATION, HOST_PROCESS_BYTES, gib
 from trainer.planning.planner import Plan
@@ -70,7 +71,7 @@ def json_of(plan: Plan, changes: Sequence[AdvisedChange]) -> dict[str, Any]:
         },
         "changes": [{"setting": change.text, "fits": change.plan.fits} for change in changes],
         "estimate": None if plan.estimate is None else dataclasses.asdict(plan.estimate),
-        "assumptions": dataclasses.asdict(plan.assumed),
+        "assumptions": dataclasses.asdict(ASSUMED),
     }
 
 
@@ -94,27 +95,25 @@ def _job_lines(plan: Plan) -> list[str]:
 
 
 def _memory_table(plan: Plan) -> Table:
-    memory = plan.memory
+    memory, engine = plan.memory, plan.memory.engine
+    sequences = engine.num_tokens / plan.lengths.context
+    cache = f"  KV cache: {engine.num_tokens} tokens, {sequences:.0f} sequences of the longest context"
     table = Table(box=None, pad_edge=False, title="memory", title_justify="left")
     table.add_column("part", min_width=44)
     table.add_column("GiB", justify="right")
-    table.add_row("one trainer rank, traced at its peak", "")
-    for name, size in memory.trainer.items():
-        table.add_row(f"  {name}", f"{size / GIB:.1f}")
-    table.add_row("  total", f"{memory.trainer_total / GIB:.1f}")
-    engine = memory.engine
-    table.add_row("one engine GPU", "")
-    table.add_row("  weights", f"{engine.weights / GIB:.1f}")
-    sequences = engine.num_tokens / plan.lengths.context
-    table.add_row(
-        f"  KV cache: {engine.num_tokens} tokens, {sequences:.0f} sequences of the longest context",
-        f"{engine.kv_at_least / GIB:.1f}",
-    )
-    table.add_row("  activations, CUDA graphs", f"{engine.other / GIB:.1f}")
-    table.add_row(f"one GPU ({plan.placement.gpu.name})", f"{memory.gpu_bytes / GIB:.1f}")
-    table.add_row("memory of the host of rank 0", f"{sum(memory.host.values()) / GIB:.1f}")
-    for name, size in memory.host.items():
-        table.add_row(f"  {name}", f"{size / GIB:.1f}")
+    for name, size in (
+        ("one trainer rank, traced at its peak", None),
+        *((f"  {part}", size) for part, size in memory.trainer.items()),
+        ("  total", memory.trainer_total),
+        ("one engine GPU", None),
+        ("  weights", engine.weights),
+        (cache, engine.kv_at_least),
+        ("  activations, CUDA graphs", engine.other),
+        (f"one GPU ({plan.placement.gpu.name})", memory.gpu_bytes),
+        ("memory of the host of rank 0", sum(memory.host.values())),
+        *((f"  {part}", size) for part, size in memory.host.items()),
+    ):
+        table.add_row(name, "" if size is None else f"{size / GIB:.1f}")
     return table
 
 
@@ -215,7 +214,6 @@ def _staleness_lines(plan: Plan) -> list[str]:
 
 
 def _explanations(plan: Plan) -> list[str]:
-    assumed = plan.assumed
     margin = f"{1 + FRAGMENTATION:g} + {gib(CONTEXT_BYTES)}"
     lines = [
         "formulas",
@@ -231,6 +229,6 @@ def _explanations(plan: Plan) -> list[str]:
         f"  CUDA context, cuBLAS and NCCL {gib(CONTEXT_BYTES)} a GPU, fragmentation {FRAGMENTATION:.0%}, "
         f"host memory {gib(HOST_PROCESS_BYTES)} a process",
     ]
-    for field in dataclasses.fields(assumed):
-        lines.append(f"  {field.name} = {getattr(assumed, field.name):g}")
+    for field in dataclasses.fields(ASSUMED):
+        lines.append(f"  {field.name} = {getattr(ASSUMED, field.name):g}")
     return lines

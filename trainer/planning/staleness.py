@@ -19,7 +19,7 @@ later, so a token is too old if more than max_staleness - 1/2 steps of sampling 
     lag    = E[min(max_staleness, max(D, min(longest of the group, close_after - 3/2)) + 1)]
 
 The lag is that of a sample's oldest trained token. The formulas agree with the simulated tables that
-`CLOSE_FIT` was fitted to within .045 (masked) and .2 (lag).
+the constants were fitted to within .045 (masked) and .2 (lag).
 
 Durations are log-normal with mean 1 times k; `spread` is the standard deviation of their log. They may be cut
 off, as `sampling.max_new_tokens` does.
@@ -41,22 +41,15 @@ MASKED = 0.05
 """Share of masked tokens below which a bound counts as large enough."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CloseFit:
-    """Constants of the formulas for `buffer.overdue=close`."""
-
-    of_limit: float
-    """Throughput over its limit; masked tokens count as trained on."""
-    delay: float
-    """Steps from the end of a sample, or of its group's wait, to the step that trains on it."""
-    rounding: float
-    """Steps by which a duration may exceed the bound, minus `delay`, before a token is too old; and by which
-    closing is earlier than `close_after`, minus that step. Steps are counted in whole numbers."""
-
-
-CLOSE_FIT = CloseFit(of_limit=1.0, delay=1.0, rounding=0.5)
-"""Fitted by hand to `benchmarks.simulate close` (64 groups of 4 a step, `close_after` 4, bounds of 4, 8 and
-16, spreads of .5, 1 and 1.5 cut off at 4 to 16 means)."""
+# Fitted by hand to `benchmarks.simulate close`: 64 groups of 4 a step, `close_after` 4, bounds of 4, 8 and
+# 16, spreads of .5, 1 and 1.5 cut off at 4 to 16 means.
+CLOSING = 1.0
+"""Throughput over its limit with `buffer.overdue=close`; masked tokens count as trained on."""
+_DELAY = 1.0
+"""Steps from the end of a sample, or of its group's wait, to the step that trains on it."""
+_ROUNDING = 0.5
+"""Steps by which a duration may exceed the bound, minus `_DELAY`, before a token is too old; and by which
+closing is earlier than `close_after`, minus that step. Steps are counted in whole numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +141,7 @@ def least_staleness_of_close(durations: Durations) -> int:
 
 def masked_share(durations: Durations, max_staleness: int) -> float:
     """Share of the sampled tokens that are beyond the bound when they are trained on."""
-    return durations.excess(max_staleness + CLOSE_FIT.rounding - CLOSE_FIT.delay)
+    return durations.excess(max_staleness + _ROUNDING - _DELAY)
 
 
 def forecast(
@@ -160,7 +153,7 @@ def forecast(
     return Forecast(
         spread=durations.spread,
         waiting=x / (1 + x**_BEND) ** (1 / _BEND),
-        closing=CLOSE_FIT.of_limit,
+        closing=CLOSING,
         masked=masked_share(durations, max_staleness),
         lag=_lag(durations, group_size=group_size, max_staleness=max_staleness, close_after=close_after),
     )
@@ -172,9 +165,9 @@ def _lag(durations: Durations, *, group_size: int, max_staleness: int, close_aft
     own = [durations.quantile(share) for share in shares]
     others = max(1, group_size - 1)
     longest = [durations.quantile(share ** (1 / others)) for share in shares]
-    wait = close_after - 1 - CLOSE_FIT.rounding
+    wait = close_after - 1 - _ROUNDING
     total = sum(
-        min(max_staleness, max(each, min(other, wait)) + CLOSE_FIT.delay)
+        min(max_staleness, max(each, min(other, wait)) + _DELAY)
         for each in own
         for other in (longest if group_size > 1 else [0.0] * _QUANTILES)
     )

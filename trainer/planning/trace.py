@@ -41,11 +41,14 @@ from trainer.models.policy import Policy
 from trainer.models.value_model import ValueModel
 from trainer.objectives import Need
 from trainer.optimizer import ShardedAdamW
+from trainer.planning.gpus import Placement
 from trainer.planning.lengths import Lengths, worst_lengths
 from trainer.planning.shapes import ModelShape
 from trainer.planning.tensor_memory import ACTIVATIONS, ATTENTION, TensorMemory
 from trainer.step.recipe import StepRecipe
 
+BYTES = {"float32": 4, "bfloat16": 2}
+"""`model.dtype` -> bytes of a number."""
 MASTERS = "weights (float32 masters)"
 MOMENTS = "Adam's moments"
 GRADIENTS = "gradients"
@@ -85,6 +88,38 @@ class StepTrace:
     def resident(self) -> int:
         """Bytes between two steps."""
         return sum(self.resident_bytes.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedJob:
+    """A traced job on its GPUs."""
+
+    config: Config
+    """The resolved configuration, with the model's local directory and the planned GPUs."""
+    shape: ModelShape
+    lengths: Lengths
+    placement: Placement
+    trace: StepTrace
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one step."""
+        return self.config.trainer.groups_per_step * self.config.sampling.group_size
+
+    @property
+    def param_bytes(self) -> int:
+        """Bytes of one parameter in `model.dtype`."""
+        return BYTES[str(self.config.model.dtype)]
+
+    @property
+    def weights_bytes(self) -> float:
+        """Bytes of all weights in `model.dtype`."""
+        return float(self.trace.num_params * self.param_bytes)
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of one GPU in `model.dtype`."""
+        return self.placement.gpu.flops(str(self.config.model.dtype))
 
 
 def trace_step(config: Config, shape: ModelShape, lengths: Lengths) -> StepTrace:

@@ -21,8 +21,6 @@ from areal_like.paths import RunPaths
 from areal_like.wire.messages.consumer import ClosedGroup, EarlyMember, Group
 from areal_like.wire.records import RecordLocation, read_record, sampled_versions
 
-_WITH_PARTS = 5
-"""Schema version of a ledger that has closed groups and parts."""
 _Key = tuple[int, int]
 """(ticket id, sample index)"""
 
@@ -68,11 +66,7 @@ class Recording:
                 f"{self.num_gone} trajectories that {self._root} was trained on were not kept: "
                 "only a run with buffer.retain_trajectories=true can be replayed"
             )
-        self._has_parts = [_has_parts(ledger) for ledger in self._ledgers]
-        self._parts = [
-            _read_parts(ledger) if has_parts else {}
-            for ledger, has_parts in zip(self._ledgers, self._has_parts, strict=True)
-        ]
+        self._parts = [_read_parts(ledger) for ledger in self._ledgers]
         """For each shard: ticket id of a position of parts -> its samples."""
         self._positions = self._read_positions()
         """By (step, position in the merged order)."""
@@ -83,11 +77,8 @@ class Recording:
 
         A later value replaces earlier ones from its step on. Empty for a run of an earlier release.
         """
-        first = self._ledgers[0]
-        tables = first.execute("SELECT count(*) FROM sqlite_master WHERE name = 'settings'").fetchone()
-        if not tables[0]:
-            return []
-        rows = first.execute("SELECT step, value FROM settings WHERE key = 'trainer.lr' ORDER BY id")
+        query = "SELECT step, value FROM settings WHERE key = 'trainer.lr' ORDER BY id"
+        rows = self._ledgers[0].execute(query)
         return [(step, float(value)) for step, value in rows]
 
     def steps_of_versions(self) -> dict[int, int]:
@@ -201,10 +192,10 @@ class Recording:
 
     def _read_positions(self) -> dict[tuple[int, int], _Position]:
         rows = []
-        for shard, (ledger, has_parts) in enumerate(zip(self._ledgers, self._has_parts, strict=True)):
+        for shard, ledger in enumerate(self._ledgers):
             tickets = ledger.execute(
-                f"SELECT step, position, ticket_id, prompt_index, max_staleness, "
-                f"{'begin_step' if has_parts else -1} FROM tickets WHERE state IN ('batched', 'trained')"
+                "SELECT step, position, ticket_id, prompt_index, max_staleness, begin_step FROM tickets "
+                "WHERE state IN ('batched', 'trained')"
             )
             rows += [(step, place, shard, _Position(shard, *row)) for step, place, *row in tickets]
         positions: dict[tuple[int, int], _Position] = {}
@@ -213,11 +204,6 @@ class Recording:
             positions[step, taken[step]] = found
             taken[step] += 1
         return positions
-
-
-def _has_parts(ledger: sqlite3.Connection) -> bool:
-    (version,) = ledger.execute("PRAGMA user_version").fetchone()
-    return bool(version >= _WITH_PARTS)
 
 
 def _read_parts(ledger: sqlite3.Connection) -> dict[int, list[_Key]]:
@@ -232,14 +218,11 @@ def _read_parts(ledger: sqlite3.Connection) -> dict[int, list[_Key]]:
 def _num_gone(ledger: sqlite3.Connection) -> int:
     recorded = (
         "SELECT segment FROM tickets CROSS JOIN samples USING (ticket_id) "
-        "WHERE state IN ('batched', 'trained')"
+        "WHERE state IN ('batched', 'trained') "
+        "UNION ALL SELECT segment FROM parts CROSS JOIN tickets ON tickets.ticket_id = position_id "
+        "CROSS JOIN samples ON samples.ticket_id = parts.ticket_id "
+        "AND samples.sample_index = parts.sample_index WHERE state IN ('batched', 'trained')"
     )
-    if _has_parts(ledger):
-        recorded += (
-            " UNION ALL SELECT segment FROM parts CROSS JOIN tickets ON tickets.ticket_id = position_id "
-            "CROSS JOIN samples ON samples.ticket_id = parts.ticket_id "
-            "AND samples.sample_index = parts.sample_index WHERE state IN ('batched', 'trained')"
-        )
     (num_gone,) = ledger.execute(
         f"SELECT count(*) FROM ({recorded}) "
         "WHERE segment NOT IN (SELECT segment FROM segments WHERE retained = 1)"

@@ -107,7 +107,7 @@ def panels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def panel(described: dict[str, Any]) -> dict[str, Any]:
     """The JSON of one panel, with its queries."""
-    kind, unit = described.get("kind", "lines"), described["unit"]
+    kind, unit = described.get("kind", "lines"), described.get("unit", "none")
     defaults: dict[str, Any] = {"unit": unit}
     if kind == "heatmap":
         options, defaults = heatmap_options(unit), {}

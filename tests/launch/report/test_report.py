@@ -24,7 +24,6 @@ from launch.report.figures import figures
 from launch.report.findings import findings
 from launch.report.page import page as page_of
 from launch.report.run import read_run
-from launch.report.samples import Sample, ShownSamples
 from launch.run_directory.rundir import lock
 from launch.samples.transcripts import Part, Transcript
 from tests.support.launching import ROOT
@@ -128,7 +127,8 @@ def test_what_the_policy_has_written_is_escaped(tmp_path: Path) -> None:
         segments=((Part(is_sampled=True, text=HOSTILE, num_tokens=1),),),
     )
     run = read_run(write_run(tmp_path / "one", rows(3)))
-    for samples in (ShownSamples(found=[Sample(sample)]), ShownSamples(problem=HOSTILE)):
+    samples: list[Transcript] | str
+    for samples in ([sample], HOSTILE):
         text = page_of([run], samples=samples, now_s=START_S, version="1")
         found = Page(text)
         assert found.tags.count("script") == 2 and "img" not in found.tags and "alert(1)" in found.text

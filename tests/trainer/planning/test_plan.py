@@ -21,7 +21,7 @@ from launch.cli import main
 from trainer.batching.attention_layout import RectangleLayout
 from trainer.planning.advice import changes_until_it_fits
 from trainer.planning.engines import engine_memory
-from trainer.planning.estimate import SPREADS, Assumptions, estimate
+from trainer.planning.estimate import SPREADS, estimate
 from trainer.planning.gpus import parse_gpus
 from trainer.planning.lengths import Lengths, lengths_of, worst_lengths
 from trainer.planning.planner import Plan, make_plan, planned_again
@@ -227,14 +227,7 @@ def test_engine_memory_and_time(model: str) -> None:
     # 2 layers x keys and values x 4 heads x 64 x 2 bytes.
     assert engine.kv_per_token == 2 * 2 * 4 * 64 * 2
     assert engine.weights + engine.kv_cache + engine.other == pytest.approx(80e9)
-    halved = engine_memory(
-        plan.config,
-        plan.shape,
-        plan.lengths,
-        num_params=plan.trace.num_params,
-        gpu_bytes=80e9,
-        beside_bytes=40e9,
-    )
+    halved = engine_memory(plan, trainer_bytes=40e9)
     assert halved.num_tokens < 0.6 * engine.num_tokens
     slow, fast = (estimated(plan, response) for response in (4000.0, 1000.0))
     assert slow["train_s"] > fast["train_s"] and slow["generate_s"] > 3.9 * fast["generate_s"]
@@ -245,17 +238,7 @@ def test_engine_memory_and_time(model: str) -> None:
 
 
 def estimated(plan: Plan, response: float) -> dict[str, Any]:
-    lengths = replace(plan.lengths, response=response)
-    result = estimate(
-        plan.config,
-        plan.shape,
-        lengths,
-        plan.placement,
-        plan.trace,
-        plan.memory.engine,
-        assumed=Assumptions(),
-    )
-    return vars(result)
+    return vars(estimate(replace(plan, lengths=replace(plan.lengths, response=response)), plan.memory.engine))
 
 
 def test_what_the_bound_costs_is_said(model: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import simulate
 from benchmarks.simulation_world import Job
 from trainer.planning.staleness import (
-    CLOSE_FIT,
+    CLOSING,
     MASKED,
     Durations,
     forecast,
@@ -38,7 +38,7 @@ def test_closing_agrees_with_the_simulated_ledger() -> None:
             max_staleness=job.max_staleness,
             close_after=job.close_after,
         )
-        assert predicted.closing == CLOSE_FIT.of_limit
+        assert predicted.closing == CLOSING
         assert predicted.closing * (1 - predicted.masked) == pytest.approx(row["goodput"], abs=0.045)
         assert predicted.lag == pytest.approx(row["lag_mean"], abs=0.2)
 
