@@ -68,8 +68,8 @@ class FailedSamples:
             return
         self._judge(name, ticket, kind, f"{name}: {error}")
         ticket.num_failures[sample_index] = ticket.num_failures.get(sample_index, 0) + 1
-        is_last = ticket.num_failures[sample_index] > self._settings.max_sample_retries
-        is_given_up = is_last or self._settings.on_failure.policy(kind) is FailurePolicy.DROP
+        is_last = ticket.num_failures[sample_index] > self._settings.buffer.max_sample_retries
+        is_given_up = is_last or self._settings.buffer.on_failure.policy(kind) is FailurePolicy.DROP
         if is_given_up and ticket.purpose is Purpose.EVAL:
             ticket.failed.add(sample_index)
         self._store.put_failure(ticket, sample_index)
@@ -136,7 +136,7 @@ class FailedSamples:
                 )
             return
         server = self._leases.servers[name]
-        limit = self._settings.max_consecutive_failures
+        limit = self._settings.buffer.max_consecutive_failures
         if not server.health.fail(ticket.ticket_id, kind, error, limit=limit, now_s=server.last_heard_s):
             return
         assert server.health.quarantine is not None

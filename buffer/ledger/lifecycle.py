@@ -177,7 +177,7 @@ class TicketLifecycle:
             self._release_groups_of(ticket)
         elif reason is Drop.CANCELLED:
             self._give_back_prompt(ticket, num_reissues=ticket.num_reissues)
-        elif reason in REISSUED and may_reissue and ticket.num_reissues < self._settings.max_reissues:
+        elif reason in REISSUED and may_reissue and ticket.num_reissues < self._settings.buffer.max_reissues:
             self._state.counters.count_reissue()
             self._give_back_prompt(ticket, num_reissues=ticket.num_reissues + 1)
         elif reason in REISSUED:

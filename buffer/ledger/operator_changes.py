@@ -187,4 +187,4 @@ class OperatorChanges:
 
     def _record(self, verb: str, subject: str, *, unix_s: float, detail: str = "") -> None:
         row = OperationRow(unix_s=unix_s, verb=verb, subject=subject, detail=detail)
-        self._state.store.put_operation(row)
+        self._state.store.put_row(row)

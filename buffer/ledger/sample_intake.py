@@ -124,7 +124,7 @@ class SampleIntake:
         reward."""
         if not done.failure:
             return False
-        policy = self._settings.on_failure.policy(FailureKind(done.failure))
+        policy = self._settings.buffer.on_failure.policy(FailureKind(done.failure))
         return policy is not FailurePolicy.ZERO or done.record.reward != 0
 
     def _is_invalid(self, ticket: Ticket, record: Record) -> bool:
@@ -160,7 +160,7 @@ class SampleIntake:
         """Filters a train group whose samples have all arrived, before it can take a position in a step."""
         self._state.prompts.observe(ticket)
         self._counters.count_group(ticket)
-        group_filter = self._settings.group_filter
+        group_filter = self._settings.buffer.group_filter
         if group_filter == "spread" and are_equal_rewards([s.reward for s in ticket.training_samples]):
             self._lifecycle.drop(ticket, Drop.NO_SPREAD)
             self._note_without_spread(ticket)

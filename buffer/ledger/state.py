@@ -37,7 +37,10 @@ class LedgerState:
         """
         self.settings = settings
         self.store = store
-        self.counters = StreamCounters(reward_low=settings.reward_low, reward_high=settings.reward_high)
+        self.counters = StreamCounters(
+            reward_low=settings.buffer.curriculum_reward_low,
+            reward_high=settings.buffer.curriculum_reward_high,
+        )
         self.incarnations = IncarnationTable(store)
         self.versions = VersionTable(store)
         self.tickets = TicketTable(store, settings.shard)
@@ -45,7 +48,7 @@ class LedgerState:
         self.evals = EvalTable(store, keep=settings.keep_evaluations)
         self.leases = LeaseTable(
             store,
-            lease_timeout_s=settings.lease_timeout_s,
+            lease_timeout_s=settings.buffer.lease_timeout_s,
             first_lease_id=first_lease_id,
             shard=settings.shard,
         )

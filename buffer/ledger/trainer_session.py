@@ -404,7 +404,7 @@ class TrainerSession:
         self._steps.commit_to(step - 1)
         undone = [ticket for ticket in self._steps.tickets_from(step) if ticket.step < self._steps.current]
         if self._state.versions.abandon(after_step=step, trainer_incarnation=incarnation) or undone:
-            self._state.store.put_rollback(
+            self._state.store.put_row(
                 RollbackRow(
                     trainer_incarnation=incarnation,
                     from_step=self._steps.current,

@@ -27,11 +27,9 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
-from areal_like.config import Config
+from areal_like.config import BufferConfig, Config
 from areal_like.errors import StoreCorruptError, UserError
 from areal_like.ledger_place import network_warning
 from areal_like.paths import RunPaths
@@ -53,38 +51,15 @@ _MAX_LISTED = 10
 """Maximum number of damaged records listed in an error message."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoreSettings:
-    """Settings of the store, as in `buffer.*` of the configuration, which has the defaults."""
-
-    durability: str
-    retain_trajectories: bool
-    segment_bytes: int
-    cache_bytes: int
-    min_free_bytes: int
-
-    @classmethod
-    def from_config(cls, config: Config) -> Self:
-        """The settings of a job."""
-        return cls(
-            durability=config.buffer.durability,
-            retain_trajectories=config.buffer.retain_trajectories,
-            segment_bytes=config.buffer.segment_bytes,
-            cache_bytes=config.buffer.cache_bytes,
-            min_free_bytes=config.buffer.min_free_bytes,
-        )
-
-
 def open_store(config: Config, *, on_error: Callable[[Exception], None], shard: Shard = WHOLE) -> Store:
     """Opens the store that `buffer.durability` selects, in the directory that `buffer.ledger_dir` selects."""
-    settings = StoreSettings.from_config(config)
-    if settings.durability == "none":
+    if config.buffer.durability == "none":
         ledger = RunPaths.of(config).ledger_of(shard)
         has_ledger = (ledger / "ledger.sqlite3").is_file()
         return MemoryBesideLedger(ledger) if has_ledger else MemoryStore()
     if warning := network_warning(config):
         log.warning("%s", warning)
-    return DurableStore(open_place(config, shard=shard), settings, on_error=on_error)
+    return DurableStore(open_place(config, shard=shard), config.buffer, on_error=on_error)
 
 
 class DurableStore(RowRecorder):
@@ -94,7 +69,7 @@ class DurableStore(RowRecorder):
     """
 
     def __init__(
-        self, directory: Path, settings: StoreSettings, *, on_error: Callable[[Exception], None]
+        self, directory: Path, settings: BufferConfig, *, on_error: Callable[[Exception], None]
     ) -> None:
         """Raises UserError if another process uses the directory.
 

@@ -124,7 +124,7 @@ class EvalTable:
 
     def begin(self, row: EvaluationRow, tickets: Iterable[Ticket]) -> None:
         """Adds a running round: a new one, or one restored from an earlier buffer."""
-        self._store.put_evaluation(row)
+        self._store.put_row(row)
         round_ = EvalRound(row, tickets)
         # One of an earlier trainer has another place in the order.
         self.rounds.pop(round_.key, None)
@@ -159,7 +159,7 @@ class EvalTable:
         """
         left = []
         for round_ in [one for one in self.rounds.values() if not one.is_done and is_over(one.row)]:
-            self._store.put_evaluation(dataclasses.replace(round_.row, state=CANCELLED))
+            self._store.put_row(dataclasses.replace(round_.row, state=CANCELLED))
             del self.rounds[round_.key]
             for ticket in round_.tickets.values():
                 if ticket.state is State.EVALUATED:
@@ -213,7 +213,7 @@ class EvalTable:
     def _end_if_done(self, round_: EvalRound) -> None:
         if round_.is_done:
             round_.row = dataclasses.replace(round_.row, state=DONE)
-            self._store.put_evaluation(round_.row)
+            self._store.put_row(round_.row)
             self._keep_samples(round_)
             of_set = [key for key, one in self.rounds.items() if one.is_done and key[1] == round_.key[1]]
             for key in of_set[:-_NUM_RESULTS_KEPT]:
@@ -225,7 +225,7 @@ class EvalTable:
         kept.append(round_)
         while len(kept) > self._keep:
             old = kept.popleft()
-            self._store.put_evaluation(dataclasses.replace(old.row, state=RELEASED))
+            self._store.put_row(dataclasses.replace(old.row, state=RELEASED))
             for ticket in old.tickets.values():
                 self._store.release(ticket)
 

@@ -139,6 +139,6 @@ class VersionTable:
     def _put(self, version: int, *, step: int, trainer_incarnation: int) -> None:
         parent, self.newest = self.newest, version
         self._weights[version] = (step, trainer_incarnation)
-        self._store.put_version(
+        self._store.put_row(
             VersionRow(version=version, step=step, parent=parent, trainer_incarnation=trainer_incarnation)
         )

@@ -140,7 +140,7 @@ def test_a_server_with_other_data_is_refused_by_name() -> None:
 @pytest.mark.parametrize("content", [6, 5])
 def test_changed_data_begins_the_order_anew(tmp_path: Path, content: int) -> None:
     async def play() -> tuple[list[int], list[int], int]:
-        job = Play(tmp_path, curriculum=curriculum_of("goldilocks"))
+        job = Play(tmp_path, curriculum="goldilocks")
         job.ledger.dispatcher.set_content(5)
         job.steps(40)
         before, job.issued = job.issued, []
