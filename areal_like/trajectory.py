@@ -221,7 +221,6 @@ class Trajectory:
 
     @property
     def num_turns(self) -> int:
-        """Turns of the policy."""
         return len(self.turns) or 1
 
     @property

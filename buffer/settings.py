@@ -76,7 +76,6 @@ class LedgerSettings:
 
     @classmethod
     def from_config(cls, config: Config, shard: Shard = WHOLE) -> Self:
-        """The settings of one shard of a job."""
         # If a group may span a push, a longer interval only means fewer pushes and does not affect deadlines.
         sync_interval = config.weights.sync_interval if config.buffer.group_filter == "single_version" else 1
         return cls(

@@ -199,7 +199,6 @@ class Ticket:
         return list(self.parts) or [(self.ticket_id, index) for index in range(self.num_samples)]
 
     def is_greedy(self, sample_index: int) -> bool:
-        """True if a sample is a greedy baseline."""
         return sample_index >= self.num_samples - self.num_greedy
 
     @property

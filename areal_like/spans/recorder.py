@@ -99,7 +99,6 @@ class SpanRecorder:
         self._write(self._offset)
 
     def close(self) -> None:
-        """Closes the file."""
         with self._lock:
             file, self._file, self._retry_s = self._file, None, math.inf
             if file is not None:
@@ -220,7 +219,6 @@ def count(name: str, value: float) -> None:
 
 
 def note_offset(*, offset_s: float, rtt_s: float) -> None:
-    """Records the clock's offset against the buffer's."""
     if _recorder is not None:
         _recorder.offset(offset_s=offset_s, rtt_s=rtt_s)
 

@@ -61,7 +61,6 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor's elements."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 

@@ -43,7 +43,6 @@ class AuthenticatedStore(_dist.Store):  # type: ignore[misc]
         self._secret = secret
 
     def set(self, key: str, value: bytes) -> None:
-        """Writes a value."""
         self._inner.set(key, value + self._code(key, value))
 
     def get(self, key: str) -> bytes:
@@ -55,7 +54,6 @@ class AuthenticatedStore(_dist.Store):  # type: ignore[misc]
         return value
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Waits until all keys exist."""
         self._inner.wait(keys, *([] if timeout is None else [timeout]))
 
     def _code(self, key: str, value: bytes) -> bytes:

@@ -52,7 +52,6 @@ class Utilisation:
         self._loads: deque[PoolTotals] = deque()
 
     def observe(self, load: PoolTotals) -> None:
-        """Adds the current totals."""
         if self._loads and load.busy_s + load.idle_s < self._loads[-1].busy_s + self._loads[-1].idle_s:
             self._loads.clear()  # a server has left, or counts from zero
         self._loads.append(load)

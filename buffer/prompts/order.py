@@ -83,7 +83,6 @@ class PromptOrder:
         self._returned: deque[Prompt] = deque()
 
     def next(self) -> Prompt:
-        """The next prompt to issue."""
         if self._returned:
             return self._returned.popleft()
         if self.sources:

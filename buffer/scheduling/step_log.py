@@ -75,12 +75,10 @@ class StepLog:
         return self.release_before(step)
 
     def add(self, ticket: Ticket) -> None:
-        """Adds a ticket at its step and position."""
         self.num_recorded += 1
         self.recorded.setdefault(ticket.step, {})[ticket.position] = ticket
 
     def remove(self, ticket: Ticket) -> None:
-        """Removes a ticket from its step and position."""
         del self.recorded[ticket.step][ticket.position]
         if not self.recorded[ticket.step]:
             del self.recorded[ticket.step]
@@ -100,7 +98,6 @@ class StepLog:
         self._count_attempt()
 
     def complete_current(self) -> None:
-        """Records that the trainer has completed its current step."""
         self.reset_attempts(self.current)
         self._served.pop(self.current, None)
         self.move_to(self.current + 1)

@@ -87,7 +87,6 @@ class JobWatch:
         return self._watchdog.report()
 
     def facts(self, *, now_s: float) -> JobFacts:
-        """The current facts."""
         ledger, state = self._ledger, self._ledger.state
         servers = ledger.servers
         self._lost = {

@@ -73,7 +73,6 @@ class Operations:
 
     @property
     def verbs(self) -> dict[str, Verb]:
-        """Verb -> handler."""
         return {
             "drop": self._drop,
             "unfence": self._unfence,

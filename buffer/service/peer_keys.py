@@ -57,7 +57,6 @@ class PeerKeys:
             )
 
     def registered(self, name: str, key: AllowedKey | None) -> None:
-        """Remembers the key of a peer that was registered."""
         if key is not None:
             self._owners.pop(name, None)
             self._owners[name] = key

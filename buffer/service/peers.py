@@ -240,11 +240,9 @@ class ConnectedPeers:
                 self._expected.setdefault(name, (getattr(hello, name), hello.name))
 
     def at(self, route: bytes) -> Peer | None:
-        """The peer with this route."""
         return self._by_route.get(route)
 
     def named(self, name: str) -> Peer | None:
-        """The peer of this name."""
         return self._by_name.get(name)
 
     def of(self, role: Role) -> list[Peer]:

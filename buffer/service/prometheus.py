@@ -169,7 +169,6 @@ class ResponseLengths(Collector):
         self.counters: Mapping[str, float] = {}
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """One histogram for each population."""
         family = HistogramMetricFamily(
             f"{PREFIX}_response_tokens",
             "Sampled tokens of a train sample: offered with a reward, trained on, failed",

@@ -79,7 +79,6 @@ class StreamCounters:
             self._add(wasted_key(verdict.name.lower()), num_sampled)
 
     def count_training_sample(self, sample: SampleSummary) -> None:
-        """Counts an accepted sample that may be trained on."""
         self._add_sample("offered", sample, sign=1)
 
     def count_group(self, ticket: Ticket) -> None:
@@ -102,7 +101,6 @@ class StreamCounters:
         self._add("num_leases_lost", 1)
 
     def count_quarantine(self) -> None:
-        """Counts a quarantine of a server."""
         self._add("num_quarantines", 1)
 
     def count_reissue(self) -> None:
@@ -114,7 +112,6 @@ class StreamCounters:
         self._add("prompts_given_up", 1)
 
     def count_dropped(self, ticket: Ticket, reason: Drop) -> None:
-        """Counts the samples of a dropped ticket."""
         num_tokens = sum(sample.num_sampled for sample in ticket.samples.values())
         self._add("num_samples_dropped", len(ticket.samples))
         self._add("tokens_dropped", num_tokens)

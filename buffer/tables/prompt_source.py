@@ -50,7 +50,6 @@ class PromptSource:
         self.order.sources = tuple(sources)
 
     def next(self) -> Prompt:
-        """The next prompt to issue."""
         if self.order.returned:
             self._store.pop_returned()
         prompt = self.order.next()

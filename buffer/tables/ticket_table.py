@@ -98,7 +98,6 @@ class TicketTable:
         return ticket
 
     def has_issued(self, ticket_id: int) -> bool:
-        """True if a ticket of this id was ever issued."""
         return self._shard.owns(ticket_id) and 0 < self._shard.local(ticket_id) <= self.num_issued
 
     def of_purpose(self, purpose: Purpose) -> list[Ticket]:
@@ -106,7 +105,6 @@ class TicketTable:
         return [ticket for ticket in self.live.values() if ticket.purpose is purpose]
 
     def add_sample(self, ticket: Ticket, sample_index: int, sample: SampleSummary) -> None:
-        """A sample of a live ticket was accepted."""
         ticket.samples[sample_index] = sample
         if ticket.purpose is Purpose.TRAIN and ticket.state in _IS_OPEN:
             self.num_partial += 1
