@@ -119,20 +119,6 @@ PLAIN = Structure()
 """The structure of every plain trajectory."""
 
 
-class _Metadata(NamedTuple):
-    """The fields of a record's metadata; see `Record`."""
-
-    num_tokens: int
-    runs: list[list[int]]
-    reward: float
-    reward_components: dict[str, float]
-    finish_reason: FinishReason
-    generation_s: float
-    reward_s: float
-    is_greedy: bool
-    structure: Structure
-
-
 def _pack_metadata(trajectory: Trajectory) -> bytes:
     """The metadata of a trajectory. Raises ValueError for arrays that a record cannot have."""
     fields: list[Any] = [
@@ -150,8 +136,8 @@ def _pack_metadata(trajectory: Trajectory) -> bytes:
     return msgpack.packb(fields)  # type: ignore[no-any-return]
 
 
-def _unpack_metadata(meta: bytes, *, rest_bytes: int) -> _Metadata:
-    """The fields of the metadata, which is followed by `rest_bytes` bytes of arrays.
+def _unpack_metadata(meta: bytes, *, rest_bytes: int) -> dict[str, Any]:
+    """The fields of `Record` in the metadata, which is followed by `rest_bytes` bytes of arrays.
 
     Raises ValueError if it is malformed or too long. Segments, turns and arrays are checked one by one;
     `Trajectory` checks whether they fit the tokens.
@@ -184,17 +170,17 @@ def _unpack_metadata(meta: bytes, *, rest_bytes: int) -> _Metadata:
             raise ValueError(f"{number!r} is not a finite number")
     if type(finish_reason) is not str or finish_reason not in _FINISH_REASONS or type(is_greedy) is not bool:
         raise ValueError(f"finish reason {finish_reason!r}, is_greedy {is_greedy!r}")
-    return _Metadata(
-        num_tokens,
-        runs,
-        reward,
-        components,
-        _FINISH_REASONS[finish_reason],
-        generation_s,
-        reward_s,
-        is_greedy,
-        structure,
-    )
+    return {
+        "num_tokens": num_tokens,
+        "runs": runs,
+        "reward": reward,
+        "reward_components": components,
+        "finish_reason": _FINISH_REASONS[finish_reason],
+        "generation_s": generation_s,
+        "reward_s": reward_s,
+        "is_greedy": is_greedy,
+        "structure": structure,
+    }
 
 
 def _structure_fields(trajectory: Trajectory) -> dict[str, Any]:
@@ -417,17 +403,9 @@ class Record:
             ticket_id=ticket_id,
             sample_index=sample_index,
             crc32=crc32,
-            num_tokens=fields.num_tokens,
-            runs=fields.runs,
-            reward=fields.reward,
-            reward_components=fields.reward_components,
-            finish_reason=fields.finish_reason,
-            generation_s=fields.generation_s,
-            reward_s=fields.reward_s,
-            is_greedy=fields.is_greedy,
-            structure=fields.structure,
             _tokens_at=tokens_at,
-            _logprobs_at=_end_of_array(tokens_at, fields.num_tokens),
+            _logprobs_at=_end_of_array(tokens_at, fields["num_tokens"]),
+            **fields,
         )
 
     @property

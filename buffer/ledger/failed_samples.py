@@ -40,7 +40,6 @@ class FailedSamples:
         self._store = state.store
         self._counters = state.counters
         self._leases = state.leases
-        self._notices: list[str] = []
         self._num_prompts_in_row = 0
 
     def retry_or_drop(
@@ -114,11 +113,6 @@ class FailedSamples:
         for lease in list(server.leases.values()):
             self._lifecycle.revoke(lease)
 
-    def take_notices(self) -> list[str]:
-        """Quarantines since the last call, as texts for the log."""
-        notices, self._notices = self._notices, []
-        return notices
-
     def _judge(self, name: str, ticket: Ticket, kind: FailureKind, error: str) -> None:
         """Counts a failure of the server, which may start a quarantine or end the job."""
         if ticket.purpose is Purpose.EVAL and (
@@ -151,7 +145,9 @@ class FailedSamples:
         assert server.health.quarantine is not None
         self._leases.in_quarantine.add(server.name)
         self._counters.count_quarantine()
-        self._notices.append(f"{server.name} gets no leases{how_long}: {server.health.quarantine.reason}")
+        self._state.notices.append(
+            f"{server.name} gets no leases{how_long}: {server.health.quarantine.reason}"
+        )
 
     def _end_job(self, reason: str) -> None:
         self._state.failure_reason = self._state.failure_reason or reason

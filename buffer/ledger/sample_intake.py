@@ -36,7 +36,6 @@ class SampleIntake:
         """Description of the last group that the `single_version` filter rejected; empty: there was none."""
         self._num_without_spread = 0
         """Consecutive groups that the `spread` filter dropped."""
-        self._notices: list[str] = []
 
     def samples_done(self, name: str, samples: Sequence[SampleDone]) -> list[Verdict]:
         """Takes the samples that a server sent. The caller acknowledges them when they are durable."""
@@ -171,17 +170,12 @@ class SampleIntake:
             self._num_without_spread = 0
             self._lifecycle.mark_ready(ticket)
 
-    def take_notices(self) -> list[str]:
-        """Consecutive groups without spread since the last call, as texts for the log."""
-        notices, self._notices = self._notices, []
-        return notices
-
     def _note_without_spread(self, ticket: Ticket) -> None:
         """Logs groups without spread: a step for which no group has spread waits forever."""
         self._num_without_spread += 1
         rows, rest = divmod(self._num_without_spread, _MANY_WITHOUT_SPREAD)
         if not rest and rows & (rows - 1) == 0:
-            self._notices.append(
+            self._state.notices.append(
                 f"buffer.group_filter=spread has dropped {self._num_without_spread} groups in a row, because "
                 f"the rewards of each were all equal (the last: {ticket.training_samples[0].reward:g}): the "
                 "task is solved, or too hard for the policy; `areal-like data stats RUN` counts both kinds"

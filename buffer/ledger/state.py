@@ -84,6 +84,8 @@ class LedgerState:
         """Why no train tickets are issued; empty while they are."""
         self.failure_reason = ""
         """Why the job cannot continue (too many failures in a row); empty while it can. Not stored."""
+        self.notices: list[str] = []
+        """Texts for the log: quarantines of servers, and consecutive groups without spread."""
         self.settings_changed = False
         """True if the steps were recorded under other settings (`recorded_settings`). Then no group is
         recorded until a trainer starts, which restarts the stream at the step of its checkpoint."""
