@@ -26,11 +26,9 @@ from areal_like.wire.messages.hello import (
 )
 from areal_like.wire.pump import log_at_powers_of_2
 from buffer.ledger.ledger import Ledger
-from buffer.service.name_claims import Newcomer
 from buffer.service.outbox import Outbox
-from buffer.service.peer_keys import PeerKeys
-from buffer.service.peers import ConnectedPeers, Peer
-from buffer.service.registration import Registration
+from buffer.service.peers import ConnectedPeers, Peer, PeerKeys
+from buffer.service.registration import Newcomer, Registration
 from buffer.tickets import Verdict
 
 log = logging.getLogger(__name__)

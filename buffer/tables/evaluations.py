@@ -11,7 +11,7 @@ repeating its finished samples, and still has the results of finished rounds who
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -40,9 +40,10 @@ class EvalRound:
         """The round's tickets without those that were dropped, whose samples have all failed."""
         self.num_open = sum(not ticket.state.is_terminal for ticket in self.tickets.values())
         """Number of tickets that have not ended."""
-        waiting = [ticket.ticket_id for ticket in self.tickets.values() if ticket.unleased]
-        self._queue = deque(waiting)
-        self._queued = set(waiting)
+        self.waiting: OrderedDict[int, None] = OrderedDict.fromkeys(
+            ticket.ticket_id for ticket in self.tickets.values() if ticket.unleased
+        )
+        """Ids of the tickets to lease, the next one first."""
 
     @property
     def key(self) -> tuple[int, str]:
@@ -53,24 +54,6 @@ class EvalRound:
     def is_done(self) -> bool:
         """True if every prompt was evaluated or has failed."""
         return self.num_open == 0
-
-    @property
-    def next_ticket(self) -> int | None:
-        """Id of the next ticket to lease."""
-        return self._queue[0] if self._queue else None
-
-    def pop_next(self) -> int:
-        """Removes the next ticket from the queue."""
-        ticket_id = self._queue.popleft()
-        self._queued.remove(ticket_id)
-        return ticket_id
-
-    def requeue(self, ticket_id: int) -> None:
-        """Puts the ticket back at the front of the queue, because some of its samples must be leased
-        again."""
-        if ticket_id not in self._queued:
-            self._queue.appendleft(ticket_id)
-            self._queued.add(ticket_id)
 
     def end(self, ticket: Ticket) -> None:
         """Counts a ticket that was evaluated or dropped."""
@@ -186,17 +169,20 @@ class EvalTable:
     def peek_next(self, weights_version: int) -> int | None:
         """Id of the ticket that `take_next` would return."""
         round_ = self._next_round(weights_version)
-        return None if round_ is None else round_.next_ticket
+        return None if round_ is None else next(iter(round_.waiting))
 
     def take_next(self, weights_version: int) -> int | None:
         """Id of the next ticket for a server with weights of this version, if there is one."""
         round_ = self._next_round(weights_version)
-        return None if round_ is None else round_.pop_next()
+        return None if round_ is None else round_.waiting.popitem(last=False)[0]
 
     def requeue(self, ticket: Ticket) -> None:
         """Puts the ticket back at the front of the queue, because some of its samples must be leased
         again."""
-        self._round_of[ticket.ticket_id].requeue(ticket.ticket_id)
+        waiting = self._round_of[ticket.ticket_id].waiting
+        if ticket.ticket_id not in waiting:
+            waiting[ticket.ticket_id] = None
+            waiting.move_to_end(ticket.ticket_id, last=False)
 
     def end(self, ticket: Ticket) -> None:
         """Counts a ticket that was evaluated or dropped; tickets of cancelled rounds are ignored."""
@@ -206,7 +192,7 @@ class EvalTable:
 
     def _next_round(self, weights_version: int) -> EvalRound | None:
         for round_ in self.rounds.values():
-            if round_.next_ticket is not None and weights_version >= round_.row.min_version:
+            if round_.waiting and weights_version >= round_.row.min_version:
                 return round_
         return None
 
