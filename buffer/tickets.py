@@ -162,7 +162,9 @@ class Ticket:
     state: State = State.QUEUED
     drop: Drop | None = None
     samples: dict[int, SampleSummary] = field(default_factory=dict)
-    """Accepted samples by index."""
+    """Accepted samples by index; only `add_sample` adds one."""
+    oldest_sampled_step: int | None = None
+    """Step of the oldest token that has arrived; None before the first sample."""
     unleased: set[int] = field(default_factory=set)
     """Indices of samples that have not arrived and are not under a lease."""
     leases: dict[int, LeaseRecord] = field(default_factory=dict)
@@ -190,8 +192,15 @@ class Ticket:
     def set_parts(self, parts: Sequence[tuple[Ticket, int]]) -> None:
         """Makes this the position of these samples of closed groups: (group, sample index) of each."""
         self.parts = tuple((group.ticket_id, index) for group, index in parts)
-        self.samples = {slot: group.samples[index] for slot, (group, index) in enumerate(parts)}
+        for slot, (group, index) in enumerate(parts):
+            self.add_sample(slot, group.samples[index])
         self.unleased = set()
+
+    def add_sample(self, sample_index: int, sample: SampleSummary) -> None:
+        """A sample was accepted."""
+        self.samples[sample_index] = sample
+        if self.oldest_sampled_step is None or sample.oldest_step < self.oldest_sampled_step:
+            self.oldest_sampled_step = sample.oldest_step
 
     @property
     def record_keys(self) -> list[tuple[int, int]]:
@@ -205,11 +214,6 @@ class Ticket:
     def training_samples(self) -> list[SampleSummary]:
         """Accepted samples without the greedy ones."""
         return [sample for index, sample in self.samples.items() if not self.is_greedy(index)]
-
-    @property
-    def oldest_sampled_step(self) -> int | None:
-        """Step of the oldest token that has arrived; None before the first sample."""
-        return min([sample.oldest_step for sample in self.samples.values()], default=None)
 
     @property
     def oldest_possible_step(self) -> int | None:

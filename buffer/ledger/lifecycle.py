@@ -366,7 +366,8 @@ class TicketLifecycle:
                 self._close(ticket)  # its other samples are still of use
                 return
         ticket.step, ticket.position = self._scheduler.assign(ticket.ticket_id)
-        lag = ticket.step - min(sample.oldest_step for sample in ticket.samples.values())
+        assert ticket.oldest_sampled_step is not None
+        lag = ticket.step - ticket.oldest_sampled_step
         assert lag >= 0 and (self._settings.closes or ticket.parts or lag <= ticket.max_staleness), (
             f"ticket {ticket.ticket_id} has lag {lag} in step {ticket.step}"
         )

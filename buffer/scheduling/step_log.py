@@ -130,7 +130,7 @@ class StepLog:
         """Steps from `step` on will be repeated with other groups: uncounts their samples."""
         if step < self.num_counted:
             for ticket in self.tickets_of(*range(step, self.num_counted)):
-                self._counters.uncount_trained(ticket)
+                self._counters.count_trained(ticket, sign=-1)
             self._set_num_counted(step)
 
     def _set_num_counted(self, step: int) -> None:

@@ -332,12 +332,13 @@ def read_all(connection: sqlite3.Connection) -> Recovered:
         f"SELECT samples.ticket_id, sample_index, truncated, failure, token_steps, {', '.join(_OF_SAMPLE)} "
         "FROM tickets CROSS JOIN samples USING (ticket_id) WHERE released = 0"
     ):
-        tickets[ticket_id].samples[sample_index] = SampleSummary(
+        sample = SampleSummary(
             **dict(zip(_OF_SAMPLE, columns, strict=True)),
             token_steps=tuple((step, count) for step, count in json.loads(token_steps)),
             is_truncated=bool(truncated),
             failure=failure,
         )
+        tickets[ticket_id].add_sample(sample_index, sample)
         tickets[ticket_id].unleased.discard(sample_index)
     for ticket_id, sample_index, count, given_up in query(
         "SELECT failures.* FROM tickets CROSS JOIN failures USING (ticket_id) WHERE released = 0"

@@ -137,20 +137,15 @@ class StreamCounters:
         """Counts time in which the trainer waited for samples that are complete, in groups that are not."""
         self._add("held_back_s", seconds)
 
-    def count_trained(self, ticket: Ticket) -> None:
-        """Counts a group that was trained on in its step."""
-        self._add_trained(ticket, sign=1)
-
-    def uncount_trained(self, ticket: Ticket) -> None:
-        """Undoes `count_trained`: the step will be repeated with other groups."""
-        self._add_trained(ticket, sign=-1)
-
-    def _add_trained(self, ticket: Ticket, *, sign: int) -> None:
+    def count_trained(self, ticket: Ticket, *, sign: int = 1) -> None:
+        """Counts a group that was trained on in its step. `sign`: -1 undoes that, because the step will be
+        repeated with other groups."""
         if not ticket.parts:
             self._add_group("groups_trained", ticket, sign=sign)
+        first_step, num_trained, sum_lag = ticket.step - ticket.max_staleness, 0, 0
         for sample in ticket.training_samples:
             self._add_sample("trained", sample, sign=sign)
-            trained = sample.trained_steps(first_step=ticket.step - ticket.max_staleness)
+            trained = sample.trained_steps(first_step=first_step)
             num_tokens, sum_steps = sample.num_sampled, sample.sum_token_steps
             if len(trained) < len(sample.token_steps):
                 num_tokens = sum(count for _, count in trained)
@@ -161,8 +156,10 @@ class StreamCounters:
             # A ticket of an earlier release may have no `token_steps`; it was within its bound as a whole.
             oldest_step = trained[0][0] if trained else sample.oldest_step
             self._add(f"{_LAG}{ticket.step - oldest_step}", sign)
-            self._add("tokens_trained", sign * num_tokens)
-            self._add("sum_token_lag", sign * (ticket.step * num_tokens - sum_steps))
+            num_trained += num_tokens
+            sum_lag += ticket.step * num_tokens - sum_steps
+        self._add("tokens_trained", sign * num_trained)
+        self._add("sum_token_lag", sign * sum_lag)
 
     def _add_group(self, population: str, ticket: Ticket, *, sign: int) -> None:
         rewards = [sample.reward for sample in ticket.training_samples]

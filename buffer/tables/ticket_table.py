@@ -105,7 +105,7 @@ class TicketTable:
         return [ticket for ticket in self.live.values() if ticket.purpose is purpose]
 
     def add_sample(self, ticket: Ticket, sample_index: int, sample: SampleSummary) -> None:
-        ticket.samples[sample_index] = sample
+        ticket.add_sample(sample_index, sample)
         if ticket.purpose is Purpose.TRAIN and ticket.state in _IS_OPEN:
             self.num_partial += 1
 
