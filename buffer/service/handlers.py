@@ -153,8 +153,10 @@ class Handlers:
         name = peer.hello.name
         match message:
             case producer.ServerHeartbeat():
+                server = self._ledger.servers[name]
+                if (server.state, server.weights_version) != (message.state, message.weights_version):
+                    self._outbox.servers_changed()
                 self._ledger.dispatcher.heartbeat(name, message, now_s=self._clock())
-                self._outbox.servers_changed()
                 peer.state, peer.waits = message.state.value, message.waits
                 self._take_stats(peer, message.stats)
                 return self._heartbeat_ack(sent_s=message.sent_s)

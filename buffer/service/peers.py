@@ -271,9 +271,9 @@ class ConnectedPeers:
 
     def total(self, stat: str) -> float:
         """Sum of a cumulative statistic over all rollout servers, including those that have left."""
-        connected = (peer.stats for peer in self.of(Role.ROLLOUT))
-        gone = (peer.stats for peer in self._gone.values())
-        return sum(stats.get(stat, 0.0) for stats in (self._stats_of_long_gone, *gone, *connected))
+        servers = [peer for peer in self._by_name.values() if peer.hello.role is Role.ROLLOUT]
+        all_stats = [self._stats_of_long_gone, *(peer.stats for peer in (*self._gone.values(), *servers))]
+        return sum(stats.get(stat, 0.0) for stats in all_stats)
 
     def take_stats(self, peer: Peer, stats: Mapping[str, float], *, now_s: float) -> str:
         """Replaces a peer's statistics; returns which of a server's totals cannot be true, or "".
