@@ -144,7 +144,7 @@ class FailedSamples:
     def _begin_quarantine(self, server: Server, how_long: str) -> None:
         assert server.health.quarantine is not None
         self._leases.in_quarantine.add(server.name)
-        self._counters.count_quarantine()
+        self._counters.count("num_quarantines")
         self._state.notices.append(
             f"{server.name} gets no leases{how_long}: {server.health.quarantine.reason}"
         )

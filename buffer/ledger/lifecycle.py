@@ -127,7 +127,7 @@ class TicketLifecycle:
     def lose_leases(self, leases: Iterable[LeaseRecord]) -> None:
         """Requeues the missing samples of leases that have ended; samples that arrived are kept."""
         for lease in leases:
-            self._state.counters.count_lost_lease()
+            self._state.counters.count("num_leases_lost")
             ticket = self._tickets.live[lease.ticket_id]
             del ticket.leases[lease.lease_id]
             self.requeue(ticket, lease.outstanding)
@@ -178,10 +178,10 @@ class TicketLifecycle:
         elif reason is Drop.CANCELLED:
             self._give_back_prompt(ticket, num_reissues=ticket.num_reissues)
         elif reason in REISSUED and may_reissue and ticket.num_reissues < self._settings.buffer.max_reissues:
-            self._state.counters.count_reissue()
+            self._state.counters.count("num_reissued")
             self._give_back_prompt(ticket, num_reissues=ticket.num_reissues + 1)
         elif reason in REISSUED:
-            self._state.counters.count_given_up()
+            self._state.counters.count("prompts_given_up")
 
     def cancel_evals(self) -> None:
         """Drops the tickets of running evaluations: the trainer that requested them has been replaced."""
@@ -247,7 +247,7 @@ class TicketLifecycle:
     def add_late(self, group: Ticket, sample_index: int) -> None:
         """A sample of a closed group has arrived."""
         self._parts.add(group, sample_index, was_late=True)
-        self._state.counters.count_late()
+        self._state.counters.count("samples_late")
 
     def give_up(self, group: Ticket, sample_indices: Iterable[int], reason: Drop) -> None:
         """Gives up those of a closed group's samples that are not in a position; after the last, ends the
@@ -294,7 +294,8 @@ class TicketLifecycle:
         self._scheduler.remove(ticket.ticket_id)
         ticket.early = tuple(sorted(ticket.samples))
         self._tickets.move(ticket, State.CLOSED)
-        self._state.counters.count_closed(ticket)
+        self._state.counters.count("groups_closed")
+        self._state.counters.count("samples_early", len(ticket.early))
         self._parts.add_group(ticket)
         for index in ticket.early:
             self._parts.add(ticket, index, was_late=False)

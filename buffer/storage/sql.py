@@ -426,10 +426,7 @@ def read_locations(connection: sqlite3.Connection) -> dict[int, dict[int, Record
 
 def read_segments(connection: sqlite3.Connection) -> list[SegmentRow]:
     """All files of trajectories, oldest first; the last one is the one to append to."""
-    return [
-        SegmentRow(segment=row[0], num_bytes=row[1], retained=bool(row[2]))
-        for row in connection.execute("SELECT * FROM segments ORDER BY segment")
-    ]
+    return _read(connection, SegmentRow, "segments ORDER BY segment")
 
 
 def _read(connection: sqlite3.Connection, kind: type[_T], rest: str) -> list[_T]:

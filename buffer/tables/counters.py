@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from typing import Literal
 
 from areal_like.failures import FailureKind, FailurePolicy
 from areal_like.selection import (
@@ -42,6 +43,21 @@ _NAMES = {
 _ZERO_NAMES = [failure_key(kind, FailurePolicy.ZERO) for kind in FailureKind]
 _VERDICT_NAMES = {verdict: _VERDICT + verdict.name.lower() for verdict in Verdict}
 
+Event = Literal[
+    "num_leases_lost",
+    "num_quarantines",
+    "num_reissued",
+    "prompts_given_up",
+    "groups_closed",
+    "samples_early",
+    "samples_late",
+    "held_back_s",
+]
+"""Leases that ended with samples missing; quarantines of servers; prompts that are issued again after a drop,
+and those that are not (before the next epoch); closed groups, their samples that were complete, and those
+that arrived later; seconds in which the trainer waited for samples that are complete, in groups that are
+not."""
+
 
 class StreamCounters:
     """Running sums in constant memory (the names are a fixed set, and at most max_staleness + 1 lags)."""
@@ -68,6 +84,10 @@ class StreamCounters:
         failure."""
         zeros = sum(self._values.get(name, 0) for name in _ZERO_NAMES)
         return int(self._values.get(_VERDICT_NAMES[Verdict.ACCEPTED], 0) - zeros)
+
+    def count(self, event: Event, amount: float = 1) -> None:
+        """Counts an event that has no tokens of its own."""
+        self._add(event, amount)
 
     def count_offered(self, verdict: Verdict, *, num_sampled: int) -> None:
         """Counts a sample that arrived. The tokens of a duplicate were counted the first time."""
@@ -96,21 +116,6 @@ class StreamCounters:
             if outcome is not FailurePolicy.ZERO:
                 self._add(wasted_key(f"failed_{kind.value}"), num_tokens)
 
-    def count_lost_lease(self) -> None:
-        """Counts a lease that expired, was returned or was revoked with samples missing."""
-        self._add("num_leases_lost", 1)
-
-    def count_quarantine(self) -> None:
-        self._add("num_quarantines", 1)
-
-    def count_reissue(self) -> None:
-        """Counts a dropped ticket whose prompt is issued again."""
-        self._add("num_reissued", 1)
-
-    def count_given_up(self) -> None:
-        """Counts a dropped ticket whose prompt will not be issued again (before the next epoch)."""
-        self._add("prompts_given_up", 1)
-
     def count_dropped(self, ticket: Ticket, reason: Drop) -> None:
         num_tokens = sum(sample.num_sampled for sample in ticket.samples.values())
         self._add("num_samples_dropped", len(ticket.samples))
@@ -123,19 +128,6 @@ class StreamCounters:
         self._add("num_parts_dropped", 1)
         self._add("tokens_dropped", sample.num_sampled)
         self._add(wasted_key(reason.value), sample.num_sampled)
-
-    def count_closed(self, ticket: Ticket) -> None:
-        """Counts a group that was closed, and its samples that were complete."""
-        self._add("groups_closed", 1)
-        self._add("samples_early", len(ticket.early))
-
-    def count_late(self) -> None:
-        """Counts a sample that arrived after its group was closed."""
-        self._add("samples_late", 1)
-
-    def count_held_back(self, seconds: float) -> None:
-        """Counts time in which the trainer waited for samples that are complete, in groups that are not."""
-        self._add("held_back_s", seconds)
 
     def count_trained(self, ticket: Ticket, *, sign: int = 1) -> None:
         """Counts a group that was trained on in its step. `sign`: -1 undoes that, because the step will be
