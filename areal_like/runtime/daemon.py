@@ -20,7 +20,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -161,8 +160,7 @@ class Runtime:
         show_tasks_of(self._loop)
         end_if_callbacks_fail(self._loop)
         self._plane = HttpPlane(self)
-        self.http_port = self._plane.bind()
-        self._plane.start()
+        self.http_port = self._plane.start()
         self.advertise(
             role=self.role,
             pid=os.getpid(),
@@ -232,14 +230,12 @@ class Runtime:
 
 
 class HttpPlane:
-    """The HTTP server of one daemon, within the access rules of its job: `bind`, then `start`, then
-    `close`."""
+    """The HTTP server of one daemon, within the access rules of its job: `start`, then `close`."""
 
     def __init__(self, daemon: Runtime) -> None:
         """Raises ConfigError if TLS cannot be used."""
         config = daemon.config
         security = config.security
-        self._host = config.daemon.http_host
         self._port = http_port(config, role=daemon.role, name=daemon.name)
         others = [
             *security.allowed_hosts,
@@ -249,37 +245,31 @@ class HttpPlane:
         ]
         keyring = daemon.keyring
         rules = AccessRules(
-            hosts=host_names(self._host, others=others),
+            hosts=host_names(config.daemon.http_host, others=others),
             role_of=None if keyring is None else lambda token: role_of_token(keyring, token),
         )
         self._refused = daemon.metrics.counter(
             "http_refused", "HTTP requests refused, by reason.", label="reason", values=list(Reason)
         )
-        guard = HttpGuard(
-            _pages(daemon),
-            rules,
-            limits=_BODY_LIMITS,
-            on_refused=self.count_refused,
-        )
+        guard = HttpGuard(_pages(daemon), rules, limits=_BODY_LIMITS, on_refused=self.count_refused)
         certificate, private_key = tls_files(security)
         self._server = HttpServer(
             HttpConfig(
                 guard, max_connections=_MAX_CONNECTIONS, certificate=certificate, private_key=private_key
             )
         )
-        self._security = security
         self._config = config
         self._serving: asyncio.Task[None] | None = None
-        self._socket: socket.socket | None = None
 
-    def bind(self) -> int:
-        """Binds the daemon's port and returns it.
+    def start(self) -> int:
+        """Binds the daemon's port, serves in a task of the running loop, and returns the port.
 
         Raises ConfigError if the address is not one of this machine or needs keys, or the port is taken.
         """
-        require_loopback_or_keys(self._security, self._host, setting="daemon.http_host")
+        host = self._config.daemon.http_host
+        require_loopback_or_keys(self._config.security, host, setting="daemon.http_host")
         try:
-            self._socket = bound_socket(self._host, self._port)
+            listener = bound_socket(host, self._port)
         except OSError as error:
             if self._port and error.errno == errno.EADDRINUSE:
                 raise ConfigError(
@@ -287,21 +277,16 @@ class HttpPlane:
                     "gives to this daemon: choose another one, or 0 for a free one"
                 ) from None
             raise ConfigError(
-                f"cannot bind {self._host} ({error.strerror}): "
-                "set daemon.http_host to an address of this machine"
+                f"cannot bind {host} ({error.strerror}): set daemon.http_host to an address of this machine"
             ) from None
         # From here on the kernel queues connections until the server accepts them; before, it refused them.
-        self._socket.listen(128)
-        return int(self._socket.getsockname()[1])
+        listener.listen(128)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="http")
+        return int(listener.getsockname()[1])
 
     def count_refused(self, reason: Reason) -> None:
         """Counts a request refused here, or by another HTTP server of the daemon."""
         self._refused.labels(reason.value).inc()
-
-    def start(self) -> None:
-        """Serves in a task of the running loop."""
-        assert self._socket is not None
-        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]), name="http")
 
     async def close(self) -> None:
         """Stops the server, without waiting for open requests."""
