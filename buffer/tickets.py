@@ -241,5 +241,6 @@ class LeaseRecord:
     outstanding: set[int]
     """Sample indices not yet finished."""
     expires_s: float
+    """When it expires, unless its server has renewed all of its leases since (`Server.renewed_until_s`)."""
     granted_s: float = 0.0
     """When it was granted, or restored by a new buffer."""

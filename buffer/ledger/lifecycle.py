@@ -58,6 +58,8 @@ class TicketLifecycle:
         self._scheduler = state.scheduler
         self._bound = state.bound
         self._parts = state.parts
+        self._settled: tuple[object, ...] = ()
+        """The `_situation` in which nothing was left to record."""
 
     def issue_train(self) -> Ticket:
         """Issues a train ticket for the next prompt: QUEUED."""
@@ -223,8 +225,28 @@ class TicketLifecycle:
     def record_ready_groups(self) -> None:
         """Closes or drops overdue tickets, and records ready groups and parts, until nothing changes.
 
-        Then checks conservation.
+        Then checks conservation. Most samples change nothing that could make a ticket overdue or recordable.
         """
+        if self._settled != self._situation:
+            self._record_until_settled()
+            self._settled = self._situation
+        if changes := self._state.counters.take_changes():
+            self._store.put_counters(changes)
+        self._tickets.check_conservation()
+
+    @property
+    def _situation(self) -> tuple[object, ...]:
+        """Everything that decides whether a ticket is overdue or can be recorded now."""
+        state = self._state
+        return (
+            self._scheduler.num_changes,
+            self._parts.num_loose,
+            state.steps.current,
+            self._bound.current,
+            state.settings_changed,
+        )
+
+    def _record_until_settled(self) -> None:
         steps = self._state.steps
         while not self._state.settings_changed:
             first = steps.current if self._settings.closes else self._scheduler.num_full_steps
@@ -240,9 +262,6 @@ class TicketLifecycle:
             self._settings.closes or self._tickets.count(Purpose.TRAIN, State.CLOSED)
         ):
             self._cancel_rest()
-        if changes := self._state.counters.take_changes():
-            self._store.put_counters(changes)
-        self._tickets.check_conservation()
 
     def add_late(self, group: Ticket, sample_index: int) -> None:
         """A sample of a closed group has arrived."""

@@ -47,6 +47,8 @@ class StepScheduler:
         self._groups_per_step = groups_per_step
         self._num_steps = num_steps
         self._wait_for_overdue = wait_for_overdue
+        self.num_changes = 0
+        """Number of changes of tickets and positions, by which a caller can tell that nothing has changed."""
         self.step = 0
         """The open step: the one being recorded."""
         self.position = 0
@@ -64,7 +66,7 @@ class StepScheduler:
     def num_free_before(self, step: int) -> int:
         """Free positions of the steps before this one, holes included."""
         num_behind_last = (step - self.step) * self._groups_per_step - self.position
-        return max(0, num_behind_last) + sum(hole < step for hole, _ in self._holes)
+        return max(0, num_behind_last) + sum([hole < step for hole, _ in self._holes])
 
     def num_taken_from(self, step: int) -> int:
         """Recorded positions of this step and later ones."""
@@ -91,6 +93,7 @@ class StepScheduler:
 
     def remove(self, ticket_id: int) -> None:
         """Removes a ticket that is no longer running or ready."""
+        self.num_changes += 1
         self._ready.discard(ticket_id)
         if ticket_id not in self._tracked:
             return
@@ -144,6 +147,7 @@ class StepScheduler:
 
     def free(self, position: StepPosition) -> None:
         """Frees a position whose group was removed."""
+        self.num_changes += 1
         self._holes.add(position)
         while (last := self._before(self.step, self.position)) in self._holes:
             self._holes.remove(last)
@@ -151,6 +155,7 @@ class StepScheduler:
 
     def restore(self, taken: Collection[StepPosition], *, first_step: int) -> None:
         """Sets the recorded positions from `first_step` on; steps before it are full."""
+        self.num_changes += 1
         self._holes.clear()
         last = max(taken, default=self._before(first_step, 0))
         self._open(last[0], last[1] + 1)
