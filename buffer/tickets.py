@@ -129,7 +129,7 @@ class SampleSummary:
     def trained_steps(self, *, first_step: int) -> tuple[tuple[int, int], ...]:
         """`token_steps` of the tokens of weights of `first_step` or later: those within a staleness bound."""
         known = self.token_steps or ((self.oldest_step, self.num_sampled),)
-        return tuple(one for one in known if one[0] >= first_step)
+        return tuple([one for one in known if one[0] >= first_step])
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

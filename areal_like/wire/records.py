@@ -59,7 +59,7 @@ from areal_like.trajectory import (
     TOKEN_REWARDS,
     FinishReason,
     Trajectory,
-    are_logprobs,
+    least_logprob,
 )
 from areal_like.wire.unpacking import unpack
 
@@ -340,6 +340,8 @@ class Record:
     is_greedy: bool
     structure: Structure
     """Segments, turns, metrics, label and arrays; `PLAIN` where there are none."""
+    least_logprob: float
+    """Smallest log-prob of a token."""
     _tokens_at: int
     _logprobs_at: int
 
@@ -382,13 +384,8 @@ class Record:
         record = cls._made(
             data, ticket_id, sample_index, crc32, data[_HEADER.size : _HEADER.size + meta_bytes]
         )
-        end = _end_of_array(record._logprobs_at, record.num_tokens)
-        if end + sum(_padded(spec) for spec in record.structure.arrays) != len(data):
-            raise ValueError(f"{record.num_tokens} tokens do not make a record of {len(data)} bytes")
         if np.minimum.reduce(np.frombuffer(data, _INT, record.num_tokens, record._tokens_at)) < 0:
             raise ValueError("negative token id")
-        if not are_logprobs(np.frombuffer(data, _FLOAT, record.num_tokens, record._logprobs_at)):
-            raise ValueError("log-probs: want finite values that are at most 0")
         if record.structure is not PLAIN:
             for array in record.trajectory().arrays.values():  # checks segments and turns
                 _check_finite_array(array)
@@ -398,13 +395,19 @@ class Record:
     def _made(cls, data: bytes, ticket_id: int, sample_index: int, crc32: int, meta: bytes) -> Self:
         fields = _unpack_metadata(meta, rest_bytes=len(data) - _HEADER.size - len(meta))
         tokens_at = _HEADER.size + len(meta) + -len(meta) % _ALIGN
+        num_tokens = fields["num_tokens"]
+        logprobs_at = _end_of_array(tokens_at, num_tokens)
+        end = _end_of_array(logprobs_at, num_tokens)
+        if end + sum(_padded(spec) for spec in fields["structure"].arrays) != len(data):
+            raise ValueError(f"{num_tokens} tokens do not make a record of {len(data)} bytes")
         return cls(
             data=data,
             ticket_id=ticket_id,
             sample_index=sample_index,
             crc32=crc32,
+            least_logprob=least_logprob(np.frombuffer(data, _FLOAT, num_tokens, logprobs_at)),
             _tokens_at=tokens_at,
-            _logprobs_at=_end_of_array(tokens_at, fields["num_tokens"]),
+            _logprobs_at=logprobs_at,
             **fields,
         )
 
@@ -430,12 +433,11 @@ class Record:
 
         Not a condition of a valid record: ledgers of earlier releases may hold larger numbers.
         """
-        logprobs = np.frombuffer(self.data, _FLOAT, self.num_tokens, self._logprobs_at)
         is_plain_plausible = (
             all(abs(reward) <= LARGEST_REWARD for reward in (self.reward, *self.reward_components.values()))
             and 0 <= self.generation_s <= MAX_SAMPLE_S
             and 0 <= self.reward_s <= MAX_SAMPLE_S
-            and bool(np.minimum.reduce(logprobs) >= LEAST_LOGPROB)
+            and self.least_logprob >= LEAST_LOGPROB
         )
         if self.structure is PLAIN or not is_plain_plausible:
             return is_plain_plausible

@@ -66,7 +66,8 @@ class StreamCounters:
         """`reward_low`, `reward_high`: rewards that count as a solve rate of 0 and of 1."""
         self._reward_low, self._reward_high = reward_low, reward_high
         self._values: defaultdict[str, float] = defaultdict(int)
-        self._changed: set[str] = set()
+        self._changes: dict[str, float] = {}
+        """New values since the last `take_changes`."""
 
     def restore(self, values: Mapping[str, float]) -> None:
         """Continues from the values of an earlier buffer."""
@@ -74,8 +75,7 @@ class StreamCounters:
 
     def take_changes(self) -> dict[str, float]:
         """Current values of the counters that changed since the last call."""
-        changes = {name: self._values[name] for name in self._changed}
-        self._changed.clear()
+        changes, self._changes = self._changes, {}
         return changes
 
     @property
@@ -165,16 +165,12 @@ class StreamCounters:
         if not -LARGEST_REWARD < reward < LARGEST_REWARD:
             reward = math.copysign(LARGEST_REWARD, reward)
         lengths, sum_tokens, sum_reward = _NAMES[population]
-        length = lengths[length_bucket(num_tokens)]
-        values = self._values
-        values[length] += sign
-        values[sum_tokens] += sign * num_tokens
-        values[sum_reward] += sign * reward
-        self._changed.update((length, sum_tokens, sum_reward))
+        self._add(lengths[length_bucket(num_tokens)], sign)
+        self._add(sum_tokens, sign * num_tokens)
+        self._add(sum_reward, sign * reward)
 
     def _add(self, name: str, amount: float) -> None:
-        self._values[name] += amount
-        self._changed.add(name)
+        self._values[name] = self._changes[name] = self._values[name] + amount
 
     def __getitem__(self, name: str) -> int:
         return int(self._values.get(name, 0))

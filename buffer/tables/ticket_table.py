@@ -145,8 +145,9 @@ class TicketTable:
         """Asserts that every issued ticket is in exactly one state. Constant time."""
         if self._is_checked:
             return
-        num_counted = sum(sum(counts.values()) for counts in self._counts.values())
-        num_live = num_counted - sum(counts[state] for counts in self._counts.values() for state in TERMINAL)
+        train, evals = self._counts[Purpose.TRAIN], self._counts[Purpose.EVAL]
+        num_counted = sum(train.values()) + sum(evals.values())
+        num_live = num_counted - sum([train[state] + evals[state] for state in TERMINAL])
         assert num_counted == self.num_issued, (
             f"tickets are lost: {self.num_issued} issued, {self.num_by_state()}"
         )

@@ -126,7 +126,7 @@ class VersionTable:
         return SampleSummary(
             lease_id=lease_id,
             oldest_step=min(by_step),
-            sum_token_steps=sum(step * count for step, count in by_step.items()),
+            sum_token_steps=sum([step * count for step, count in by_step.items()]),
             token_steps=tuple(sorted(by_step.items())) if len(by_step) > 1 else (),
             oldest_version=min(counts),
             newest_version=max(counts),
