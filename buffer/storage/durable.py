@@ -38,7 +38,7 @@ from areal_like.wire.records import Record, RecordLocation, read_record, segment
 from buffer.storage import sql
 from buffer.storage.base import Recovered, SegmentRow, Store
 from buffer.storage.changes import Changes, RowRecorder
-from buffer.storage.memory import MemoryBesideLedger, MemoryStore
+from buffer.storage.memory import MemoryWithLedger, MemoryStore
 from buffer.storage.record_cache import RecordCache
 from buffer.storage.segments import SegmentWriter, sync_directory, unreferenced_tail
 from buffer.storage.writer import Batch, Writer
@@ -55,7 +55,7 @@ def open_store(config: Config, *, on_error: Callable[[Exception], None], shard: 
     if config.buffer.durability == "none":
         ledger = RunPaths.of(config).ledger_of(shard)
         has_ledger = (ledger / "ledger.sqlite3").is_file()
-        return MemoryBesideLedger(ledger) if has_ledger else MemoryStore()
+        return MemoryWithLedger(ledger) if has_ledger else MemoryStore()
     if warning := network_warning(config):
         log.warning("%s", warning)
     return DurableStore(open_place(config, shard=shard), config.buffer, on_error=on_error)

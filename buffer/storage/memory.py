@@ -14,6 +14,8 @@ from buffer.storage import sql
 from buffer.storage.base import EventRow, SettingRow, Store
 from buffer.tickets import SampleSummary, State, Ticket
 
+log = logging.getLogger(__name__)
+
 
 class MemoryStore(Store):
     """A `Store` that acknowledges at once.
@@ -47,10 +49,7 @@ class MemoryStore(Store):
         return self._num_bytes
 
 
-log = logging.getLogger(__name__)
-
-
-class MemoryBesideLedger(MemoryStore):
+class MemoryWithLedger(MemoryStore):
     """The store of a run that continues with `buffer.durability=none` although it has a ledger on disk.
 
     The steps of such a buffer are not in any ledger. The ledger on disk gets one row with the first of these
