@@ -38,7 +38,7 @@ from areal_like.wire.records import Record, RecordLocation, read_record, segment
 from buffer.storage import sql
 from buffer.storage.base import Recovered, SegmentRow, Store
 from buffer.storage.changes import Changes, RowRecorder
-from buffer.storage.memory import MemoryWithLedger, MemoryStore
+from buffer.storage.memory import MemoryStore, MemoryWithLedger
 from buffer.storage.record_cache import RecordCache
 from buffer.storage.segments import SegmentWriter, sync_directory, unreferenced_tail
 from buffer.storage.writer import Batch, Writer
