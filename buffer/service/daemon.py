@@ -368,6 +368,8 @@ class BufferDaemon:
 
     def _remove_revoked(self) -> None:
         """Removes peers whose key was revoked; the leases of servers are returned."""
+        if self._runtime.keyring is None:
+            return
         for role in Role:
             for peer in self._keys.revoked(self._peers.of(role), now_s=self._loop.time()):
                 name = peer.hello.name

@@ -255,6 +255,10 @@ class ConnectedPeers:
     def named(self, name: str) -> Peer | None:
         return self._by_name.get(name)
 
+    def count(self, role: Role) -> int:
+        """Number of peers of a role."""
+        return sum([peer.hello.role is role for peer in self._by_name.values()])
+
     def of(self, role: Role) -> list[Peer]:
         """All peers of a role, by name."""
         return sorted(

@@ -138,7 +138,7 @@ class BufferSeries:
         for name, counter in self._unlabeled.items():
             self._raise_to(counter, counters[name])
         for role in Role:
-            self._peers.labels(role.value).set(len(peers.of(role)))
+            self._peers.labels(role.value).set(peers.count(role))
         steps = (state.steps.current, state.steps.committed + 1, state.scheduler.step)
         for of, step in zip(_STEPS, steps, strict=True):
             self._steps.labels(of).set(step)
