@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from areal_like.failures import FAULTS_OF_AGENTS, FAULTS_OF_SERVER, FAULTS_OF_TASK, FailureKind, FailurePolicy
 from areal_like.wire.messages.producer import Purpose
-from buffer.ledger.lifecycle import TicketLifecycle
+from buffer.ledger.lifecycle import TicketLifecycle, TicketRules
 from buffer.ledger.state import LedgerState
 from buffer.tables.lease_table import Server
 from buffer.tickets import Drop, State, Ticket
@@ -30,16 +30,11 @@ MAX_PROMPTS_GIVEN_UP = 10_000
 prompts."""
 
 
-class FailedSamples:
+class FailedSamples(TicketRules):
     """Retries failed samples up to `buffer.max_sample_retries` times each, or drops their ticket."""
 
     def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
-        self._state = state
-        self._lifecycle = lifecycle
-        self._settings = state.settings
-        self._store = state.store
-        self._counters = state.counters
-        self._leases = state.leases
+        super().__init__(state, lifecycle)
         self._num_prompts_in_row = 0
 
     def retry_or_drop(

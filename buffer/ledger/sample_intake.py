@@ -12,7 +12,7 @@ from areal_like.trajectory import FinishReason, are_equal_rewards
 from areal_like.wire.messages.producer import Purpose, SampleDone, SampleFailed
 from areal_like.wire.records import Record
 from buffer.ledger.failed_samples import FailedSamples
-from buffer.ledger.lifecycle import TicketLifecycle
+from buffer.ledger.lifecycle import TicketLifecycle, TicketRules
 from buffer.ledger.state import LedgerState
 from buffer.tickets import Drop, SampleSummary, State, Ticket, Verdict
 
@@ -20,18 +20,12 @@ _MANY_WITHOUT_SPREAD = 256
 """Consecutive groups without spread at which a log line is written; the next at twice as many, and so on."""
 
 
-class SampleIntake:
+class SampleIntake(TicketRules):
     """Accepts or refuses samples, and decides whether a complete group is trained on."""
 
     def __init__(self, state: LedgerState, lifecycle: TicketLifecycle, failed_samples: FailedSamples) -> None:
-        self._state = state
-        self._lifecycle = lifecycle
+        super().__init__(state, lifecycle)
         self._failed_samples = failed_samples
-        self._settings = state.settings
-        self._store = state.store
-        self._tickets = state.tickets
-        self._versions = state.versions
-        self._counters = state.counters
         self.last_rejection = ""
         """Description of the last group that the `single_version` filter rejected; empty: there was none."""
         self._num_without_spread = 0

@@ -122,3 +122,21 @@ class LedgerState:
         """Closes admission of train tickets for this reason; an empty reason opens it."""
         self.closed_reason = reason
         self.store.put_scalar("is_open", int(not reason))
+
+
+class LedgerPart:
+    """A part of a ledger's rules, with short names for the tables of its state."""
+
+    def __init__(self, state: LedgerState) -> None:
+        self._state = state
+        self._settings = state.settings
+        self._store = state.store
+        self._counters = state.counters
+        self._versions = state.versions
+        self._tickets = state.tickets
+        self._evals = state.evals
+        self._leases = state.leases
+        self._bound = state.bound
+        self._scheduler = state.scheduler
+        self._parts = state.parts
+        self._steps = state.steps
