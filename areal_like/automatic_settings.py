@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from areal_like.config import Config
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, first_line
 from areal_like.paths import BUILT_MODELS, model_path
 
 Dtype = Literal["float32", "bfloat16"]
@@ -121,10 +121,9 @@ def _model_facts(config: Config, *, needed_for: str) -> dict[str, Any]:
             file = Path(hf_hub_download(path, "config.json"))
         facts = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        first_line = (str(error) or type(error).__name__).partition("\n")[0]
         raise ConfigError(
             f"model.path={config.model.path}: config.json, which {needed_for} needs, cannot be read: "
-            f"{first_line}"
+            f"{first_line(error)}"
         ) from None
     if not isinstance(facts, dict):
         raise ConfigError(f"model.path={config.model.path}: config.json is not a JSON object")

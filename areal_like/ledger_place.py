@@ -47,7 +47,7 @@ _ADDED_COLUMNS = {
 
 
 def wanted_place(config: Config, shard: Shard = WHOLE) -> Path:
-    """The directory of a shard's ledger by the settings; `buffer/storage/place.py` makes the link to it."""
+    """The directory of a shard's ledger by the settings; `buffer/storage/durable.py` makes the link to it."""
     if not config.buffer.ledger_dir:
         return RunPaths.of(config).ledger_of(shard)
     return Path(config.buffer.ledger_dir).expanduser().resolve() / config.name / shard.ledger

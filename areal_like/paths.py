@@ -86,7 +86,6 @@ class RunPaths:
         return self.ledger_of(WHOLE)
 
     def ledger_of(self, shard: Shard) -> Path:
-        """The ledger directory of one shard."""
         return self.root / shard.ledger
 
     @property

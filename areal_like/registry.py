@@ -44,7 +44,6 @@ class Registry(Generic[T]):
         return add
 
     def names(self) -> list[str]:
-        """The registered names, sorted."""
         return sorted([*self._classes, *self._elsewhere])
 
     def build(self, settings: Mapping[str, Any], *, job: Mapping[str, Any] | None = None) -> T:

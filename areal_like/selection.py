@@ -48,7 +48,6 @@ def solve_rate_bucket(rewards: Sequence[float], *, low: float, high: float) -> s
 
 
 def length_key(population: str, bucket: int) -> str:
-    """Name of the counter of one bucket of lengths."""
     return f"{population}_length_{bucket}"
 
 
@@ -58,7 +57,6 @@ def masked_key(bucket: int) -> str:
 
 
 def solve_rate_key(population: str, bucket: str) -> str:
-    """Name of the counter of one bucket of solve rates."""
     return f"{population}_solved_{bucket}"
 
 

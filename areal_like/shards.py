@@ -30,7 +30,6 @@ class Shard:
 
     @classmethod
     def of(cls, number: int, *, count: int) -> Self:
-        """The shard that a number belongs to."""
         return cls(number % count, count)
 
     @classmethod
@@ -56,7 +55,6 @@ class Shard:
         return self._numbered("ledger")
 
     def owns(self, number: int) -> bool:
-        """True if the number belongs to this shard."""
         return number % self.count == self.index
 
     def number(self, local: int) -> int:

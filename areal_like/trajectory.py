@@ -94,14 +94,17 @@ def are_equal_rewards(rewards: Sequence[float]) -> bool:
     return bool(high - low <= _REWARD_ROUNDING * max(1.0, abs(low), abs(high)))
 
 
-def are_logprobs(values: NDArray[np.float32]) -> bool:
-    """True if all values, of which there is at least one, are finite and at most 0 (up to rounding).
+def least_logprob(values: NDArray[np.float32]) -> float:
+    """The smallest of these log-probs, of which there is at least one; 0 if none is below 0.
 
-    Compares the bit patterns as integers, which is twice as fast as comparing floats.
+    Compares the bit patterns as integers, which is twice as fast as comparing floats: among negative floats
+    the smallest has the largest pattern. Raises ValueError unless all are finite and at most 0 (up to
+    rounding).
     """
-    if np.maximum.reduce(values.view(np.uint32)) >= _NEGATIVE_INFINITY_BITS:
-        return False
-    return bool(np.maximum.reduce(values.view(np.int32)) <= _MAX_LOGPROB_BITS)
+    largest = np.maximum.reduce(values.view(np.uint32))
+    if largest >= _NEGATIVE_INFINITY_BITS or np.maximum.reduce(values.view(np.int32)) > _MAX_LOGPROB_BITS:
+        raise ValueError("log-probs: want finite values that are at most 0")
+    return min(0.0, float(largest.view(np.float32)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,8 +176,7 @@ class Trajectory:
             raise ValueError("trajectory.tokens: negative token id")
         if (self.versions >= 0).tobytes() != self.loss_mask.tobytes():
             raise ValueError("trajectory.versions: a version is needed exactly where loss_mask is 1")
-        if not are_logprobs(self.logprobs):
-            raise ValueError("trajectory.logprobs: want finite values that are at most 0")
+        least_logprob(self.logprobs)
         if not math.isfinite(self.reward):
             raise ValueError(f"trajectory.reward: not finite ({self.reward})")
         if self.segments or self.turns or self.metrics or self.arrays:
@@ -221,7 +223,6 @@ class Trajectory:
 
     @property
     def num_turns(self) -> int:
-        """Turns of the policy."""
         return len(self.turns) or 1
 
     @property

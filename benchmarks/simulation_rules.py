@@ -40,7 +40,7 @@ class LedgerRule(Simulation):
         self.cpu_s = 0.0
         """CPU time inside the ledger."""
         settings = LedgerSettings.from_config(from_mapping({}))
-        self._lease_timeout_s = settings.lease_timeout_s
+        self._lease_timeout_s = settings.buffer.lease_timeout_s
         self._ledger = recover(
             dataclasses.replace(
                 settings,

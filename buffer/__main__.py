@@ -10,7 +10,7 @@ import gc
 import sys
 
 from areal_like.errors import ConfigError, UserError
-from areal_like.runtime.command_line import role_arguments, shows_help
+from areal_like.runtime.command_line import OneValue, Options, role_arguments, shows_help
 from areal_like.runtime.process import early_signals, keep_files_private
 from areal_like.shards import Shard
 
@@ -30,16 +30,18 @@ def main() -> int:
     from buffer.service.operations import drop_offline, unfence_offline
 
     try:
-        dropped, args = _option(sys.argv[1:], "--drop", "name tickets by their numbers, e.g. --drop 17,23")
-        unfenced, args = _option(args, "--unfence", "name a role, e.g. --unfence rollout-0")
+        options = Options()
+        options.add_argument("--drop", action=OneValue)
+        options.add_argument("--unfence", action=OneValue)
+        values, args = options.parse_known_args(sys.argv[1:])
         config, name = role_arguments(args, default_name="buffer")
         early_signals(config.daemon.exit_code_on_drain)
         shard = Shard.named(name, count=config.buffer.num_shards)
-        if dropped:
-            drop_offline(config, _ticket_ids(dropped), shard)
-        if unfenced:
-            unfence_offline(config, unfenced, shard)
-        if dropped or unfenced:
+        if values.drop:
+            drop_offline(config, _ticket_ids(values.drop), shard)
+        if values.unfence:
+            unfence_offline(config, values.unfence, shard)
+        if values.drop or values.unfence:
             return 0
     except UserError as error:
         sys.stderr.write(f"buffer: {error}\n")
@@ -53,16 +55,6 @@ def main() -> int:
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     return run_daemon(config, role="buffer", name=name, main=serve)
-
-
-def _option(argv: list[str], option: str, missing: str) -> tuple[str, list[str]]:
-    """(the option's value or an empty string, the other arguments)"""
-    if option not in argv:
-        return "", argv
-    at = argv.index(option)
-    if at + 1 >= len(argv) or not argv[at + 1]:
-        raise ConfigError(f"{option}: {missing}")
-    return argv[at + 1], argv[:at] + argv[at + 2 :]
 
 
 def _ticket_ids(value: str) -> list[int]:

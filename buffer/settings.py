@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-from areal_like.config import BufferConfig, Config, OnFailureConfig
+from areal_like.config import BufferConfig, Config
 from areal_like.errors import ConfigError
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.records import BYTES_PER_TOKEN
-from buffer.prompts.curriculum import CurriculumKind, CurriculumSettings
 
 GROUPS_PER_STEP, DURABILITY = "trainer.groups_per_step", "buffer.durability"
 OVERDUE, BEYOND = "buffer.overdue", "staleness.beyond"
@@ -21,6 +20,8 @@ OVERDUE, BEYOND = "buffer.overdue", "staleness.beyond"
 class LedgerSettings:
     """Settings of one shard's ledger. Fields without a description are as in the configuration."""
 
+    buffer: BufferConfig
+    """`overdue` and `durability` count as stated below."""
     staleness_cap: int
     """Largest staleness bound of a ticket, in optimizer steps: `max_staleness`, or `max_staleness_cap` if
     `adaptive`."""
@@ -40,16 +41,6 @@ class LedgerSettings:
     close_after: int
     """With `close`: a group is closed when the trainer begins the step `close_after - 1` after the group's
     begin."""
-    group_filter: str
-    max_reissues: int
-    max_sample_retries: int
-    max_consecutive_failures: int
-    on_failure: OnFailureConfig
-    reward_low: float
-    """Reward that counts as a solve rate of 0 (`buffer.curriculum_reward_low`)."""
-    reward_high: float
-    """Reward that counts as a solve rate of 1."""
-    lease_timeout_s: float
     max_tokens: int
     """Maximum tokens of a sample (prompt, turns and messages between them, over all segments). Longer samples
     are refused."""
@@ -66,7 +57,6 @@ class LedgerSettings:
     durable: bool
     """True if the store survives this process. Then a closed stream keeps its tickets, and committed steps
     can be served again."""
-    curriculum: CurriculumSettings | None
     recorded: Mapping[str, str] = field(default_factory=dict)
     """Settings of the job, as text, whose values the ledger records by step for the audit."""
     shard: Shard = WHOLE
@@ -78,7 +68,7 @@ class LedgerSettings:
         return self.overdue == "close"
 
     def __post_init__(self) -> None:
-        if self.group_filter == "spread" and self.group_size < 2:
+        if self.buffer.group_filter == "spread" and self.group_size < 2:
             raise ConfigError(
                 "buffer.group_filter=spread drops every group of one sample: "
                 "set sampling.group_size to at least 2"
@@ -86,10 +76,10 @@ class LedgerSettings:
 
     @classmethod
     def from_config(cls, config: Config, shard: Shard = WHOLE) -> Self:
-        """The settings of one shard of a job."""
         # If a group may span a push, a longer interval only means fewer pushes and does not affect deadlines.
         sync_interval = config.weights.sync_interval if config.buffer.group_filter == "single_version" else 1
         return cls(
+            buffer=config.buffer,
             staleness_cap=config.staleness_cap,
             adaptive=config.max_staleness == "auto",
             sync_interval=sync_interval,
@@ -100,14 +90,6 @@ class LedgerSettings:
             seed=config.seed,
             overdue=config.overdue,
             close_after=config.close_after,
-            group_filter=config.buffer.group_filter,
-            max_reissues=config.buffer.max_reissues,
-            max_sample_retries=config.buffer.max_sample_retries,
-            max_consecutive_failures=config.buffer.max_consecutive_failures,
-            on_failure=config.buffer.on_failure,
-            reward_low=config.buffer.curriculum_reward_low,
-            reward_high=config.buffer.curriculum_reward_high,
-            lease_timeout_s=config.buffer.lease_timeout_s,
             max_tokens=max(config.trainer.tokens_per_microbatch, config.episode.max_tokens),
             max_segment_tokens=config.trainer.tokens_per_microbatch,
             max_eval_tokens=config.buffer.max_message_bytes // BYTES_PER_TOKEN,
@@ -115,7 +97,6 @@ class LedgerSettings:
             eval_sets={name: one.num_samples for name, one in config.eval.resolved_sets.items()},
             eval_sets_with_task=frozenset(name for name, one in config.eval.sets.items() if one.task),
             durable=config.buffer.durability != "none",
-            curriculum=_curriculum(config.buffer),
             recorded={
                 GROUPS_PER_STEP: str(config.trainer.groups_per_step),
                 DURABILITY: config.buffer.durability,
@@ -124,18 +105,3 @@ class LedgerSettings:
             },
             shard=shard,
         )
-
-
-def _curriculum(config: BufferConfig) -> CurriculumSettings | None:
-    if config.curriculum == "none":
-        return None
-    return CurriculumSettings(
-        kind=CurriculumKind(config.curriculum),
-        pool=config.curriculum_pool,
-        target=config.curriculum_target,
-        exploration=config.curriculum_exploration,
-        memory=config.curriculum_memory,
-        half_life=config.curriculum_half_life,
-        reward_low=config.curriculum_reward_low,
-        reward_high=config.curriculum_reward_high,
-    )

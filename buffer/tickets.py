@@ -129,7 +129,7 @@ class SampleSummary:
     def trained_steps(self, *, first_step: int) -> tuple[tuple[int, int], ...]:
         """`token_steps` of the tokens of weights of `first_step` or later: those within a staleness bound."""
         known = self.token_steps or ((self.oldest_step, self.num_sampled),)
-        return tuple(one for one in known if one[0] >= first_step)
+        return tuple([one for one in known if one[0] >= first_step])
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -162,7 +162,9 @@ class Ticket:
     state: State = State.QUEUED
     drop: Drop | None = None
     samples: dict[int, SampleSummary] = field(default_factory=dict)
-    """Accepted samples by index."""
+    """Accepted samples by index; only `add_sample` adds one."""
+    oldest_sampled_step: int | None = None
+    """Step of the oldest token that has arrived; None before the first sample."""
     unleased: set[int] = field(default_factory=set)
     """Indices of samples that have not arrived and are not under a lease."""
     leases: dict[int, LeaseRecord] = field(default_factory=dict)
@@ -190,8 +192,15 @@ class Ticket:
     def set_parts(self, parts: Sequence[tuple[Ticket, int]]) -> None:
         """Makes this the position of these samples of closed groups: (group, sample index) of each."""
         self.parts = tuple((group.ticket_id, index) for group, index in parts)
-        self.samples = {slot: group.samples[index] for slot, (group, index) in enumerate(parts)}
+        for slot, (group, index) in enumerate(parts):
+            self.add_sample(slot, group.samples[index])
         self.unleased = set()
+
+    def add_sample(self, sample_index: int, sample: SampleSummary) -> None:
+        """A sample was accepted."""
+        self.samples[sample_index] = sample
+        if self.oldest_sampled_step is None or sample.oldest_step < self.oldest_sampled_step:
+            self.oldest_sampled_step = sample.oldest_step
 
     @property
     def record_keys(self) -> list[tuple[int, int]]:
@@ -199,18 +208,12 @@ class Ticket:
         return list(self.parts) or [(self.ticket_id, index) for index in range(self.num_samples)]
 
     def is_greedy(self, sample_index: int) -> bool:
-        """True if a sample is a greedy baseline."""
         return sample_index >= self.num_samples - self.num_greedy
 
     @property
     def training_samples(self) -> list[SampleSummary]:
         """Accepted samples without the greedy ones."""
         return [sample for index, sample in self.samples.items() if not self.is_greedy(index)]
-
-    @property
-    def oldest_sampled_step(self) -> int | None:
-        """Step of the oldest token that has arrived; None before the first sample."""
-        return min([sample.oldest_step for sample in self.samples.values()], default=None)
 
     @property
     def oldest_possible_step(self) -> int | None:
@@ -238,5 +241,6 @@ class LeaseRecord:
     outstanding: set[int]
     """Sample indices not yet finished."""
     expires_s: float
+    """When it expires, unless its server has renewed all of its leases since (`Server.renewed_until_s`)."""
     granted_s: float = 0.0
     """When it was granted, or restored by a new buffer."""

@@ -159,7 +159,6 @@ class Runner:
             _LOG.warning("session %s: %s", session.id, problem[:500])
 
     async def _rollout(self, env: Any, task: Any, session: ClaimedSession) -> float:
-        """The reward of one rollout."""
         vf = importlib.import_module("verifiers.v1")
         client = vf.TrainClientConfig(
             base_url=session.base_url,
@@ -222,7 +221,6 @@ _positive.__name__ = "number above 0"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the command."""
     parser.add_argument("env_id", metavar="ENV", help="id of a taskset: a module that verifiers can import")
     parser.add_argument("--url", required=True, help="base URL of a rollout server's sessions")
     parser.add_argument("--model", required=True, help="directory with the tokenizer of the job's model")

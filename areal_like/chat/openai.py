@@ -273,6 +273,5 @@ def model_object(name: str, *, max_context: int) -> dict[str, Any]:
 def error_object(
     status: int, message: str, *, code: str | int | None = None, param: str | None = None
 ) -> dict[str, Any]:
-    """The body of an error."""
     kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message[:_MAX_ERROR_CHARS], "type": kind, "param": param, "code": code}}

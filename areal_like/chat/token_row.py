@@ -20,5 +20,4 @@ class TokenRow:
         return sum(self.loss_mask[1:])
 
     def cut(self, num_tokens: int) -> TokenRow:
-        """The first `num_tokens` tokens."""
         return TokenRow(tokens=self.tokens[:num_tokens], loss_mask=self.loss_mask[:num_tokens])

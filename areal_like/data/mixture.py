@@ -37,10 +37,9 @@ def place_of(index: int, weights: Sequence[float], *, phase: float = 0.0) -> tup
     return source, _num_below(index, bounds[source], bounds[source + 1], start=start)
 
 
-def num_draws(count: int, weights: Sequence[float], *, phase: float = 0.0) -> list[int]:
+def num_draws(count: int, weights: Sequence[float]) -> list[int]:
     """Draws of each source among the first `count`."""
-    bounds, start = _bounds(tuple(weights)), int(phase * _CIRCLE)
-    return [_num_below(count, first, end, start=start) for first, end in pairwise(bounds)]
+    return [_num_below(count, first, end, start=0) for first, end in pairwise(_bounds(tuple(weights)))]
 
 
 @lru_cache(maxsize=64)

@@ -76,7 +76,6 @@ class DiscoveryFile:
             ) from None
 
     def remove(self) -> None:
-        """Removes the file."""
         if self._path is not None:
             with contextlib.suppress(OSError):  # it was never written, or its directory is gone
                 self._path.unlink()

@@ -214,12 +214,10 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
         self._num_body_bytes += len(body)
         super().on_body(body)
 
     def on_response_complete(self) -> None:
-        """The end of a response."""
         self._was_admitted |= self.cycle.scope.get("state", {}).get(ADMITTED, False)
         super().on_response_complete()
 

@@ -112,7 +112,6 @@ class LogBounds:
 
     @classmethod
     def of(cls, daemon: DaemonConfig) -> LogBounds:
-        """The bounds in the settings."""
         return cls(max_bytes=round(daemon.log_max_mb * 1e6), num_backups=daemon.log_backups)
 
     def is_full(self, num_bytes: int) -> bool:

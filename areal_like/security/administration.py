@@ -59,7 +59,7 @@ def init_keys(path: Path, roles: Sequence[KeyRole], *, now_unix_s: float | None 
     return keys
 
 
-def add_key(path: Path, name: str, role: KeyRole, *, now_unix_s: float | None = None) -> AllowedKey:
+def add_key(path: Path, name: str, role: KeyRole) -> AllowedKey:
     """Adds a key under its own name, so that it can be revoked alone.
 
     Raises ConfigError if the name is taken or not valid.
@@ -74,7 +74,7 @@ def add_key(path: Path, name: str, role: KeyRole, *, now_unix_s: float | None = 
                 "or choose another name"
             )
         identity = _new_identity(name, role)
-        added = _allowed(identity, added_unix_s=time.time() if now_unix_s is None else now_unix_s)
+        added = _allowed(identity, added_unix_s=time.time())
         write_secret(path, identity)
         write_public(path, [*keys, added])
     return added

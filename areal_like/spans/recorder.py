@@ -27,6 +27,7 @@ import os
 import platform
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -43,6 +44,8 @@ _OFFSET_S = 10.0
 _RETRY_S = 30.0
 """Interval at which a file that could not be written is reopened."""
 _MAX_TEXT = 200
+_NUM_KEPT = 32
+"""Round trips from which the clock's offset is estimated."""
 
 _BASE_S = time.time() - time.monotonic()
 
@@ -50,6 +53,31 @@ _BASE_S = time.time() - time.monotonic()
 def unix_now() -> float:
     """Unix time by this process: it never jumps."""
     return _BASE_S + time.monotonic()
+
+
+class ClockOffset:
+    """The offset of this process's clock against the buffer's, from the round trips of heartbeats. Pure.
+
+    A heartbeat carries the sender's time, and its reply both that time and the buffer's. If both directions
+    take equally long, the buffer's time was read in the middle of the round trip; the error is at most half
+    of it. So the estimate comes from the shortest of the last round trips (as in NTP's clock filter, RFC
+    5905, section 10).
+    """
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, float]] = deque(maxlen=_NUM_KEPT)
+
+    def heard(self, *, sent_s: float, buffer_s: float, now_s: float) -> tuple[float, float] | None:
+        """(seconds to add to this process's times, round trip), or None if the reply has no usable times.
+
+        `sent_s`, `now_s`: by this process; `buffer_s`: by the buffer, which is not trusted to be a number.
+        """
+        rtt_s = now_s - sent_s
+        if not (math.isfinite(buffer_s) and math.isfinite(sent_s) and buffer_s > 0 and 0 <= rtt_s < 60):
+            return None
+        self._samples.append((rtt_s, buffer_s - (sent_s + now_s) / 2))
+        rtt_s, offset_s = min(self._samples, key=lambda one: one[0])
+        return offset_s, rtt_s
 
 
 class SpanRecorder:
@@ -99,7 +127,6 @@ class SpanRecorder:
         self._write(self._offset)
 
     def close(self) -> None:
-        """Closes the file."""
         with self._lock:
             file, self._file, self._retry_s = self._file, None, math.inf
             if file is not None:
@@ -220,7 +247,6 @@ def count(name: str, value: float) -> None:
 
 
 def note_offset(*, offset_s: float, rtt_s: float) -> None:
-    """Records the clock's offset against the buffer's."""
     if _recorder is not None:
         _recorder.offset(offset_s=offset_s, rtt_s=rtt_s)
 

@@ -61,7 +61,6 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor's elements."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
@@ -187,17 +186,14 @@ def spec_of(name: str, tensor: torch.Tensor, *, dtype: str | None = None) -> Ten
     )
 
 
-def flatten(
-    bucket: Bucket, tensors: Mapping[str, torch.Tensor], *, device: torch.device | str | None = None
-) -> torch.Tensor:
-    """Copies the tensors, cast to the bucket's dtypes, into one uint8[bucket.num_bytes] buffer.
+def flatten(bucket: Bucket, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Copies the tensors, cast to the bucket's dtypes, into one uint8[bucket.num_bytes] buffer on the CPU.
 
-    Creates no temporary tensors. `device`: the buffer's device (default: CPU). Raises WeightSyncError for an
-    absent tensor or one with another shape.
+    Creates no temporary tensors. Raises WeightSyncError for an absent tensor or one with another shape.
     """
     import torch
 
-    flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
+    flat = torch.empty(bucket.num_bytes, dtype=torch.uint8)
     for spec, view in zip(bucket.tensors, unflatten(bucket, flat).values(), strict=True):
         if spec.name not in tensors:
             raise WeightSyncError(f"tensor {spec.name} is in the manifest but not among the weights")
@@ -311,6 +307,6 @@ def check_names(
         raise WeightSyncError("weights do not fit the model: " + "; ".join(problems))
 
 
-def _some(names: Sequence[str], *, limit: int = 4) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more

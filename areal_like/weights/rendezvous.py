@@ -25,7 +25,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from areal_like.errors import ConfigError, WeightSyncError
+from areal_like.errors import ConfigError, WeightSyncError, first_line
 
 _dist: Any = dist  # torch exports stores at run time, but its type stubs lack them
 _MAC_BYTES = hashlib.sha256().digest_size
@@ -43,7 +43,6 @@ class AuthenticatedStore(_dist.Store):  # type: ignore[misc]
         self._secret = secret
 
     def set(self, key: str, value: bytes) -> None:
-        """Writes a value."""
         self._inner.set(key, value + self._code(key, value))
 
     def get(self, key: str) -> bytes:
@@ -55,7 +54,6 @@ class AuthenticatedStore(_dist.Store):  # type: ignore[misc]
         return value
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Waits until all keys exist."""
         self._inner.wait(keys, *([] if timeout is None else [timeout]))
 
     def _code(self, key: str, value: bytes) -> bytes:
@@ -88,11 +86,6 @@ def open_store(*, host: str, ports: Sequence[int], timeout_s: float) -> tuple[An
         return server, _dist.TCPStore(host, port, None, False, timeout, wait_for_workers=False), port
     except RuntimeError as error:
         raise WeightSyncError(f"no store on {host}:{port}: {first_line(error)}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """The message without the C++ stack that torch appends after the first line."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _listen(host: str, ports: Sequence[int]) -> socket.socket:

@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from areal_like.errors import WeightSyncError
-from areal_like.weights.rendezvous import AuthenticatedStore, first_line, open_store
+from areal_like.errors import WeightSyncError, first_line
+from areal_like.weights.rendezvous import AuthenticatedStore, open_store
 
 if TYPE_CHECKING:
     from types import TracebackType

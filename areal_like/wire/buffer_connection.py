@@ -33,7 +33,6 @@ from areal_like.errors import ArealError, RefusedError
 from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyRole
 from areal_like.spans import recorder
-from areal_like.spans.clock import ClockOffset
 from areal_like.wire.channel import Link
 from areal_like.wire.curve import CurveClient
 from areal_like.wire.messages.hello import (
@@ -61,12 +60,10 @@ log = logging.getLogger(__name__)
 
 
 class BufferConnection(Link, ABC):
-    """A `Link` that is registered. A subclass says what the owner does with messages and events.
+    """A `Link` that is registered. A subclass decides what the owner does with messages and events.
 
-    HelloRequired calls `hello_required`, JobFailed and Refused call `fatal` with the reason, Drain calls
-    `drain`, JobFinished calls `finished`; this class responds to AreYouAlive. All other one-way messages go
-    to `on_message`. After `reopened` (keys have changed, or the buffer has moved) the owner should register
-    again.
+    This class responds to AreYouAlive. After `reopened` (keys have changed, or the buffer has moved) the
+    owner should register again.
     """
 
     def __init__(
@@ -88,7 +85,7 @@ class BufferConnection(Link, ABC):
         self.trouble = ""
         """Why the buffer cannot write, from its last heartbeat reply; empty if it can."""
         self._loop = asyncio.get_running_loop()
-        self._clock = ClockOffset()
+        self._clock = recorder.ClockOffset()
         self._following: asyncio.TimerHandle | None = None
         if look_up is not None:
             self._following = self._loop.call_later(_FOLLOW_S, self._follow, look_up)

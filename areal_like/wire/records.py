@@ -59,7 +59,7 @@ from areal_like.trajectory import (
     TOKEN_REWARDS,
     FinishReason,
     Trajectory,
-    are_logprobs,
+    least_logprob,
 )
 from areal_like.wire.unpacking import unpack
 
@@ -119,20 +119,6 @@ PLAIN = Structure()
 """The structure of every plain trajectory."""
 
 
-class _Metadata(NamedTuple):
-    """The fields of a record's metadata; see `Record`."""
-
-    num_tokens: int
-    runs: list[list[int]]
-    reward: float
-    reward_components: dict[str, float]
-    finish_reason: FinishReason
-    generation_s: float
-    reward_s: float
-    is_greedy: bool
-    structure: Structure
-
-
 def _pack_metadata(trajectory: Trajectory) -> bytes:
     """The metadata of a trajectory. Raises ValueError for arrays that a record cannot have."""
     fields: list[Any] = [
@@ -150,8 +136,8 @@ def _pack_metadata(trajectory: Trajectory) -> bytes:
     return msgpack.packb(fields)  # type: ignore[no-any-return]
 
 
-def _unpack_metadata(meta: bytes, *, rest_bytes: int) -> _Metadata:
-    """The fields of the metadata, which is followed by `rest_bytes` bytes of arrays.
+def _unpack_metadata(meta: bytes, *, rest_bytes: int) -> dict[str, Any]:
+    """The fields of `Record` in the metadata, which is followed by `rest_bytes` bytes of arrays.
 
     Raises ValueError if it is malformed or too long. Segments, turns and arrays are checked one by one;
     `Trajectory` checks whether they fit the tokens.
@@ -184,17 +170,17 @@ def _unpack_metadata(meta: bytes, *, rest_bytes: int) -> _Metadata:
             raise ValueError(f"{number!r} is not a finite number")
     if type(finish_reason) is not str or finish_reason not in _FINISH_REASONS or type(is_greedy) is not bool:
         raise ValueError(f"finish reason {finish_reason!r}, is_greedy {is_greedy!r}")
-    return _Metadata(
-        num_tokens,
-        runs,
-        reward,
-        components,
-        _FINISH_REASONS[finish_reason],
-        generation_s,
-        reward_s,
-        is_greedy,
-        structure,
-    )
+    return {
+        "num_tokens": num_tokens,
+        "runs": runs,
+        "reward": reward,
+        "reward_components": components,
+        "finish_reason": _FINISH_REASONS[finish_reason],
+        "generation_s": generation_s,
+        "reward_s": reward_s,
+        "is_greedy": is_greedy,
+        "structure": structure,
+    }
 
 
 def _structure_fields(trajectory: Trajectory) -> dict[str, Any]:
@@ -354,6 +340,8 @@ class Record:
     is_greedy: bool
     structure: Structure
     """Segments, turns, metrics, label and arrays; `PLAIN` where there are none."""
+    least_logprob: float
+    """Smallest log-prob of a token."""
     _tokens_at: int
     _logprobs_at: int
 
@@ -396,13 +384,8 @@ class Record:
         record = cls._made(
             data, ticket_id, sample_index, crc32, data[_HEADER.size : _HEADER.size + meta_bytes]
         )
-        end = _end_of_array(record._logprobs_at, record.num_tokens)
-        if end + sum(_padded(spec) for spec in record.structure.arrays) != len(data):
-            raise ValueError(f"{record.num_tokens} tokens do not make a record of {len(data)} bytes")
         if np.minimum.reduce(np.frombuffer(data, _INT, record.num_tokens, record._tokens_at)) < 0:
             raise ValueError("negative token id")
-        if not are_logprobs(np.frombuffer(data, _FLOAT, record.num_tokens, record._logprobs_at)):
-            raise ValueError("log-probs: want finite values that are at most 0")
         if record.structure is not PLAIN:
             for array in record.trajectory().arrays.values():  # checks segments and turns
                 _check_finite_array(array)
@@ -412,22 +395,20 @@ class Record:
     def _made(cls, data: bytes, ticket_id: int, sample_index: int, crc32: int, meta: bytes) -> Self:
         fields = _unpack_metadata(meta, rest_bytes=len(data) - _HEADER.size - len(meta))
         tokens_at = _HEADER.size + len(meta) + -len(meta) % _ALIGN
+        num_tokens = fields["num_tokens"]
+        logprobs_at = _end_of_array(tokens_at, num_tokens)
+        end = _end_of_array(logprobs_at, num_tokens)
+        if end + sum(_padded(spec) for spec in fields["structure"].arrays) != len(data):
+            raise ValueError(f"{num_tokens} tokens do not make a record of {len(data)} bytes")
         return cls(
             data=data,
             ticket_id=ticket_id,
             sample_index=sample_index,
             crc32=crc32,
-            num_tokens=fields.num_tokens,
-            runs=fields.runs,
-            reward=fields.reward,
-            reward_components=fields.reward_components,
-            finish_reason=fields.finish_reason,
-            generation_s=fields.generation_s,
-            reward_s=fields.reward_s,
-            is_greedy=fields.is_greedy,
-            structure=fields.structure,
+            least_logprob=least_logprob(np.frombuffer(data, _FLOAT, num_tokens, logprobs_at)),
             _tokens_at=tokens_at,
-            _logprobs_at=_end_of_array(tokens_at, fields.num_tokens),
+            _logprobs_at=logprobs_at,
+            **fields,
         )
 
     @property
@@ -452,12 +433,11 @@ class Record:
 
         Not a condition of a valid record: ledgers of earlier releases may hold larger numbers.
         """
-        logprobs = np.frombuffer(self.data, _FLOAT, self.num_tokens, self._logprobs_at)
         is_plain_plausible = (
             all(abs(reward) <= LARGEST_REWARD for reward in (self.reward, *self.reward_components.values()))
             and 0 <= self.generation_s <= MAX_SAMPLE_S
             and 0 <= self.reward_s <= MAX_SAMPLE_S
-            and bool(np.minimum.reduce(logprobs) >= LEAST_LOGPROB)
+            and self.least_logprob >= LEAST_LOGPROB
         )
         if self.structure is PLAIN or not is_plain_plausible:
             return is_plain_plausible

@@ -52,7 +52,6 @@ class Utilisation:
         self._loads: deque[PoolTotals] = deque()
 
     def observe(self, load: PoolTotals) -> None:
-        """Adds the current totals."""
         if self._loads and load.busy_s + load.idle_s < self._loads[-1].busy_s + self._loads[-1].idle_s:
             self._loads.clear()  # a server has left, or counts from zero
         self._loads.append(load)
@@ -62,45 +61,32 @@ class Utilisation:
     @property
     def trainer_idle(self) -> float | None:
         """Share of the time in which the trainer waited for groups; None: observed for too short a time."""
-        return self._share(lambda first, last: (last.wait_s - first.wait_s, last.at_s - first.at_s))
+        return self._share(lambda load: load.wait_s, lambda load: load.at_s)
 
     @property
     def reserved(self) -> float:
         """Share of the time in which the trainer waited for overdue groups while others were complete."""
-        return (
-            self._share(lambda first, last: (last.reserved_s - first.reserved_s, last.at_s - first.at_s))
-            or 0.0
-        )
+        return self._share(lambda load: load.reserved_s, lambda load: load.at_s) or 0.0
 
     @property
     def generation_idle(self) -> float | None:
         """Share of the time in which engines had no sequence."""
-        return self._share(
-            lambda first, last: (
-                last.idle_s - first.idle_s,
-                last.idle_s + last.busy_s - first.idle_s - first.busy_s,
-            )
-        )
+        return self._share(lambda load: load.idle_s, lambda load: load.idle_s + load.busy_s)
 
     @property
     def starved(self) -> float:
         """Share of the time in which engines had free slots because samples waited for rewards or
         environments."""
-        return (
-            self._share(
-                lambda first, last: (
-                    last.starved_s - first.starved_s,
-                    last.idle_s + last.busy_s - first.idle_s - first.busy_s,
-                )
-            )
-            or 0.0
-        )
+        return self._share(lambda load: load.starved_s, lambda load: load.idle_s + load.busy_s) or 0.0
 
-    def _share(self, parts: Callable[[PoolTotals, PoolTotals], tuple[float, float]]) -> float | None:
+    def _share(
+        self, part: Callable[[PoolTotals], float], whole: Callable[[PoolTotals], float]
+    ) -> float | None:
         if len(self._loads) < 2 or self._loads[-1].at_s - self._loads[0].at_s < _ENOUGH_S:
             return None
-        part, whole = parts(self._loads[0], self._loads[-1])
-        return min(1.0, max(0.0, part / whole)) if whole > 0 else None
+        first, last = self._loads[0], self._loads[-1]
+        increase = whole(last) - whole(first)
+        return min(1.0, max(0.0, (part(last) - part(first)) / increase)) if increase > 0 else None
 
 
 def advice(utilisation: Utilisation, *, max_staleness: int, facts: JobFacts = _NO_FACTS) -> str:

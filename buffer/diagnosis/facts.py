@@ -43,7 +43,6 @@ class ServerFacts(PeerFacts):
     """Why the buffer grants it no leases (a quarantine, or an operator); empty if it grants leases."""
     lies: str = ""
     """Why it is in quarantine, if the reason is messages that no server sends."""
-    num_leases: int = 0
     free_samples: int = 0
     weights_version: int = 0
 

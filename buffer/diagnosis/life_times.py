@@ -38,7 +38,6 @@ class LifeTimes:
         recorder.listen("ledger", write.observe)
 
     def watch(self, state: LedgerState) -> None:
-        """Observes this ledger from now on."""
         state.tickets.on_move = self._moved
         state.steps.on_served = self._served
         state.leases.on_end = self._lease_ended

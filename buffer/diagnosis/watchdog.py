@@ -132,5 +132,4 @@ class Watchdog:
 
 
 def names_of(report: Mapping[str, Any]) -> list[str]:
-    """The causes' names in a report."""
     return [str(cause["name"]) for cause in report.get("causes", [])]

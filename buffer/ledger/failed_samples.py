@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from areal_like.failures import FAULTS_OF_AGENTS, FAULTS_OF_SERVER, FAULTS_OF_TASK, FailureKind, FailurePolicy
 from areal_like.wire.messages.producer import Purpose
-from buffer.ledger.lifecycle import TicketLifecycle
+from buffer.ledger.lifecycle import TicketLifecycle, TicketRules
 from buffer.ledger.state import LedgerState
 from buffer.tables.lease_table import Server
 from buffer.tickets import Drop, State, Ticket
@@ -30,17 +30,11 @@ MAX_PROMPTS_GIVEN_UP = 10_000
 prompts."""
 
 
-class FailedSamples:
+class FailedSamples(TicketRules):
     """Retries failed samples up to `buffer.max_sample_retries` times each, or drops their ticket."""
 
     def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
-        self._state = state
-        self._lifecycle = lifecycle
-        self._settings = state.settings
-        self._store = state.store
-        self._counters = state.counters
-        self._leases = state.leases
-        self._notices: list[str] = []
+        super().__init__(state, lifecycle)
         self._num_prompts_in_row = 0
 
     def retry_or_drop(
@@ -68,8 +62,8 @@ class FailedSamples:
             return
         self._judge(name, ticket, kind, f"{name}: {error}")
         ticket.num_failures[sample_index] = ticket.num_failures.get(sample_index, 0) + 1
-        is_last = ticket.num_failures[sample_index] > self._settings.max_sample_retries
-        is_given_up = is_last or self._settings.on_failure.policy(kind) is FailurePolicy.DROP
+        is_last = ticket.num_failures[sample_index] > self._settings.buffer.max_sample_retries
+        is_given_up = is_last or self._settings.buffer.on_failure.policy(kind) is FailurePolicy.DROP
         if is_given_up and ticket.purpose is Purpose.EVAL:
             ticket.failed.add(sample_index)
         self._store.put_failure(ticket, sample_index)
@@ -114,11 +108,6 @@ class FailedSamples:
         for lease in list(server.leases.values()):
             self._lifecycle.revoke(lease)
 
-    def take_notices(self) -> list[str]:
-        """Quarantines since the last call, as texts for the log."""
-        notices, self._notices = self._notices, []
-        return notices
-
     def _judge(self, name: str, ticket: Ticket, kind: FailureKind, error: str) -> None:
         """Counts a failure of the server, which may start a quarantine or end the job."""
         if ticket.purpose is Purpose.EVAL and (
@@ -136,7 +125,7 @@ class FailedSamples:
                 )
             return
         server = self._leases.servers[name]
-        limit = self._settings.max_consecutive_failures
+        limit = self._settings.buffer.max_consecutive_failures
         if not server.health.fail(ticket.ticket_id, kind, error, limit=limit, now_s=server.last_heard_s):
             return
         assert server.health.quarantine is not None
@@ -150,8 +139,10 @@ class FailedSamples:
     def _begin_quarantine(self, server: Server, how_long: str) -> None:
         assert server.health.quarantine is not None
         self._leases.in_quarantine.add(server.name)
-        self._counters.count_quarantine()
-        self._notices.append(f"{server.name} gets no leases{how_long}: {server.health.quarantine.reason}")
+        self._counters.count("num_quarantines")
+        self._state.notices.append(
+            f"{server.name} gets no leases{how_long}: {server.health.quarantine.reason}"
+        )
 
     def _end_job(self, reason: str) -> None:
         self._state.failure_reason = self._state.failure_reason or reason

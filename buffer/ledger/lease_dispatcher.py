@@ -14,8 +14,7 @@ import logging
 from collections.abc import Iterator, Mapping
 
 from areal_like.wire.messages.producer import Lease, Purpose, ServerHeartbeat
-from buffer.ledger.lifecycle import TicketLifecycle
-from buffer.ledger.state import LedgerState
+from buffer.ledger.lifecycle import TicketRules
 from buffer.tables.lease_table import Server
 from buffer.tables.server_order import FRONT, Place
 from buffer.tickets import Drop, State
@@ -28,15 +27,8 @@ MOST_UNPROVEN = 4
 """Maximum leases of a server that has not delivered a sample yet, while another server has."""
 
 
-class LeaseDispatcher:
+class LeaseDispatcher(TicketRules):
     """The ledger's operations for rollout servers, except deliveries of samples (`SampleIntake`)."""
-
-    def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
-        self._state = state
-        self._lifecycle = lifecycle
-        self._tickets = state.tickets
-        self._leases = state.leases
-        self._evals = state.evals
 
     def register_server(self, name: str, *, incarnation: int, weights_version: int, now_s: float) -> None:
         """Registers a server. A new incarnation of a known name loses the leases of the old one.
@@ -106,7 +98,7 @@ class LeaseDispatcher:
         """
         granted: dict[str, list[Lease]] = {}
         self._leases.end_backoffs(now_s=now_s)
-        if self._state.failure_reason or self._state.store.write_blocked_reason or not self._leases.may_grant:
+        if self._state.failure_reason or self._store.write_blocked_reason or not self._leases.may_grant:
             return granted
         any_proven = any(server.health.has_delivered for server in self._leases.servers.values())
         passed, kept = FRONT, None
@@ -134,7 +126,7 @@ class LeaseDispatcher:
         needs = {}
         is_open = self._is_open
         for version in self._leases.order.versions:
-            weights_step = self._state.versions.step_of(version)
+            weights_step = self._versions.step_of(version)
             if weights_step is None:
                 continue
             if self._evals.peek_next(version) is not None:
@@ -172,7 +164,7 @@ class LeaseDispatcher:
 
     def _lease(self, server: Server, *, now_s: float) -> Lease:
         """Leases the next ticket for this server's weights to it."""
-        weights_step = self._state.versions.step_of(server.weights_version)
+        weights_step = self._versions.step_of(server.weights_version)
         assert weights_step is not None
         if (ticket_id := self._evals.take_next(server.weights_version)) is not None:
             ticket = self._tickets.live[ticket_id]

@@ -87,6 +87,6 @@ class Ledger:
         self.state.store.when_durable(allow)
 
     def take_notices(self) -> list[str]:
-        """Texts for the log since the last call: quarantines of servers, and consecutive groups without
-        spread."""
-        return [*self.failed_samples.take_notices(), *self.intake.take_notices()]
+        """The texts for the log since the last call."""
+        notices, self.state.notices = self.state.notices, []
+        return notices

@@ -36,13 +36,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from areal_like.wire.messages.producer import Lease, Purpose
-from buffer.ledger.state import LedgerState
+from buffer.ledger.state import LedgerPart, LedgerState
 from buffer.prompts.order import Prompt, evaluation_seed, sampling_seed
 from buffer.tables.lease_table import Server
 from buffer.tickets import REISSUED, Drop, LeaseRecord, State, Ticket
 
 
-class TicketLifecycle:
+class TicketLifecycle(LedgerPart):
     """Transitions of single tickets.
 
     Operations that can make a group ready or stale, or open a position for one, end with
@@ -50,14 +50,9 @@ class TicketLifecycle:
     """
 
     def __init__(self, state: LedgerState) -> None:
-        self._state = state
-        self._settings = state.settings
-        self._store = state.store
-        self._tickets = state.tickets
-        self._leases = state.leases
-        self._scheduler = state.scheduler
-        self._bound = state.bound
-        self._parts = state.parts
+        super().__init__(state)
+        self._settled: tuple[object, ...] = ()
+        """The `_situation` in which nothing was left to record."""
 
     def issue_train(self) -> Ticket:
         """Issues a train ticket for the next prompt: QUEUED."""
@@ -84,7 +79,7 @@ class TicketLifecycle:
         if ticket.state is not State.CLOSED:
             self._tickets.move(ticket, State.LEASED)
         if is_eval and ticket.unleased:
-            self._state.evals.requeue(ticket)
+            self._evals.requeue(ticket)
         self._track(ticket)
         indices = sorted(lease.outstanding)
         return Lease(
@@ -112,7 +107,7 @@ class TicketLifecycle:
         """Queues samples (maybe none) to be leased again; a ticket with other leases stays LEASED."""
         ticket.unleased.update(sample_indices)
         if sample_indices and ticket.purpose is Purpose.EVAL:
-            self._state.evals.requeue(ticket)
+            self._evals.requeue(ticket)
         elif sample_indices:
             self._state.admission.add_waiting(ticket)
         if ticket.state is State.CLOSED:
@@ -127,7 +122,7 @@ class TicketLifecycle:
     def lose_leases(self, leases: Iterable[LeaseRecord]) -> None:
         """Requeues the missing samples of leases that have ended; samples that arrived are kept."""
         for lease in leases:
-            self._state.counters.count_lost_lease()
+            self._counters.count("num_leases_lost")
             ticket = self._tickets.live[lease.ticket_id]
             del ticket.leases[lease.lease_id]
             self.requeue(ticket, lease.outstanding)
@@ -151,7 +146,7 @@ class TicketLifecycle:
             self.requeue(ticket, ())
         elif ticket.samples:
             self._tickets.move(ticket, State.EVALUATED)
-            self._state.evals.end(ticket)
+            self._evals.end(ticket)
             self._check_evals()
         else:
             self.drop(ticket, Drop.FAILED)
@@ -169,30 +164,30 @@ class TicketLifecycle:
         self._scheduler.remove(ticket.ticket_id)
         ticket.drop = reason
         self._state.drops[reason] += 1
-        self._state.counters.count_dropped(ticket, reason)
+        self._counters.count_dropped(ticket, reason)
         self._tickets.move(ticket, State.DROPPED)
         if ticket.purpose is Purpose.EVAL:
-            self._state.evals.end(ticket)
+            self._evals.end(ticket)
         elif ticket.parts:
             self._release_groups_of(ticket)
         elif reason is Drop.CANCELLED:
             self._give_back_prompt(ticket, num_reissues=ticket.num_reissues)
-        elif reason in REISSUED and may_reissue and ticket.num_reissues < self._settings.max_reissues:
-            self._state.counters.count_reissue()
+        elif reason in REISSUED and may_reissue and ticket.num_reissues < self._settings.buffer.max_reissues:
+            self._counters.count("num_reissued")
             self._give_back_prompt(ticket, num_reissues=ticket.num_reissues + 1)
         elif reason in REISSUED:
-            self._state.counters.count_given_up()
+            self._counters.count("prompts_given_up")
 
     def cancel_evals(self) -> None:
         """Drops the tickets of running evaluations: the trainer that requested them has been replaced."""
-        for ticket in self._state.evals.cancel(lambda row: True):
+        for ticket in self._evals.cancel(lambda row: True):
             self.drop(ticket, Drop.CANCELLED)
-        self._state.evals.forget_results()
+        self._evals.forget_results()
         self._check_evals()
 
     def cancel_unusable_evals(self) -> None:
         """After a restart: drops the tickets of evaluations that the current configuration does not have."""
-        evals, sets = self._state.evals, self._settings.eval_sets
+        evals, sets = self._evals, self._settings.eval_sets
         is_other_job = self._state.settings_changed
         over = evals.cancel(lambda row: is_other_job or sets.get(row.eval_set) != row.num_samples)
         # Earlier releases have left tickets without a row of their evaluation.
@@ -204,7 +199,7 @@ class TicketLifecycle:
     def _check_evals(self) -> None:
         """Asserts that every live eval ticket belongs to a running evaluation. Linear in the evaluations."""
         num_live = self._tickets.count(Purpose.EVAL, State.QUEUED, State.LEASED)
-        num_open = self._state.evals.num_open
+        num_open = self._evals.num_open
         assert num_live == num_open, f"{num_live} eval tickets are live, evaluations have {num_open}"
 
     def readmit(self, ticket: Ticket) -> None:
@@ -223,9 +218,29 @@ class TicketLifecycle:
     def record_ready_groups(self) -> None:
         """Closes or drops overdue tickets, and records ready groups and parts, until nothing changes.
 
-        Then checks conservation.
+        Then checks conservation. Most samples change nothing that could make a ticket overdue or recordable.
         """
-        steps = self._state.steps
+        if self._settled != self._situation:
+            self._record_until_settled()
+            self._settled = self._situation
+        if changes := self._counters.take_changes():
+            self._store.put_counters(changes)
+        self._tickets.check_conservation()
+
+    @property
+    def _situation(self) -> tuple[object, ...]:
+        """Everything that decides whether a ticket is overdue or can be recorded now."""
+        state = self._state
+        return (
+            self._scheduler.num_changes,
+            self._parts.num_loose,
+            state.steps.current,
+            self._bound.current,
+            state.settings_changed,
+        )
+
+    def _record_until_settled(self) -> None:
+        steps = self._steps
         while not self._state.settings_changed:
             first = steps.current if self._settings.closes else self._scheduler.num_full_steps
             if (overdue := self._scheduler.next_overdue(first)) is not None:
@@ -240,14 +255,11 @@ class TicketLifecycle:
             self._settings.closes or self._tickets.count(Purpose.TRAIN, State.CLOSED)
         ):
             self._cancel_rest()
-        if changes := self._state.counters.take_changes():
-            self._store.put_counters(changes)
-        self._tickets.check_conservation()
 
     def add_late(self, group: Ticket, sample_index: int) -> None:
         """A sample of a closed group has arrived."""
         self._parts.add(group, sample_index, was_late=True)
-        self._state.counters.count_late()
+        self._counters.count("samples_late")
 
     def give_up(self, group: Ticket, sample_indices: Iterable[int], reason: Drop) -> None:
         """Gives up those of a closed group's samples that are not in a position; after the last, ends the
@@ -256,7 +268,7 @@ class TicketLifecycle:
             if index in group.placed or index in group.failed:
                 continue
             if index in group.samples:
-                self._state.counters.count_given_up_sample(group.samples[index], reason)
+                self._counters.count_given_up_sample(group.samples[index], reason)
             self._parts.give_up(group, index)
             self._store.put_failure(group, index)
             group.unleased.discard(index)
@@ -294,7 +306,8 @@ class TicketLifecycle:
         self._scheduler.remove(ticket.ticket_id)
         ticket.early = tuple(sorted(ticket.samples))
         self._tickets.move(ticket, State.CLOSED)
-        self._state.counters.count_closed(ticket)
+        self._counters.count("groups_closed")
+        self._counters.count("samples_early", len(ticket.early))
         self._parts.add_group(ticket)
         for index in ticket.early:
             self._parts.add(ticket, index, was_late=False)
@@ -305,9 +318,7 @@ class TicketLifecycle:
         """A position of parts that can be recorded now; None: there are too few parts, or the step has to
         wait."""
         size = self._settings.group_size
-        if self._parts.num_loose < size or not self._scheduler.may_record(
-            trainer_step=self._state.steps.current
-        ):
+        if self._parts.num_loose < size or not self._scheduler.may_record(trainer_step=self._steps.current):
             return None
         first_step = self._scheduler.num_full_steps - self._bound.current
         found: list[tuple[Ticket, int]] = []
@@ -366,11 +377,12 @@ class TicketLifecycle:
                 self._close(ticket)  # its other samples are still of use
                 return
         ticket.step, ticket.position = self._scheduler.assign(ticket.ticket_id)
-        lag = ticket.step - min(sample.oldest_step for sample in ticket.samples.values())
+        assert ticket.oldest_sampled_step is not None
+        lag = ticket.step - ticket.oldest_sampled_step
         assert lag >= 0 and (self._settings.closes or ticket.parts or lag <= ticket.max_staleness), (
             f"ticket {ticket.ticket_id} has lag {lag} in step {ticket.step}"
         )
-        self._state.steps.add(ticket)
+        self._steps.add(ticket)
         self._tickets.move(ticket, State.BATCHED)
 
     def _add_ready(self, ticket: Ticket) -> None:
@@ -401,3 +413,11 @@ class TicketLifecycle:
         self._state.prompts.give_back(
             Prompt(index=ticket.prompt_index, parent=ticket.ticket_id, num_reissues=num_reissues)
         )
+
+
+class TicketRules(LedgerPart):
+    """A part of a ledger's rules that moves tickets by their life cycle."""
+
+    def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
+        super().__init__(state)
+        self._lifecycle = lifecycle

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from areal_like.errors import RefusedError
-from buffer.ledger.lifecycle import TicketLifecycle
-from buffer.ledger.state import LedgerState
+from buffer.ledger.lifecycle import TicketRules
 from buffer.storage.base import OperationRow
 from buffer.tables.incarnations import TRAINER, is_impossible
 from buffer.tables.live_settings import (
@@ -35,15 +34,11 @@ class Change:
     """The first step with this value; for an action, the step after which it is done."""
 
 
-class OperatorChanges:
+class OperatorChanges(TicketRules):
     """Changes are recorded in the table `operations`, those of settings also in `settings`.
 
     A dropped ticket is recorded in its own row.
     """
-
-    def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
-        self._state = state
-        self._lifecycle = lifecycle
 
     def set_paused(self, is_paused: bool, *, unix_s: float) -> bool:
         """Stops granting leases of training tickets, or resumes it. Returns False if nothing changed."""
@@ -57,7 +52,7 @@ class OperatorChanges:
         has_changed = self._state.holds.set_cordoned(name, is_cordoned)
         if has_changed:
             self._record("cordon" if is_cordoned else "uncordon", name, unix_s=unix_s)
-            if (server := self._state.leases.servers.get(name)) is not None:
+            if (server := self._leases.servers.get(name)) is not None:
                 server.is_cordoned = is_cordoned
         return has_changed
 
@@ -93,10 +88,10 @@ class OperatorChanges:
         """Takes a name from the process that holds it, for an operator; the next new process gets it. `name`:
         the name of a rollout server, or TRAINER. Returns a description of the change.
         """
-        newest_used = self._state.versions.newest_incarnation if name == TRAINER else 0
+        newest_used = self._versions.newest_incarnation if name == TRAINER else 0
         before, after = self._state.incarnations.unfence(name, floor=newest_used)
         if name != TRAINER:
-            self._lifecycle.lose_leases(self._state.leases.remove_server(name))
+            self._lifecycle.lose_leases(self._leases.remove_server(name))
         elif is_impossible(self._state.trainer_incarnation):
             self._state.set_trainer(after)
         detail = f"incarnation {before} -> {after}"
@@ -110,7 +105,7 @@ class OperatorChanges:
         restart from its checkpoint. Removes all tickets or raises RefusedError(ticket_id, reason). Tickets of
         other shards are ignored, except that the counts of attempts of all steps are reset.
         """
-        shard, steps = self._state.settings.shard, self._state.steps
+        shard, steps = self._settings.shard, self._steps
         own = [ticket_id for ticket_id in dict.fromkeys(ticket_ids) if shard.owns(ticket_id)]
         tickets = [self._recorded_ticket(ticket_id) for ticket_id in own]
         if len(own) < len(ticket_ids):
@@ -123,14 +118,14 @@ class OperatorChanges:
             steps.uncount_from(ticket.step)
             steps.remove(ticket)
             steps.reset_attempts(ticket.step)
-            self._state.scheduler.free((ticket.step, ticket.position))
+            self._scheduler.free((ticket.step, ticket.position))
             self._lifecycle.drop(ticket, Drop.POISON)
         if tickets:
             self._state.set_trainer(self._state.trainer_incarnation + 1)
             self._lifecycle.record_ready_groups()
 
     def _check(self, key: str, value: str, *, step: int) -> None:
-        state, settings = self._state, self._state.settings
+        state, settings = self._state, self._settings
         if len(state.live.rows) >= _MAX_ROWS:
             raise RefusedError(
                 key, f"this run has {_MAX_ROWS} changes already: stop it, and resume it with this"
@@ -157,17 +152,17 @@ class OperatorChanges:
     def _recorded_ticket(self, ticket_id: int) -> Ticket:
         """A ticket that an operator may remove: a recorded one, or a closed group, of which the samples that
         are in no position are given up. Raises RefusedError(ticket_id, reason)."""
-        ticket = self._state.tickets.live.get(ticket_id)
+        ticket = self._tickets.live.get(ticket_id)
         if ticket is not None and ticket.state is State.CLOSED and len(ticket.placed) < ticket.num_samples:
             return ticket
-        if (group := self._state.parts.find(ticket_id)) is not None:
+        if (group := self._parts.find(ticket_id)) is not None:
             raise RefusedError(str(ticket_id), self._positions_of(group))
         if ticket is None or ticket.state is not State.BATCHED:
             state = f"{ticket.state.value}" if ticket else "ended, or was never issued"
             raise RefusedError(
                 str(ticket_id), f"is not recorded in a step that is still to be trained: it is {state}"
             )
-        if ticket.step < self._state.steps.current:
+        if ticket.step < self._steps.current:
             raise RefusedError(
                 str(ticket_id),
                 f"was trained on in step {ticket.step}, and is part of the weights: "
@@ -177,7 +172,7 @@ class OperatorChanges:
 
     def _positions_of(self, group: Ticket) -> str:
         """Where the samples of a closed group are."""
-        recorded = {ticket.ticket_id: ticket for ticket in self._state.steps.tickets_from(0)}
+        recorded = {ticket.ticket_id: ticket for ticket in self._steps.tickets_from(0)}
         positions = [recorded[key] for key in sorted({*group.placed.values()}) if key in recorded]
         places = ", ".join(f"{ticket.ticket_id} (step {ticket.step})" for ticket in positions)
         return (
@@ -187,4 +182,4 @@ class OperatorChanges:
 
     def _record(self, verb: str, subject: str, *, unix_s: float, detail: str = "") -> None:
         row = OperationRow(unix_s=unix_s, verb=verb, subject=subject, detail=detail)
-        self._state.store.put_operation(row)
+        self._store.put_row(row)

@@ -12,7 +12,7 @@ from areal_like.trajectory import FinishReason, are_equal_rewards
 from areal_like.wire.messages.producer import Purpose, SampleDone, SampleFailed
 from areal_like.wire.records import Record
 from buffer.ledger.failed_samples import FailedSamples
-from buffer.ledger.lifecycle import TicketLifecycle
+from buffer.ledger.lifecycle import TicketLifecycle, TicketRules
 from buffer.ledger.state import LedgerState
 from buffer.tickets import Drop, SampleSummary, State, Ticket, Verdict
 
@@ -20,23 +20,16 @@ _MANY_WITHOUT_SPREAD = 256
 """Consecutive groups without spread at which a log line is written; the next at twice as many, and so on."""
 
 
-class SampleIntake:
+class SampleIntake(TicketRules):
     """Accepts or refuses samples, and decides whether a complete group is trained on."""
 
     def __init__(self, state: LedgerState, lifecycle: TicketLifecycle, failed_samples: FailedSamples) -> None:
-        self._state = state
-        self._lifecycle = lifecycle
+        super().__init__(state, lifecycle)
         self._failed_samples = failed_samples
-        self._settings = state.settings
-        self._store = state.store
-        self._tickets = state.tickets
-        self._versions = state.versions
-        self._counters = state.counters
         self.last_rejection = ""
         """Description of the last group that the `single_version` filter rejected; empty: there was none."""
         self._num_without_spread = 0
         """Consecutive groups that the `spread` filter dropped."""
-        self._notices: list[str] = []
 
     def samples_done(self, name: str, samples: Sequence[SampleDone]) -> list[Verdict]:
         """Takes the samples that a server sent. The caller acknowledges them when they are durable."""
@@ -124,7 +117,7 @@ class SampleIntake:
         reward."""
         if not done.failure:
             return False
-        policy = self._settings.on_failure.policy(FailureKind(done.failure))
+        policy = self._settings.buffer.on_failure.policy(FailureKind(done.failure))
         return policy is not FailurePolicy.ZERO or done.record.reward != 0
 
     def _is_invalid(self, ticket: Ticket, record: Record) -> bool:
@@ -160,7 +153,7 @@ class SampleIntake:
         """Filters a train group whose samples have all arrived, before it can take a position in a step."""
         self._state.prompts.observe(ticket)
         self._counters.count_group(ticket)
-        group_filter = self._settings.group_filter
+        group_filter = self._settings.buffer.group_filter
         if group_filter == "spread" and are_equal_rewards([s.reward for s in ticket.training_samples]):
             self._lifecycle.drop(ticket, Drop.NO_SPREAD)
             self._note_without_spread(ticket)
@@ -171,17 +164,12 @@ class SampleIntake:
             self._num_without_spread = 0
             self._lifecycle.mark_ready(ticket)
 
-    def take_notices(self) -> list[str]:
-        """Consecutive groups without spread since the last call, as texts for the log."""
-        notices, self._notices = self._notices, []
-        return notices
-
     def _note_without_spread(self, ticket: Ticket) -> None:
         """Logs groups without spread: a step for which no group has spread waits forever."""
         self._num_without_spread += 1
         rows, rest = divmod(self._num_without_spread, _MANY_WITHOUT_SPREAD)
         if not rest and rows & (rows - 1) == 0:
-            self._notices.append(
+            self._state.notices.append(
                 f"buffer.group_filter=spread has dropped {self._num_without_spread} groups in a row, because "
                 f"the rewards of each were all equal (the last: {ticket.training_samples[0].reward:g}): the "
                 "task is solved, or too hard for the policy; `areal-like data stats RUN` counts both kinds"

@@ -37,7 +37,10 @@ class LedgerState:
         """
         self.settings = settings
         self.store = store
-        self.counters = StreamCounters(reward_low=settings.reward_low, reward_high=settings.reward_high)
+        self.counters = StreamCounters(
+            reward_low=settings.buffer.curriculum_reward_low,
+            reward_high=settings.buffer.curriculum_reward_high,
+        )
         self.incarnations = IncarnationTable(store)
         self.versions = VersionTable(store)
         self.tickets = TicketTable(store, settings.shard)
@@ -45,7 +48,7 @@ class LedgerState:
         self.evals = EvalTable(store, keep=settings.keep_evaluations)
         self.leases = LeaseTable(
             store,
-            lease_timeout_s=settings.lease_timeout_s,
+            lease_timeout_s=settings.buffer.lease_timeout_s,
             first_lease_id=first_lease_id,
             shard=settings.shard,
         )
@@ -81,6 +84,8 @@ class LedgerState:
         """Why no train tickets are issued; empty while they are."""
         self.failure_reason = ""
         """Why the job cannot continue (too many failures in a row); empty while it can. Not stored."""
+        self.notices: list[str] = []
+        """Texts for the log: quarantines of servers, and consecutive groups without spread."""
         self.settings_changed = False
         """True if the steps were recorded under other settings (`recorded_settings`). Then no group is
         recorded until a trainer starts, which restarts the stream at the step of its checkpoint."""
@@ -117,3 +122,21 @@ class LedgerState:
         """Closes admission of train tickets for this reason; an empty reason opens it."""
         self.closed_reason = reason
         self.store.put_scalar("is_open", int(not reason))
+
+
+class LedgerPart:
+    """A part of a ledger's rules, with short names for the tables of its state."""
+
+    def __init__(self, state: LedgerState) -> None:
+        self._state = state
+        self._settings = state.settings
+        self._store = state.store
+        self._counters = state.counters
+        self._versions = state.versions
+        self._tickets = state.tickets
+        self._evals = state.evals
+        self._leases = state.leases
+        self._bound = state.bound
+        self._scheduler = state.scheduler
+        self._parts = state.parts
+        self._steps = state.steps

@@ -22,8 +22,7 @@ from areal_like.wire.messages.consumer import ClosedGroup, EarlyMember, Group, S
 from areal_like.wire.messages.evaluation import EvalResult
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import sampled_versions
-from buffer.ledger.lifecycle import TicketLifecycle
-from buffer.ledger.state import LedgerState
+from buffer.ledger.lifecycle import TicketRules
 from buffer.prompts.order import Prompt
 from buffer.storage.base import EvaluationRow, RollbackRow
 from buffer.tables.evaluations import RUNNING, check_request
@@ -42,20 +41,11 @@ from buffer.tickets import Drop, State, Ticket
 _STREAM_TYPES = {"cursor": int, "next_version": int, "pending": list, "curriculum": list}
 
 
-class TrainerSession:
+class TrainerSession(TicketRules):
     """CLOSED (no trainer) -> start_training -> OPEN -> close -> CLOSED.
 
     Fetches and evaluations work in both states.
     """
-
-    def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
-        self._state = state
-        self._lifecycle = lifecycle
-        self._settings = state.settings
-        self._tickets = state.tickets
-        self._steps = state.steps
-        self._scheduler = state.scheduler
-        self._versions = state.versions
 
     def refuse_older_trainer(self, incarnation: int) -> None:
         """Raises StaleIncarnationError if a newer trainer has started."""
@@ -132,7 +122,7 @@ class TrainerSession:
             step=step,
             lr=float(live.at(LR, step) or 0.0),
             eval_interval=int(live.at(EVAL_INTERVAL, step) or 0),
-            max_staleness=self._state.bound.current if bound in (None, "auto") else int(bound),
+            max_staleness=self._bound.current if bound in (None, "auto") else int(bound),
             evaluate=live.is_asked(EVALUATE, step - 1),
             checkpoint=live.is_asked(CHECKPOINT, step - 1),
         )
@@ -154,7 +144,7 @@ class TrainerSession:
         ticket = self._steps.recorded.get(step, {}).get(shard.local(position))
         if ticket is None:
             return None
-        records = self._state.store.records_of(ticket)
+        records = self._store.records_of(ticket)
         self._steps.mark_served(step, shard.local(position))
         return Group(
             step=step,
@@ -172,9 +162,7 @@ class TrainerSession:
 
     def _closed_groups(self, position: Ticket) -> list[ClosedGroup]:
         """What the baselines of a position's parts are computed from; empty for a whole group."""
-        groups = [
-            self._state.parts.group(ticket_id) for ticket_id in sorted({key for key, _ in position.parts})
-        ]
+        groups = [self._parts.group(ticket_id) for ticket_id in sorted({key for key, _ in position.parts})]
         return [
             ClosedGroup(
                 ticket_id=group.ticket_id,
@@ -279,8 +267,8 @@ class TrainerSession:
             )
         if not 0 <= max_staleness <= cap:
             raise RefusedError("max_staleness", f"want 0..{cap} (max_staleness_cap), got {max_staleness}")
-        self._state.bound.current = max_staleness
-        self._state.store.put_scalar("max_staleness", max_staleness)
+        self._bound.current = max_staleness
+        self._store.put_scalar("max_staleness", max_staleness)
 
     def request_eval(
         self,
@@ -296,7 +284,7 @@ class TrainerSession:
         A finished evaluation of an earlier trainer, which a restarted buffer has found in its store, counts
         as a different one if its weights or its size differ.
         """
-        round_ = self._state.evals.requested(
+        round_ = self._evals.requested(
             (eval_id, eval_set), size=(num_prompts, num_samples), min_version=min_version
         )
         if round_ is None:
@@ -321,7 +309,7 @@ class TrainerSession:
                 min_version=min_version,
                 state=RUNNING,
             )
-            self._state.evals.begin(row, tickets)
+            self._evals.begin(row, tickets)
             return None
         return (
             round_.result(lambda version: self._versions.weights_of(version)[0]) if round_.is_done else None
@@ -347,7 +335,7 @@ class TrainerSession:
         Raises RefusedError.
         """
         self._check_start(step, stream)
-        self._state.versions.continue_from(stream.get("next_version", 1))
+        self._versions.continue_from(stream.get("next_version", 1))
         self._steps.reset_served()
         known = min(step, max(self._steps.current, self._scheduler.num_full_steps))
         has_past = bool(self._state.trainer_incarnation)
@@ -376,7 +364,7 @@ class TrainerSession:
                 "is not a stream state of this program: was the checkpoint made by a different version of "
                 "this program?",
             )
-        num_steps, first = self._state.settings.num_steps, self._steps.first_kept
+        num_steps, first = self._settings.num_steps, self._steps.first_kept
         if not 0 <= step <= num_steps:
             raise RefusedError(
                 "step",
@@ -403,8 +391,8 @@ class TrainerSession:
         self._steps.count_until(step)
         self._steps.commit_to(step - 1)
         undone = [ticket for ticket in self._steps.tickets_from(step) if ticket.step < self._steps.current]
-        if self._state.versions.abandon(after_step=step, trainer_incarnation=incarnation) or undone:
-            self._state.store.put_rollback(
+        if self._versions.abandon(after_step=step, trainer_incarnation=incarnation) or undone:
+            self._store.put_row(
                 RollbackRow(
                     trainer_incarnation=incarnation,
                     from_step=self._steps.current,
@@ -426,7 +414,7 @@ class TrainerSession:
         unrecorded = [
             ticket for ticket in self._tickets.of_purpose(Purpose.TRAIN) if ticket.state is not State.BATCHED
         ]
-        may_use_abandoned = self._state.versions.may_use_abandoned
+        may_use_abandoned = self._versions.may_use_abandoned
         for ticket in unrecorded:
             abandoned = [index for index, one in ticket.samples.items() if may_use_abandoned(one)]
             if ticket.state is State.CLOSED:

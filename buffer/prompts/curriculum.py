@@ -30,7 +30,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
+
+from areal_like.config import BufferConfig
 
 _UNIT = 1000
 """Evidence of one sample."""
@@ -38,36 +39,6 @@ _PREFIX = "curriculum:"
 _FIELDS = ("index", "solved", "total", "clock")
 _ISSUED_SMOOTHING = 1 / 32
 """Weight of the newest prompt in the exponential mean over issued prompts."""
-
-
-class CurriculumKind(StrEnum):
-    """Score of a candidate."""
-
-    GOLDILOCKS = "goldilocks"
-    """sqrt(p (1 - p))"""
-    PACED = "paced"
-    """A Beta kernel around a target."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CurriculumSettings:
-    """Settings of a curriculum, as in `buffer.curriculum_*` of the configuration, which has the defaults."""
-
-    kind: CurriculumKind
-    pool: int
-    """Number of candidates of one choice."""
-    target: float
-    """Preferred solve rate of `paced`."""
-    exploration: float
-    """Fraction of choices that take the first candidate regardless of scores."""
-    memory: int
-    """Number of prompts whose outcomes are remembered; the one observed longest ago is evicted first."""
-    half_life: int
-    """Half-life of an outcome, in complete groups."""
-    reward_low: float
-    """Reward that counts as a solve rate of 0."""
-    reward_high: float
-    """Reward that counts as a solve rate of 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,9 +53,13 @@ class _Evidence:
 
 
 class Curriculum:
-    """Observes every complete group and chooses among candidates. Memory is bounded by `settings.memory`."""
+    """Observes every complete group and chooses among candidates.
 
-    def __init__(self, settings: CurriculumSettings) -> None:
+    `settings.curriculum_memory` bounds the memory.
+    """
+
+    def __init__(self, settings: BufferConfig) -> None:
+        """`settings.curriculum`: goldilocks or paced."""
         self.settings = settings
         self._clock = 0
         self._all = _Evidence(slot=-1, index=-1, solved=_UNIT // 2, total=_UNIT, clock=0)
@@ -96,7 +71,7 @@ class Curriculum:
 
     def choose(self, candidates: Sequence[int], *, uniform: float) -> int:
         """The candidate to issue. The random number `uniform` in [0, 1) decides about exploration."""
-        if uniform < self.settings.exploration:
+        if uniform < self.settings.curriculum_exploration:
             self.num_explored += 1
             chosen = candidates[0]
         else:
@@ -110,14 +85,14 @@ class Curriculum:
         Groups that the filter drops count too: a group without spread is the most informative about its
         prompt.
         """
-        low, high = self.settings.reward_low, self.settings.reward_high
+        low, high = self.settings.curriculum_reward_low, self.settings.curriculum_reward_high
         rates = [min(max((reward - low) / (high - low), 0.0), 1.0) for reward in rewards]
         solved, total = round(_UNIT * math.fsum(rates)), _UNIT * len(rates)
         self._clock += 1
         self._all = self._aged(self._all, solved, total)
         known = self._of.pop(index, None)
         if known is None:
-            full = len(self._of) >= self.settings.memory
+            full = len(self._of) >= self.settings.curriculum_memory
             slot = self._of.popitem(last=False)[1].slot if full else len(self._of)
             known = _Evidence(slot=slot, index=index, solved=0, total=0, clock=self._clock)
         self._of[index] = self._aged(known, solved, total)
@@ -139,7 +114,7 @@ class Curriculum:
     def status(self) -> dict[str, float | str]:
         """The entry `curriculum` of /status."""
         return {
-            "kind": self.settings.kind.value,
+            "kind": self.settings.curriculum,
             "solve_rate": round(self.mean_solve_rate, 4),
             "issued_solve_rate": round(self.issued_solve_rate, 4),
             "prompts_remembered": len(self._of),
@@ -172,7 +147,7 @@ class Curriculum:
         # A row without evidence is a slot that was cleared.
         observed = sorted((row for row in rows[1:] if row[2]), key=lambda row: row[3])
         newest = {index: (solved, total, clock) for index, solved, total, clock in observed}
-        kept = list(newest.items())[-self.settings.memory :]
+        kept = list(newest.items())[-self.settings.curriculum_memory :]
         self._all = _Evidence(slot=-1, index=-1, solved=rows[0][1], total=rows[0][2], clock=self._clock)
         self._of = OrderedDict(
             (index, _Evidence(slot=slot, index=index, solved=solved, total=total, clock=clock))
@@ -180,13 +155,13 @@ class Curriculum:
         )
 
     def _score(self, solve_rate: float) -> float:
-        if self.settings.kind is CurriculumKind.GOLDILOCKS:
+        if self.settings.curriculum == "goldilocks":
             return math.sqrt(solve_rate * (1 - solve_rate))
-        target = self.settings.target
+        target = self.settings.curriculum_target
         return float(solve_rate ** (2 * target) * (1 - solve_rate) ** (2 * (1 - target)))
 
     def _weight(self, evidence: _Evidence) -> float:
-        return float(0.5 ** ((self._clock - evidence.clock) / self.settings.half_life))
+        return float(0.5 ** ((self._clock - evidence.clock) / self.settings.curriculum_half_life))
 
     def _aged(self, evidence: _Evidence, solved: int, total: int) -> _Evidence:
         weight = self._weight(evidence)

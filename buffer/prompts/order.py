@@ -83,7 +83,6 @@ class PromptOrder:
         self._returned: deque[Prompt] = deque()
 
     def next(self) -> Prompt:
-        """The next prompt to issue."""
         if self._returned:
             return self._returned.popleft()
         if self.sources:
@@ -91,7 +90,9 @@ class PromptOrder:
         if self.curriculum is None:
             return Prompt(index=self._draw())
         uniform = self._uniform()
-        candidates = [self._draw() for _ in range(min(self.curriculum.settings.pool, self.num_own))]
+        candidates = [
+            self._draw() for _ in range(min(self.curriculum.settings.curriculum_pool, self.num_own))
+        ]
         return Prompt(index=self.curriculum.choose(candidates, uniform=uniform))
 
     def give_back(self, prompt: Prompt) -> None:
@@ -111,7 +112,7 @@ class PromptOrder:
         # This shard's prompts among those of the task: the local numbers first, ..., end - 1.
         before = sum(other.size for other in self.sources[:source])
         first, end = self._shard.share(before), self._shard.share(before + self.sources[source].size)
-        pool = 1 if self.curriculum is None else min(self.curriculum.settings.pool, end - first)
+        pool = 1 if self.curriculum is None else min(self.curriculum.settings.curriculum_pool, end - first)
         candidates = []
         for draw in range(number * pool, (number + 1) * pool):
             epoch, index = divmod(draw, end - first)

@@ -75,12 +75,10 @@ class StepLog:
         return self.release_before(step)
 
     def add(self, ticket: Ticket) -> None:
-        """Adds a ticket at its step and position."""
         self.num_recorded += 1
         self.recorded.setdefault(ticket.step, {})[ticket.position] = ticket
 
     def remove(self, ticket: Ticket) -> None:
-        """Removes a ticket from its step and position."""
         del self.recorded[ticket.step][ticket.position]
         if not self.recorded[ticket.step]:
             del self.recorded[ticket.step]
@@ -100,7 +98,6 @@ class StepLog:
         self._count_attempt()
 
     def complete_current(self) -> None:
-        """Records that the trainer has completed its current step."""
         self.reset_attempts(self.current)
         self._served.pop(self.current, None)
         self.move_to(self.current + 1)
@@ -133,7 +130,7 @@ class StepLog:
         """Steps from `step` on will be repeated with other groups: uncounts their samples."""
         if step < self.num_counted:
             for ticket in self.tickets_of(*range(step, self.num_counted)):
-                self._counters.uncount_trained(ticket)
+                self._counters.count_trained(ticket, sign=-1)
             self._set_num_counted(step)
 
     def _set_num_counted(self, step: int) -> None:

@@ -47,6 +47,8 @@ class StepScheduler:
         self._groups_per_step = groups_per_step
         self._num_steps = num_steps
         self._wait_for_overdue = wait_for_overdue
+        self.num_changes = 0
+        """Number of changes of tickets and positions, by which a caller can tell that nothing has changed."""
         self.step = 0
         """The open step: the one being recorded."""
         self.position = 0
@@ -58,14 +60,13 @@ class StepScheduler:
         self._num_due: Counter[int] = Counter()
         self.num_without_deadline = 0
         """Running tickets without a sample and without a lease."""
-        self._by_latest_deadline: dict[int, list[int]] = {}
-        """Deadline -> heap of running tickets, with outdated entries."""
-        self._num_by_latest: Counter[int] = Counter()
+        self._by_latest_deadline: list[tuple[int, int]] = []
+        """Heap of (latest deadline, running ticket), with outdated entries."""
 
     def num_free_before(self, step: int) -> int:
         """Free positions of the steps before this one, holes included."""
         num_behind_last = (step - self.step) * self._groups_per_step - self.position
-        return max(0, num_behind_last) + sum(hole < step for hole, _ in self._holes)
+        return max(0, num_behind_last) + sum([hole < step for hole, _ in self._holes])
 
     def num_taken_from(self, step: int) -> int:
         """Recorded positions of this step and later ones."""
@@ -75,7 +76,7 @@ class StepScheduler:
     @property
     def num_full_steps(self) -> int:
         """Steps, counted from step 0, that have no free position."""
-        return self._first_free[0]
+        return self._first_free[0] if self._holes else self.step
 
     def track(self, ticket_id: int, *, earliest_deadline: int | None, latest_deadline: int | None) -> None:
         """Sets the bounds on a running ticket's deadline; None: not known yet."""
@@ -88,25 +89,21 @@ class StepScheduler:
         else:
             self._num_due[earliest_deadline] += 1
         if latest_deadline is not None:
-            heapq.heappush(self._by_latest_deadline.setdefault(latest_deadline, []), ticket_id)
-            self._num_by_latest[latest_deadline] += 1
+            heapq.heappush(self._by_latest_deadline, (latest_deadline, ticket_id))
 
     def remove(self, ticket_id: int) -> None:
         """Removes a ticket that is no longer running or ready."""
+        self.num_changes += 1
         self._ready.discard(ticket_id)
         if ticket_id not in self._tracked:
             return
-        earliest, latest = self._tracked.pop(ticket_id)
+        earliest, _ = self._tracked.pop(ticket_id)
         if earliest is None:
             self.num_without_deadline -= 1
         else:
             self._num_due[earliest] -= 1
             if not self._num_due[earliest]:
                 del self._num_due[earliest]
-        if latest is not None:
-            self._num_by_latest[latest] -= 1
-            if not self._num_by_latest[latest]:
-                del self._num_by_latest[latest], self._by_latest_deadline[latest]
 
     def add_ready(self, ticket_id: int, *, deadline: int) -> None:
         """Marks a ticket as READY. Its group is complete, so its deadline is exact."""
@@ -116,17 +113,13 @@ class StepScheduler:
 
     def next_overdue(self, first: int) -> int | None:
         """A running or ready ticket whose deadline is before step `first`; None if there is none."""
-        # There are at most max_staleness + 1 keys.
-        missed = [deadline for deadline in self._by_latest_deadline if deadline < first]
-        if missed:
-            latest = min(missed)
-            tickets = self._by_latest_deadline[latest]
-            while self._tracked.get(tickets[0], (None, None))[1] != latest:
-                heapq.heappop(tickets)
-            return tickets[0]
-        if not self._ready_expires:
-            return None
-        head = self._head()
+        running = self._by_latest_deadline
+        while running and running[0][0] < first:
+            latest, ticket_id = running[0]
+            if self._tracked.get(ticket_id, (None, None))[1] == latest:
+                return ticket_id
+            heapq.heappop(running)
+        head = self._head() if self._ready_expires else None
         return head[1] if head and head[0] < first else None
 
     def may_record(self, *, trainer_step: int) -> bool:
@@ -154,6 +147,7 @@ class StepScheduler:
 
     def free(self, position: StepPosition) -> None:
         """Frees a position whose group was removed."""
+        self.num_changes += 1
         self._holes.add(position)
         while (last := self._before(self.step, self.position)) in self._holes:
             self._holes.remove(last)
@@ -161,6 +155,7 @@ class StepScheduler:
 
     def restore(self, taken: Collection[StepPosition], *, first_step: int) -> None:
         """Sets the recorded positions from `first_step` on; steps before it are full."""
+        self.num_changes += 1
         self._holes.clear()
         last = max(taken, default=self._before(first_step, 0))
         self._open(last[0], last[1] + 1)

@@ -40,11 +40,9 @@ from buffer.service.handlers import NEEDS_DURABILITY, Handlers
 from buffer.service.job_watch import JobWatch
 from buffer.service.operations import Operations
 from buffer.service.outbox import Outbox
-from buffer.service.peer_keys import KEY_FIELDS, ROLES, PeerKeys
-from buffer.service.peers import ConnectedPeers
+from buffer.service.peers import KEY_FIELDS, ROLES, ConnectedPeers, PeerKeys
 from buffer.service.prometheus import BufferSeries
 from buffer.service.registration import refusal_of
-from buffer.service.run_end import RunEnd
 from buffer.settings import LedgerSettings
 from buffer.storage.durable import open_store
 
@@ -67,6 +65,46 @@ async def main(runtime: Runtime) -> None:
         await daemon.serve()
     finally:
         daemon.close()
+
+
+class RunEnd:
+    """The end of a finished run: how long the buffer keeps running so that it can tell every peer. Pure.
+
+        (the run is finished) -> has_ended(): every peer has said goodbye, or `linger_s` is over
+
+    A server that was lost recently may be restarting, and a buffer that is started for a finished run does
+    not know which peers are left. In both cases the buffer waits for the whole time. Times are seconds on any
+    one clock.
+    """
+
+    def __init__(self, peers: ConnectedPeers, *, linger_s: float, was_finished: bool) -> None:
+        """`was_finished`: an earlier buffer served the run to its end."""
+        self._peers = peers
+        self._linger_s = linger_s
+        self._was_finished = was_finished
+        self._lost_s: dict[str, float] = {}
+        self._since_s: float | None = None
+
+    def lost(self, name: str, *, now_s: float) -> None:
+        """Notes that a server stopped responding."""
+        self._lost_s[name] = now_s
+
+    def reopened(self) -> None:
+        """Notes that a trainer has resumed at an earlier step."""
+        self._was_finished, self._since_s = False, None
+
+    def has_ended(self, *, now_s: float) -> bool:
+        """True if the buffer of a finished run may end. Poll it from the end of the run on."""
+        if self._since_s is None:
+            self._since_s = now_s
+        if now_s - self._since_s >= self._linger_s:
+            return True
+        may_come_back = any(
+            now_s - lost_s < self._linger_s and self._peers.named(name) is None
+            for name, lost_s in self._lost_s.items()
+        )
+        has_peers = any(self._peers.of(role) for role in Role)
+        return not (has_peers or may_come_back or self._was_finished)
 
 
 class BufferDaemon:
@@ -330,6 +368,8 @@ class BufferDaemon:
 
     def _remove_revoked(self) -> None:
         """Removes peers whose key was revoked; the leases of servers are returned."""
+        if self._runtime.keyring is None:
+            return
         for role in Role:
             for peer in self._keys.revoked(self._peers.of(role), now_s=self._loop.time()):
                 name = peer.hello.name

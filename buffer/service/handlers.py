@@ -26,11 +26,9 @@ from areal_like.wire.messages.hello import (
 )
 from areal_like.wire.pump import log_at_powers_of_2
 from buffer.ledger.ledger import Ledger
-from buffer.service.name_claims import Newcomer
 from buffer.service.outbox import Outbox
-from buffer.service.peer_keys import PeerKeys
-from buffer.service.peers import ConnectedPeers, Peer
-from buffer.service.registration import Registration
+from buffer.service.peers import ConnectedPeers, Peer, PeerKeys
+from buffer.service.registration import Newcomer, Registration
 from buffer.tickets import Verdict
 
 log = logging.getLogger(__name__)
@@ -155,8 +153,10 @@ class Handlers:
         name = peer.hello.name
         match message:
             case producer.ServerHeartbeat():
+                server = self._ledger.servers[name]
+                if (server.state, server.weights_version) != (message.state, message.weights_version):
+                    self._outbox.servers_changed()
                 self._ledger.dispatcher.heartbeat(name, message, now_s=self._clock())
-                self._outbox.servers_changed()
                 peer.state, peer.waits = message.state.value, message.waits
                 self._take_stats(peer, message.stats)
                 return self._heartbeat_ack(sent_s=message.sent_s)

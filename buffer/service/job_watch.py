@@ -65,7 +65,7 @@ class JobWatch:
         if any(name.startswith("buffer: ") for wait in waits for name in wait):
             self._wait_s += now_s - self._looked_s
             if is_held_back(self._ledger.state):
-                self._ledger.state.counters.count_held_back(now_s - self._looked_s)
+                self._ledger.state.counters.count("held_back_s", now_s - self._looked_s)
             self._reserved_s += (now_s - self._looked_s) * facts.is_reserving
         self._looked_s = now_s
         self._watchdog.look(
@@ -87,7 +87,6 @@ class JobWatch:
         return self._watchdog.report()
 
     def facts(self, *, now_s: float) -> JobFacts:
-        """The current facts."""
         ledger, state = self._ledger, self._ledger.state
         servers = ledger.servers
         self._lost = {
@@ -148,7 +147,6 @@ class JobWatch:
                 stats=peer.stats,
                 held_back=_held_back(server),
                 lies=_lies(server),
-                num_leases=len(server.leases),
                 free_samples=server.free_samples,
                 weights_version=server.weights_version,
             )

@@ -23,7 +23,7 @@ import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from areal_like.config import Config
 from areal_like.config.common import NAME
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 _MAX_SETTINGS = 16
 _TEXTS = (str, int, float)
+T = TypeVar("T")
 Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
@@ -73,7 +74,6 @@ class Operations:
 
     @property
     def verbs(self) -> dict[str, Verb]:
-        """Verb -> handler."""
         return {
             "drop": self._drop,
             "unfence": self._unfence,
@@ -93,26 +93,16 @@ class Operations:
             or not all(type(ticket_id) is int for ticket_id in ticket_ids)
         ):
             raise UserError('want {"tickets": [ID, ...]}')
-        refusal = ""
-        with self._changing():
-            try:
-                self._ledger.operator.poison(ticket_ids)
-            except RefusedError as error:
-                refusal = "ticket {} {}".format(*error.args)
-        if refusal:
-            raise UserError(refusal)
+        await self._changed_by(lambda: self._ledger.operator.poison(ticket_ids), refusal="ticket {} {}")
         log.warning("an operator dropped tickets %s", ticket_ids)
-        await self._durable()
         return {"dropped": ticket_ids}
 
     async def _unfence(self, body: dict[str, Any]) -> dict[str, Any]:
         name = fenced_name(body.get("name"))
         if name not in self._ledger.state.incarnations:
             raise UserError(f"no process of this run has had the name {name}")
-        with self._changing():
-            change = self._registration.unfence(name, unix_s=time.time())
+        change = await self._changed_by(lambda: self._registration.unfence(name, unix_s=time.time()))
         log.warning("an operator unfenced %s: %s", name, change)
-        await self._durable()
         return {"unfenced": name, "change": change}
 
     async def _drain_server(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -134,43 +124,47 @@ class Operations:
         is_known = peer is not None and peer.hello.role is Role.ROLLOUT
         if not isinstance(name, str) or not (is_known or name in self._ledger.state.holds.cordoned):
             raise UserError(self._no_server(name))
-        with self._changing():
-            has_changed = self._ledger.operator.set_cordoned(name, is_cordoned, unix_s=time.time())
+        has_changed = await self._changed_by(
+            lambda: self._ledger.operator.set_cordoned(name, is_cordoned, unix_s=time.time())
+        )
         log.warning("an operator %s %s", "cordons" if is_cordoned else "uncordons", name)
-        await self._durable()
         return {"server": name, "changed": has_changed}
 
     async def _set(self, body: dict[str, Any]) -> dict[str, Any]:
         if not 0 < len(body) <= _MAX_SETTINGS or not all(type(value) in _TEXTS for value in body.values()):
             raise UserError('want {KEY: VALUE, ...}, as {"trainer.lr": 1e-5, "evaluate": "now"}')
-        refusal, changes = "", []
-        with self._changing():
-            try:
-                changes = self._ledger.operator.change_settings(
-                    {key: str(value) for key, value in body.items()}, unix_s=time.time()
-                )
-            except RefusedError as error:
-                refusal = "{}: {}".format(*error.args)
-        if refusal:
-            raise UserError(refusal)
+        wanted = {key: str(value) for key, value in body.items()}
+        changes = await self._changed_by(
+            lambda: self._ledger.operator.change_settings(wanted, unix_s=time.time())
+        )
         for change in changes:
             log.warning("an operator sets %s=%s, step %d", change.key, change.value, change.step)
         follow_level(self._ledger.state.live.log_level)
-        await self._durable()
         return {"changes": [dataclasses.asdict(change) for change in changes]}
 
     async def _set_paused(self, is_paused: bool, _: dict[str, Any]) -> dict[str, Any]:
-        with self._changing():
-            has_changed = self._ledger.operator.set_paused(is_paused, unix_s=time.time())
+        has_changed = await self._changed_by(
+            lambda: self._ledger.operator.set_paused(is_paused, unix_s=time.time())
+        )
         log.warning("an operator %s the run", "pauses" if is_paused else "resumes")
-        await self._durable()
         return {"paused": is_paused, "changed": has_changed}
 
-    async def _durable(self) -> None:
+    async def _changed_by(self, change: Callable[[], T], *, refusal: str = "{}: {}") -> T:
+        """The result of a change, when it is durable. Raises UserError if the ledger refuses the change."""
+        made: list[T] = []
+        reason = "the job has failed: see the buffer's log"
+        with self._changing():
+            try:
+                made.append(change())
+            except RefusedError as error:
+                reason = refusal.format(*error.args)
+        if not made:
+            raise UserError(reason)
         self._changed()
         durable = asyncio.Event()
         self._ledger.state.store.when_durable(durable.set)
         await durable.wait()
+        return made[0]
 
 
 def fenced_name(name: Any) -> str:

@@ -138,7 +138,7 @@ class BufferSeries:
         for name, counter in self._unlabeled.items():
             self._raise_to(counter, counters[name])
         for role in Role:
-            self._peers.labels(role.value).set(len(peers.of(role)))
+            self._peers.labels(role.value).set(peers.count(role))
         steps = (state.steps.current, state.steps.committed + 1, state.scheduler.step)
         for of, step in zip(_STEPS, steps, strict=True):
             self._steps.labels(of).set(step)
@@ -169,7 +169,6 @@ class ResponseLengths(Collector):
         self.counters: Mapping[str, float] = {}
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """One histogram for each population."""
         family = HistogramMetricFamily(
             f"{PREFIX}_response_tokens",
             "Sampled tokens of a train sample: offered with a reward, trained on, failed",

@@ -56,7 +56,6 @@ class RateWindow:
         return max(0.0, value - first.get(name, 0.0)) / (now_s - since_s)
 
     def seconds(self, *, now_s: float) -> float:
-        """Length of the window."""
         return now_s - self._seen[0][0] if self._seen else 0.0
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
 
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import Record
@@ -110,6 +109,10 @@ class EvaluationRow:
     """`running`, `done`, `released` (done, and its samples are no longer needed), or `cancelled`."""
 
 
+EventRow = EvaluationRow | VersionRow | RollbackRow | OperationRow | SettingRow
+"""Rows that are written as they are, in the order in which they were made."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentRow:
     """One file of trajectories."""
@@ -167,8 +170,11 @@ class Blocked(StrEnum):
     """A write has not returned."""
 
 
-class Store(Protocol):
-    """Rows and records of one ledger. Used from one event loop."""
+class Store:
+    """Rows and records of one ledger. Used from one event loop.
+
+    A subclass keeps the records. Rows are lost unless it writes them, too (`RowRecorder`).
+    """
 
     def put_ticket(self, ticket: Ticket) -> None:
         """The ticket was issued, or its state, drop reason, bound, step, position, begin or closing changed.
@@ -181,6 +187,7 @@ class Store(Protocol):
 
     def put_sample(self, sample: SampleSummary, record: Record) -> None:
         """A sample was accepted. The row of its lease need not be written again."""
+        raise NotImplementedError
 
     def put_failure(self, ticket: Ticket, sample_index: int) -> None:
         """A sample failed; `ticket.num_failures` and `ticket.failed` have the new state."""
@@ -191,11 +198,9 @@ class Store(Protocol):
     def end_lease(self, lease_id: int) -> None:
         """A lease is finished or lost."""
 
-    def put_evaluation(self, row: EvaluationRow) -> None:
-        """An evaluation was requested, or its state changed."""
-
-    def put_version(self, row: VersionRow) -> None:
-        """A weight version was allocated."""
+    def put_row(self, row: EventRow) -> None:
+        """An evaluation was requested or changed its state, a version was allocated, trained steps were
+        undone, an operator did something, or a setting has another value from a step on."""
 
     def put_scalar(self, name: str, value: int) -> None:
         """A named number of the ledger changed: `trainer_step`, `committed_step`, `cursor`, ..."""
@@ -209,43 +214,40 @@ class Store(Protocol):
     def put_attempt(self, step: int, num_starts: int) -> None:
         """`num_starts` trainers have begun `step`; 0: the step is complete, or its data changed."""
 
-    def put_rollback(self, row: RollbackRow) -> None:
-        """Trained steps were undone."""
-
-    def put_operation(self, row: OperationRow) -> None:
-        """An operator did something."""
-
-    def put_setting(self, row: SettingRow) -> None:
-        """A setting has another value from a step on, or an action is to be done."""
-
     def put_counters(self, values: Mapping[str, float]) -> None:
         """New values of some counters; the others stay."""
 
     def release(self, ticket: Ticket) -> None:
         """The records of this ticket (trained, evaluated or split) are no longer needed. A position of parts
         has none of its own."""
+        raise NotImplementedError
 
     def records_of(self, ticket: Ticket) -> list[Record]:
         """All records of a complete ticket, in the order of `Ticket.record_keys`.
 
         Raises StoreCorruptError if they are damaged.
         """
+        raise NotImplementedError
 
     def when_durable(self, then: Callable[[], None]) -> None:
-        """Calls `then` in the event loop once everything written so far is as durable as the store promises.
+        """Calls `then` in the event loop once everything written so far is as durable as the store promises:
+        at once if there is no disk to wait for.
 
         Calls keep their order.
         """
+        then()
 
     def recover(self, *, ignoring: Collection[int] = ()) -> Recovered:
         """Everything that earlier processes wrote. Call it once, before the first write.
 
         Raises StoreCorruptError if trajectories of live tickets are damaged, except tickets in `ignoring`.
         """
+        return Recovered()
 
     @property
     def num_bytes(self) -> int:
         """Bytes of records held in memory."""
+        raise NotImplementedError
 
     @property
     def write_blocked_reason(self) -> str:
@@ -253,6 +255,7 @@ class Store(Protocol):
 
         Admit nothing new while it is set.
         """
+        return ""
 
     def close(self) -> None:
         """Writes pending rows and records, as far as the disk has space, and closes the files."""

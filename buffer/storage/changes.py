@@ -13,7 +13,7 @@ from typing import Any
 
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.storage.base import EvaluationRow, OperationRow, Recovered, RollbackRow, SettingRow, VersionRow
+from buffer.storage.base import EventRow, Recovered, Store
 from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
 
 Row = tuple[Any, ...]
@@ -30,17 +30,12 @@ class Changes:
     """Accepted samples. Their rows also contain the position of the record on disk, which the writer adds."""
     failures: dict[tuple[int, int], tuple[int, bool]] = field(default_factory=dict)
     """Number of failures, and whether the sample was given up, by (ticket id, sample index)."""
-    evaluations: dict[int, EvaluationRow] = field(default_factory=dict)
-    """Evaluations by first ticket."""
     leases: dict[int, Row | None] = field(default_factory=dict)
-    versions: list[VersionRow] = field(default_factory=list)
+    rows: list[EventRow] = field(default_factory=list)
     scalars: dict[str, int] = field(default_factory=dict)
     returned: dict[int, Row | None] = field(default_factory=dict)
     """Prompts by index in the queue of prompts given back."""
     attempts: dict[int, int] = field(default_factory=dict)
-    rollbacks: list[RollbackRow] = field(default_factory=list)
-    operations: list[OperationRow] = field(default_factory=list)
-    settings: list[SettingRow] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
     evaluated: list[int] = field(default_factory=list)
     """Tickets whose records are kept but will not be fetched: they need no memory."""
@@ -51,11 +46,8 @@ class Changes:
         return any(getattr(self, name) for name in self.__slots__)
 
 
-class RowRecorder:
-    """Implements the `put_*` methods of `Store`: each adds its row to `changes`.
-
-    Subclasses write `changes` to a database.
-    """
+class RowRecorder(Store):
+    """A store whose `put_*` methods add their rows to `changes`. Subclasses write `changes` to a database."""
 
     def __init__(self) -> None:
         self.changes = Changes()
@@ -129,12 +121,8 @@ class RowRecorder:
         self.changes.leases[lease_id] = None
         self._changed()
 
-    def put_evaluation(self, row: EvaluationRow) -> None:
-        self.changes.evaluations[row.first_ticket] = row
-        self._changed()
-
-    def put_version(self, row: VersionRow) -> None:
-        self.changes.versions.append(row)
+    def put_row(self, row: EventRow) -> None:
+        self.changes.rows.append(row)
         self._changed()
 
     def put_scalar(self, name: str, value: int) -> None:
@@ -155,18 +143,6 @@ class RowRecorder:
 
     def put_attempt(self, step: int, num_starts: int) -> None:
         self.changes.attempts[step] = num_starts
-        self._changed()
-
-    def put_rollback(self, row: RollbackRow) -> None:
-        self.changes.rollbacks.append(row)
-        self._changed()
-
-    def put_operation(self, row: OperationRow) -> None:
-        self.changes.operations.append(row)
-        self._changed()
-
-    def put_setting(self, row: SettingRow) -> None:
-        self.changes.settings.append(row)
         self._changed()
 
     def put_counters(self, values: Mapping[str, float]) -> None:

@@ -27,21 +27,18 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
-from areal_like.config import Config
-from areal_like.errors import StoreCorruptError, UserError
-from areal_like.ledger_place import network_warning
+from areal_like.config import BufferConfig, Config
+from areal_like.errors import ConfigError, StoreCorruptError, UserError
+from areal_like.ledger_place import network_warning, recorded_shards, wanted_place
 from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.records import Record, RecordLocation, read_record, segment_path
 from buffer.storage import sql
 from buffer.storage.base import Recovered, SegmentRow, Store
 from buffer.storage.changes import Changes, RowRecorder
-from buffer.storage.memory import MemoryBesideLedger, MemoryStore
-from buffer.storage.place import open_place
+from buffer.storage.memory import MemoryStore, MemoryWithLedger
 from buffer.storage.record_cache import RecordCache
 from buffer.storage.segments import SegmentWriter, sync_directory, unreferenced_tail
 from buffer.storage.writer import Batch, Writer
@@ -53,38 +50,15 @@ _MAX_LISTED = 10
 """Maximum number of damaged records listed in an error message."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoreSettings:
-    """Settings of the store, as in `buffer.*` of the configuration, which has the defaults."""
-
-    durability: str
-    retain_trajectories: bool
-    segment_bytes: int
-    cache_bytes: int
-    min_free_bytes: int
-
-    @classmethod
-    def from_config(cls, config: Config) -> Self:
-        """The settings of a job."""
-        return cls(
-            durability=config.buffer.durability,
-            retain_trajectories=config.buffer.retain_trajectories,
-            segment_bytes=config.buffer.segment_bytes,
-            cache_bytes=config.buffer.cache_bytes,
-            min_free_bytes=config.buffer.min_free_bytes,
-        )
-
-
 def open_store(config: Config, *, on_error: Callable[[Exception], None], shard: Shard = WHOLE) -> Store:
     """Opens the store that `buffer.durability` selects, in the directory that `buffer.ledger_dir` selects."""
-    settings = StoreSettings.from_config(config)
-    if settings.durability == "none":
+    if config.buffer.durability == "none":
         ledger = RunPaths.of(config).ledger_of(shard)
         has_ledger = (ledger / "ledger.sqlite3").is_file()
-        return MemoryBesideLedger(ledger) if has_ledger else MemoryStore()
+        return MemoryWithLedger(ledger) if has_ledger else MemoryStore()
     if warning := network_warning(config):
         log.warning("%s", warning)
-    return DurableStore(open_place(config, shard=shard), settings, on_error=on_error)
+    return DurableStore(open_place(config, shard=shard), config.buffer, on_error=on_error)
 
 
 class DurableStore(RowRecorder):
@@ -94,7 +68,7 @@ class DurableStore(RowRecorder):
     """
 
     def __init__(
-        self, directory: Path, settings: StoreSettings, *, on_error: Callable[[Exception], None]
+        self, directory: Path, settings: BufferConfig, *, on_error: Callable[[Exception], None]
     ) -> None:
         """Raises UserError if another process uses the directory.
 
@@ -332,3 +306,64 @@ def _lock(directory: Path) -> int:
     os.ftruncate(file, 0)
     os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
     return file
+
+
+def open_place(config: Config, *, shard: Shard = WHOLE) -> Path:
+    """The directory of the shard's ledger; makes the link to it if `buffer.ledger_dir` needs one.
+
+        <runs_dir>/<name>/ledger                                     without `buffer.ledger_dir`
+        <runs_dir>/<name>/ledger -> <ledger_dir>/<name>/ledger       with it
+
+    Every reader finds the ledger through the link and needs no setting. A link whose directory is missing is
+    an error: a buffer that was started on another machine must not begin a second, empty ledger.
+
+    Raises ConfigError if the run's ledger is elsewhere, or the run has another number of shards.
+    """
+    count = recorded_shards(RunPaths.of(config))
+    if count is not None and count != shard.count:  # before it begins a second, empty ledger
+        raise ConfigError(
+            f"buffer.num_shards={shard.count}: the ledgers of this run are of {count}, and the number of "
+            f"shards cannot change during a run: set buffer.num_shards={count}"
+        )
+    path, target = RunPaths.of(config).ledger_of(shard), wanted_place(config, shard)
+    if path.is_symlink() and not path.is_dir():
+        raise ConfigError(
+            f"{path} is a link to {path.readlink()}, which this machine does not have: start the buffer on "
+            "the machine that has it, or copy it from there. To give up the groups in it, remove the link: "
+            "the run then continues from its newest checkpoint with a new ledger"
+        )
+    if target == path or (path.is_symlink() and path.resolve() == target.resolve()):
+        return path
+    if path.is_symlink() or _holds_files(path):
+        raise ConfigError(
+            f"buffer.ledger_dir={config.buffer.ledger_dir}, but the ledger of this run is in "
+            f"{path.resolve()}: give the same buffer.ledger_dir as before, or move that directory to "
+            f"{target} and make {path} a link to it"
+        )
+    if _holds_files(target):
+        raise ConfigError(
+            f"{target} holds the ledger of another run: choose another buffer.ledger_dir or name=..., or "
+            f"remove it. If it is this run's, make {path} a link to it"
+        )
+    _make_link(path, target)
+    return path
+
+
+def _holds_files(directory: Path) -> bool:
+    return directory.is_dir() and any(directory.iterdir())
+
+
+def _make_link(path: Path, target: Path) -> None:
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            path.rmdir()
+        path.symlink_to(target, target_is_directory=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the ledger cannot be in {target} with a link in {path.parent}: {error.strerror}; "
+            "choose another buffer.ledger_dir"
+        ) from None
+    for directory in (target.parent, path.parent):
+        sync_directory(directory)

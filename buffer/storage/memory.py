@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from pathlib import Path
 
 from areal_like.errors import StoreCorruptError, UserError
 from areal_like.wire.records import Record
-from buffer.prompts.order import Prompt
 from buffer.settings import DURABILITY
 from buffer.storage import sql
-from buffer.storage.base import EvaluationRow, OperationRow, Recovered, RollbackRow, SettingRow, VersionRow
-from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
+from buffer.storage.base import EventRow, SettingRow, Store
+from buffer.tickets import SampleSummary, State, Ticket
+
+log = logging.getLogger(__name__)
 
 
-class MemoryStore:
+class MemoryStore(Store):
     """A `Store` that acknowledges at once.
 
     Its size depends on the number of tickets in flight and not on the length of the run.
@@ -34,39 +34,8 @@ class MemoryStore:
             self.release(ticket)
 
     def put_sample(self, sample: SampleSummary, record: Record) -> None:
-        """Keeps the record."""
         self._records.setdefault(record.ticket_id, {})[record.sample_index] = record
         self._num_bytes += len(record.data)
-
-    # Rows are not kept.
-
-    def put_parts(self, position: Ticket) -> None: ...
-
-    def put_failure(self, ticket: Ticket, sample_index: int) -> None: ...
-
-    def put_lease(self, lease: LeaseRecord, *, server_incarnation: int) -> None: ...
-
-    def end_lease(self, lease_id: int) -> None: ...
-
-    def put_evaluation(self, row: EvaluationRow) -> None: ...
-
-    def put_version(self, row: VersionRow) -> None: ...
-
-    def put_scalar(self, name: str, value: int) -> None: ...
-
-    def push_returned(self, prompt: Prompt) -> None: ...
-
-    def pop_returned(self) -> None: ...
-
-    def put_attempt(self, step: int, num_starts: int) -> None: ...
-
-    def put_rollback(self, row: RollbackRow) -> None: ...
-
-    def put_operation(self, row: OperationRow) -> None: ...
-
-    def put_setting(self, row: SettingRow) -> None: ...
-
-    def put_counters(self, values: Mapping[str, float]) -> None: ...
 
     def release(self, ticket: Ticket) -> None:
         for record in self._records.pop(ticket.ticket_id, {}).values():
@@ -75,29 +44,12 @@ class MemoryStore:
     def records_of(self, ticket: Ticket) -> list[Record]:
         return [self._records[ticket_id][index] for ticket_id, index in ticket.record_keys]
 
-    def when_durable(self, then: Callable[[], None]) -> None:
-        """Calls `then` at once: there is no disk to wait for."""
-        then()
-
-    def recover(self, *, ignoring: Collection[int] = ()) -> Recovered:
-        """Always empty."""
-        return Recovered()
-
     @property
     def num_bytes(self) -> int:
         return self._num_bytes
 
-    @property
-    def write_blocked_reason(self) -> str:
-        return ""
 
-    def close(self) -> None: ...
-
-
-log = logging.getLogger(__name__)
-
-
-class MemoryBesideLedger(MemoryStore):
+class MemoryWithLedger(MemoryStore):
     """The store of a run that continues with `buffer.durability=none` although it has a ledger on disk.
 
     The steps of such a buffer are not in any ledger. The ledger on disk gets one row with the first of these
@@ -110,8 +62,8 @@ class MemoryBesideLedger(MemoryStore):
         super().__init__()
         self._file = ledger / "ledger.sqlite3"
 
-    def put_setting(self, row: SettingRow) -> None:
-        if row.key != DURABILITY:
+    def put_row(self, row: EventRow) -> None:
+        if not isinstance(row, SettingRow) or row.key != DURABILITY:
             return
         try:
             with closing(sql.connect(self._file, synchronous="NORMAL")) as connection:

@@ -41,7 +41,6 @@ class RecordCache:
             self._evict(ticket_id, sample_index)
 
     def get(self, ticket_id: int, sample_index: int) -> Record | None:
-        """The record, or None if it is not in memory."""
         return self._records.get(ticket_id, {}).get(sample_index)
 
     def mark_served(self, ticket_id: int) -> None:

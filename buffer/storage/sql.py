@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ from buffer.prompts.order import Prompt
 from buffer.storage.base import (
     EvaluationRow,
     LeaseRow,
+    OperationRow,
     Recovered,
     RollbackRow,
     SegmentRow,
@@ -222,62 +223,34 @@ def _write(connection: sqlite3.Connection, changes: Changes, locations: Iterable
         "INSERT OR REPLACE INTO failures VALUES",
         [(*key, *counted) for key, counted in changes.failures.items()],
     )
-    _insert(
-        connection,
-        "INSERT OR REPLACE INTO evaluations VALUES",
-        [dataclasses.astuple(row) for row in changes.evaluations.values()],
-    )
-    _insert(
-        connection, "INSERT OR REPLACE INTO leases VALUES", [row for row in changes.leases.values() if row]
-    )
-    _each(
-        connection,
-        "DELETE FROM leases WHERE lease_id IN",
-        [lease_id for lease_id, row in changes.leases.items() if not row],
-    )
-    _insert(
-        connection,
-        "INSERT INTO versions VALUES",
-        [dataclasses.astuple(row) for row in changes.versions],
-    )
+    for kind, (statement, key) in _EVENTS.items():
+        rows = [(*key, *dataclasses.astuple(row)) for row in changes.rows if type(row) is kind]
+        _insert(connection, statement, rows)
+    _replace(connection, "leases", "lease_id", changes.leases)
+    _replace(connection, "returned_prompts", "place", changes.returned)
+    attempts = {step: (step, num) if num else None for step, num in changes.attempts.items()}
+    _replace(connection, "attempts", "step", attempts)
     # On disk the table of scalars is called `marks`, and the table of counters `statistics`.
     _insert(connection, "INSERT OR REPLACE INTO marks VALUES", list(changes.scalars.items()))
-    _insert(
-        connection,
-        "INSERT OR REPLACE INTO returned_prompts VALUES",
-        [row for row in changes.returned.values() if row],
-    )
-    _each(
-        connection,
-        "DELETE FROM returned_prompts WHERE place IN",
-        [queue_index for queue_index, row in changes.returned.items() if not row],
-    )
-    _insert(
-        connection,
-        "INSERT OR REPLACE INTO attempts VALUES",
-        [item for item in changes.attempts.items() if item[1]],
-    )
-    _each(
-        connection,
-        "DELETE FROM attempts WHERE step IN",
-        [step for step, num_starts in changes.attempts.items() if not num_starts],
-    )
-    _insert(
-        connection,
-        "INSERT INTO rollbacks VALUES",
-        [(None, *dataclasses.astuple(row)) for row in changes.rollbacks],
-    )
-    _insert(
-        connection,
-        "INSERT INTO operations VALUES",
-        [(None, *dataclasses.astuple(row)) for row in changes.operations],
-    )
-    _insert(
-        connection,
-        "INSERT INTO settings VALUES",
-        [(None, *dataclasses.astuple(row)) for row in changes.settings],
-    )
     _insert(connection, "INSERT OR REPLACE INTO statistics VALUES", list(changes.counters.items()))
+
+
+_EVENTS: dict[type, tuple[str, Row]] = {
+    EvaluationRow: ("INSERT OR REPLACE INTO evaluations VALUES", ()),
+    VersionRow: ("INSERT INTO versions VALUES", ()),
+    RollbackRow: ("INSERT INTO rollbacks VALUES", (None,)),
+    OperationRow: ("INSERT INTO operations VALUES", (None,)),
+    SettingRow: ("INSERT INTO settings VALUES", (None,)),
+}
+"""Kind of row -> statement, and the columns before those of the row: None for a key that SQLite chooses."""
+
+
+def _replace(connection: sqlite3.Connection, table: str, key: str, rows: Mapping[int, Row | None]) -> None:
+    """Writes the rows, and deletes those that are None. `key`: the column of the rows' keys."""
+    _insert(connection, f"INSERT OR REPLACE INTO {table} VALUES", [row for row in rows.values() if row])
+    _each(
+        connection, f"DELETE FROM {table} WHERE {key} IN", [number for number, row in rows.items() if not row]
+    )
 
 
 def _insert(connection: sqlite3.Connection, statement: str, rows: Sequence[Row], ending: str = "") -> None:
@@ -359,12 +332,13 @@ def read_all(connection: sqlite3.Connection) -> Recovered:
         f"SELECT samples.ticket_id, sample_index, truncated, failure, token_steps, {', '.join(_OF_SAMPLE)} "
         "FROM tickets CROSS JOIN samples USING (ticket_id) WHERE released = 0"
     ):
-        tickets[ticket_id].samples[sample_index] = SampleSummary(
+        sample = SampleSummary(
             **dict(zip(_OF_SAMPLE, columns, strict=True)),
             token_steps=tuple((step, count) for step, count in json.loads(token_steps)),
             is_truncated=bool(truncated),
             failure=failure,
         )
+        tickets[ticket_id].add_sample(sample_index, sample)
         tickets[ticket_id].unleased.discard(sample_index)
     for ticket_id, sample_index, count, given_up in query(
         "SELECT failures.* FROM tickets CROSS JOIN failures USING (ticket_id) WHERE released = 0"
@@ -452,10 +426,7 @@ def read_locations(connection: sqlite3.Connection) -> dict[int, dict[int, Record
 
 def read_segments(connection: sqlite3.Connection) -> list[SegmentRow]:
     """All files of trajectories, oldest first; the last one is the one to append to."""
-    return [
-        SegmentRow(segment=row[0], num_bytes=row[1], retained=bool(row[2]))
-        for row in connection.execute("SELECT * FROM segments ORDER BY segment")
-    ]
+    return _read(connection, SegmentRow, "segments ORDER BY segment")
 
 
 def _read(connection: sqlite3.Connection, kind: type[_T], rest: str) -> list[_T]:

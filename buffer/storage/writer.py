@@ -108,7 +108,6 @@ class Writer:
         )
 
     def submit(self, batch: Batch) -> None:
-        """Queues a batch for writing."""
         self._batches.put(batch)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from typing import Literal
 
 from areal_like.failures import FailureKind, FailurePolicy
 from areal_like.selection import (
@@ -42,6 +43,21 @@ _NAMES = {
 _ZERO_NAMES = [failure_key(kind, FailurePolicy.ZERO) for kind in FailureKind]
 _VERDICT_NAMES = {verdict: _VERDICT + verdict.name.lower() for verdict in Verdict}
 
+Event = Literal[
+    "num_leases_lost",
+    "num_quarantines",
+    "num_reissued",
+    "prompts_given_up",
+    "groups_closed",
+    "samples_early",
+    "samples_late",
+    "held_back_s",
+]
+"""Leases that ended with samples missing; quarantines of servers; prompts that are issued again after a drop,
+and those that are not (before the next epoch); closed groups, their samples that were complete, and those
+that arrived later; seconds in which the trainer waited for samples that are complete, in groups that are
+not."""
+
 
 class StreamCounters:
     """Running sums in constant memory (the names are a fixed set, and at most max_staleness + 1 lags)."""
@@ -50,7 +66,8 @@ class StreamCounters:
         """`reward_low`, `reward_high`: rewards that count as a solve rate of 0 and of 1."""
         self._reward_low, self._reward_high = reward_low, reward_high
         self._values: defaultdict[str, float] = defaultdict(int)
-        self._changed: set[str] = set()
+        self._changes: dict[str, float] = {}
+        """New values since the last `take_changes`."""
 
     def restore(self, values: Mapping[str, float]) -> None:
         """Continues from the values of an earlier buffer."""
@@ -58,8 +75,7 @@ class StreamCounters:
 
     def take_changes(self) -> dict[str, float]:
         """Current values of the counters that changed since the last call."""
-        changes = {name: self._values[name] for name in self._changed}
-        self._changed.clear()
+        changes, self._changes = self._changes, {}
         return changes
 
     @property
@@ -68,6 +84,10 @@ class StreamCounters:
         failure."""
         zeros = sum(self._values.get(name, 0) for name in _ZERO_NAMES)
         return int(self._values.get(_VERDICT_NAMES[Verdict.ACCEPTED], 0) - zeros)
+
+    def count(self, event: Event, amount: float = 1) -> None:
+        """Counts an event that has no tokens of its own."""
+        self._add(event, amount)
 
     def count_offered(self, verdict: Verdict, *, num_sampled: int) -> None:
         """Counts a sample that arrived. The tokens of a duplicate were counted the first time."""
@@ -79,7 +99,6 @@ class StreamCounters:
             self._add(wasted_key(verdict.name.lower()), num_sampled)
 
     def count_training_sample(self, sample: SampleSummary) -> None:
-        """Counts an accepted sample that may be trained on."""
         self._add_sample("offered", sample, sign=1)
 
     def count_group(self, ticket: Ticket) -> None:
@@ -97,24 +116,7 @@ class StreamCounters:
             if outcome is not FailurePolicy.ZERO:
                 self._add(wasted_key(f"failed_{kind.value}"), num_tokens)
 
-    def count_lost_lease(self) -> None:
-        """Counts a lease that expired, was returned or was revoked with samples missing."""
-        self._add("num_leases_lost", 1)
-
-    def count_quarantine(self) -> None:
-        """Counts a quarantine of a server."""
-        self._add("num_quarantines", 1)
-
-    def count_reissue(self) -> None:
-        """Counts a dropped ticket whose prompt is issued again."""
-        self._add("num_reissued", 1)
-
-    def count_given_up(self) -> None:
-        """Counts a dropped ticket whose prompt will not be issued again (before the next epoch)."""
-        self._add("prompts_given_up", 1)
-
     def count_dropped(self, ticket: Ticket, reason: Drop) -> None:
-        """Counts the samples of a dropped ticket."""
         num_tokens = sum(sample.num_sampled for sample in ticket.samples.values())
         self._add("num_samples_dropped", len(ticket.samples))
         self._add("tokens_dropped", num_tokens)
@@ -127,33 +129,15 @@ class StreamCounters:
         self._add("tokens_dropped", sample.num_sampled)
         self._add(wasted_key(reason.value), sample.num_sampled)
 
-    def count_closed(self, ticket: Ticket) -> None:
-        """Counts a group that was closed, and its samples that were complete."""
-        self._add("groups_closed", 1)
-        self._add("samples_early", len(ticket.early))
-
-    def count_late(self) -> None:
-        """Counts a sample that arrived after its group was closed."""
-        self._add("samples_late", 1)
-
-    def count_held_back(self, seconds: float) -> None:
-        """Counts time in which the trainer waited for samples that are complete, in groups that are not."""
-        self._add("held_back_s", seconds)
-
-    def count_trained(self, ticket: Ticket) -> None:
-        """Counts a group that was trained on in its step."""
-        self._add_trained(ticket, sign=1)
-
-    def uncount_trained(self, ticket: Ticket) -> None:
-        """Undoes `count_trained`: the step will be repeated with other groups."""
-        self._add_trained(ticket, sign=-1)
-
-    def _add_trained(self, ticket: Ticket, *, sign: int) -> None:
+    def count_trained(self, ticket: Ticket, *, sign: int = 1) -> None:
+        """Counts a group that was trained on in its step. `sign`: -1 undoes that, because the step will be
+        repeated with other groups."""
         if not ticket.parts:
             self._add_group("groups_trained", ticket, sign=sign)
+        first_step, num_trained, sum_lag = ticket.step - ticket.max_staleness, 0, 0
         for sample in ticket.training_samples:
             self._add_sample("trained", sample, sign=sign)
-            trained = sample.trained_steps(first_step=ticket.step - ticket.max_staleness)
+            trained = sample.trained_steps(first_step=first_step)
             num_tokens, sum_steps = sample.num_sampled, sample.sum_token_steps
             if len(trained) < len(sample.token_steps):
                 num_tokens = sum(count for _, count in trained)
@@ -164,8 +148,10 @@ class StreamCounters:
             # A ticket of an earlier release may have no `token_steps`; it was within its bound as a whole.
             oldest_step = trained[0][0] if trained else sample.oldest_step
             self._add(f"{_LAG}{ticket.step - oldest_step}", sign)
-            self._add("tokens_trained", sign * num_tokens)
-            self._add("sum_token_lag", sign * (ticket.step * num_tokens - sum_steps))
+            num_trained += num_tokens
+            sum_lag += ticket.step * num_tokens - sum_steps
+        self._add("tokens_trained", sign * num_trained)
+        self._add("sum_token_lag", sign * sum_lag)
 
     def _add_group(self, population: str, ticket: Ticket, *, sign: int) -> None:
         rewards = [sample.reward for sample in ticket.training_samples]
@@ -179,16 +165,12 @@ class StreamCounters:
         if not -LARGEST_REWARD < reward < LARGEST_REWARD:
             reward = math.copysign(LARGEST_REWARD, reward)
         lengths, sum_tokens, sum_reward = _NAMES[population]
-        length = lengths[length_bucket(num_tokens)]
-        values = self._values
-        values[length] += sign
-        values[sum_tokens] += sign * num_tokens
-        values[sum_reward] += sign * reward
-        self._changed.update((length, sum_tokens, sum_reward))
+        self._add(lengths[length_bucket(num_tokens)], sign)
+        self._add(sum_tokens, sign * num_tokens)
+        self._add(sum_reward, sign * reward)
 
     def _add(self, name: str, amount: float) -> None:
-        self._values[name] += amount
-        self._changed.add(name)
+        self._values[name] = self._changes[name] = self._values[name] + amount
 
     def __getitem__(self, name: str) -> int:
         return int(self._values.get(name, 0))

@@ -11,7 +11,7 @@ repeating its finished samples, and still has the results of finished rounds who
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -40,9 +40,10 @@ class EvalRound:
         """The round's tickets without those that were dropped, whose samples have all failed."""
         self.num_open = sum(not ticket.state.is_terminal for ticket in self.tickets.values())
         """Number of tickets that have not ended."""
-        waiting = [ticket.ticket_id for ticket in self.tickets.values() if ticket.unleased]
-        self._queue = deque(waiting)
-        self._queued = set(waiting)
+        self.waiting: OrderedDict[int, None] = OrderedDict.fromkeys(
+            ticket.ticket_id for ticket in self.tickets.values() if ticket.unleased
+        )
+        """Ids of the tickets to lease, the next one first."""
 
     @property
     def key(self) -> tuple[int, str]:
@@ -53,24 +54,6 @@ class EvalRound:
     def is_done(self) -> bool:
         """True if every prompt was evaluated or has failed."""
         return self.num_open == 0
-
-    @property
-    def next_ticket(self) -> int | None:
-        """Id of the next ticket to lease."""
-        return self._queue[0] if self._queue else None
-
-    def pop_next(self) -> int:
-        """Removes the next ticket from the queue."""
-        ticket_id = self._queue.popleft()
-        self._queued.remove(ticket_id)
-        return ticket_id
-
-    def requeue(self, ticket_id: int) -> None:
-        """Puts the ticket back at the front of the queue, because some of its samples must be leased
-        again."""
-        if ticket_id not in self._queued:
-            self._queue.appendleft(ticket_id)
-            self._queued.add(ticket_id)
 
     def end(self, ticket: Ticket) -> None:
         """Counts a ticket that was evaluated or dropped."""
@@ -124,7 +107,7 @@ class EvalTable:
 
     def begin(self, row: EvaluationRow, tickets: Iterable[Ticket]) -> None:
         """Adds a running round: a new one, or one restored from an earlier buffer."""
-        self._store.put_evaluation(row)
+        self._store.put_row(row)
         round_ = EvalRound(row, tickets)
         # One of an earlier trainer has another place in the order.
         self.rounds.pop(round_.key, None)
@@ -159,7 +142,7 @@ class EvalTable:
         """
         left = []
         for round_ in [one for one in self.rounds.values() if not one.is_done and is_over(one.row)]:
-            self._store.put_evaluation(dataclasses.replace(round_.row, state=CANCELLED))
+            self._store.put_row(dataclasses.replace(round_.row, state=CANCELLED))
             del self.rounds[round_.key]
             for ticket in round_.tickets.values():
                 if ticket.state is State.EVALUATED:
@@ -186,17 +169,20 @@ class EvalTable:
     def peek_next(self, weights_version: int) -> int | None:
         """Id of the ticket that `take_next` would return."""
         round_ = self._next_round(weights_version)
-        return None if round_ is None else round_.next_ticket
+        return None if round_ is None else next(iter(round_.waiting))
 
     def take_next(self, weights_version: int) -> int | None:
         """Id of the next ticket for a server with weights of this version, if there is one."""
         round_ = self._next_round(weights_version)
-        return None if round_ is None else round_.pop_next()
+        return None if round_ is None else round_.waiting.popitem(last=False)[0]
 
     def requeue(self, ticket: Ticket) -> None:
         """Puts the ticket back at the front of the queue, because some of its samples must be leased
         again."""
-        self._round_of[ticket.ticket_id].requeue(ticket.ticket_id)
+        waiting = self._round_of[ticket.ticket_id].waiting
+        if ticket.ticket_id not in waiting:
+            waiting[ticket.ticket_id] = None
+            waiting.move_to_end(ticket.ticket_id, last=False)
 
     def end(self, ticket: Ticket) -> None:
         """Counts a ticket that was evaluated or dropped; tickets of cancelled rounds are ignored."""
@@ -206,14 +192,14 @@ class EvalTable:
 
     def _next_round(self, weights_version: int) -> EvalRound | None:
         for round_ in self.rounds.values():
-            if round_.next_ticket is not None and weights_version >= round_.row.min_version:
+            if round_.waiting and weights_version >= round_.row.min_version:
                 return round_
         return None
 
     def _end_if_done(self, round_: EvalRound) -> None:
         if round_.is_done:
             round_.row = dataclasses.replace(round_.row, state=DONE)
-            self._store.put_evaluation(round_.row)
+            self._store.put_row(round_.row)
             self._keep_samples(round_)
             of_set = [key for key, one in self.rounds.items() if one.is_done and key[1] == round_.key[1]]
             for key in of_set[:-_NUM_RESULTS_KEPT]:
@@ -225,7 +211,7 @@ class EvalTable:
         kept.append(round_)
         while len(kept) > self._keep:
             old = kept.popleft()
-            self._store.put_evaluation(dataclasses.replace(old.row, state=RELEASED))
+            self._store.put_row(dataclasses.replace(old.row, state=RELEASED))
             for ticket in old.tickets.values():
                 self._store.release(ticket)
 

@@ -6,7 +6,7 @@ buffer.
 
 Every process has a random identity. The ledger gives each new process of a name the next number, and keeps
 both, so clocks play no part, and nothing that a peer sends can raise a number. Whether a new process may take
-a name that another one holds is decided elsewhere (`buffer/service/name_claims.py`).
+a name that another one holds is decided elsewhere (`buffer/service/registration.py`).
 
 All ranks of the trainer are one process here, under the name TRAINER. Only 63 bits of an identity's hash are
 stored, so a reader of the ledger does not learn the identity.

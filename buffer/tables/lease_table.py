@@ -43,6 +43,8 @@ class Server:
     owed_samples: int = 0
     """Samples of its live leases that have not arrived yet."""
     leases: dict[int, LeaseRecord] = field(default_factory=dict)
+    renewed_until_s: float = -math.inf
+    """No lease of the server expires earlier. A heartbeat that names exactly its leases sets this."""
     check_s: float = 0.0
     """Earliest time at which a lease of the server can expire, or the server can count as silent."""
     lost: set[int] | None = None
@@ -169,8 +171,11 @@ class LeaseTable:
             server.state, server.weights_version = beat.state, beat.weights_version
             server.capacity_samples = capacity
             self._changed.add(name)
-        server.last_heard_s = now_s
-        foreign, expires_s = [], now_s + self._timeout_s
+        server.last_heard_s, expires_s = now_s, now_s + self._timeout_s
+        if server.leases.keys() == set(beat.leases):  # as nearly always
+            server.renewed_until_s, server.lost = expires_s, set()
+            return
+        foreign = []
         for lease_id in beat.leases:
             lease = server.leases.get(lease_id)
             if lease is not None:
@@ -201,9 +206,10 @@ class LeaseTable:
             if server is None or server.check_s != check_s:
                 continue
             server.check_s = math.inf  # there may be another entry with this time
-            for lease in [lease for lease in server.leases.values() if lease.expires_s <= now_s]:
-                self._take_from_server(lease)
-                lost.append(lease)
+            if server.renewed_until_s <= now_s:
+                for lease in [lease for lease in server.leases.values() if lease.expires_s <= now_s]:
+                    self._take_from_server(lease)
+                    lost.append(lease)
             if server.last_heard_s + self._timeout_s <= now_s:
                 silent.append(name)
             else:
@@ -300,8 +306,9 @@ class LeaseTable:
         return self._order
 
     def _check_later(self, server: Server) -> None:
-        expiries_s = [lease.expires_s for lease in server.leases.values()]
-        server.check_s = min([server.last_heard_s + self._timeout_s, *expiries_s])
+        first_s = min([lease.expires_s for lease in server.leases.values()], default=math.inf)
+        expires_s = max(first_s, server.renewed_until_s)
+        server.check_s = min(server.last_heard_s + self._timeout_s, expires_s)
         heapq.heappush(self._checks, (server.check_s, server.name))
 
     def _take_from_server(self, lease: LeaseRecord) -> None:

@@ -143,4 +143,4 @@ class LiveSettings:
     def _add(self, step: int, key: str, value: str, *, origin: str, unix_s: float) -> None:
         row = SettingRow(step=step, key=key, value=value, origin=origin, unix_s=unix_s)
         self.rows.append(row)
-        self._store.put_setting(row)
+        self._store.put_row(row)

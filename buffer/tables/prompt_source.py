@@ -19,7 +19,7 @@ class PromptSource:
     def __init__(self, settings: LedgerSettings, store: Store) -> None:
         self._store = store
         self._settings = settings
-        self.curriculum = None if settings.curriculum is None else Curriculum(settings.curriculum)
+        self.curriculum = None if settings.buffer.curriculum == "none" else Curriculum(settings.buffer)
         self.order = PromptOrder(seed=settings.seed, curriculum=self.curriculum, shard=settings.shard)
 
     def set_num_train_prompts(self, num_prompts: int, sources: Sequence[PromptSet] = ()) -> None:
@@ -50,7 +50,6 @@ class PromptSource:
         self.order.sources = tuple(sources)
 
     def next(self) -> Prompt:
-        """The next prompt to issue."""
         if self.order.returned:
             self._store.pop_returned()
         prompt = self.order.next()

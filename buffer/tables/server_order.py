@@ -37,7 +37,6 @@ class ServerOrder:
             insort(self._lists.setdefault(kind, []), place)
 
     def remove(self, name: str) -> None:
-        """Takes a server out of the order, if it is in it."""
         if (known := self._of_server.pop(name, None)) is None:
             return
         kind, place = known
@@ -48,7 +47,6 @@ class ServerOrder:
 
     @property
     def versions(self) -> Collection[int]:
-        """Versions of the weights of servers in the order."""
         return {version for version, _ in self._lists}
 
     def first(self, after: Place, needs: Mapping[int, int]) -> Place | None:

@@ -98,7 +98,6 @@ class TicketTable:
         return ticket
 
     def has_issued(self, ticket_id: int) -> bool:
-        """True if a ticket of this id was ever issued."""
         return self._shard.owns(ticket_id) and 0 < self._shard.local(ticket_id) <= self.num_issued
 
     def of_purpose(self, purpose: Purpose) -> list[Ticket]:
@@ -106,8 +105,7 @@ class TicketTable:
         return [ticket for ticket in self.live.values() if ticket.purpose is purpose]
 
     def add_sample(self, ticket: Ticket, sample_index: int, sample: SampleSummary) -> None:
-        """A sample of a live ticket was accepted."""
-        ticket.samples[sample_index] = sample
+        ticket.add_sample(sample_index, sample)
         if ticket.purpose is Purpose.TRAIN and ticket.state in _IS_OPEN:
             self.num_partial += 1
 
@@ -147,8 +145,9 @@ class TicketTable:
         """Asserts that every issued ticket is in exactly one state. Constant time."""
         if self._is_checked:
             return
-        num_counted = sum(sum(counts.values()) for counts in self._counts.values())
-        num_live = num_counted - sum(counts[state] for counts in self._counts.values() for state in TERMINAL)
+        train, evals = self._counts[Purpose.TRAIN], self._counts[Purpose.EVAL]
+        num_counted = sum(train.values()) + sum(evals.values())
+        num_live = num_counted - sum([train[state] + evals[state] for state in TERMINAL])
         assert num_counted == self.num_issued, (
             f"tickets are lost: {self.num_issued} issued, {self.num_by_state()}"
         )

@@ -126,7 +126,7 @@ class VersionTable:
         return SampleSummary(
             lease_id=lease_id,
             oldest_step=min(by_step),
-            sum_token_steps=sum(step * count for step, count in by_step.items()),
+            sum_token_steps=sum([step * count for step, count in by_step.items()]),
             token_steps=tuple(sorted(by_step.items())) if len(by_step) > 1 else (),
             oldest_version=min(counts),
             newest_version=max(counts),
@@ -139,6 +139,6 @@ class VersionTable:
     def _put(self, version: int, *, step: int, trainer_incarnation: int) -> None:
         parent, self.newest = self.newest, version
         self._weights[version] = (step, trainer_incarnation)
-        self._store.put_version(
+        self._store.put_row(
             VersionRow(version=version, step=step, parent=parent, trainer_incarnation=trainer_incarnation)
         )

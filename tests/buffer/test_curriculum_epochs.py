@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from areal_like.config import from_mapping
+from areal_like.config import BufferConfig
 from areal_like.wire.messages.producer import Lease
 from buffer.ledger.recovery import recover
 from buffer.prompts.curriculum import Curriculum
 from buffer.prompts.order import PromptOrder, PromptSet
-from buffer.settings import LedgerSettings
 from buffer.storage.durable import DurableStore
 from tests.support.ledger_simulation import add_server, beat, deliver, done, ledger_settings, new_ledger
 from tests.support.store_load import raising, store_settings
@@ -96,11 +95,6 @@ def _reward(lease: Lease, index: int) -> float:
     return float(random.Random(f"{lease.ticket_id}/{index}").random() < solve_rate(lease.prompt_index))
 
 
-def curriculum_of(kind: str, **settings: Any) -> Any:
-    changes = {f"curriculum_{name}": value for name, value in settings.items()}
-    return LedgerSettings.from_config(from_mapping({"buffer": {"curriculum": kind, **changes}})).curriculum
-
-
 def shares(issued: list[int]) -> list[float]:
     """Shares of issued groups that were impossible, always solved and in between."""
     counts = Counter(row // 10 for row in issued)
@@ -111,7 +105,7 @@ def shares(issued: list[int]) -> list[float]:
 @pytest.mark.parametrize("group_filter", ["none", "spread"])
 def test_later_epochs_use_the_evidence_of_earlier_ones(tmp_path: Path, kind: str, group_filter: str) -> None:
     async def play() -> list[int]:
-        job = Play(tmp_path, curriculum=curriculum_of(kind), group_filter=group_filter)
+        job = Play(tmp_path, curriculum=kind, group_filter=group_filter)
         job.steps(160)
         job.close()
         return job.issued
@@ -127,7 +121,7 @@ def test_later_epochs_use_the_evidence_of_earlier_ones(tmp_path: Path, kind: str
 
 
 def test_a_buffer_that_dies_in_an_epoch_continues_its_stream(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"curriculum": curriculum_of("goldilocks"), "group_filter": "spread"}
+    settings: dict[str, Any] = {"curriculum": "goldilocks", "group_filter": "spread"}
 
     async def play(directory: Path, *stretches: int) -> tuple[list[int], list[int]]:
         job = Play(directory, **settings)
@@ -148,13 +142,13 @@ def test_a_buffer_that_dies_in_an_epoch_continues_its_stream(tmp_path: Path) -> 
 
 def test_another_file_forgets_the_evidence(tmp_path: Path) -> None:
     async def play() -> None:
-        job = Play(tmp_path, curriculum=curriculum_of("goldilocks"))
+        job = Play(tmp_path, curriculum="goldilocks")
         job.steps(40)
         job.close()
         before = job.curriculum.state()
         assert len(before) > 4
         job.open(num_rows=NUM_ROWS // 2, dataset=8)
-        assert job.curriculum.state() == Curriculum(curriculum_of("goldilocks")).state()
+        assert job.curriculum.state() == Curriculum(BufferConfig(curriculum="goldilocks")).state()
         job.issued.clear()
         job.steps(40)
         assert set(job.issued) <= set(range(NUM_ROWS // 2)), "a row of the old file was issued"
@@ -166,7 +160,10 @@ def test_another_file_forgets_the_evidence(tmp_path: Path) -> None:
 def test_small_files_and_odd_pools_reach_every_row(tmp_path: Path) -> None:
     async def play(pool: int, num_rows: int) -> list[int]:
         job = Play(
-            tmp_path / f"{pool}-{num_rows}", curriculum=curriculum_of("paced", pool=pool, exploration=0.5)
+            tmp_path / f"{pool}-{num_rows}",
+            curriculum="paced",
+            curriculum_pool=pool,
+            curriculum_exploration=0.5,
         )
         job.close()
         job.open(num_rows=num_rows, dataset=9)
@@ -200,7 +197,7 @@ def test_the_log_tells_when_no_group_has_spread(tmp_path: Path) -> None:
 
 def test_a_curriculum_keeps_the_weights_of_a_mixture() -> None:
     """Two tasks with weights 3 and 1: rows 0-29 are the first one, and the second has middle rows only."""
-    core = Curriculum(curriculum_of("goldilocks"))
+    core = Curriculum(BufferConfig(curriculum="goldilocks"))
     order = PromptOrder(seed=4, num_prompts=40, curriculum=core)
     order.sources = (PromptSet(size=30, weight=3.0), PromptSet(size=10, weight=1.0))
     rng = random.Random(0)

@@ -18,7 +18,7 @@ LIMITS = WaitLimits(stall_s=5.0, work_s=10.0)
 
 
 def server(name: str = "rollout-0", **fields: Any) -> ServerFacts:
-    return ServerFacts(name=name, **({"silent_s": 0.2, "state": "serving", "num_leases": 2} | fields))
+    return ServerFacts(name=name, **({"silent_s": 0.2, "state": "serving"} | fields))
 
 
 def rank(number: int = 0, **fields: Any) -> RankFacts:

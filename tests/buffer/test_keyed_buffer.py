@@ -21,7 +21,7 @@ from areal_like.wire.fingerprint import dataset_fingerprint
 from areal_like.wire.messages.consumer import Directory, GetRunCounters, RunCounters, StartTraining
 from areal_like.wire.messages.hello import Hello, Refused, Welcome
 from areal_like.wire.messages.producer import HeartbeatAck, Leases, ServerHeartbeat, ServerState
-from buffer.service.peer_keys import PeerKeys
+from buffer.service.peers import PeerKeys
 from tests.support.buffer_harness import ROOT, BufferProcess, FakeTrainer, running_buffer, trainer_hello
 from tests.support.fake_producer import hello as server_hello
 from tests.support.keys import keyed_link, keyring, new_keys

@@ -23,8 +23,7 @@ from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
 from buffer.ledger.recovery import recover
 from buffer.settings import LedgerSettings
-from buffer.storage.durable import open_store
-from buffer.storage.place import open_place
+from buffer.storage.durable import open_place, open_store
 from launch.run_directory.rundir import is_over, lock, remove_ledgers, remove_unbegun
 from tests.support.store_load import raising
 

@@ -80,7 +80,7 @@ def test_complete_samples_that_wait_for_others_hold_a_step_back() -> None:
     assert is_held_back(ledger.state), "one position is filled, and three samples are complete"
     deliver(ledger, "a", done(leases[1], 1, [0]))
     assert not is_held_back(ledger.state), "the step is full"
-    ledger.state.counters.count_held_back(2.5)
+    ledger.state.counters.count("held_back_s", 2.5)
     assert ledger.state.counters.summary()["held_back_s"] == 2.5
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from areal_like.config import BufferConfig
 from areal_like.errors import RefusedError
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.fingerprint import as_number
@@ -20,7 +21,7 @@ from buffer.prompts.curriculum import Curriculum
 from buffer.prompts.order import PromptOrder, PromptSet
 from buffer.service.peers import ConnectedPeers
 from buffer.storage.durable import DurableStore
-from tests.buffer.test_curriculum_epochs import Play, curriculum_of
+from tests.buffer.test_curriculum_epochs import Play
 from tests.buffer.test_registration import scalar, server_hello
 from tests.support.buffer_harness import BufferProcess, connected, running_buffer, training
 from tests.support.fake_producer import hello
@@ -81,10 +82,10 @@ def test_shards_divide_the_prompts_and_keep_the_weights() -> None:
 
 
 def test_a_curriculum_keeps_the_weights() -> None:
-    order = new_order(curriculum=Curriculum(curriculum_of("goldilocks")))
+    order = new_order(curriculum=Curriculum(BufferConfig(curriculum="goldilocks")))
     issued = [order.next().index for _ in range(1500)]
     check_windows(issued)
-    resumed = new_order(curriculum=Curriculum(curriculum_of("goldilocks")))
+    resumed = new_order(curriculum=Curriculum(BufferConfig(curriculum="goldilocks")))
     resumed.restore(cursor=700, returned=[])
     assert [resumed.next().index for _ in range(800)] == issued[700:]
 
@@ -140,7 +141,7 @@ def test_a_server_with_other_data_is_refused_by_name() -> None:
 @pytest.mark.parametrize("content", [6, 5])
 def test_changed_data_begins_the_order_anew(tmp_path: Path, content: int) -> None:
     async def play() -> tuple[list[int], list[int], int]:
-        job = Play(tmp_path, curriculum=curriculum_of("goldilocks"))
+        job = Play(tmp_path, curriculum="goldilocks")
         job.ledger.dispatcher.set_content(5)
         job.steps(40)
         before, job.issued = job.issued, []

@@ -23,9 +23,9 @@ from areal_like.wire.messages.consumer import AllocVersion, CommitStep, FinishRu
 from areal_like.wire.messages.hello import Drain, Goodbye, Hello, HelloRequired, JobFinished, Role, Welcome
 from areal_like.wire.messages.producer import ServerHeartbeat, ServerState
 from buffer.ledger.recovery import recover
-from buffer.service.name_claims import ANSWER_S, MAX_WAITING, NameClaims, Newcomer
 from buffer.service.operations import unfence_offline
 from buffer.service.peers import ConnectedPeers
+from buffer.service.registration import ANSWER_S, MAX_WAITING, NameClaims, Newcomer
 from tests.support.buffer_harness import (
     BufferProcess,
     FakeTrainer,

@@ -115,8 +115,8 @@ def test_every_row_is_recovered(tmp_path: Path, durability: str) -> None:
                 (evaluated, State.EVALUATED),
             ):
                 move(store, ticket, state)
-            store.put_version(VersionRow(version=1, step=0, parent=0, trainer_incarnation=8))
-            store.put_version(VersionRow(version=2, step=1, parent=1, trainer_incarnation=8))
+            store.put_row(VersionRow(version=1, step=0, parent=0, trainer_incarnation=8))
+            store.put_row(VersionRow(version=2, step=1, parent=1, trainer_incarnation=8))
             store.put_scalar("cursor", 11)
             store.put_scalar("cursor", 12)
             for index in (5, 6, 7):
@@ -125,7 +125,7 @@ def test_every_row_is_recovered(tmp_path: Path, durability: str) -> None:
             store.put_attempt(7, 2)
             store.put_attempt(6, 1)
             store.put_attempt(6, 0)
-            store.put_rollback(
+            store.put_row(
                 RollbackRow(
                     trainer_incarnation=9, from_step=8, to_step=6, num_tickets=4, num_tokens=99, unix_s=1.5
                 )

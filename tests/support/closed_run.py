@@ -12,7 +12,7 @@ from areal_like.wire.messages.consumer import Group
 from areal_like.wire.messages.producer import Purpose
 from buffer.ledger.recovery import recover
 from buffer.settings import LedgerSettings
-from buffer.storage.durable import DurableStore, StoreSettings
+from buffer.storage.durable import DurableStore
 from buffer.tickets import Drop, State
 from tests.support.buffer_harness import job
 from tests.support.ledger_simulation import SimulatedJob, SimulatedServer
@@ -53,7 +53,7 @@ def make_closed_run(directory: Path, *, steps_done: int = NUM_STEPS - 4) -> tupl
     groups: list[Group] = []
 
     async def simulate() -> None:
-        store = DurableStore(paths.root / "ledger", StoreSettings.from_config(config), on_error=raising)
+        store = DurableStore(paths.root / "ledger", config.buffer, on_error=raising)
         ledger = recover(LedgerSettings.from_config(config), store, now_s=0.0)
         ledger.state.prompts.set_num_train_prompts(1000)
         ledger.trainer.start_training(incarnation=1, step=0, stream={}, settings={"trainer.lr": "0.001"})

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from areal_like.config import from_mapping
+from areal_like.config import BufferConfig, from_mapping
 from areal_like.failures import FailureKind
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from areal_like.wire.messages.consumer import Group
@@ -38,6 +38,8 @@ from buffer.settings import LedgerSettings
 from buffer.storage.base import Store
 from buffer.storage.memory import MemoryStore
 from buffer.tickets import Verdict
+
+_OF_BUFFER = {one.name for one in dataclasses.fields(BufferConfig)} - {"overdue"}
 
 
 def trajectory(
@@ -72,7 +74,10 @@ def ledger_settings(**changes: Any) -> LedgerSettings:
         "max_tokens": sys.maxsize,
         "max_segment_tokens": sys.maxsize,
     }
-    return dataclasses.replace(LedgerSettings.from_config(from_mapping({})), **(small | changes))
+    of_buffer = {name: value for name, value in changes.items() if name in _OF_BUFFER}
+    small |= {name: value for name, value in changes.items() if name not in _OF_BUFFER}
+    settings = LedgerSettings.from_config(from_mapping({}))
+    return dataclasses.replace(settings, buffer=BufferConfig(**of_buffer), **small)
 
 
 def empty_ledger(settings: LedgerSettings) -> Ledger:

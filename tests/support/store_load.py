@@ -8,7 +8,6 @@ acknowledged sample.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import signal
 import sys
@@ -17,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from areal_like.config import from_mapping
+from areal_like.config import BufferConfig
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import Record
-from buffer.storage.durable import DurableStore, StoreSettings
+from buffer.storage.durable import DurableStore
 from buffer.tickets import SampleSummary, State, Ticket
 
 SIZE = 2
@@ -60,10 +59,9 @@ def is_same(left: Trajectory, right: Trajectory) -> bool:
     )
 
 
-def store_settings(**changes: Any) -> StoreSettings:
-    """The configuration's defaults with these changes, and without the reserve of free space."""
-    defaults = StoreSettings.from_config(from_mapping({}))
-    return dataclasses.replace(defaults, **({"min_free_bytes": 0} | changes))
+def store_settings(**changes: Any) -> BufferConfig:
+    """The defaults with these changes, and without the reserve of free space."""
+    return BufferConfig(**({"min_free_bytes": 0} | changes))
 
 
 def new_ticket(ticket_id: int, *, num_samples: int = SIZE) -> Ticket:

@@ -81,7 +81,6 @@ class EvalResult:
 
     @property
     def num_prompts(self) -> int:
-        """Prompts of the set."""
         return len(self.rewards) // self.num_samples
 
     @property
@@ -95,7 +94,6 @@ class EvalResult:
         return len(self.rewards) - self.num_failed
 
     def count(self, outcome: SampleOutcome) -> int:
-        """Samples with this flag."""
         return int(np.count_nonzero(self.outcomes & int(outcome)))
 
     @property

@@ -158,12 +158,10 @@ class SampleDone:
 
     @property
     def ticket_id(self) -> int:
-        """The lease's ticket, from the record."""
         return self.record.ticket_id
 
     @property
     def sample_index(self) -> int:
-        """Index of the sample in its ticket, from the record."""
         return self.record.sample_index
 
 

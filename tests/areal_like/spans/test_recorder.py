@@ -16,8 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from areal_like.spans import recorder
-from areal_like.spans.clock import ClockOffset
-from areal_like.spans.recorder import MAX_PER_S, SpanRecorder
+from areal_like.spans.recorder import MAX_PER_S, ClockOffset, SpanRecorder
 from launch.cli import main
 from launch.trace.perfetto import MAX_ROWS, events, in_progress, packed
 from launch.trace.reading import Span, read_processes
