@@ -6,7 +6,8 @@
 A ratio of 2 is a large change for a token of probability .4 and a negligible one for a token of probability
 1e-5. The policy term of a token is dropped once its probability has moved beyond the threshold in the
 direction of its advantage. Addition: the small quadratic term, which pulls every token, inside or outside the
-region, back towards the behavior policy. It is prime-rl's, not the paper's (`pull=0` leaves it out).
+region, back towards the behavior policy. It is not the paper's but prime-rl's, which names Kimi K2.5 (arXiv
+2602.02276) as its source; `pull=0` leaves it out.
 """
 
 from __future__ import annotations

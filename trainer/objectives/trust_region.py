@@ -10,7 +10,8 @@
 `kpop` (KPop, Ant Group 2026, after IcePop): a fixed band of ratios drops rare tokens, whose probability has
 hardly moved, and keeps likely ones that have moved far. The divergence between "this token" and "any other"
 does neither: its band of ratios is wide for rare tokens and narrow for likely ones. A rare token may
-therefore keep a large ratio, so the weight needs a separate cap. Not compared with the authors' code.
+therefore keep a large ratio, so the weight needs a separate cap. Checked against the formula in the authors'
+report on Ling and Ring 2.6; not compared with their code.
 
 `trust_region` (Trust Region Masking, arXiv 2512.23075): the error of the surrogate over a long sequence is
 bounded by the largest divergence of any of its tokens, which no weight or clip of single tokens controls. So

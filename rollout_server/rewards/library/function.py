@@ -4,9 +4,8 @@
         return float(completion.strip() == answer)
 
 It is called with the completion, the answer, and those columns of the row that are among its arguments (all
-of them with `**row`). The argument names of verl's reward functions are also supported: `solution_str`,
-`ground_truth`, `data_source`, `extra_info`. Settings other than `name`, `weight` and `part` become further
-keyword arguments.
+of them with `**row`). Functions written for verl or TRL work unchanged (`conventions.py`). Settings other
+than `name`, `weight` and `part` become further keyword arguments.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from areal_like.errors import ConfigError, RewardError
+from rollout_server.rewards.library import conventions
 from rollout_server.rewards.library.base import RewardFunction, place_of
 from rollout_server.tasks.base import Completion, Example, Rewarded
 
-_COMPLETION = ("completion", "solution_str")
+_COMPLETION = ("completion", conventions.VERL)
 _ANSWER = ("answer", "ground_truth")
 
 
@@ -54,18 +54,44 @@ class UserFunction(RewardFunction):
         """Calls the function and returns its result."""
         names, takes_all = self._arguments
         row = row_of(example)
+        metrics: dict[str, float] = {}
         # The completion comes last, so that no column can replace it.
-        known = {"prompt": example.prompt, **row, **self.settings}
-        known |= dict.fromkeys([name for name in _ANSWER if name in names] or ["answer"], example.answer)
-        known |= dict.fromkeys([name for name in _COMPLETION if name in names] or ["completion"], completion)
+        if self._convention == conventions.TRL:
+            arguments = conventions.trl_arguments(example, completion, row, metrics)
+            known = {"answer": [example.answer], **arguments, **self.settings}
+        else:
+            known = {"prompt": example.prompt, **row, **self.settings}
+            known |= dict.fromkeys([name for name in _ANSWER if name in names] or ["answer"], example.answer)
+            known |= dict.fromkeys(
+                [name for name in _COMPLETION if name in names] or ["completion"], completion
+            )
+        if self._convention == conventions.VERL:
+            known.setdefault("extra_info", {})
         if missing := [name for name, is_needed in names.items() if is_needed and name not in known]:
             raise RewardError(
                 f"{self.path} needs {', '.join(missing)}, which {place_of(example)} does not have: it has "
                 f"{', '.join(map(str, row)) or 'no columns'}; write a default value, or take `**row`"
             )
         arguments = known if takes_all else {name: known[name] for name in names if name in known}
-        returned: Rewarded | Awaitable[Rewarded] = self._function(**arguments)
-        return returned
+        returned = self._function(**arguments)
+        return self._awaited(returned, metrics) if self.is_async else self._read(returned, metrics)
+
+    async def _awaited(self, returned: Awaitable[Any], metrics: Mapping[str, float]) -> Rewarded:
+        return self._read(await returned, metrics)
+
+    def _read(self, returned: Any, metrics: Mapping[str, float]) -> Rewarded:
+        if self._convention == conventions.TRL:
+            return conventions.trl_score(returned, metrics, path=self.path)
+        result: Rewarded = conventions.verl_score(returned) if self._convention else returned
+        return result
+
+    @functools.cached_property
+    def _convention(self) -> str:
+        """The argument that marks verl's or TRL's convention; empty for this project's own."""
+        names, _ = self._arguments
+        if "completion" in names:
+            return ""
+        return next((name for name in (conventions.VERL, conventions.TRL) if name in names), "")
 
     @functools.cached_property
     def _function(self) -> Callable[..., Any]:
@@ -91,7 +117,7 @@ class UserFunction(RewardFunction):
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         names = {p.name: p.default is p.empty for p in named}
-        if not (takes_all or any(name in names for name in _COMPLETION)):
+        if not (takes_all or any(name in names for name in (*_COMPLETION, conventions.TRL))):
             raise ConfigError(
                 f"task.reward={self.path}: it has no argument `completion`: write "
                 f"def {self.own_name}(completion, answer, **row)"
@@ -100,6 +126,11 @@ class UserFunction(RewardFunction):
             raise ConfigError(
                 f"unknown key `task.reward.{unknown[0]}`: {self.path} has no such argument; it has "
                 f"{', '.join(names)}"
+            )
+        if conventions.TRL in names and (absent := [a for a in conventions.ABSENT if names.get(a)]):
+            raise ConfigError(
+                f"task.reward={self.path} needs TRL's `{absent[0]}`, which a rollout server does not have: "
+                "remove the argument, or give it a default value"
             )
         return names, takes_all
 

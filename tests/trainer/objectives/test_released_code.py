@@ -1,9 +1,9 @@
 """Cases that the authors' released code has computed, in float64: `released_code/*.json`.
 
 VESPO (FloyedShen/VESPO aa1f304), OAPL (danieldritter/OAPL 6153219), VCPO (mit-han-lab/vcpo c7f030f, as its
-README has it) and M2PO (Infini-AI-Lab/M2PO af54a3e). Near, stale, far and extreme batches, groups without a
-spread of rewards, groups whose samples are not adjacent. The inputs are exact as written, the outputs rounded
-to twelve digits.
+README has it), M2PO (Infini-AI-Lab/M2PO af54a3e) and DCPO (lime-RL/DCPO 01787b0: its bounds and its clip,
+where its dual clip has no effect). Near, stale, far and extreme batches, groups without a spread of rewards,
+groups whose samples are not adjacent. The inputs are exact as written, the outputs rounded to twelve digits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from tests.support.objective_helpers import evaluate, tokens_of
 from trainer.gradients.optimal_baseline import optimal_baseline
-from trainer.objectives import M2po, Oapl, SampledTokens, Vespo
+from trainer.objectives import Dcpo, M2po, Oapl, SampledTokens, Vespo
 from trainer.objectives.importance import ess_ratio
 from trainer.objectives.oapl import SoftAdvantage
 from trainer.objectives.vcpo import Vcpo
@@ -106,6 +106,19 @@ def test_m2po(case: dict[str, Any]) -> None:
     tau = float(stats["bound"].sqrt())
     assert (None if np.isinf(tau) else tau) == pytest.approx(case["tau"], abs=TOLERANCE)
     assert objective.losses(batch, stats).means["clipped_fraction"].tolist() == case["clipped"]
+    loss, grad = evaluate(objective, [batch])
+    assert loss == pytest.approx(case["loss"], abs=TOLERANCE, rel=TOLERANCE)
+    assert grad == pytest.approx(case["grad_logp"], abs=TOLERANCE, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", cases("dcpo"))
+def test_dcpo(case: dict[str, Any]) -> None:
+    """The release caps the upper bound at 10 at least; the default here is 5."""
+    objective = Dcpo(**case["settings"])
+    batch = batch_of(case, case["advantage"])
+    low_S, high_S = objective.bounds_S(batch.behavior_logp_S)
+    assert low_S.tolist() == pytest.approx(case["low"], abs=TOLERANCE)
+    assert high_S.tolist() == pytest.approx(case["high"], abs=TOLERANCE)
     loss, grad = evaluate(objective, [batch])
     assert loss == pytest.approx(case["loss"], abs=TOLERANCE, rel=TOLERANCE)
     assert grad == pytest.approx(case["grad_logp"], abs=TOLERANCE, rel=TOLERANCE)
