@@ -168,6 +168,10 @@ class Results(Generic[C, R]):
         """The cells that have results, with them."""
         return [(cell, result) for cell in cells if (result := self.get(cell)) is not None]
 
+    def all(self) -> list[tuple[dict[str, Any], R]]:
+        """The settings of every finished cell, as JSON has them, with its result."""
+        return [(json.loads(key), result) for key, result in self._done.items()]
+
     def add(self, cell: C, result: R) -> None:
         """Appends a result to the file."""
         self._done[_key(asdict(cell))] = result

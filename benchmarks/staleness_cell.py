@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from areal_like.config import Config, TrainerConfig
+from areal_like.config import BufferConfig, Config, TrainerConfig
 from areal_like.trajectory import NOT_SAMPLED, Trajectory
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.models.loading import load
@@ -125,7 +125,13 @@ class Cell:
             normalizer=self.normalizer,
             logprob_chunk_tokens=4096,
         )
-        config = Config(seed=self.seed, objective=self.objective, trainer=trainer)
+        # Whole groups: a group here is complete, and its baseline is the mean of all of its samples.
+        config = Config(
+            seed=self.seed,
+            objective=self.objective,
+            trainer=trainer,
+            buffer=BufferConfig(overdue="wait"),
+        )
         return replace(config, advantage=self.advantage) if self.advantage else config
 
 
