@@ -179,24 +179,20 @@ def test_the_best_method_is_chosen_if_it_is_beyond_noise() -> None:
     assert not {t.seed for t in last} & {t.seed for t, _ in done}
 
 
-def test_reasons_against_the_best_method() -> None:
-    """It collapses once, and on one job its greedy reward is lower: the second best is chosen."""
+def test_a_method_that_is_worse_on_one_job_is_not_chosen() -> None:
+    """It learns fastest, but ends with a lower greedy reward on the tool job."""
 
     def run(trial: Trial) -> TrialResult:
-        is_best = trial.method == "token TIS, band"
-        better = 0.05 if is_best else 0.0495 if trial.method == "decoupled PPO" else 0.0
-        if is_best and trial.job == "tool":
-            better = 0.0
+        better = {"token TIS, band": 0.05, "decoupled PPO": 0.0495}.get(trial.method, 0.0)
         one = result(greedy=0.9 + better + 0.001 * (trial.seed % 2))
-        if is_best and trial.job == "tool":
-            one = replace(one, greedy=0.8)
-        return replace(one, reward=0.1) if is_best and trial.name.endswith("long/lag-16") else one
+        is_worse = (trial.method, trial.job) == ("token TIS, band", "tool")
+        return replace(one, greedy=0.8) if is_worse else one
 
     found = verdicts(*second_stage(run))
     reasons = {v.method: v.reasons for v in found}
-    assert any("greedy reward on tool 0.1" in reason for reason in reasons["token TIS, band"])
-    assert reasons["decoupled PPO"] == ()
-    assert chosen(found) == "decoupled PPO"
+    assert found[0].method == "token TIS, band"
+    assert [reason for reason in reasons["token TIS, band"] if "greedy reward on tool 0.10" in reason]
+    assert chosen(found) in ("decoupled PPO", PRESENT)
 
 
 def test_a_collapse_in_stage_2_rules_a_method_out() -> None:
