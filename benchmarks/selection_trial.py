@@ -168,7 +168,8 @@ class TrialResult:
     def has_collapsed(self) -> bool:
         """True if the reward at temperature 1 ended below half of its best, or the greedy one below where it
         began."""
-        return self.reward < self.best / 2 or self.greedy < self.points[0].greedy
+        # The points have the same prompts; `greedy` has more.
+        return self.reward < self.best / 2 or self.points[-1].greedy < self.points[0].greedy
 
 
 def write_model(directory: str, trial: Trial) -> None:

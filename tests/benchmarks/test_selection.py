@@ -84,7 +84,7 @@ def test_score_counts_the_seconds_that_all_have() -> None:
 def test_a_collapse_is_seen_in_either_reward() -> None:
     assert not result().has_collapsed
     assert replace(result(), reward=0.34, best=0.7).has_collapsed
-    assert replace(result(), greedy=0.19).has_collapsed
+    assert result(greedy=0.19).has_collapsed
 
 
 def test_stage_1_checks_three_times_the_rate_and_fresh_samples() -> None:
@@ -180,19 +180,21 @@ def test_the_best_method_is_chosen_if_it_is_beyond_noise() -> None:
 
 
 def test_a_method_that_is_worse_on_one_job_is_not_chosen() -> None:
-    """It learns fastest, but ends with a lower greedy reward on the tool job."""
+    """It learns fastest, but ends with a lower greedy reward on the tool job: the second is chosen, which is
+    within noise of it."""
+    noise = {101: 0.004, 102: -0.004, 103: 0.0}
 
     def run(trial: Trial) -> TrialResult:
-        better = {"token TIS, band": 0.05, "decoupled PPO": 0.0495}.get(trial.method, 0.0)
-        one = result(greedy=0.9 + better + 0.001 * (trial.seed % 2))
+        better = {"token TIS, band": 0.05, "decoupled PPO": 0.0495 + noise[trial.seed]}
+        one = result(greedy=0.9 + better.get(trial.method, 0.0))
         is_worse = (trial.method, trial.job) == ("token TIS, band", "tool")
         return replace(one, greedy=0.8) if is_worse else one
 
     found = verdicts(*second_stage(run))
-    reasons = {v.method: v.reasons for v in found}
-    assert found[0].method == "token TIS, band"
-    assert [reason for reason in reasons["token TIS, band"] if "greedy reward on tool 0.10" in reason]
-    assert chosen(found) in ("decoupled PPO", PRESENT)
+    assert [v.method for v in found] == ["token TIS, band", "decoupled PPO", PRESENT]
+    assert found[0].reasons == ("greedy reward on tool 0.100 below tis's, noise 0.000",)
+    assert found[1].reasons == ()
+    assert chosen(found) == "decoupled PPO"
 
 
 def test_a_collapse_in_stage_2_rules_a_method_out() -> None:
