@@ -17,7 +17,9 @@ at all. `rate` is the factor on the learning rate (VCPO's). Half of the answers 
 others -1; VCPO has no baseline here, because its A - b* is not a correction.
 
 A random model stands for the mismatch only: its size in nats depends on the model. The table states it, as
-the standard deviation of a token's log-ratio. Writes benchmarks/results/long_answers.json.
+the standard deviation of a token's log-ratio. It grows with the logits, so `--spread` sets it: with
+transformers' initial weights (.02) the policy would be uniform, and rounding hardly visible. Writes
+benchmarks/results/long_answers.json.
 """
 
 from __future__ import annotations
@@ -51,9 +53,6 @@ from trainer.objectives.importance import LEVELS, ess_ratio
 
 PROMPT_TOKENS = 16
 GROUP_SIZE = 8
-INITIALIZER_RANGE = 0.1
-"""Of the random model: with transformers' .02 the policy would be uniform, and rounding hardly visible."""
-
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "none": {"name": "reinforce"},
     "token TIS, cap 2": {"name": "tis", "level": "token", "cap": 2.0},
@@ -81,8 +80,10 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
 """Label -> the `objective` section of a configuration."""
 
 
-def build_random_model(path: Path, *, width: int, layers: int, context_tokens: int, seed: int) -> None:
-    """Writes a Llama with random weights over the characters of the tiny model."""
+def build_random_model(
+    path: Path, *, width: int, layers: int, context_tokens: int, spread: float, seed: int
+) -> None:
+    """Writes a Llama with random weights of this standard deviation over the characters of the tiny model."""
     tokenizer = character_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -91,7 +92,7 @@ def build_random_model(path: Path, *, width: int, layers: int, context_tokens: i
         num_attention_heads=4,
         intermediate_size=width * 8 // 3,
         max_position_embeddings=context_tokens,
-        initializer_range=INITIALIZER_RANGE,
+        initializer_range=spread,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -270,6 +271,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 1024, 2048, 4096])
     parser.add_argument("--width", type=int, default=128, help="hidden size of the random model")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--spread", type=float, default=0.3, help="standard deviation of its weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--to", default="long_answers", help="name of the result's file")
@@ -283,6 +285,7 @@ def main() -> None:
             width=args.width,
             layers=args.layers,
             context_tokens=PROMPT_TOKENS + longest,
+            spread=args.spread,
             seed=args.seed,
         )
         trajectories = sample(str(path), num_samples=args.samples, num_tokens=longest, seed=args.seed)
@@ -290,7 +293,7 @@ def main() -> None:
     behavior_NL = torch.stack([torch.from_numpy(t.logprobs[PROMPT_TOKENS:]) for t in trajectories])
     rows = measured(logp_NL, behavior_NL, sorted(args.lengths), CORRECTIONS)
     entropy = float(entropy_NL.mean())
-    settings = vars(args) | {"initializer_range": INITIALIZER_RANGE, "dtype": "bfloat16", "device": "cpu"}
+    settings = vars(args) | {"dtype": "bfloat16", "device": "cpu"}
     write(args.to, {"settings": settings, "entropy": entropy, "lengths": rows})
     print(f"{args.samples} answers, entropy {entropy:.2f} nats a token\n\n{as_tables(rows)}")
 

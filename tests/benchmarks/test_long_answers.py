@@ -68,7 +68,7 @@ def test_every_correction_has_weights_of_one_without_a_mismatch() -> None:
 @pytest.mark.slow
 def test_engine_and_trainer_in_bfloat16(tmp_path: Path) -> None:
     """The same weights in both: the log-probs agree up to rounding, and not exactly."""
-    build_random_model(tmp_path, width=64, layers=2, context_tokens=PROMPT_TOKENS + 48, seed=0)
+    build_random_model(tmp_path, width=64, layers=2, context_tokens=PROMPT_TOKENS + 48, spread=0.1, seed=0)
     trajectories = sample(str(tmp_path), num_samples=10, num_tokens=48, seed=0)
     assert [t.num_tokens for t in trajectories] == [PROMPT_TOKENS + 48] * 10
     first, second = trajectories[0].tokens, trajectories[1].tokens
