@@ -66,8 +66,6 @@ TIMEOUT_S = 900.0
 QUIET = 0.5
 LOOK_AT_MEMORY_S = 5.0
 """Reading the memory of one process costs that process 10 ms, and this project has several."""
-
-
 TUNING_SEED = 1000
 RATES = (1.0, 2.0, 4.0)
 """Multiples of a job's learning rate that both sides try."""
@@ -366,6 +364,8 @@ def main() -> None:
         for job in jobs:
             comparison.run(job, seeds=args.seeds, scratch=Path(directory))
     print(tables(comparison.runs))
+    for job in jobs:
+        print(f"Goal on {job.name}: TRL takes {job.goal:g} times as many seconds to {REWARDS[0]}.")
 
 
 class Comparison:
