@@ -15,9 +15,10 @@ docs/staleness.png from all results so far.
 
 Nothing is tuned for a single cell. Each method runs at the same learning rates, with the settings and the
 normalizer of its paper and with group-normalized advantages, except for OAPL, which defines its own
-advantages, and for VCPO, whose default differs from its paper (docs/reference/objectives.md). OAPL's beta2
-follows the project's rule for the completion length (.3 at ten tokens, set before the grid was run), and its
-engine syncs periodically, as its paper prescribes.
+advantages, and for VCPO, whose default differs from its paper (docs/reference/objectives.md). `VCPO, proxy
+norms` needs no gradients of single sequences: it is the form for large models. OAPL's beta2 follows the
+project's rule for the completion length (.3 at ten tokens, set before the grid was run), and its engine syncs
+periodically, as its paper prescribes.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -43,6 +44,9 @@ from benchmarks.report import RESULTS, ROOT
 from benchmarks.staleness_bounds import write_bounds
 from benchmarks.staleness_cell import Cell, CellResult, build_model, run_cell
 from benchmarks.staleness_report import COMMON_RATE, as_table, draw
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 LEARNING_RATES = (COMMON_RATE, 1e-4, 1e-3, 3e-5)
 PAGE_SETTINGS = (("fixed", 16), ("mixed", 16), ("fixed", 64), ("fixed", 4), ("fixed", 0), ("fixed", 1))
@@ -56,6 +60,10 @@ PAGE_METHODS: dict[str, dict[str, Any]] = {
     "GSPO": {"objective": {"name": "gspo"}, "normalizer": "seq_mean_token_mean"},
     "VCPO": {
         "objective": {"name": "vcpo", "baseline_weights": "score"},
+        "normalizer": "seq_mean_token_mean",
+    },
+    "VCPO, proxy norms": {
+        "objective": {"name": "vcpo", "baseline_weights": "score", "norms": "proxy"},
         "normalizer": "seq_mean_token_mean",
     },
     "VCPO, as published": {
@@ -127,13 +135,22 @@ def name_of(cell: Cell) -> str:
     return f"{cell.method}/{cell.mode}-{cell.lag}/{cell.lr:g}/seed-{cell.seed}"
 
 
-class Results:
+C = TypeVar("C", bound="DataclassInstance")
+"""Settings of one run."""
+R = TypeVar("R", bound="DataclassInstance")
+"""Its result."""
+
+
+class Results(Generic[C, R]):
     """The file of finished cells, one JSON object per line. Lines are only appended."""
 
-    def __init__(self, path: Path) -> None:
-        """Reads the file. Removes an incomplete last line, which a killed run may have left."""
+    def __init__(self, path: Path, read: Callable[[dict[str, Any]], R]) -> None:
+        """Reads the file. Removes an incomplete last line, which a killed run may have left.
+
+        `read`: makes a result from its JSON object.
+        """
         self._path = path
-        self._done: dict[str, CellResult] = {}
+        self._done: dict[str, R] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text() if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
@@ -141,18 +158,21 @@ class Results:
             path.write_text(whole)
         for line in whole.splitlines():
             row = json.loads(line)
-            curve = [(step, reward) for step, reward in row["result"].pop("curve")]
-            self._done[_key(row["cell"])] = CellResult(**row["result"], curve=curve)
+            self._done[_key(row["cell"])] = read(row["result"])
 
-    def get(self, cell: Cell) -> CellResult | None:
+    def get(self, cell: C) -> R | None:
         """The result of exactly these settings, or None."""
         return self._done.get(_key(asdict(cell)))
 
-    def of(self, cells: Iterable[Cell]) -> list[tuple[Cell, CellResult]]:
+    def of(self, cells: Iterable[C]) -> list[tuple[C, R]]:
         """The cells that have results, with them."""
         return [(cell, result) for cell in cells if (result := self.get(cell)) is not None]
 
-    def add(self, cell: Cell, result: CellResult) -> None:
+    def all(self) -> list[tuple[dict[str, Any], R]]:
+        """The settings of every finished cell, as JSON has them, with its result."""
+        return [(json.loads(key), result) for key, result in self._done.items()]
+
+    def add(self, cell: C, result: R) -> None:
         """Appends a result to the file."""
         self._done[_key(asdict(cell))] = result
         with self._path.open("a") as file:
@@ -165,8 +185,38 @@ def _key(settings: dict[str, Any]) -> str:
     return json.dumps(known, sort_keys=True)
 
 
-def run(cells: list[Cell], results: Results, *, num_jobs: int) -> None:
+def run(cells: list[Cell], results: Results[Cell, CellResult], *, num_jobs: int) -> None:
     """Runs cells in `num_jobs` worker processes at low priority, and records each when it finishes."""
+    finished = in_workers(
+        cells,
+        num_jobs=num_jobs,
+        model_of=lambda cell: (cell.seed, cell.warm_start_steps),
+        build=_build,
+        run_one=run_cell,
+    )
+    for number, (cell, result) in enumerate(finished, start=1):
+        results.add(cell, result)
+        print(
+            f"{time.strftime('%H:%M:%S')} {number}/{len(cells)} {name_of(cell)}: "
+            f"reward {result.reward:.3f} best {result.best:.3f} greedy {result.greedy:.3f} "
+            f"ess {result.ess_ratio:.2f} {result.wall_s:.0f} s",
+            flush=True,
+        )
+
+
+def in_workers(
+    cells: list[C],
+    *,
+    num_jobs: int,
+    model_of: Callable[[C], Hashable],
+    build: Callable[[str, C], None],
+    run_one: Callable[[C, str], R],
+) -> Iterator[tuple[C, R]]:
+    """Runs cells in `num_jobs` processes of low priority; yields each with its result when it finishes.
+
+    `model_of`: cells with equal values start from the same model. `build(directory, cell)` writes the model
+    of such cells, and `run_one(cell, directory)` runs one of them; both are functions of a module.
+    """
     if not cells:
         return
     context = multiprocessing.get_context("spawn")
@@ -174,28 +224,19 @@ def run(cells: list[Cell], results: Results, *, num_jobs: int) -> None:
         tempfile.TemporaryDirectory() as scratch,
         ProcessPoolExecutor(num_jobs, mp_context=context, initializer=_start_worker) as pool,
     ):
-        kinds = dict.fromkeys((cell.seed, cell.warm_start_steps) for cell in cells)
-        models = {kind: f"{scratch}/{number}" for number, kind in enumerate(kinds)}
-        list(pool.map(_build, models.values(), *zip(*kinds, strict=True)))
-        futures = {
-            pool.submit(run_cell, cell, models[cell.seed, cell.warm_start_steps]): cell for cell in cells
-        }
+        first_of = {model_of(cell): cell for cell in reversed(cells)}
+        models = {kind: f"{scratch}/{number}" for number, kind in enumerate(first_of)}
+        list(pool.map(build, models.values(), first_of.values()))
+        futures = {pool.submit(run_one, cell, models[model_of(cell)]): cell for cell in cells}
         try:
-            for number, future in enumerate(as_completed(futures), start=1):
-                cell, result = futures[future], future.result()
-                results.add(cell, result)
-                print(
-                    f"{time.strftime('%H:%M:%S')} {number}/{len(cells)} {name_of(cell)}: "
-                    f"reward {result.reward:.3f} best {result.best:.3f} greedy {result.greedy:.3f} "
-                    f"ess {result.ess_ratio:.2f} {result.wall_s:.0f} s",
-                    flush=True,
-                )
+            for future in as_completed(futures):
+                yield futures[future], future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _build(out_dir: str, seed: int, warm_start_steps: int) -> None:
-    build_model(Path(out_dir), seed=seed, warm_start_steps=warm_start_steps)
+def _build(out_dir: str, cell: Cell) -> None:
+    build_model(Path(out_dir), seed=cell.seed, warm_start_steps=cell.warm_start_steps)
 
 
 def _start_worker() -> None:
@@ -228,7 +269,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "staleness.png")
     args = parser.parse_args()
     cells = grid(full=args.full, seeds=args.seeds, num_steps=args.steps)
-    results = Results(args.results)
+    results = Results[Cell, CellResult](args.results, CellResult.read)
     if not args.report:
         wanted = [
             cell

@@ -27,7 +27,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from areal_like.config import Config, TrainerConfig
+from areal_like.config import BufferConfig, Config, TrainerConfig
 from areal_like.trajectory import NOT_SAMPLED, Trajectory
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.models.loading import load
@@ -125,7 +125,13 @@ class Cell:
             normalizer=self.normalizer,
             logprob_chunk_tokens=4096,
         )
-        config = Config(seed=self.seed, objective=self.objective, trainer=trainer)
+        # Whole groups: a group here is complete, and its baseline is the mean of all of its samples.
+        config = Config(
+            seed=self.seed,
+            objective=self.objective,
+            trainer=trainer,
+            buffer=BufferConfig(overdue="wait"),
+        )
         return replace(config, advantage=self.advantage) if self.advantage else config
 
 
@@ -155,6 +161,11 @@ class CellResult:
     cpu_s: float = field(compare=False)
     """CPU time."""
 
+    @classmethod
+    def read(cls, row: dict[str, Any]) -> CellResult:
+        """The result from its JSON object."""
+        return cls(**row | {"curve": [(step, reward) for step, reward in row["curve"]]})
+
 
 MEANS = ("log_w_std", "kl_k3", "entropy", "grad_norm", "clipped_fraction", "lr_scale")
 """Step metrics whose means a result keeps."""
@@ -173,11 +184,12 @@ def build_model(out_dir: Path, *, seed: int, warm_start_steps: int) -> None:
 class Sampler:
     """Samples from an engine on a task, with rewards."""
 
-    def __init__(self, model_path: str, config: Config) -> None:
+    def __init__(self, model_path: str, config: Config, *, context_tokens: int = CONTEXT_TOKENS) -> None:
+        """`context_tokens`: longest sequence, prompt and completion."""
         model, weights = load(
-            model_path, dtype=torch.float32, device=torch.device("cpu"), context_length=CONTEXT_TOKENS
+            model_path, dtype=torch.float32, device=torch.device("cpu"), context_length=context_tokens
         )
-        options = EngineOptions(max_running_requests=128, context_length=CONTEXT_TOKENS)
+        options = EngineOptions(max_running_requests=128, context_length=context_tokens)
         self._core = EngineCore(model, weights, options, version="0")
         self._task = make_task(config.task, seed=config.seed)
         self._renderer = PromptRenderer(model_path)
@@ -272,34 +284,64 @@ class Sampler:
         )
 
 
+def train(
+    plan: Mapping[int, list[tuple[int, int]]],
+    config: Config,
+    sampler: Sampler,
+    model_path: str,
+    *,
+    group_size: int,
+    at_point: Callable[[int], bool],
+    score: Callable[[int], None],
+) -> list[dict[str, Any]]:
+    """Trains on samples of planned ages; returns the metrics of each step.
+
+    `plan`: version -> the (step, group) pairs that it samples. `score(version)` is called with the sampler at
+    that version, before step `version`, for 0 to num_steps where `at_point(version)` is true.
+    """
+    num_steps, num_groups = config.trainer.num_steps, config.trainer.groups_per_step
+    ranks = Ranks.alone()
+    policy = build_policy(config, model_path, ranks)
+    runner = build_step_runner(config, policy, ranks, initial=model_path)
+    queue: dict[int, dict[int, list[Trajectory]]] = defaultdict(dict)
+    rows: list[dict[str, Any]] = []
+    for version in range(num_steps + 1):
+        wanted = plan.get(version, [])
+        if wanted or at_point(version) or version == num_steps:
+            sampler.activate(policy, version=version)
+        sampled = sampler.groups([step * num_groups + group for step, group in wanted], size=group_size)
+        for (step, group), trajectories in zip(wanted, sampled, strict=True):
+            queue[step][group] = trajectories
+        if at_point(version):
+            score(version)
+        if version < num_steps:
+            groups = queue.pop(version)
+            rows.append(runner.run([groups[i] for i in range(num_groups)], step=version))
+    assert not queue, "planned samples were never trained on"
+    return rows
+
+
 def run_cell(cell: Cell, model_path: str) -> CellResult:
     """Trains one cell from the model that `build_model` wrote. Sets this process's torch threads to one."""
     torch.set_num_threads(1)
     wall_s, cpu_s = time.perf_counter(), time.process_time()
-    config, ranks, plan = cell.config(), Ranks.alone(), cell.plan()
-    policy = build_policy(config, model_path, ranks)
-    runner = build_step_runner(config, policy, ranks, initial=model_path)
+    config = cell.config()
     sampler = Sampler(model_path, config)
-    queue: dict[int, dict[int, list[Trajectory]]] = defaultdict(dict)
     every = max(1, cell.num_steps // CURVE_POINTS)
     curve: list[tuple[int, float]] = []
-    rows: list[dict[str, float]] = []
-    for version in range(cell.num_steps + 1):
-        wanted, at_point = plan.get(version, []), version % every == 0
-        if wanted or at_point:
-            sampler.activate(policy, version=version)
-        sampled = sampler.groups(
-            [step * cell.groups_per_step + group for step, group in wanted], size=cell.group_size
-        )
-        for (step, group), trajectories in zip(wanted, sampled, strict=True):
-            queue[step][group] = trajectories
-        if at_point:
-            curve.append((version, round(sampler.score(num_prompts=CURVE_PROMPTS, temperature=1.0), 4)))
-        if version < cell.num_steps:
-            groups = queue.pop(version)
-            rows.append(runner.run([groups[i] for i in range(cell.groups_per_step)], step=version))
-    assert not queue, "planned samples were never trained on"
-    sampler.activate(policy, version=cell.num_steps)
+
+    def score(version: int) -> None:
+        curve.append((version, round(sampler.score(num_prompts=CURVE_PROMPTS, temperature=1.0), 4)))
+
+    rows = train(
+        cell.plan(),
+        config,
+        sampler,
+        model_path,
+        group_size=cell.group_size,
+        at_point=lambda version: version % every == 0,
+        score=score,
+    )
     rewards = [reward for _, reward in curve]
     tail = max(1, len(rewards) // 10)
     # Steps that trained no group (in each group all rewards were equal) lack these metrics.

@@ -1,13 +1,16 @@
-"""Figures and the Markdown table of benchmarks/trl.py.
+"""Figures and the Markdown tables of benchmarks/trl.py.
 
-python -m benchmarks.trl_report        prints the table of benchmarks/results/trl.json, draws docs/trl.png
+    python -m benchmarks.trl_report        prints those of benchmarks/results/trl.json, draws docs/trl.png
+
+A reward that a run did not reach counts as the job's limit of seconds. Runs of an earlier release have no
+stage and no limit: they count as a comparison, with their own length as the limit.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,9 @@ PHASES = ("wait_data_s", "compute_s", "reduce_s", "update_s", "freeze_s", "step_
 """Metrics of this project's steps that show the trainer's activity; `freeze_s`: copies of the weights."""
 
 
-def result_of(facts: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of one run."""
+def result_of(facts: dict[str, Any], rows: list[dict[str, Any]], *, limit_s: float) -> dict[str, Any]:
+    """The figures of one run; steps that ended after the limit do not count."""
+    rows = [row for row in rows if row["seconds"] <= limit_s] or rows[:1]
     reached: dict[str, Any] = {}
     for reward in REWARDS:
         reached[str(reward)] = None
@@ -62,6 +66,26 @@ def result_of(facts: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, An
     return result | {key: facts[key] for key in ("versions", "arguments") if key in facts}
 
 
+def seconds_to(run: Mapping[str, Any], reward: float) -> float:
+    """Seconds in which a run reached a reward; the limit if it did not."""
+    reached = run["reached"][str(reward)]
+    return float(reached["seconds"] if reached else run.get("limit_s", run["seconds"]))
+
+
+def tables(runs: Sequence[dict[str, Any]]) -> str:
+    """The comparison, the tuning before it, and the phases of this project's steps."""
+    compared = [run for run in runs if run.get("stage", "compare") == "compare"]
+    tuned = [run for run in runs if run.get("stage") == "tune"]
+    parts = []
+    if compared:
+        parts.append(table_of(compared))
+    if tuned:
+        parts.append("Tuning, one run for each setting:\n\n" + tuning_of(tuned))
+    if compared:
+        parts.append(phases_of(compared))
+    return "\n\n".join(parts)
+
+
 def table_of(runs: Sequence[dict[str, Any]]) -> str:
     """Medians over the seeds, with the smallest and largest."""
     lines = []
@@ -70,17 +94,44 @@ def table_of(runs: Sequence[dict[str, Any]]) -> str:
             side: [r for r in runs if (r["job"], r["side"]) == (name, side)] for side in ("ours", "TRL")
         }
         for side, some in of_job.items():
-            columns = [
-                [r["reached"][str(reward)] and r["reached"][str(reward)][unit] for r in some]
-                for reward in REWARDS
-                for unit in ("seconds", "samples")
+            methods = dict.fromkeys(f"{r['method']}, {r['lr']:.2g}" for r in some if "method" in r)
+            columns = []
+            for reward in REWARDS:
+                num_missed = sum(r["reached"][str(reward)] is None for r in some)
+                missed = f", {num_missed} of {len(some)} never" if num_missed else ""
+                columns.append(_spread([seconds_to(r, reward) for r in some]) + missed)
+                columns.append(
+                    _spread(
+                        [r["reached"][str(reward)] and r["reached"][str(reward)]["samples"] for r in some]
+                    )
+                )
+            columns += [
+                _spread([r.get(key) for r in some])
+                for key in ("greedy", "sampled", "seconds_per_step", "tokens_per_s", "peak_mib")
             ]
-            columns += [[r[key] for r in some] for key in ("seconds_per_step", "tokens_per_s", "peak_mib")]
-            lines.append([name, side, *map(_spread, columns)])
+            lines.append([name, side, "; ".join(methods) or "–", *columns])
         if all(of_job.values()):
-            lines.append([name, "TRL / ours", *_ratios(of_job)])
+            lines.append([name, "TRL / ours", "", *_ratios(of_job)])
     header = [f"{unit} to {reward}" for reward in REWARDS for unit in ("seconds", "samples")]
-    return table(["job", "side", *header, "s a step", "tokens/s", "peak MiB"], lines)
+    ends = ["greedy at the end", "at temperature 1", "s a step", "tokens/s", "peak MiB"]
+    return table(["job", "side", "method, rate", *header, *ends], lines)
+
+
+def tuning_of(runs: Sequence[dict[str, Any]]) -> str:
+    """A row for each setting that was tried: seconds to each reward, and the held-out rewards at the end."""
+    lines = [
+        [
+            *(run["job"], run["side"], run["method"], f"{run['lr']:.2g}"),
+            *(
+                f"{seconds_to(run, reward):.1f}" if run["reached"][str(reward)] else "never"
+                for reward in REWARDS
+            ),
+            *(f"{run['greedy']:.3f}", f"{run['sampled']:.3f}"),
+        ]
+        for run in sorted(runs, key=lambda run: (run["job"], run["side"], run["method"], run["lr"]))
+    ]
+    header = ["job", "side", "method", "rate", *(f"seconds to {reward}" for reward in REWARDS)]
+    return table([*header, "greedy at the end", "at temperature 1"], lines)
 
 
 def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
@@ -93,7 +144,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
             some = [run for run in runs if (run["job"], run["side"]) == (job, side)]
             place = number + shift
             reached = [run["reached"][reward]["seconds"] for run in some if run["reached"][reward]]
-            missed = [run["seconds"] for run in some if not run["reached"][reward]]
+            missed = [seconds_to(run, REWARDS[0]) for run in some if not run["reached"][reward]]
             steps = [run["seconds_per_step"] for run in some]
             for panel, values in zip(panels, (reached + missed, steps), strict=True):
                 label = {"ours": "this software", "TRL": "TRL"}[side] if number == 0 else None
@@ -105,7 +156,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     panels[0].set_yticks(range(len(jobs)), [_TITLES[job] for job in jobs])
     panels[0].invert_yaxis()
     panels[0].set_title(
-        f"seconds to a mean reward of {reward} (x: not reached when the run ended)", fontsize=10
+        f"seconds to a mean reward of {reward} (x: not reached within the limit)", fontsize=10
     )
     panels[1].set_title("seconds a step", fontsize=10)
     panels[1].legend(frameon=False)
@@ -138,21 +189,23 @@ def _ratios(of_job: dict[str, list[dict[str, Any]]]) -> list[str]:
         for side in ("TRL", "ours"):
             values = [value(run) for run in of_job[side]]
             if None in values:
-                return "-"
+                return "–"
             medians.append(statistics.median(values))
-        return f"{medians[0] / medians[1]:.2f}"
+        return f"{medians[0] / medians[1]:.2f}" if medians[1] else "–"
 
-    keys = [(str(reward), unit) for reward in REWARDS for unit in ("seconds", "samples")]
-    return [
-        *(ratio(lambda r, k=k, u=u: r["reached"][k] and r["reached"][k][u]) for k, u in keys),
-        *(ratio(lambda r, k=k: r[k]) for k in ("seconds_per_step", "tokens_per_s", "peak_mib")),
-    ]
+    ratios = []
+    for reward in REWARDS:
+        reached = str(reward)
+        ratios.append(ratio(lambda r, reward=reward: seconds_to(r, reward)))
+        ratios.append(ratio(lambda r, at=reached: r["reached"][at] and r["reached"][at]["samples"]))
+    keys = ("greedy", "sampled", "seconds_per_step", "tokens_per_s", "peak_mib")
+    return [*ratios, *(ratio(lambda r, key=key: r.get(key)) for key in keys)]
 
 
 def _spread(values: Sequence[Any]) -> str:
     if not values or None in values:
-        reached = sum(value is not None for value in values)
-        return f"{reached} of {len(values)} runs"
+        known = sum(value is not None for value in values)
+        return f"{known} of {len(values)} runs"
     digits = 3 if max(values) < 10 else 1 if max(values) < 1000 else 0
     low, middle, high = (f"{v:,.{digits}f}" for v in (min(values), statistics.median(values), max(values)))
     return f"{middle} ({low} to {high})"
@@ -160,5 +213,5 @@ def _spread(values: Sequence[Any]) -> str:
 
 if __name__ == "__main__":
     found = json.loads((RESULTS / "trl.json").read_text())["runs"]
-    print(table_of(found) + "\n\n" + phases_of(found))
-    draw(found, ROOT / "docs" / "trl.png")
+    print(tables(found))
+    draw([run for run in found if run.get("stage", "compare") == "compare"], ROOT / "docs" / "trl.png")

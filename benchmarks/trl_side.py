@@ -3,8 +3,8 @@
     python trl_side.py SPEC.json
 
 SPEC: model (directory), prompts and reference answers in order, settings, trl (further arguments of
-GRPOConfig), out (a file), stop_at (a reward), window, num_threads. One line of JSON is appended to `out` for
-every step.
+GRPOConfig), out (a file), weights (a directory for the final ones), stop_at (a reward), stop_after_s, window,
+num_threads. One line of JSON is appended to `out` for every batch, after its last update.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ def reward(
 
 
 def share_of_rate(step: int) -> float:
-    """Fraction of the learning rate after `step` steps, as in this project's optimizer.
+    """Fraction of the learning rate after `step` steps, as in this project's optimizer: constant after its
+    warm-up.
 
     transformers' own warm-up has the rate 0 in its first step: a step that trains nothing.
     """
-    steps, warmup = settings["num_steps"], settings["warmup_steps"]
-    return min(1.0, (step + 1) / max(warmup, 1), max((steps - step) / max(steps - warmup, 1), 0.0))
+    return min(1.0, (step + 1) / max(settings["warmup_steps"], 1))
 
 
 class Record(TrainerCallback):
-    """Writes a line for each step and stops when the mean reward over a window is reached."""
+    """Writes a line for each batch, and stops when the mean reward over a window is reached or time is up."""
 
     @staticmethod
     def write(row: dict[str, Any]) -> None:
@@ -76,18 +76,22 @@ class Record(TrainerCallback):
         self.began_s = time.time()
         versions = {m.__name__: m.__version__ for m in (torch, transformers, trl)}
         start_s = self.began_s - started_s
-        self.write({"start_s": start_s, "versions": versions, "arguments": arguments | spec["trl"]})
+        self.write({"start_s": start_s, "versions": versions, "arguments": arguments})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        row = batches[state.global_step - 1] | {
+        if state.global_step % num_updates:
+            return
+        seconds = time.time() - self.began_s
+        row = batches[state.global_step // num_updates - 1] | {
             "step": state.global_step,
-            "seconds": time.time() - self.began_s,
+            "seconds": seconds,
             "next_lr": optimizer.param_groups[0]["lr"],
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
         self.write(row)
         last = [b["reward"] for b in batches[-spec["window"] :]]
-        if len(last) == spec["window"] and sum(last) / len(last) >= spec["stop_at"]:
+        is_reached = len(last) == spec["window"] and sum(last) / len(last) >= spec["stop_at"]
+        if is_reached or seconds >= spec["stop_after_s"]:
             control.should_training_stop = True
 
 
@@ -120,7 +124,9 @@ arguments: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
 }
-config = GRPOConfig(**(arguments | spec["trl"]))
+arguments |= spec["trl"]
+num_updates = arguments["num_iterations"]
+config = GRPOConfig(**arguments)
 optimizer = torch.optim.AdamW(
     model.parameters(),
     lr=settings["lr"],
@@ -138,3 +144,5 @@ trainer = GRPOTrainer(
     optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_rate)),
 )
 trainer.train()
+trainer.save_model(spec["weights"])
+tokenizer.save_pretrained(spec["weights"])

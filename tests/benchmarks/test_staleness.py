@@ -72,8 +72,8 @@ def test_periodic_sync_has_the_mean_age_of_its_mode(mode: str, longest: int) -> 
 
 def test_grid_starts_with_one_seed_at_lag_16() -> None:
     cells = grid(full=False, seeds=[0, 1, 2], num_steps=400)
-    assert len(cells) == len({name_of(cell) for cell in cells}) == 9 * 6 * 4 * 3
-    assert {(cell.mode, cell.lag, cell.seed) for cell in cells[:16]} == {("fixed", 16, 0)}
+    assert len(cells) == len({name_of(cell) for cell in cells}) == 10 * 6 * 4 * 3
+    assert {(cell.mode, cell.lag, cell.seed) for cell in cells[:40]} == {("fixed", 16, 0)}
     assert {own["objective"]["name"] for own in FULL_METHODS.values()} == set(OBJECTIVES.names())
 
 
@@ -96,11 +96,11 @@ def test_stopped_grid_resumes(tmp_path: Path) -> None:
     """Long, because a whole job runs first."""
     path = tmp_path / "results.jsonl"
     cells = [replace(TINY, num_steps=2, warm_start_steps=0, seed=seed) for seed in (0, 1)]
-    run(cells[:1], Results(path), num_jobs=1)
+    run(cells[:1], Results[Cell, CellResult](path, CellResult.read), num_jobs=1)
     first = path.read_text()
     path.write_text(first + '{"cell": {"met')  # killed while writing
 
-    results = Results(path)
+    results = Results[Cell, CellResult](path, CellResult.read)
     assert path.read_text() == first
     found = results.get(cells[0])
     assert found is not None and len(found.curve) == 3
@@ -109,7 +109,7 @@ def test_stopped_grid_resumes(tmp_path: Path) -> None:
 
     results.add(cells[1], found)
     assert [json.loads(line)["cell"]["seed"] for line in path.read_text().splitlines()] == [0, 1]
-    assert Results(path).get(cells[1]) == found
+    assert Results[Cell, CellResult](path, CellResult.read).get(cells[1]) == found
 
 
 def test_table_shows_the_best_and_the_common_rate(tmp_path: Path) -> None:

@@ -59,7 +59,9 @@ def test_table_is_that_of_the_results(tmp_path: Path) -> None:
     """If this fails after new cells: `python -m benchmarks.staleness --report`."""
     copy = tmp_path / "staleness.jsonl"
     copy.write_text((RESULTS / "staleness.jsonl").read_text())
-    done = Results(copy).of(grid(full=True, seeds=[0, 1, 2], num_steps=400))
+    done = Results[Cell, CellResult](copy, CellResult.read).of(
+        grid(full=True, seeds=[0, 1, 2], num_steps=400)
+    )
     assert json.loads(TABLE.read_text()) == bounds(done)
     rewards = [
         r.reward for c, r in done if (c.method, c.mode, c.lag, c.lr) == ("token TIS", "fixed", 4, 3e-4)
