@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
+import inspect
+import itertools
 import re
 import types
 import typing
@@ -84,6 +87,23 @@ def choices_of(annotation: Any) -> tuple[Any, ...]:
     """The values that a `Literal` in the annotation (or in its union) allows; empty without a `Literal`."""
     literals = [member for member in members_of(annotation) if typing.get_origin(member) is Literal]
     return tuple(choice for literal in literals for choice in typing.get_args(literal))
+
+
+def field_texts(cls: type) -> dict[str, str]:
+    """Field name -> its docstring on one line, for the fields of a dataclass and of its bases.
+
+    Python does not keep these docstrings at run time, so they are parsed from the source.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        (body,) = [
+            node.body for node in ast.parse(inspect.getsource(base)).body if isinstance(node, ast.ClassDef)
+        ]
+        for node, following in itertools.pairwise(body):
+            match node, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    texts[name] = " ".join(text.split())
+    return texts
 
 
 def fits(member: Any, value: Any) -> bool:
