@@ -25,6 +25,7 @@ from areal_like.automatic_settings import start_limit_s
 from areal_like.errors import EngineError
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
 from areal_like.security.keys import KeyRole
+from areal_like.wire.addresses import wait_for_addresses
 from areal_like.wire.channel import tcp_address
 from areal_like.wire.curve import CurveServer
 from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -51,6 +52,10 @@ _FROZEN_S = 10.0
 async def main(runtime: Runtime) -> None:
     """Serves until `runtime.stopping`. Raises ConfigError for settings that contradict each other."""
     async with running_parts(runtime) as parts:
+        with runtime.waits("buffer: address"):
+            await wait_for_addresses(runtime.config, gives_up=runtime.stopping.is_set)
+        if runtime.stopping.is_set():
+            return
         server = RolloutServer(runtime, parts)
         try:
             await server.run()

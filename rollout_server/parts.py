@@ -58,7 +58,8 @@ async def running_parts(runtime: Runtime) -> AsyncIterator[Parts]:
     config, waits = runtime.config, runtime.waits
     tasks = make_tasks(config)
     require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
-    buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
+    if config.buffer.discovery == "address":
+        buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
     model = model_path(config)
     with torch_hidden(), uncollected():
         renderer = PromptRenderer(model, settings=config.model)

@@ -58,14 +58,15 @@ class BufferConfig(Section, key="buffer"):
     host: str = "127.0.0.1"
     """Address to bind. With several shards, `{shard}` in it is replaced by the shard's number."""
     port: int = 0
-    """Port to bind; shard i binds port + i. With 0, a free port is chosen, and the launcher passes it to the
-    other daemons. Daemons started by hand need a fixed port."""
+    """Port to bind; shard i binds port + i. With 0, a free port is chosen: daemons started by hand then need
+    `discovery=run_dir`."""
     advertise_host: str = ""
     """Address at which other hosts reach the buffer, `{shard}` as in `host`; empty: `host`."""
     discovery: Literal["address", "run_dir"] = "address"
     """How rollout servers and ranks find the buffer. `address`: at `advertise_host` (`host`) and `port`.
-    `run_dir`: where its file in the run's directory says, which all machines must share. A buffer that does
-    not respond is looked up again, so it may be restarted on another machine, and its port may be 0."""
+    `run_dir`: at the address in its file in the run's directory, which all machines must share. A buffer that
+    does not respond is looked up again, so it may be restarted on another machine, and its port may be 0.
+    `areal-like run` starts its daemons with `run_dir`."""
     num_shards: PositiveInt = 1
     """Buffer daemons (buffer-0, buffer-1, ...) that split the prompts and the groups of every step; fixed for
     a run's life."""
@@ -147,11 +148,6 @@ class BufferConfig(Section, key="buffer"):
         require(
             not (self.ledger_dir and self.durability == "none"),
             f"buffer.ledger_dir={self.ledger_dir}: with buffer.durability=none there is no ledger on disk",
-        )
-        require(
-            not (self.discovery == "run_dir" and self.durability == "none"),
-            "buffer.discovery=run_dir is for a buffer that may be started again, and with "
-            "buffer.durability=none it would have lost its ledger: set durability to power_loss",
         )
         require(
             1 << 16 <= self.segment_bytes <= 1 << 31,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from areal_like.shards import Shard, all_shards
 from areal_like.wire.channel import tcp_address
 from areal_like.wire.limits import MAX_ADDRESS_CHARS
 
+_LOOK_S = 0.05
+"""Pause between two looks for an address that is not there yet."""
 _STREAM = re.compile(r"tcp://[A-Za-z0-9._:%\[\]-]+:[0-9]{1,5}")
 
 
@@ -67,6 +70,17 @@ def buffer_lookup(config: Config, index: int) -> Callable[[], str | None] | None
         return address if is_valid and _STREAM.fullmatch(address) else None
 
     return look_up
+
+
+async def wait_for_addresses(config: Config, *, gives_up: Callable[[], bool] = lambda: False) -> None:
+    """Waits until every shard has written its address, or `gives_up` is true.
+
+    Returns at once if the addresses are settings.
+    """
+    for index in range(config.buffer.num_shards):
+        look_up = buffer_lookup(config, index)
+        while look_up is not None and look_up() is None and not gives_up():
+            await asyncio.sleep(_LOOK_S)
 
 
 def _found(config: Config, shard: Shard) -> str:

@@ -117,6 +117,11 @@ def _check(config: Config, nodes: int) -> None:
         raise ConfigError(
             f"submit: buffer.num_shards={config.buffer.num_shards}: a submitted run has one, set it to 1"
         )
+    if config.buffer.durability == "none":
+        raise ConfigError(
+            "submit: a scheduler may start the buffer again, and with buffer.durability=none it would have "
+            "lost its ledger: set buffer.durability=power_loss"
+        )
     if config.security.keys:
         KeyDirectory(Path(config.security.keys))
     elif not config.security.insecure:

@@ -27,7 +27,7 @@ from areal_like.runtime.logs import follow_level
 from areal_like.runtime.progress import ProgressClock
 from areal_like.runtime.threads import NamedThread
 from areal_like.runtime.waits import PendingWaits
-from areal_like.wire.addresses import buffer_addresses, buffer_lookup
+from areal_like.wire.addresses import buffer_addresses, buffer_lookup, wait_for_addresses
 from areal_like.wire.fingerprint import (
     dataset_fingerprint,
     model_fingerprint,
@@ -227,9 +227,7 @@ class TrainerBufferClient:
         """
         self.step = step
         for ahead in (step, step + 1):
-            if ahead < self.config.trainer.num_steps:
-                for position in self.positions:
-                    self._request_group(ahead, position)
+            self._request_groups(ahead)
         for position in self.positions:
             future = self._fetches[step, position]
             patience = Patience(
@@ -244,9 +242,17 @@ class TrainerBufferClient:
             del self._fetches[step, position]
             yield future.result()
 
-    def _request_group(self, step: int, position: int) -> None:
-        if (step, position) not in self._fetches:
-            self._fetches[step, position] = self.submit(self._fetch(Fetch(step=step, position=position)))
+    def _request_groups(self, step: int) -> None:
+        for position in self.positions if step < self.config.trainer.num_steps else ():
+            if (step, position) not in self._fetches:
+                self._fetches[step, position] = self.submit(self._fetch(Fetch(step=step, position=position)))
+
+    async def fetched(self, step: int) -> None:
+        """Waits without a limit until this rank's groups of a step are here. For coroutines in the client's
+        loop."""
+        self._request_groups(step)
+        groups = [self._fetches[step, position] for position in self.positions]
+        await asyncio.wait([asyncio.wrap_future(group) for group in groups])
 
     async def _fetch(self, request: Fetch) -> Group:
         group = await self.call_async(request, timeout_s=math.inf)  # `groups` bounds the wait
@@ -271,6 +277,8 @@ class TrainerBufferClient:
         self._exit_stack.push_async_exit(self.runtime)
         await self.runtime.__aenter__()
         hello = self._hello()
+        with self.waits("buffer: address"):
+            await wait_for_addresses(self.config)
         for index, address in enumerate(buffer_addresses(self.config)):
             connection = RankConnection(
                 address,
