@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import inspect
 import itertools
+import math
 import re
 import types
 import typing
@@ -28,23 +29,34 @@ _YAML_TYPES = (bool, int, float, str, type(None), list, dict)
 """Types of the values in a configuration."""
 
 
-class Minimum(NamedTuple):
-    """The smallest allowed value of a field, stated in its annotation."""
+class Bounds(NamedTuple):
+    """The range of a field's values, stated in its annotation."""
 
-    value: int
-    is_exclusive: bool = False
-    """True: the value must be greater than it."""
+    low: float
+    high: float = math.inf
+    excludes_low: bool = False
+    """True: the value must be greater than `low`."""
+    excludes_high: bool = False
+    """True, only together with `excludes_low`: the value must be less than `high`."""
 
     def check(self, value: Any, *, key: str) -> None:
-        """Raises ConfigError unless the value is in the range."""
-        if not (value > self.value or (value == self.value and not self.is_exclusive)):
-            raise ConfigError(f"{key} must be {'above' if self.is_exclusive else 'at least'} {self.value}")
+        """Raises ConfigError unless the value is in the range; NaN is in none."""
+        low, high, above, below = self
+        is_high_enough = value > low or (value == low and not above)
+        if is_high_enough and (value < high or (value == high and not below)):
+            return
+        if high == math.inf:
+            raise ConfigError(f"{key} must be {'above' if above else 'at least'} {low}")
+        first = ("a number between " if below else "a number above ") if above else ""
+        last = ("and" if below else "up to") if above else "to"
+        raise ConfigError(f"{key}={value}: use {first}{low} {last} {high}")
 
 
-PositiveInt = Annotated[int, Minimum(1)]
-NonNegativeInt = Annotated[int, Minimum(0)]
-PositiveFloat = Annotated[float, Minimum(0, is_exclusive=True)]
-NonNegativeFloat = Annotated[float, Minimum(0)]
+PositiveInt = Annotated[int, Bounds(1)]
+NonNegativeInt = Annotated[int, Bounds(0)]
+PositiveFloat = Annotated[float, Bounds(0, excludes_low=True)]
+NonNegativeFloat = Annotated[float, Bounds(0)]
+Fraction = Annotated[float, Bounds(0, 1)]
 
 
 class Section:
@@ -69,8 +81,8 @@ class Section:
         for name, annotation in typing.get_type_hints(type(self), include_extras=True).items():
             key, value = f"{self.key}.{name}".lstrip("."), getattr(self, name)
             check_choice(annotation, value, key=key)
-            for minimum in getattr(annotation, "__metadata__", ()):
-                minimum.check(value, key=key)
+            for bounds in getattr(annotation, "__metadata__", ()):
+                bounds.check(value, key=key)
         self.check()
 
     def check(self) -> None:
