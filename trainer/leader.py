@@ -8,7 +8,6 @@ each step.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import struct
@@ -22,7 +21,6 @@ from torch import Tensor
 from areal_like.automatic_settings import compute_dtype, start_limit_s
 from areal_like.config import Config
 from areal_like.errors import ArealError, EvaluationError, RefusedError, UserError
-from areal_like.runtime.daemon import cancelled_on_exit
 from areal_like.wire.messages.consumer import (
     AllocVersion,
     CloseAdmission,
@@ -121,8 +119,6 @@ class Leader:
         self._is_new = step == 0 and bool(welcome.newest_version == 0)
         """False even for a run that starts over without a checkpoint: its servers may still hold weights that
         an earlier trainer pushed."""
-        self._first_version = 0 if self._is_new else int(welcome.newest_version) + 1
-        """No older version has this trainer's weights."""
         self.settings: StepSettings = buffer.call(GetStepSettings(step=step), timeout_s=_CALL_TIMEOUT_S)
         """Settings of the step that begins or is in training."""
         self._counters_at_start, self._counted_from_s = self._get_counters(), time.monotonic()
@@ -134,8 +130,7 @@ class Leader:
     def begin(self, snapshot: Snapshot, *, oldest_kept_step: int) -> None:
         """Publishes the first weights and evaluates them.
 
-        Unless the run is new, it waits until an engine has this trainer's weights, or the ledger has the
-        groups of the first step: engines may take minutes to start. A drain ends the wait.
+        Unless the run is new, it waits until an engine has this trainer's weights. A drain ends the wait.
         `oldest_kept_step`: as in `commit`.
         """
         if self._step:
@@ -147,17 +142,15 @@ class Leader:
         self._offer(snapshot, loaded=self._is_new)
         self._evaluations.interval = max(1, self.settings.eval_interval)
         try:
-            is_evaluated_first = self._step == 0 and self._evaluations.is_enabled
             if not self._is_new:
-                is_last = self._step == self._config.trainer.num_steps
-                self._wait_for_checkpoint_weights(or_groups=not (is_evaluated_first or is_last))
-            if is_evaluated_first:
+                self._wait_for_checkpoint_weights()
+            if self._step == 0 and self._evaluations.is_enabled:
                 self._buffer.state = "evaluating"
                 self._eval_before = self._first_evaluation()
             else:  # the sets that an earlier trainer has not finished
                 self._evaluations.start_if_due(
                     step=self._step,
-                    min_version=self._min_version,
+                    min_version=self._publisher.active_version,
                     done=self._record.evaluations.sets_of(self._step),
                     is_asked=self.settings.evaluate,
                 )
@@ -207,7 +200,7 @@ class Leader:
         self._evaluations.interval = max(1, self.settings.eval_interval)
         self._evaluations.start_if_due(
             step=self._step,
-            min_version=self._min_version,
+            min_version=self._publisher.active_version,
             is_asked=self.settings.evaluate,
         )
 
@@ -275,26 +268,10 @@ class Leader:
             "servers": [asdict(server) for server in self._buffer.directory.servers],
         }
 
-    @property
-    def _min_version(self) -> int:
-        """The oldest version whose completions count for an evaluation that is requested now."""
-        return max(self._publisher.active_version, self._first_version)
-
-    def _wait_for_checkpoint_weights(self, *, or_groups: bool) -> None:
-        """`or_groups`: it is enough that this rank has all groups of the first step."""
-
-        async def wait() -> None:
-            tasks: list[asyncio.Task[Any]] = [
-                asyncio.create_task(self._publisher.wait_until_active(self._step), name="active weights")
-            ]
-            if or_groups:
-                tasks.append(asyncio.create_task(self._buffer.fetched(self._step), name="groups"))
-            async with cancelled_on_exit(*tasks):
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-
+    def _wait_for_checkpoint_weights(self) -> None:
         self._buffer.state = "pushing"
         self._buffer.run(
-            wait(),
+            self._publisher.wait_until_active(self._step),
             name="the checkpoint's weights to be active at a server",
             may_stop=True,
             stall_s=self._config.stall_s(start_limit_s(self._config) + self._push_limit_s),

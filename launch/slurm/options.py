@@ -19,17 +19,20 @@ _REMEDY = "remove the file and give the options again"
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions(ClusterOptions):
-    """A user's choices for the jobs of a run; `*_args` are options of sbatch in one quoted word."""
+    """A user's choices for the jobs of a run."""
 
     partition: str = ""
-    """Empty: the cluster's default."""
+    """Partition of the jobs; by default the cluster's."""
     time: str = ""
-    """Time limit of each job, as Slurm writes it; empty: the partition's."""
+    """Time limit of each job, as sbatch takes it; by default the partition's."""
     sbatch_args: str = ""
-    """Options of all jobs."""
+    """Options of sbatch for all jobs, in one quoted word."""
     buffer_args: str = ""
+    """Options of sbatch for the buffer's job."""
     trainer_args: str = ""
+    """Options of sbatch for the trainer's job."""
     rollout_args: str = ""
+    """Options of sbatch for the rollout jobs."""
 
     def words_of(self, role: str) -> list[str]:
         """The options of sbatch for the jobs of a role, each in the form of an #SBATCH line.

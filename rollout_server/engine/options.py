@@ -13,22 +13,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from areal_like.config import RolloutConfig
-from areal_like.config.common import (
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-    choices_of,
-    field_texts,
-    require,
-)
+from areal_like.config.arguments import add_arguments
+from areal_like.config.common import NonNegativeInt, PositiveFloat, PositiveInt, Section, require
 from areal_like.config.loading import build
 from areal_like.errors import ConfigError
 from areal_like.security.tokens import read_secret
@@ -48,7 +40,7 @@ class EngineOptions(Section):
     """Tokens of prompts kept for the other samples of their groups; 0: none."""
     conversation_cache_tokens: int | None = None
     """Tokens whose KV is kept for the next turns of conversations, allocated as they are needed; 0: none;
-    None: as many as the rows hold."""
+    not given: as many as the rows hold."""
     random_seed: int = 0
     """Seed of sequences that have none of their own."""
 
@@ -104,44 +96,21 @@ class ProcessOptions(EngineOptions):
         """
         if len(argv) == 2 and argv[0] == "--options":
             return build(cls, json.loads(Path(argv[1]).read_text()))
-        given = vars(_parser().parse_args(argv))
+        parser = argparse.ArgumentParser(
+            prog="python -m rollout_server.engine",
+            description="One embedded inference engine, as a process.",
+            epilog="A rollout server gives all options as JSON instead: --options FILE.",
+        )
+        parser.add_argument(
+            "--api-key-file",
+            required=True,
+            metavar="FILE",
+            help="File of mode 600 with the key that requests need (Authorization: Bearer KEY).",
+        )
+        add_arguments(parser, cls, leaves_out=["api_key"])
+        given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
         file = given.pop("api_key_file")
         try:
             return build(cls, given | {"api_key": read_secret(Path(file))})
         except FileNotFoundError:
             raise ConfigError(f"--api-key-file {file}: no such file") from None
-
-
-def _parser() -> argparse.ArgumentParser:
-    """The parser of a person's command line: an option for each field but the key."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rollout_server.engine",
-        description="One embedded inference engine, as a process.",
-        epilog="A rollout server gives all options as JSON instead: --options FILE.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument(
-        "--api-key-file",
-        required=True,
-        help="file of mode 600 with the key that requests need (Authorization: Bearer KEY)",
-    )
-    hints, texts = typing.get_type_hints(ProcessOptions), field_texts(ProcessOptions)
-    for one in dataclasses.fields(ProcessOptions):
-        if one.name == "api_key":
-            continue
-        hint, settings = hints[one.name], dict[str, Any](help=texts[one.name])
-        if one.default is MISSING:
-            settings["required"] = True
-        else:
-            settings["default"] = list(one.default) if isinstance(one.default, tuple) else one.default
-        if hint is bool:
-            settings["action"] = "store_true"
-        elif typing.get_origin(hint) is tuple:
-            settings |= {"action": "append", "metavar": "DIR"}
-        elif choices := choices_of(hint):
-            settings["choices"] = choices
-        else:
-            settings["type"] = {float: float, str: str}.get(hint, int)
-        parser.add_argument(f"--{one.name.replace('_', '-')}", **settings)
-    return parser

@@ -227,7 +227,9 @@ class TrainerBufferClient:
         """
         self.step = step
         for ahead in (step, step + 1):
-            self._request_groups(ahead)
+            if ahead < self.config.trainer.num_steps:
+                for position in self.positions:
+                    self._request_group(ahead, position)
         for position in self.positions:
             future = self._fetches[step, position]
             patience = Patience(
@@ -242,17 +244,9 @@ class TrainerBufferClient:
             del self._fetches[step, position]
             yield future.result()
 
-    def _request_groups(self, step: int) -> None:
-        for position in self.positions if step < self.config.trainer.num_steps else ():
-            if (step, position) not in self._fetches:
-                self._fetches[step, position] = self.submit(self._fetch(Fetch(step=step, position=position)))
-
-    async def fetched(self, step: int) -> None:
-        """Waits without a limit until this rank's groups of a step are here. For coroutines in the client's
-        loop."""
-        self._request_groups(step)
-        groups = [self._fetches[step, position] for position in self.positions]
-        await asyncio.wait([asyncio.wrap_future(group) for group in groups])
+    def _request_group(self, step: int, position: int) -> None:
+        if (step, position) not in self._fetches:
+            self._fetches[step, position] = self.submit(self._fetch(Fetch(step=step, position=position)))
 
     async def _fetch(self, request: Fetch) -> Group:
         group = await self.call_async(request, timeout_s=math.inf)  # `groups` bounds the wait
