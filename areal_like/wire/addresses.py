@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import Callable
 
 from areal_like.config import Config
@@ -16,6 +17,8 @@ from areal_like.wire.limits import MAX_ADDRESS_CHARS
 
 _LOOK_S = 0.05
 """Pause between two looks for an address that is not there yet."""
+_LIMIT_S = 600.0
+"""Longest wait for an address: a buffer that starts reads its ledger first."""
 _STREAM = re.compile(r"tcp://[A-Za-z0-9._:%\[\]-]+:[0-9]{1,5}")
 
 
@@ -75,11 +78,14 @@ def buffer_lookup(config: Config, index: int) -> Callable[[], str | None] | None
 async def wait_for_addresses(config: Config, *, gives_up: Callable[[], bool] = lambda: False) -> None:
     """Waits until every shard has written its address, or `gives_up` is true.
 
-    Returns at once if the addresses are settings.
+    Returns at once if the addresses are settings. Raises ArealError after _LIMIT_S.
     """
+    deadline_s = time.monotonic() + _LIMIT_S
     for index in range(config.buffer.num_shards):
         look_up = buffer_lookup(config, index)
         while look_up is not None and look_up() is None and not gives_up():
+            if time.monotonic() > deadline_s:
+                buffer_addresses(config)  # raises
             await asyncio.sleep(_LOOK_S)
 
 

@@ -58,17 +58,7 @@ class EngineCore:
             dtype=facts.dtype,
             device=facts.device,
         )
-        most_kept = options.conversation_cache_tokens
-        self.contexts = Contexts(
-            model,
-            self._cache,
-            self._rows,
-            max_prefill_tokens=options.max_prefill_tokens,
-            prefix_cache_tokens=options.prefix_cache_tokens,
-            conversation_cache_tokens=(
-                options.max_running_requests * options.context_length if most_kept is None else most_kept
-            ),
-        )
+        self.contexts = Contexts(model, self._cache, self._rows, options)
         self._weights_serial = itertools.count(1)
         self._sequence_index = itertools.count()
 

@@ -44,6 +44,12 @@ class EngineOptions(Section):
     random_seed: int = 0
     """Seed of sequences that have none of their own."""
 
+    @property
+    def kept_tokens(self) -> int:
+        """The resolved `conversation_cache_tokens`."""
+        tokens = self.conversation_cache_tokens
+        return self.max_running_requests * self.context_length if tokens is None else tokens
+
     def check(self) -> None:
         tokens = self.conversation_cache_tokens
         require(tokens is None or tokens >= 0, "conversation_cache_tokens must be at least 0")

@@ -107,6 +107,7 @@ class TrainerBufferClient:
     def __enter__(self) -> Self:
         self._thread.start()
         try:
+            self.run(wait_for_addresses(self.config), name="buffer: address", may_stop=True)
             self.run(self._open(), name="buffer (hello)", timeout_s=60.0, may_stop=True)
         except BaseException:  # including a signal: the loop's thread must not outlive a failed start
             self.__exit__()
@@ -271,8 +272,6 @@ class TrainerBufferClient:
         self._exit_stack.push_async_exit(self.runtime)
         await self.runtime.__aenter__()
         hello = self._hello()
-        with self.waits("buffer: address"):
-            await wait_for_addresses(self.config)
         for index, address in enumerate(buffer_addresses(self.config)):
             connection = RankConnection(
                 address,
