@@ -47,9 +47,10 @@ class Bounds(NamedTuple):
             return
         if high == math.inf:
             raise ConfigError(f"{key} must be {'above' if above else 'at least'} {low}")
-        first = ("a number between " if below else "a number above ") if above else ""
-        last = ("and" if below else "up to") if above else "to"
-        raise ConfigError(f"{key}={value}: use {first}{low} {last} {high}")
+        words = f"{low:.12g} to {high:.12g}"
+        if above:
+            words = f"a number {f'between {low} and' if below else f'above {low} and at most'} {high:.12g}"
+        raise ConfigError(f"{key}={value}: use {words}")
 
 
 PositiveInt = Annotated[int, Bounds(1)]
