@@ -1,23 +1,19 @@
 """Lists all settings with their defaults, choices and texts, from the dataclasses of areal_like/config/.
 
 `areal-like run --help` and the settings reference of the docs are generated from this list, so that both
-agree with the dataclasses. Python does not keep docstrings of fields at run time, so they are parsed from the
-source with `ast`.
+agree with the dataclasses.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import textwrap
 import typing
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from areal_like.config import Config
-from areal_like.config.common import choices_of, members_of
+from areal_like.config.common import choices_of, field_texts, members_of
 from areal_like.runtime.command_line import GROUPS, OPEN_SECTIONS, SCALE, presets
 
 COMMON = (
@@ -116,7 +112,7 @@ def help_text(*, width: int, everything: bool) -> str:
 
 
 def _settings_of(cls: type, *, section: str) -> list[Setting]:
-    texts, hints = _field_docstrings(cls), typing.get_type_hints(cls)
+    texts, hints = field_texts(cls), typing.get_type_hints(cls)
     settings = []
     for field in dataclasses.fields(cls):
         key = f"{section}.{field.name}".lstrip(".")
@@ -151,14 +147,3 @@ def _as_typed(value: object) -> str:
     if isinstance(value, (tuple, list)):
         return f"[{','.join(map(str, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _field_docstrings(cls: type) -> dict[str, str]:
-    """Field name -> the string literal that follows the field in the class body, on one line."""
-    (body,) = [node.body for node in ast.parse(inspect.getsource(cls)).body if isinstance(node, ast.ClassDef)]
-    texts = {}
-    for node, following in pairwise(body):
-        match node, following:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                texts[name] = " ".join(text.split())
-    return texts

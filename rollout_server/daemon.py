@@ -28,7 +28,7 @@ from areal_like.runtime.daemon import Runtime, cancelled_on_exit
 from areal_like.runtime.imports import torch_hidden, uncollected
 from areal_like.security.binding import require_loopback_or_keys
 from areal_like.security.keys import KeyRole
-from areal_like.wire.addresses import buffer_addresses
+from areal_like.wire.addresses import buffer_addresses, wait_for_addresses
 from areal_like.wire.channel import tcp_address
 from areal_like.wire.curve import CurveServer
 from areal_like.wire.fingerprint import (
@@ -76,7 +76,8 @@ async def main(runtime: Runtime) -> None:
     config = runtime.config
     tasks = make_tasks(config)
     require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
-    buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
+    if config.buffer.discovery == "address":
+        buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
     model = model_path(config)
     with torch_hidden(), uncollected():
         renderer = PromptRenderer(model, settings=config.model)
@@ -102,6 +103,10 @@ async def main(runtime: Runtime) -> None:
             runtime, book, tasks=list(tasks.values()), model=model, context_tokens=context_tokens
         ) as plane,
     ):
+        with runtime.waits("buffer: address"):
+            await wait_for_addresses(config, gives_up=runtime.stopping.is_set)
+        if runtime.stopping.is_set():
+            return
         server = RolloutServer(
             runtime, sources, renderer=renderer, model=model, engine=engine, book=book, plane=plane
         )

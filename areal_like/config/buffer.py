@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from areal_like.config.common import NonNegativeInt, PositiveFloat, PositiveInt, Section, require
+from areal_like.config.common import Bounds, NonNegativeInt, PositiveFloat, PositiveInt, Section, require
 from areal_like.failures import FailureKind, FailurePolicy
 
 Policy = Literal["retry", "zero", "drop"]
@@ -58,14 +58,15 @@ class BufferConfig(Section, key="buffer"):
     host: str = "127.0.0.1"
     """Address to bind. With several shards, `{shard}` in it is replaced by the shard's number."""
     port: int = 0
-    """Port to bind; shard i binds port + i. With 0, a free port is chosen, and the launcher passes it to the
-    other daemons. Daemons started by hand need a fixed port."""
+    """Port to bind; shard i binds port + i. With 0, a free port is chosen: daemons started by hand then need
+    `discovery=run_dir`."""
     advertise_host: str = ""
     """Address at which other hosts reach the buffer, `{shard}` as in `host`; empty: `host`."""
     discovery: Literal["address", "run_dir"] = "address"
     """How rollout servers and ranks find the buffer. `address`: at `advertise_host` (`host`) and `port`.
-    `run_dir`: where its file in the run's directory says, which all machines must share. A buffer that does
-    not respond is looked up again, so it may be restarted on another machine, and its port may be 0."""
+    `run_dir`: at the address in its file in the run's directory, which all machines must share. A buffer that
+    does not respond is looked up again, so it may be restarted on another machine, and its port may be 0.
+    `areal-like run` starts its daemons with `run_dir`."""
     num_shards: PositiveInt = 1
     """Buffer daemons (buffer-0, buffer-1, ...) that split the prompts and the groups of every step; fixed for
     a run's life."""
@@ -85,13 +86,14 @@ class BufferConfig(Section, key="buffer"):
     curriculum: Literal["none", "goldilocks", "paced"] = "none"
     """Choice of the next prompt among a few candidates: `goldilocks` prefers a solve rate near 1/2, `paced` a
     solve rate near curriculum_target."""
-    curriculum_pool: int = 4
-    """Candidate prompts for each choice; those not chosen wait for the next epoch."""
-    curriculum_target: float = 0.5
+    curriculum_pool: Annotated[int, Bounds(2)] = 4
+    """Candidate prompts for each choice, at least 2; those not chosen wait for the next epoch."""
+    curriculum_target: Annotated[float, Bounds(0, 1, excludes_low=True, excludes_high=True)] = 0.5
     """Solve rate that `curriculum=paced` prefers."""
-    curriculum_exploration: float = 0.1
-    """Fraction of choices that take the first candidate regardless of solve rates."""
-    curriculum_memory: int = 16384
+    curriculum_exploration: Annotated[float, Bounds(0, 1, excludes_low=True)] = 0.1
+    """Fraction of choices that take the first candidate regardless of solve rates. Above 0, so that a prompt
+    that never wins is tried again."""
+    curriculum_memory: Annotated[int, Bounds(1, 100_000)] = 16384
     """Number of prompts whose outcomes are remembered (they are part of every checkpoint)."""
     curriculum_half_life: PositiveInt = 1024
     """Half-life of an outcome, in complete groups."""
@@ -110,7 +112,7 @@ class BufferConfig(Section, key="buffer"):
     on_failure: OnFailureConfig = field(default_factory=OnFailureConfig)
     max_peers: PositiveInt = 1024
     """Maximum number of registered rollout servers and trainer ranks; further ones are refused."""
-    max_message_bytes: int = 64 << 20
+    max_message_bytes: Annotated[int, Bounds(1 << 16)] = 64 << 20
     """Largest message accepted from any peer, in bytes."""
     durability: Literal["power_loss", "process_crash", "none"] = "process_crash"
     """The kind of failure that acknowledged samples survive. Before an acknowledgement, `power_loss` syncs
@@ -123,7 +125,7 @@ class BufferConfig(Section, key="buffer"):
     """Directory for the ledger, for example on a local disk where `runs_dir` is a network file system: the
     ledger is `<ledger_dir>/<name>/ledger`, and a link in the run's directory leads to it. Empty: the ledger
     is in the run's directory."""
-    segment_bytes: int = 64 << 20
+    segment_bytes: Annotated[int, Bounds(1 << 16, 1 << 31)] = 64 << 20
     """Size at which the next segment file is started, in bytes. A segment is deleted when no record in it is
     needed any more."""
     cache_bytes: NonNegativeInt = 256 << 20
@@ -137,8 +139,10 @@ class BufferConfig(Section, key="buffer"):
         """Ranges; the number of ports; no retained trajectories without a ledger on disk."""
         require(bool(self.host), "buffer.host is empty: give an address to bind, e.g. 127.0.0.1")
         self._check_ports()
-        self._check_curriculum()
-        require(self.max_message_bytes >= 1 << 16, "buffer.max_message_bytes must be at least 65536")
+        require(
+            self.curriculum_reward_low < self.curriculum_reward_high,
+            "buffer.curriculum_reward_low must be below buffer.curriculum_reward_high",
+        )
         require(
             not (self.retain_trajectories and self.durability == "none"),
             "buffer.retain_trajectories=true keeps trajectories on disk: "
@@ -147,15 +151,6 @@ class BufferConfig(Section, key="buffer"):
         require(
             not (self.ledger_dir and self.durability == "none"),
             f"buffer.ledger_dir={self.ledger_dir}: with buffer.durability=none there is no ledger on disk",
-        )
-        require(
-            not (self.discovery == "run_dir" and self.durability == "none"),
-            "buffer.discovery=run_dir is for a buffer that may be started again, and with "
-            "buffer.durability=none it would have lost its ledger: set durability to power_loss",
-        )
-        require(
-            1 << 16 <= self.segment_bytes <= 1 << 31,
-            "buffer.segment_bytes must be between 65536 and 2147483648",
         )
 
     def _check_ports(self) -> None:
@@ -166,26 +161,4 @@ class BufferConfig(Section, key="buffer"):
             not self.ports or (are_distinct and all(0 < port < 65536 for port in self.ports)),
             f"buffer.ports={list(self.ports)}: "
             f"give buffer.num_shards={self.num_shards} different ports of 1..65535, or none",
-        )
-
-    def _check_curriculum(self) -> None:
-        require(
-            self.curriculum_pool >= 2,
-            "buffer.curriculum_pool must be at least 2: with one candidate there is nothing to choose",
-        )
-        require(
-            0 < self.curriculum_target < 1,
-            f"buffer.curriculum_target={self.curriculum_target:g}: use a number between 0 and 1",
-        )
-        require(
-            0 < self.curriculum_exploration <= 1,
-            f"buffer.curriculum_exploration={self.curriculum_exploration:g}: "
-            "use a number above 0 (at 0 a prompt that never wins is never tried again) up to 1",
-        )
-        require(
-            1 <= self.curriculum_memory <= 100_000, "buffer.curriculum_memory must be between 1 and 100000"
-        )
-        require(
-            self.curriculum_reward_low < self.curriculum_reward_high,
-            "buffer.curriculum_reward_low must be below buffer.curriculum_reward_high",
         )

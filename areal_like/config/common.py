@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
+import inspect
+import itertools
+import math
 import re
 import types
 import typing
@@ -25,23 +29,35 @@ _YAML_TYPES = (bool, int, float, str, type(None), list, dict)
 """Types of the values in a configuration."""
 
 
-class Minimum(NamedTuple):
-    """The smallest allowed value of a field, stated in its annotation."""
+class Bounds(NamedTuple):
+    """The range of a field's values, stated in its annotation."""
 
-    value: int
-    is_exclusive: bool = False
-    """True: the value must be greater than it."""
+    low: float
+    high: float = math.inf
+    excludes_low: bool = False
+    """True: the value must be greater than `low`."""
+    excludes_high: bool = False
+    """True, only together with `excludes_low`: the value must be less than `high`."""
 
     def check(self, value: Any, *, key: str) -> None:
-        """Raises ConfigError unless the value is in the range."""
-        if not (value > self.value or (value == self.value and not self.is_exclusive)):
-            raise ConfigError(f"{key} must be {'above' if self.is_exclusive else 'at least'} {self.value}")
+        """Raises ConfigError unless the value is in the range; NaN is in none."""
+        low, high, above, below = self
+        is_high_enough = value > low or (value == low and not above)
+        if is_high_enough and (value < high or (value == high and not below)):
+            return
+        if high == math.inf:
+            raise ConfigError(f"{key} must be {'above' if above else 'at least'} {low}")
+        words = f"{low:.12g} to {high:.12g}"
+        if above:
+            words = f"a number {f'between {low} and' if below else f'above {low} and at most'} {high:.12g}"
+        raise ConfigError(f"{key}={value}: use {words}")
 
 
-PositiveInt = Annotated[int, Minimum(1)]
-NonNegativeInt = Annotated[int, Minimum(0)]
-PositiveFloat = Annotated[float, Minimum(0, is_exclusive=True)]
-NonNegativeFloat = Annotated[float, Minimum(0)]
+PositiveInt = Annotated[int, Bounds(1)]
+NonNegativeInt = Annotated[int, Bounds(0)]
+PositiveFloat = Annotated[float, Bounds(0, excludes_low=True)]
+NonNegativeFloat = Annotated[float, Bounds(0)]
+Fraction = Annotated[float, Bounds(0, 1)]
 
 
 class Section:
@@ -67,8 +83,8 @@ class Section:
         for name, annotation in typing.get_type_hints(type(self), include_extras=True).items():
             key, value = f"{self.key}.{name}".lstrip("."), getattr(self, name)
             check_choice(annotation, value, key=key)
-            for minimum in getattr(annotation, "__metadata__", ()):
-                minimum.check(value, key=key)
+            for bounds in getattr(annotation, "__metadata__", ()):
+                bounds.check(value, key=key)
         self.check()
 
     def check(self) -> None:
@@ -85,6 +101,23 @@ def choices_of(annotation: Any) -> tuple[Any, ...]:
     """The values that a `Literal` in the annotation (or in its union) allows; empty without a `Literal`."""
     literals = [member for member in members_of(annotation) if typing.get_origin(member) is Literal]
     return tuple(choice for literal in literals for choice in typing.get_args(literal))
+
+
+def field_texts(cls: type) -> dict[str, str]:
+    """Field name -> its docstring on one line, for the fields of a dataclass and of its bases.
+
+    Python does not keep these docstrings at run time, so they are parsed from the source.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        (body,) = [
+            node.body for node in ast.parse(inspect.getsource(base)).body if isinstance(node, ast.ClassDef)
+        ]
+        for node, following in itertools.pairwise(body):
+            match node, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    texts[name] = " ".join(text.split())
+    return texts
 
 
 def fits(member: Any, value: Any) -> bool:

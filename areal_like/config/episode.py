@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from areal_like.config.common import NonNegativeFloat, NonNegativeInt, PositiveFloat, Section, require
+from areal_like.config.common import (
+    Bounds,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    Section,
+    require,
+)
 
 MAX_TURNS = 1024
 """Maximum number of turns, and of segments, in one record."""
-_LARGEST_PORT = 65535
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +26,7 @@ class EpisodeConfig(Section, key="episode"):
     `sampling.max_new_tokens` limits each turn, and `rollout.sample_timeout_s` the time.
     """
 
-    max_turns: int = 16
+    max_turns: Annotated[int, Bounds(1, MAX_TURNS)] = 16
     """Maximum number of turns of the policy."""
     max_tokens: NonNegativeInt = 0
     """Maximum number of tokens over all segments: prompt, turns, and the environment's messages between them.
@@ -28,13 +34,9 @@ class EpisodeConfig(Section, key="episode"):
     step_timeout_s: PositiveFloat = 30.0
     """Time limit of one call of the environment (reset or step), in seconds. After it its process is killed,
     and the sample counts as failed (`buffer.on_failure`)."""
-    memory_mb: int = 2048
+    memory_mb: Annotated[int, Bounds(64)] = 2048
     """Address space that one environment's process may use in addition to that of its task's imports, in
     MiB."""
-
-    def check(self) -> None:
-        require(1 <= self.max_turns <= MAX_TURNS, f"episode.max_turns must be 1 to {MAX_TURNS}")
-        require(self.memory_mb >= 64, "episode.memory_mb must be at least 64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class SessionsConfig(Section, key="sessions"):
     host: str = "127.0.0.1"
     """Address that a rollout server binds for external agents. The server's own `agent()` processes use
     loopback."""
-    port: int = 0
+    port: Annotated[int, Bounds(0, 65535)] = 0
     """Port for external agents; rollout server I (the number at the end of its name) binds `port` + I. 0: a
     free port, which `areal-like status` shows."""
     advertise_host: str = ""
@@ -65,9 +67,6 @@ class SessionsConfig(Section, key="sessions"):
 
     def check(self) -> None:
         require(bool(self.host), "sessions.host is empty: give an address to bind, e.g. 127.0.0.1")
-        require(
-            0 <= self.port <= _LARGEST_PORT, f"sessions.port={self.port}: use 0 (a free port) or 1..65535"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from areal_like.config.common import NonNegativeInt, PositiveFloat, PositiveInt, Section, require
+from areal_like.config.common import Bounds, NonNegativeInt, PositiveFloat, PositiveInt, Section, require
 
 DEFAULT_SET = "eval"
 """Name of the only set if `eval.sets` is empty."""
@@ -106,7 +106,7 @@ class EvalSetConfig(Section, key="eval.sets"):
 class EvalConfig(Section, key="eval"):
     """Held-out evaluation on the same servers while training continues."""
 
-    num_prompts: int = 128
+    num_prompts: Annotated[int, Bounds(0, MAX_EVAL_PROMPTS)] = 128
     """Held-out prompts of each set that does not state its own number; 0 turns evaluation off."""
     interval: PositiveInt = 100
     """Steps between evaluations; there is always one before the first and after the last step."""
@@ -138,10 +138,6 @@ class EvalConfig(Section, key="eval"):
         return dataclasses.replace(one, num_prompts=one.num_prompts or self.num_prompts)
 
     def check(self) -> None:
-        require(
-            0 <= self.num_prompts <= MAX_EVAL_PROMPTS,
-            f"eval.num_prompts={self.num_prompts}: use 0 (no evaluation) to {MAX_EVAL_PROMPTS}",
-        )
         require(len(self.sets) <= MAX_SETS, f"eval.sets has {len(self.sets)} sets: at most {MAX_SETS}")
         for name, one in self.sets.items():
             one.check_as(name)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from areal_like.config.buffer import BufferConfig
 from areal_like.config.common import (
     NAME,
     NAME_RULE,
+    Bounds,
+    Fraction,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -42,7 +44,7 @@ class ModelConfig(Section, key="model"):
     bfloat16 their log-probs then agree better."""
     warm_start_steps: NonNegativeInt = 150
     """Supervised steps on noisy demonstrations of the task (sort, adding); only for `path=tiny`."""
-    warm_start_swap_prob: float = 0.5
+    warm_start_swap_prob: Fraction = 0.5
     """Probability that two adjacent digits of a demonstration's answer are swapped; only for `path=tiny` and
     `task=sort`."""
     renderer: str = "auto"
@@ -53,7 +55,6 @@ class ModelConfig(Section, key="model"):
 
     def check(self) -> None:
         require(bool(self.path), "model.path is empty: name `tiny`, `smollm2` or a Hugging Face directory")
-        require(0 <= self.warm_start_swap_prob <= 1, "model.warm_start_swap_prob must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,22 +79,21 @@ class DaemonConfig(Section, key="daemon"):
     exit_code_on_drain: int = 0
     """Exit code of a daemon that was told to drain, so that a supervisor can distinguish it from the end of
     the run (0). Use 0 or 3 to 125."""
-    io_threads: int = 1
+    io_threads: Annotated[int, Bounds(1, 64)] = 1
     """Threads of each daemon that move ZeroMQ messages; more than one only helps encrypted connections."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is logged."""
     log_max_mb: float = 64.0
     """Megabytes at which a file in `logs/` becomes a copy, `<file>.1`; 0: never, for use with a program like
     logrotate that sends SIGHUP. This applies to `<daemon>.log`, `<daemon>.out` and `<server>-engine.log`."""
-    log_backups: int = 4
+    log_backups: Annotated[int, Bounds(1, 99)] = 4
     """Number of copies of each file in `logs/` that are kept; the oldest one is deleted first."""
 
-    trace_mb: float = 4.0
+    trace_mb: Annotated[float, Bounds(0, 10_000)] = 4.0
     """Megabytes of disk in which each daemon records its most recent activity, for `areal-like trace`; 0:
     none."""
 
     def check(self) -> None:
-        require(0 <= self.trace_mb <= 10_000, f"daemon.trace_mb={self.trace_mb:g}: use 0 (none) to 10000")
         require(bool(self.http_host), "daemon.http_host is empty: give an address to bind, e.g. 127.0.0.1")
         require(
             self.http_port == 0 or 1024 <= self.http_port <= 60000,
@@ -104,12 +104,10 @@ class DaemonConfig(Section, key="daemon"):
             f"daemon.exit_code_on_drain={self.exit_code_on_drain}: use 0 or 3 to 125 "
             "(1 is a failure, 2 a wrong setting)",
         )
-        require(1 <= self.io_threads <= 64, f"daemon.io_threads={self.io_threads}: use 1..64")
         require(
             self.log_max_mb == 0 or 0.01 <= self.log_max_mb < float("inf"),
             f"daemon.log_max_mb={self.log_max_mb:g}: use at least 0.01, or 0 for no limit",
         )
-        require(1 <= self.log_backups <= 99, f"daemon.log_backups={self.log_backups}: use 1..99")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +162,7 @@ class Config(Section):
     the effective sample size."""
     max_staleness_cap: NonNegativeInt = 8
     """With `max_staleness=auto`: upper limit of the bound, which starts at 0."""
-    ess_target: float = 0.7
+    ess_target: Annotated[float, Bounds(0, 1, excludes_low=True, excludes_high=True)] = 0.7
     """With `max_staleness=auto`: target of the effective sample size divided by the number of weights,
     averaged over some steps. The weights are those of the objective: of sequences or, with
     `objective.level=token`, of tokens."""
@@ -199,7 +197,6 @@ class Config(Section):
     def check(self) -> None:
         """Ranges, and rules over several sections."""
         require(self.staleness_cap >= 0, "max_staleness must be at least 0 (0 is synchronous)")
-        require(0 < self.ess_target < 1, f"ess_target={self.ess_target:g}: use a number between 0 and 1")
         self._check_sync_interval()
         self._check_limits()
         self._check_eval_sets()

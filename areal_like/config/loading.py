@@ -11,19 +11,18 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from areal_like.config.common import as_float, check_choice, members_of, require
 from areal_like.config.job import Config
 from areal_like.errors import ConfigError
 
+T = TypeVar("T")
+
 
 def from_mapping(raw: dict[str, Any]) -> Config:
-    """Builds the configuration from plain dicts.
-
-    Raises ConfigError for unknown keys and wrong types or values.
-    """
-    return typing.cast(Config, _build(Config, raw, path=""))
+    """Builds the configuration from plain dicts. Raises as `build` does."""
+    return build(Config, raw)
 
 
 def to_mapping(config: Config) -> dict[str, Any]:
@@ -50,10 +49,14 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def _build(cls: type, raw: Any, *, path: str) -> Any:
+def build(cls: type[T], raw: Any, *, path: str = "") -> T:
+    """Builds a dataclass from plain dicts. `path`: prefix of its keys in messages, with a dot at its end.
+
+    Raises ConfigError for unknown keys and wrong types or values.
+    """
     require(isinstance(raw, dict), f"{path.rstrip('.') or 'config'}: want a mapping, got {raw!r}")
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
+    names = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
     values = {}
     for key, value in raw.items():
         if key not in names:
@@ -67,7 +70,7 @@ def _build(cls: type, raw: Any, *, path: str) -> Any:
 def _convert(hint: Any, value: Any, *, path: str) -> Any:
     """`value` in the type of the annotation `hint`. Raises ConfigError when it does not fit."""
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, path=f"{path}.")
+        return build(typing.cast(type, hint), value, path=f"{path}.")
     origin = typing.get_origin(hint)
     if origin is dict:
         require(isinstance(value, dict), f"{path}: want a mapping, got {value!r}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from areal_like.config.common import (
+    Bounds,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -25,8 +26,8 @@ class SamplingConfig(Section, key="sampling"):
     probability under the policy, and importance ratios would be wrong.
     """
 
-    group_size: int = 8
-    """Number of samples of one prompt (a group)."""
+    group_size: Annotated[int, Bounds(1, 10_000)] = 8
+    """Number of samples of one prompt (a group), which are one message."""
     max_new_tokens: PositiveInt = 10
     """Limit of sampled tokens in one turn."""
     greedy_baseline: bool = False
@@ -39,10 +40,6 @@ class SamplingConfig(Section, key="sampling"):
     kept."""
 
     def check(self) -> None:
-        require(
-            1 <= self.group_size <= 10_000,
-            f"sampling.group_size={self.group_size}: use 1..10000 (a group is one message)",
-        )
         require(
             self.temperature > 0,
             "sampling.temperature must be above 0 for training (eval.sets have temperatures of their own)",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from areal_like.config.common import PositiveInt, Section, require
+from areal_like.config.common import Bounds, NonNegativeInt, PositiveInt, Section, require
 
 MAX_TIMEOUT_S = 3600.0
 """Upper limit of `push_deadline_s` and `deadline_s`; a server refuses a request with a longer time limit."""
@@ -39,11 +39,11 @@ class WeightsConfig(Section, key="weights"):
     """Optimizer steps between pushes (the weights after the last step are always pushed). Above 1 with
     `buffer.group_filter=single_version`, each interval trains only on groups sampled with the weights pushed
     at its start; groups left over at its end are dropped with reason `interval`."""
-    push_deadline_s: float = 60.0
+    push_deadline_s: Annotated[float, Bounds(0, MAX_TIMEOUT_S, excludes_low=True)] = 60.0
     """Time limit of a push, in seconds, at most 3600; the time that the bytes take at `min_bytes_per_s` is
     added to it. A receiver that has not responded by then is excluded from the weight group. With
     `update_mode=drain` the limit has to cover the longest completion that an engine finishes first."""
-    min_bytes_per_s: float = 100e6
+    min_bytes_per_s: Annotated[float, Bounds(1)] = 100e6
     """Minimum rate of a push, in bytes per second; a slower push counts as failed. The limit of a push of n
     bytes is `push_deadline_s` + n / `min_bytes_per_s` seconds, and at most 3600."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
@@ -51,7 +51,7 @@ class WeightsConfig(Section, key="weights"):
     topology: Literal["shared", "per_engine"] = "shared"
     """`shared`: one group with all engines, which receive the same broadcast. `per_engine`: one group per
     engine, so that a hung engine does not delay the others; all weights are then sent once per engine."""
-    max_unavailable: int = 0
+    max_unavailable: NonNegativeInt = 0
     """Number of servers updated at the same time; 0: all. With a limit the other servers keep generating
     during an update that pauses the engine."""
 
@@ -65,19 +65,11 @@ class WeightsConfig(Section, key="weights"):
             self.check_interval_s is None or self.check_interval_s >= 0,
             "weights.check_interval_s must be at least 0, or null for no checks",
         )
-        require(
-            self.max_unavailable >= 0, "weights.max_unavailable must be at least 0 (0: all servers at once)"
-        )
         require(bool(self.host), "weights.host is empty: give an address of the trainer's machine")
         require(
             self.bucket_bytes == 0 or self.bucket_bytes >= 1 << 10,
             "weights.bucket_bytes must be 0 (automatic) or at least 1024",
         )
-        require(
-            0 < self.push_deadline_s <= MAX_TIMEOUT_S,
-            f"weights.push_deadline_s must be above 0 and at most {MAX_TIMEOUT_S:g}",
-        )
-        require(self.min_bytes_per_s >= 1, "weights.min_bytes_per_s must be at least 1 byte per second")
         require(
             self.host not in _ANY_ADDRESS,
             f"weights.host={self.host} is not an address that engines can connect to: "

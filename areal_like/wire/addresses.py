@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import time
 from collections.abc import Callable
 
 from areal_like.config import Config
@@ -13,6 +15,10 @@ from areal_like.shards import Shard, all_shards
 from areal_like.wire.channel import tcp_address
 from areal_like.wire.limits import MAX_ADDRESS_CHARS
 
+_LOOK_S = 0.05
+"""Pause between two looks for an address that is not there yet."""
+_LIMIT_S = 600.0
+"""Longest wait for an address: a buffer that starts reads its ledger first."""
 _STREAM = re.compile(r"tcp://[A-Za-z0-9._:%\[\]-]+:[0-9]{1,5}")
 
 
@@ -67,6 +73,20 @@ def buffer_lookup(config: Config, index: int) -> Callable[[], str | None] | None
         return address if is_valid and _STREAM.fullmatch(address) else None
 
     return look_up
+
+
+async def wait_for_addresses(config: Config, *, gives_up: Callable[[], bool] = lambda: False) -> None:
+    """Waits until every shard has written its address, or `gives_up` is true.
+
+    Returns at once if the addresses are settings. Raises ArealError after _LIMIT_S.
+    """
+    deadline_s = time.monotonic() + _LIMIT_S
+    for index in range(config.buffer.num_shards):
+        look_up = buffer_lookup(config, index)
+        while look_up is not None and look_up() is None and not gives_up():
+            if time.monotonic() > deadline_s:
+                buffer_addresses(config)  # raises
+            await asyncio.sleep(_LOOK_S)
 
 
 def _found(config: Config, shard: Shard) -> str:

@@ -10,10 +10,12 @@ fails.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 
 from areal_like.config import Config
+from areal_like.config.arguments import add_arguments
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
@@ -21,9 +23,9 @@ from areal_like.runtime.process import keep_files_private
 from launch.commands.configuration import CONFIG_FILE, file_and_settings
 from launch.commands.foreground import StopSignals
 from launch.commands.parser import SETTINGS, argument, command, flag, group
-from launch.nodes.settings import settings_for_nodes
-from launch.nodes.start import ROLES, read_run
-from launch.ray.cluster import STRATEGIES, RayOptions, import_ray
+from launch.nodes.settings import ClusterOptions, settings_for_nodes
+from launch.nodes.start import read_run
+from launch.ray.cluster import RayOptions, import_ray
 from launch.ray.driver import run_on_ray
 from launch.run_directory.open_run import is_begun
 from launch.run_directory.rundir import is_trained
@@ -31,6 +33,8 @@ from launch.slurm.jobs import add_servers, begin
 from launch.slurm.options import SlurmOptions, kept_text, read_kept
 from launch.slurm.scheduler import kill_wait_s
 from launch.slurm.script import job_scripts
+
+_COMMON = [field.name for field in dataclasses.fields(ClusterOptions)]
 
 
 @command(
@@ -40,36 +44,15 @@ from launch.slurm.script import job_scripts
     "actors that each own a process, and this command keeps running until the run has ended.",
     flag("--slurm", "as jobs of Slurm"),
     flag("--ray", "as actors of a Ray cluster"),
-    argument("--rollout-jobs", metavar="N", type=int, help="default: rollout.num_servers"),
-    argument("--trainer-nodes", metavar="N", type=int, help="default: 1"),
-    argument("--interface", metavar="NAME", help="network interface that the daemons listen on"),
-    argument("--max-failures", metavar="N", type=int, help="in a row; default: 5"),
+    lambda parser: add_arguments(parser, ClusterOptions),
     CONFIG_FILE,
     group(
         "Slurm",
         argument("--join", metavar="RUN", default="", help="only add rollout jobs to this run"),
-        argument("--partition", metavar="NAME", help="default: the cluster's"),
-        argument("--time", metavar="LIMIT", help="time limit of each job, as of sbatch"),
-        argument("--sbatch-args", metavar="OPTIONS", help="for sbatch, of all jobs; one quoted word"),
-        *(
-            argument(f"--{role}-args", metavar="OPTIONS", help=f"for sbatch, of the {role} jobs")
-            for role in ROLES
-        ),
+        lambda parser: add_arguments(parser, SlurmOptions, leaves_out=_COMMON),
         flag("--dry-run", "print the batch scripts, submit nothing"),
     ),
-    group(
-        "Ray",
-        argument("--address", metavar="ADDRESS", default="auto", help="of the cluster; default: auto"),
-        argument(
-            "--strategy",
-            metavar="NAME",
-            choices=STRATEGIES,
-            default=STRATEGIES[0],
-            help=f"placement: {', '.join(STRATEGIES)}",
-        ),
-        argument("--cpus", metavar="N", type=float, default=1.0, help="of each actor; default: 1"),
-        argument("--wait", metavar="S", type=float, default=300.0, help="longest, for resources (300)"),
-    ),
+    group("Ray", lambda parser: add_arguments(parser, RayOptions, leaves_out=_COMMON)),
     SETTINGS,
     examples=[
         "submit --slurm --config job.yaml name=myrun --rollout-jobs 4 --time 24:00:00",
@@ -129,8 +112,9 @@ def _join(args: argparse.Namespace) -> int:
 
 def _ray(args: argparse.Namespace) -> int:
     """Runs the run on Ray to its end; returns its exit code."""
-    of_slurm = ("join", "partition", "time", "dry_run", "sbatch_args", *(f"{role}_args" for role in ROLES))
-    if wrong := [f"--{name.replace('_', '-')}" for name in of_slurm if getattr(args, name)]:
+    of_slurm = ["join", "dry_run", *(field.name for field in dataclasses.fields(SlurmOptions))]
+    given = [name for name in of_slurm if name not in _COMMON and getattr(args, name)]
+    if wrong := [f"--{name.replace('_', '-')}" for name in given]:
         raise ConfigError(f"submit --ray: {', '.join(wrong)} is an option of Slurm; leave it out")
     options = RayOptions.of(args)
     import_ray()

@@ -81,7 +81,7 @@ class LocalJob:
         """
         self._observer.start()
         try:
-            self._carry_out(self._lifecycle.start())
+            self._carry_out(self._lifecycle.start(has_model=self._run.has_model))
             while not self._lifecycle.is_over:
                 self._advance()
                 time.sleep(TICK_S)
@@ -195,7 +195,5 @@ class LocalJob:
         """A short text about what the current phase waits for."""
         if self._lifecycle.phase is not Phase.PREPARING:
             return self._lifecycle.waiting_for(self._observer.newest)
-        if "prepare_model" not in self._processes.names:
-            return "the buffer starts"
         # Removes the time and the logger's name from a log line.
         return re.sub(r"^\S+ [\d:,]+ [\w.]+: ", "", self._processes.last_line("prepare_model"))

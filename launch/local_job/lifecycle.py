@@ -5,7 +5,8 @@
         +------------+-----------+----> CLOSING when a daemon fails and is not restarted, a user stops the
                                         run, or the trainer has finished
 
-- PREPARING builds the model while the buffers start; STARTING waits for the trainer and the rollout servers.
+- PREPARING builds the model while the buffers start, unless a resumed run has its model already; STARTING
+  waits for all daemons. Trainer and servers import their libraries while the buffers read their ledgers.
 - CLOSING always ends the processes in the same order: trainer (finishes its step, writes a checkpoint,
   commits), servers, buffers.
 - A daemon that drains before CLOSING was stopped by a user. A stopped server is not replaced, and the run
@@ -34,7 +35,7 @@ from areal_like.shards import all_shards
 from launch.local_job.actions import Action, Exit, HandOver, Kill, KillEverything, Notice, Start, Terminate
 from launch.local_job.servers import RolloutServers
 from launch.local_job.shutdown import Shutdown, Stage
-from launch.local_job.specs import DRAINED, JobSpecs, ports_setting
+from launch.local_job.specs import DRAINED, JobSpecs
 from launch.local_job.trainer import SupervisedTrainer
 from launch.observation.observer import Observation
 
@@ -61,7 +62,7 @@ class Phase(StrEnum):
     PREPARING = "preparing the model"
     """The model is built; the buffers start."""
     STARTING = "starting"
-    """Servers and trainer load the model and connect to the buffers."""
+    """Servers and trainer load the model and connect to the buffers, which may still start."""
     RUNNING = "running"
     """All daemons are ready."""
     CLOSING = "closing"
@@ -116,23 +117,21 @@ class JobLifecycle:
             shard.name: specs.buffer(shard.name) for shard in all_shards(config.buffer.num_shards)
         }
         self._buffer_restarts: dict[str, Restarts] = {}
-        """Restartable buffers; empty without a durable ledger, and until the servers start: a dead buffer
-        then ends the run."""
+        """Restartable buffers; empty without a durable ledger, and until all buffers have been ready: a dead
+        buffer then ends the run."""
         self._servers = RolloutServers(
             [f"rollout-{index}" for index in range(config.rollout.num_servers)],
             now_s=now_s,
             lease_timeout_s=config.buffer.lease_timeout_s,
         )
-        self._ports: list[str] = []
-        """The ports of the buffers; empty until the servers start."""
-        self._trainer = SupervisedTrainer(
-            specs.trainer(buffer_ports=self._ports), resume=config.resume, now_s=now_s
-        )
+        self._buffers_have_ports = False
+        """True once all buffers have been ready: they keep their ports after a restart."""
+        self._trainer = SupervisedTrainer(specs.trainer(), resume=config.resume, now_s=now_s)
         self._shutdown: Shutdown | None = None
         self._running: set[str] = set()
         self._ever_ready: set[str] = set()
         """Daemons that have been ready at least once, so their settings are valid."""
-        self._phase_since_s = now_s
+        self._began_s = self._phase_since_s = now_s
         self._progress = ProgressClock(now_s=now_s)
         self.phase = Phase.PREPARING
         self.has_begun = False  # True once all daemons have been ready at the same time
@@ -152,9 +151,9 @@ class JobLifecycle:
 
     # Observations
 
-    def start(self) -> list[Action]:
-        """Starts the buffers and the process that builds the model."""
-        specs = [*self._buffers.values(), self._specs.prepare_model()]
+    def start(self, *, has_model: bool = False) -> list[Action]:
+        """Starts the buffers and, unless the run has its model already, the process that builds it."""
+        specs = [*self._buffers.values(), *([] if has_model else [self._specs.prepare_model()])]
         return self._started([Start(spec) for spec in specs])
 
     def stop_requested(self, num_requests: int, *, now_s: float) -> list[Action]:
@@ -247,40 +246,29 @@ class JobLifecycle:
     # Phases
 
     def _advance_phase(self, seen: Observation, *, now_s: float) -> list[Action]:
-        if self.phase is Phase.PREPARING:
-            return self._advance_preparing(seen, now_s=now_s)
-        if self.phase is Phase.STARTING:
-            return self._advance_starting(seen, now_s=now_s)
         if self.phase is Phase.CLOSING:
             return self._advance_closing(seen, now_s=now_s)
-        return []
-
-    def _advance_preparing(self, seen: Observation, *, now_s: float) -> list[Action]:
-        known = seen.daemons
-        unready = [
-            name
-            for name in self._buffers
-            if name not in known or known[name].not_ready or "stream" not in known[name].endpoint
-        ]
-        if not unready and "prepare_model" not in self._running:
-            streams = [str(known[name].endpoint["stream"]) for name in self._buffers]
+        if not self._buffers_have_ports:
+            if not (unready := [name for name in self._buffers if not _has_port(seen, name)]):
+                self._keep_ports(seen, now_s=now_s)
+            elif now_s - self._began_s > BUFFER_START_TIMEOUT_S:
+                return self._fail_unready(unready, seen, now_s=now_s)
+        if self.phase is Phase.PREPARING and "prepare_model" not in self._running:
             self._enter(Phase.STARTING, now_s=now_s)
-            self._supervise([stream.rpartition(":")[2] for stream in streams], now_s=now_s)
-        if unready and now_s - self._phase_since_s > BUFFER_START_TIMEOUT_S:
-            return self._fail_unready(unready, seen, now_s=now_s)
+        if self.phase is Phase.STARTING:
+            return self._advance_starting(seen, now_s=now_s)
         return []
 
-    def _supervise(self, ports: list[str], *, now_s: float) -> None:
-        """Records the ports of the buffers, which they keep after a restart; servers and trainer can be
-        started."""
-        self._ports = ports
+    def _keep_ports(self, seen: Observation, *, now_s: float) -> None:
+        """Records the ports of the buffers, which they keep after a restart, and supervises them."""
+        self._buffers_have_ports = True
+        streams = [str(seen.daemons[name].endpoint["stream"]) for name in self._buffers]
+        where = f"buffer.ports=[{','.join(stream.rpartition(':')[2] for stream in streams)}]"
+        self._buffers = {name: spec.with_settings([where]) for name, spec in self._buffers.items()}
         if self._config.buffer.durability != "none":
             self._buffer_restarts = {name: Restarts(RestartLimits(), now_s=now_s) for name in self._buffers}
             for restarts in self._buffer_restarts.values():
                 restarts.started(now_s=now_s)
-        where = ports_setting(ports)
-        self._buffers = {name: spec.with_settings([where]) for name, spec in self._buffers.items()}
-        self._trainer.spec = self._trainer.spec.with_settings([where])
 
     def _advance_starting(self, seen: Observation, *, now_s: float) -> list[Action]:
         unready = self._unready(seen)
@@ -296,9 +284,9 @@ class JobLifecycle:
         return []
 
     def _unready(self, seen: Observation) -> list[str]:
-        """Servers and ranks of the trainer that are not ready yet."""
+        """Daemons that are not ready yet; the trainer's ranks are daemons."""
         ranks = [f"trainer-{rank}" for rank in range(self._config.trainer.world_size)]
-        names = [*self._servers.expected, *ranks]
+        names = [*self._buffers, *self._servers.expected, *ranks]
         return [name for name in names if name not in seen.daemons or seen.daemons[name].not_ready]
 
     def _enter(self, phase: Phase, *, now_s: float) -> None:
@@ -360,7 +348,7 @@ class JobLifecycle:
         is_open = self.phase in (Phase.STARTING, Phase.RUNNING)
         if is_open:
             due = self._servers.start_due(now_s=now_s)
-            starts += [Start(self._specs.server(name, buffer_ports=self._ports)) for name in due]
+            starts += [Start(self._specs.server(name)) for name in due]
         for name, restarts in self._buffer_restarts.items():
             if (is_open or self._is_needed_to_close(name)) and restarts.is_due(now_s=now_s):
                 restarts.started(now_s=now_s)
@@ -439,3 +427,9 @@ class JobLifecycle:
     def _started(self, starts: Sequence[Start]) -> list[Action]:
         self._running |= {start.spec.name for start in starts}
         return list(starts)
+
+
+def _has_port(seen: Observation, buffer: str) -> bool:
+    """True if the buffer is ready and has written its address."""
+    view = seen.daemons.get(buffer)
+    return view is not None and not view.not_ready and "stream" in view.endpoint

@@ -46,7 +46,9 @@ class JobSpecs:
     def __init__(self, config: Config, *, config_path: Path) -> None:
         self._config = config
         # The launcher must distinguish a drain from the end of the run, whatever the user's setting is.
-        self._common = ("--config", str(config_path), f"daemon.exit_code_on_drain={DRAINED}")
+        # Trainer and servers look up the buffer's address, so that they can start together with it.
+        settings = (f"daemon.exit_code_on_drain={DRAINED}", "buffer.discovery=run_dir")
+        self._common = ("--config", str(config_path), *settings)
 
     def buffer(self, name: str) -> ChildSpec:
         """A buffer. It binds the port in its configuration, by default any free port."""
@@ -61,10 +63,10 @@ class JobSpecs:
         command = ("trainer.prepare_model", *self._common)
         return ChildSpec(name="prepare_model", command=command, stop_signal=signal.SIGINT)
 
-    def server(self, name: str, *, buffer_ports: Sequence[str]) -> ChildSpec:
+    def server(self, name: str) -> ChildSpec:
         """A rollout server."""
         port = self._http_port(int(name.rpartition("-")[2]))
-        command = ("rollout_server", *self._common, *port, ports_setting(buffer_ports), "--name", name)
+        command = ("rollout_server", *self._common, *port, "--name", name)
         return ChildSpec(name=name, command=command, num_threads=self._config.rollout.num_threads)
 
     def sft(self) -> ChildSpec:
@@ -77,10 +79,10 @@ class JobSpecs:
         base = self._config.daemon.http_port
         return [f"daemon.http_port={base + self._config.buffer.num_shards + index}"] if base else []
 
-    def trainer(self, *, buffer_ports: Sequence[str]) -> ChildSpec:
+    def trainer(self) -> ChildSpec:
         """The trainer; with several ranks, the process that starts the ranks."""
         port = self._http_port(self._config.rollout.num_servers)
-        command = ("trainer", *self._common, *port, ports_setting(buffer_ports))
+        command = ("trainer", *self._common, *port)
         return ChildSpec(name="trainer", command=command, num_threads=self._config.trainer.num_threads)
 
 
@@ -95,13 +97,8 @@ class EvaluationSpecs(JobSpecs):
         super().__init__(config, config_path=config_path)
         self._step = step
 
-    def trainer(self, *, buffer_ports: Sequence[str]) -> ChildSpec:
+    def trainer(self) -> ChildSpec:
         """The evaluator: one process without torch."""
         words = ("trainer.evaluate", "--step", str(self._step))
         port = self._http_port(self._config.rollout.num_servers)
-        return ChildSpec(name="trainer", command=(*words, *self._common, *port, ports_setting(buffer_ports)))
-
-
-def ports_setting(buffer_ports: Sequence[str]) -> str:
-    """The setting that names the ports of all buffer shards."""
-    return f"buffer.ports=[{','.join(buffer_ports)}]"
+        return ChildSpec(name="trainer", command=(*words, *self._common, *port))

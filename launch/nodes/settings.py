@@ -28,10 +28,11 @@ class ClusterOptions:
     """The options of every scheduler. Raises ConfigError for a number that is out of range."""
 
     rollout_jobs: int | None = None
-    """Rollout servers; None: `rollout.num_servers` of the settings."""
+    """Rollout servers; by default `rollout.num_servers` of the settings."""
     trainer_nodes: int = 1
+    """Nodes of the trainer."""
     interface: str = ""
-    """Network interface whose address the daemons bind; empty: the address that the scheduler knows."""
+    """Network interface whose address the daemons bind; by default the address that the scheduler knows."""
     max_failures: int = 5
     """Failures in a row after which a role is not started again."""
 
@@ -116,6 +117,11 @@ def _check(config: Config, nodes: int) -> None:
     if config.buffer.num_shards != 1:
         raise ConfigError(
             f"submit: buffer.num_shards={config.buffer.num_shards}: a submitted run has one, set it to 1"
+        )
+    if config.buffer.durability == "none":
+        raise ConfigError(
+            "submit: a scheduler may start the buffer again, and with buffer.durability=none it would have "
+            "lost its ledger: set buffer.durability=power_loss"
         )
     if config.security.keys:
         KeyDirectory(Path(config.security.keys))

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from areal_like.config import Config
 from areal_like.errors import ArealError, ConfigError
@@ -22,7 +22,6 @@ from launch.nodes.settings import ClusterOptions, gpus_of
 from launch.nodes.start import address_of_interface
 
 Resources = Mapping[str, float]
-STRATEGIES = ("SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK")
 _LEAST_CPUS = 0.01
 """Minimal resource of a bundle: Ray does not reserve a bundle without resources."""
 _TICK_S = 0.2
@@ -33,13 +32,13 @@ class RayOptions(ClusterOptions):
     """A user's choices for the actors of a run."""
 
     address: str = "auto"
-    """The address of the cluster, as `ray.init` takes it."""
+    """Address of the cluster, as `ray.init` takes it."""
     cpus: float = 1.0
     """CPUs that each actor reserves."""
-    strategy: str = STRATEGIES[0]
-    """The strategy of the placement group."""
+    strategy: Literal["SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK"] = "SPREAD"
+    """Strategy of the placement group."""
     wait: float = 300.0
-    """Seconds: longest wait for the resources."""
+    """Longest wait for the resources, in seconds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

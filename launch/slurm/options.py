@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from areal_like.config.loading import build
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, write_json
 from launch.nodes.settings import ClusterOptions
@@ -19,17 +20,20 @@ _REMEDY = "remove the file and give the options again"
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions(ClusterOptions):
-    """A user's choices for the jobs of a run; `*_args` are options of sbatch in one quoted word."""
+    """A user's choices for the jobs of a run."""
 
     partition: str = ""
-    """Empty: the cluster's default."""
+    """Partition of the jobs; by default the cluster's."""
     time: str = ""
-    """Time limit of each job, as Slurm writes it; empty: the partition's."""
+    """Time limit of each job, as sbatch takes it; by default the partition's."""
     sbatch_args: str = ""
-    """Options of all jobs."""
+    """Options of sbatch for all jobs, in one quoted word."""
     buffer_args: str = ""
+    """Options of sbatch for the buffer's job."""
     trainer_args: str = ""
+    """Options of sbatch for the trainer's job."""
     rollout_args: str = ""
+    """Options of sbatch for the rollout jobs."""
 
     def words_of(self, role: str) -> list[str]:
         """The options of sbatch for the jobs of a role, each in the form of an #SBATCH line.
@@ -61,17 +65,14 @@ def scripts_of(paths: RunPaths) -> Path:
 
 def read_kept(paths: RunPaths) -> dict[str, Any]:
     """The options of the last submission; empty if there was none. Raises ConfigError."""
-    try:
-        kept = json.loads(_file(paths).read_text())
-    except FileNotFoundError:
+    file = _file(paths)
+    if not file.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{_file(paths)} cannot be read ({error}): {_REMEDY}") from None
-    defaults = asdict(SlurmOptions())
-    for name, value in kept.items() if isinstance(kept, dict) else [("", kept)]:
-        types = {type(defaults.get(name))} | ({int} if name == "rollout_jobs" else set())
-        if name not in defaults or type(value) not in types:
-            raise ConfigError(f"{_file(paths)}: {name}={value!r} is not an option of a submission: {_REMEDY}")
+    try:
+        kept = json.loads(file.read_text())
+        build(SlurmOptions, kept)  # checks names, types and ranges
+    except (OSError, ValueError, ConfigError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}): {_REMEDY}") from None
     return dict(kept)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from rollout_server.engine.cache import KVCache, PrefixCache
 from rollout_server.engine.kept_prefixes import KeptPrefixes
 from rollout_server.engine.models.base import CausalModel
+from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.rows import RowState
 from rollout_server.engine.scheduler import Sequence
 
@@ -44,19 +45,15 @@ class Contexts:
         model: CausalModel,
         cache: KVCache,
         rows: RowState,
-        *,
-        max_prefill_tokens: int,
-        prefix_cache_tokens: int,
-        conversation_cache_tokens: int,
+        options: EngineOptions,
     ) -> None:
-        """`max_prefill_tokens`: maximum number of tokens in one forward pass; for the others see
-        EngineOptions."""
         self._model = model
         self._cache = cache
         self._rows = rows
-        self._max_prefill_tokens = max_prefill_tokens
-        self._prefixes = PrefixCache(max_tokens=prefix_cache_tokens)
-        self.kept = KeptPrefixes(max_tokens=conversation_cache_tokens)
+        self._max_prefill_tokens = options.max_prefill_tokens
+        """Also the maximum number of tokens in one forward pass."""
+        self._prefixes = PrefixCache(max_tokens=options.prefix_cache_tokens)
+        self.kept = KeptPrefixes(max_tokens=options.kept_tokens)
         self.num_prefilled = 0
         """Context tokens computed."""
         self.num_copied = 0

@@ -58,17 +58,7 @@ class EngineCore:
             dtype=facts.dtype,
             device=facts.device,
         )
-        most_kept = options.conversation_cache_tokens
-        self.contexts = Contexts(
-            model,
-            self._cache,
-            self._rows,
-            max_prefill_tokens=options.max_prefill_tokens,
-            prefix_cache_tokens=options.prefix_cache_tokens,
-            conversation_cache_tokens=(
-                options.max_running_requests * options.context_length if most_kept is None else most_kept
-            ),
-        )
+        self.contexts = Contexts(model, self._cache, self._rows, options)
         self._weights_serial = itertools.count(1)
         self._sequence_index = itertools.count()
 
@@ -140,6 +130,31 @@ class EngineCore:
         self.contexts.clear()
 
     # Stepping
+
+    @torch.inference_mode()
+    def score(self, tokens: list[int], *, first: int) -> NDArray[np.float32]:
+        """Returns the log-probs of the tokens from index `first` (at least 1) on under the active weights at
+        temperature 1: float32[len(tokens) - first].
+
+        Uses a KV row of its own. The tokens before `first` are one prefill; each later token is one decode
+        step with the kernels with which it was sampled.
+        """
+        facts = self.model.facts
+        cache = KVCache(
+            facts.kv_shapes, num_rows=1, context_length=len(tokens), dtype=facts.dtype, device=facts.device
+        )
+        tokens_1T = torch.tensor([tokens], device=facts.device)
+        if first > 1:
+            cache.begin_prefill(num_contexts=1, num_positions=first - 1)
+            self.model.prefill(tokens_1T[:, : first - 1], cache)
+            cache.end_prefill(rows=[0], sources=[0])
+        logprobs = []
+        for position in range(first - 1, len(tokens) - 1):
+            batch = cache.begin_decode(np.array([position]))
+            logits_1V = self.model.decode(tokens_1T[0, position : position + 1], batch, cache)
+            logprobs.append(torch.log_softmax(logits_1V[0].float(), -1)[tokens_1T[0, position + 1]])
+        scores: NDArray[np.float32] = torch.stack(logprobs).cpu().numpy()
+        return scores
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:

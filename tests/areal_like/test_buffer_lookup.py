@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from areal_like.config import Config, from_mapping
-from areal_like.errors import ArealError, ConfigError
+from areal_like.errors import ArealError
 from areal_like.paths import RunPaths, write_json
-from areal_like.wire.addresses import buffer_addresses, buffer_lookup
+from areal_like.wire.addresses import buffer_addresses, buffer_lookup, wait_for_addresses
 from areal_like.wire.buffer_connection import BufferConnection
 from areal_like.wire.channel import Envelope, Listener
 from areal_like.wire.messages.consumer import FinishRun, VersionGranted
@@ -50,9 +50,22 @@ def test_a_file_without_an_address_is_no_buffer(tmp_path: Path, content: str) ->
     assert look_up() is None
 
 
-def test_a_buffer_in_memory_cannot_move(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="would have lost its ledger"):
-        config_in(tmp_path, durability="none")
+def test_a_peer_may_start_before_the_buffer(tmp_path: Path) -> None:
+    config = config_in(tmp_path, num_shards=2)
+    endpoints = RunPaths.of(config).endpoints
+
+    async def run() -> None:
+        waiting = asyncio.create_task(wait_for_addresses(config))
+        for shard in (0, 1):
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            write_json(endpoints / f"buffer-{shard}.json", {"stream": "tcp://10.0.0.1:5000"})
+        await waiting
+        (endpoints / "buffer-1.json").unlink()
+        await wait_for_addresses(config, gives_up=lambda: True)
+        await wait_for_addresses(from_mapping({"buffer": {"port": 5000}}))
+
+    asyncio.run(run())
 
 
 def test_a_request_without_reply_follows_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,8 +86,8 @@ def test_daemons_of_one_machine_have_different_ports(tmp_path: Path, monkeypatch
     job = config(tmp_path, daemon={"http_port": 9100}, buffer={"num_shards": 2}, rollout={"num_servers": 2})
     specs = JobSpecs(job, config_path=tmp_path / "config.yaml")
     assert [http_port(job, role="buffer", name=f"buffer-{shard}") for shard in (0, 1)] == [9100, 9101]
-    servers = [specs.server(f"rollout-{index}", buffer_ports=()) for index in (0, 1)]
-    commands = [server.command for server in servers] + [specs.trainer(buffer_ports=()).command]
+    servers = [specs.server(f"rollout-{index}") for index in (0, 1)]
+    commands = [server.command for server in servers] + [specs.trainer().command]
     for command, port in zip(commands, (9102, 9103, 9104), strict=True):
         assert f"daemon.http_port={port}" in command
     monkeypatch.setenv("LOCAL_RANK", "3")

@@ -598,7 +598,7 @@ def test_recovery_does_not_scan_ended_tickets(tmp_path: Path) -> None:
             {"durability": "none", "retain_trajectories": True},
             "set buffer.durability to process_crash or power_loss",
         ),
-        ({"segment_bytes": 100}, "buffer.segment_bytes must be between"),
+        ({"segment_bytes": 100}, "buffer.segment_bytes=100: use 65536 to 2147483648"),
         ({"min_free_bytes": -1}, "buffer.min_free_bytes must be at least 0"),
     ],
 )

@@ -83,6 +83,32 @@ def running_job(**settings: object) -> JobLifecycle:
     return job
 
 
+def test_daemons_start_while_the_buffer_reads_its_ledger() -> None:
+    job = lifecycle()
+    assert started(job.start(has_model=True)) == ["buffer"], "a resumed run has its model"
+    assert started(tick(job, 0.1, seen())) == ["rollout-0", "rollout-1", "trainer"]
+    assert job.waiting_for(seen("rollout-0", "rollout-1")) == "buffer (starting), trainer-0 (starting)"
+    assert tick(job, 1.0, seen("rollout-0", "rollout-1", "trainer-0")) == []
+    assert job.phase is Phase.STARTING
+    tick(job, 2.0, seen(*ALL))
+    assert job.phase is Phase.RUNNING
+    assert job.replace("buffer")[-1].spec.command[-1] == "buffer.ports=[7001]"  # type: ignore[union-attr]
+
+
+def test_a_buffer_that_does_not_start_ends_the_run() -> None:
+    job = lifecycle()
+    job.start(has_model=True)
+    for now_s in (0.1, 59.9):
+        tick(job, now_s, with_status(seen("rollout-0"), "rollout-0", stats={"progress": now_s}))
+    tick(job, 60.1, seen("rollout-0"))
+    assert job.outcome.failure == ["buffer was not ready after 60 s: starting", "  buffer hangs"]
+    job = lifecycle()
+    job.start(has_model=True)
+    tick(job, 0.1, seen())
+    job.exited(Exit(name="buffer", code=1), now_s=1.0)
+    assert job.phase is Phase.CLOSING and job.outcome.exit_code == 1
+
+
 def test_a_run_closes_trainer_first_and_buffer_last() -> None:
     job = running_job()
     assert job.exited(Exit(name="trainer", code=0), now_s=9.0) == [

@@ -273,7 +273,7 @@ def test_a_run_that_has_begun_keeps_its_options(slurm: Path, capsys: pytest.Capt
     assert json.loads(kept.read_text())["partition"] == "other", "a dry run changes nothing"
     kept.write_text('{"trainer_nodes": "2"}')
     assert main(["submit", "--slurm", "name=x"]) == 2
-    assert "trainer_nodes='2' is not an option of a submission" in capsys.readouterr().err
+    assert "trainer_nodes: want int, got '2'" in capsys.readouterr().err
 
 
 def test_a_run_of_the_same_name_elsewhere_is_another_one(slurm: Path) -> None:

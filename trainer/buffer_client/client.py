@@ -28,7 +28,7 @@ from areal_like.runtime.logs import follow_level
 from areal_like.runtime.progress import ProgressClock
 from areal_like.runtime.threads import NamedThread
 from areal_like.runtime.waits import PendingWaits
-from areal_like.wire.addresses import buffer_addresses, buffer_lookup
+from areal_like.wire.addresses import buffer_addresses, buffer_lookup, wait_for_addresses
 from areal_like.wire.fingerprint import (
     dataset_fingerprint,
     model_fingerprint,
@@ -146,6 +146,7 @@ class TrainerBufferClient:
     def __enter__(self) -> Self:
         self._thread.start()
         try:
+            self.run(wait_for_addresses(self.config), name="buffer: address", may_stop=True)
             self.run(self._open(), name="buffer (hello)", timeout_s=60.0, may_stop=True)
         except BaseException:  # including a signal: the loop's thread must not outlive a failed start
             self.__exit__()

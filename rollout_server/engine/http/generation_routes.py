@@ -37,7 +37,6 @@ from rollout_server.engine.http.generate_request import (
 )
 from rollout_server.engine.http.protocol import packed_sequence, sequence_json, success
 from rollout_server.engine.loop import EngineLoop, SequenceOutput
-from rollout_server.engine.scoring import score
 
 _PAUSE_MODES = ("abort", "in_place", "retract")
 
@@ -142,7 +141,7 @@ class GenerationRoutes:
 
     async def _score(self, request: ScoreRequest) -> Response:
         scoring = self._loop.call(
-            lambda core: (score(core, request.tokens, first=request.first), core.version)
+            lambda core: (core.score(request.tokens, first=request.first), core.version)
         )
         scores, version = await asyncio.wrap_future(scoring)
         return JSONResponse(request.response(scores, version=version))

@@ -7,7 +7,6 @@ are in `generation_routes`, `chat` and `weight_routes`.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -27,7 +26,7 @@ from rollout_server.engine.http.generation_routes import GenerationRoutes
 from rollout_server.engine.http.protocol import failure, success
 from rollout_server.engine.http.weight_routes import WeightRoutes
 from rollout_server.engine.loop import EngineLoop
-from rollout_server.engine.metrics import EngineCollector, update_numbers, watch_latencies
+from rollout_server.engine.metrics import EngineCollector, numbers, watch_latencies
 from rollout_server.engine.options import ProcessOptions
 from rollout_server.engine.weights.updater import WeightUpdater
 
@@ -137,7 +136,6 @@ class EngineServer:
         )
 
     async def _server_info(self, request: Request) -> Response:
-        load = {**dataclasses.asdict(self._loop.load()), **update_numbers(self._updater)}
         return JSONResponse(
             {
                 "engine": "embedded",
@@ -147,7 +145,7 @@ class EngineServer:
                 "context_length": self._limits.context_length,
                 "vocab_size": self._limits.vocab_size,
                 "eos_token_ids": list(self._limits.eos_token_ids),
-                "load": load,
+                "load": numbers(self._loop, self._updater),
             }
         )
 

@@ -233,6 +233,11 @@ class EmbeddedProcess(EngineProcess):
         only a verified update is activated."""
         return ShadowWeightUpdate(gate=gate, on_untrusted=on_untrusted)
 
+    async def stop(self) -> None:
+        """Kills the process: its sequences are given up already, and it has nothing to save."""
+        if self._process is not None:
+            await self._end()
+
     @property
     def _port_file(self) -> Path:
         return RunPaths.of(self._config).endpoints / f"{self._name}-engine.port"

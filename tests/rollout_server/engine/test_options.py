@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from areal_like.config import RolloutConfig
+from areal_like.config.common import field_texts
+from areal_like.errors import ConfigError
 from rollout_server.engine.options import ProcessOptions
 from tests.support.engine_harness import API_KEY, key_file
 
@@ -52,8 +56,32 @@ def test_defaults_are_those_of_the_fields(tmp_path: Path) -> None:
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         ProcessOptions.from_command_line(["--help"])
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    texts = field_texts(ProcessOptions)
     for one in fields(ProcessOptions):
         assert f"--{one.name.replace('_', '-')}" in shown
-        assert one.name == "api_key" or one.metadata["help"]
-    assert any(one.default is MISSING for one in fields(ProcessOptions))
+        assert one.name == "api_key" or texts[one.name] in shown
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_running_requests": 0}, "max_running_requests must be at least 1"),
+        ({"conversation_cache_tokens": -1}, "conversation_cache_tokens must be at least 0"),
+        ({"dtype": "float64"}, "dtype=float64"),
+        ({"num_threads": "two"}, "num_threads: want int"),
+        ({"max_runing_requests": 8}, "did you mean `max_running_requests`"),
+    ],
+)
+def test_data_is_checked_like_a_command_line(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+    data = tmp_path / "options.json"
+    data.write_text(json.dumps(GIVEN | {"api_key": API_KEY} | wrong))
+    with pytest.raises(ConfigError, match=message):
+        ProcessOptions.from_command_line(["--options", str(data)])
+
+
+def test_sizes_that_the_job_sets_too_have_its_defaults() -> None:
+    options = ProcessOptions(model_path="m", api_key=API_KEY)
+    rollout = RolloutConfig()
+    assert options.max_running_requests == rollout.max_running
+    assert (options.device, options.num_threads) == (rollout.engine_device, rollout.num_threads)
