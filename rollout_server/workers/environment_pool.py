@@ -19,7 +19,7 @@ from areal_like.errors import ConfigError, EpisodeError
 from rollout_server.environments.base import Message, Reply, Step
 from rollout_server.environments.exchange import checked_label, checked_start, checked_step, reply_fields
 from rollout_server.tasks.base import Score, Split
-from rollout_server.workers.agents import checked_score
+from rollout_server.workers.environment_worker import checked_agent_score
 from rollout_server.workers.host import WorkerHost
 from rollout_server.workers.worker import ENVIRONMENT, Worker
 
@@ -204,7 +204,7 @@ class EnvironmentSession:
         assert self._worker is not None
         request = ["agent", *self._start, base_url, api_key]
         value = await self._worker.call(request, timeout_s=None, timed_out="")
-        return checked_score(value)
+        return checked_agent_score(value)
 
     def close(self) -> None:
         """Closes the environment in the background, even while a call is in progress."""

@@ -282,7 +282,7 @@ def test_a_reward_that_hangs_is_ended_and_its_spare_worker_goes_on() -> None:
             while not hung.done():
                 advance(0.2)  # a longer step is taken for a suspension of this process
                 await asyncio.sleep(0.001)
-            with pytest.raises(RewardTimeoutError, match="rollout.reward_timeout_s="):
+            with pytest.raises(RewardTimeoutError, match="reward_timeout_s="):
                 await hung
             assert (await score(index=3, completion=answer(""))).score.value == 3.0
             assert rewards.num_restarts == 1

@@ -14,16 +14,16 @@ from typing import Any
 from areal_like.errors import ConfigError
 from areal_like.registry import Registry
 from rollout_server.rewards.library.base import RewardFunction
-from rollout_server.rewards.library.function import UserFunction
 from rollout_server.rewards.library.sum import Rewards
 
 _LIBRARY = "rollout_server.rewards.library"
+_FUNCTION = f"{_LIBRARY}.function.UserFunction"
 REWARDS = Registry[RewardFunction](
     "task.reward",
     RewardFunction,  # type: ignore[type-abstract]
     elsewhere={
-        "exact": f"{_LIBRARY}.exact.Exact",
-        "regex": f"{_LIBRARY}.regex.Regex",
+        "exact": f"{_LIBRARY}.matching.Exact",
+        "regex": f"{_LIBRARY}.matching.Regex",
         "math": f"{_LIBRARY}.mathematics.Mathematics",
         "code": f"{_LIBRARY}.code.Code",
         "judge": f"{_LIBRARY}.judge.Judge",
@@ -58,20 +58,11 @@ def _make(entry: Any, *, sandbox: str) -> RewardFunction:
     name = entry.get("name")
     if isinstance(name, str) and "." in name:
         own = {key: value for key, value in entry.items() if key in _OWN_SETTINGS}
-        settings = {key: value for key, value in entry.items() if key not in _OWN_SETTINGS and key != "name"}
-        return _user_function(name, own, settings)
+        settings = {key: value for key, value in entry.items() if key not in own and key != "name"}
+        return REWARDS.build({**own, "_target_": _FUNCTION, "path": name, "settings": settings})
     if isinstance(name, str) and name not in REWARDS.names():
         raise ConfigError(
             f"task.reward={name}: choose one of {', '.join(REWARDS.names())}; for your own function write "
             "task.reward=my_module.my_function"
         )
     return REWARDS.build(entry, job={"sandbox": sandbox})
-
-
-def _user_function(path: str, own: Mapping[str, Any], settings: Mapping[str, Any]) -> RewardFunction:
-    weight, part = own.get("weight", 1.0), own.get("part", "")
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-        raise ConfigError(f"task.reward.weight: want a number, got {weight!r}")
-    if not isinstance(part, str):
-        raise ConfigError(f"task.reward.part: want a name, got {part!r}")
-    return UserFunction(path=path, weight=float(weight), part=part, settings=settings)

@@ -26,34 +26,22 @@ class Rewards:
 
     def __init__(self, functions: Sequence[RewardFunction]) -> None:
         """`functions`: at least one. Several with the same name get numbers: `judge`, `judge_2`."""
-        self._functions: dict[str, RewardFunction] = {}
+        self.functions: dict[str, RewardFunction] = {}
+        """The rewards by the names of their parts, in the order of the configuration."""
         for function in functions:
             name = stem = function.part or function.own_name
             number = 1
-            while name in self._functions:
+            while name in self.functions:
                 number += 1
                 name = f"{stem}_{number}"
-            self._functions[name] = function
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the parts, in the order of the configuration."""
-        return list(self._functions)
-
-    @property
-    def is_async(self) -> bool:
+            self.functions[name] = function
+        self.is_async = any(function.is_async for function in functions)
         """True if `score` returns a coroutine: one of the rewards is asynchronous."""
-        return any(function.is_async for function in self._functions.values())
 
     def check(self) -> None:
         """Raises ConfigError if this machine lacks what a reward needs."""
-        for function in self._functions.values():
+        for function in self.functions.values():
             function.check()
-
-    async def close(self) -> None:
-        """Closes connections of the running event loop."""
-        for function in self._functions.values():
-            await function.close()
 
     def score(self, example: Example, completion: Completion) -> Score | Coroutine[Any, Any, Score]:
         """Returns the reward of a completion, or a coroutine that returns it (`is_async`).
@@ -63,12 +51,12 @@ class Rewards:
         if self.is_async:
             return self._score_async(example, completion)
         scores = {}
-        for name, function in self._functions.items():
+        for name, function in self.functions.items():
             try:
                 scores[name] = _checked(name, function.score(example, completion), completion)
             except Exception as error:  # a user's function may raise anything
                 scores[name] = _failed_metric(function, error)
-        return _sum(self._functions, scores)
+        return _sum(self.functions, scores)
 
     async def _score_async(self, example: Example, completion: Completion) -> Score:
         async def one(name: str, function: RewardFunction) -> Score:
@@ -81,7 +69,7 @@ class Rewards:
                 return _failed_metric(function, error)
 
         # Synchronous rewards first: if one of them fails, no service is called in vain.
-        items = sorted(self._functions.items(), key=lambda item: item[1].is_async)
+        items = sorted(self.functions.items(), key=lambda item: item[1].is_async)
         scores = {name: await one(name, function) for name, function in items if not function.is_async}
         waiting = {
             name: asyncio.ensure_future(one(name, function)) for name, function in items if function.is_async
@@ -91,7 +79,7 @@ class Rewards:
         finally:
             for future in waiting.values():
                 future.cancel()
-        return _sum(self._functions, scores)
+        return _sum(self.functions, scores)
 
 
 def _checked(name: str, returned: Rewarded | Awaitable[Rewarded], completion: Completion) -> Score:

@@ -20,15 +20,16 @@ from areal_like.paths import cache_dir
 from areal_like.security.tokens import read_secret
 from rollout_server.rewards.library.base import RewardFunction
 from rollout_server.rewards.library.judge.cache import ReplyCache
-from rollout_server.rewards.library.judge.client import ClientSettings, Counts, JudgeClient
-from rollout_server.rewards.library.judge.prompt import (
+from rollout_server.rewards.library.judge.client import Counts, JudgeClient
+from rollout_server.rewards.library.judge.grading import (
     Criterion,
     check_rubric,
     criteria_of,
     messages_for_checklist,
     messages_for_score,
+    score_in,
+    verdicts_in,
 )
-from rollout_server.rewards.library.judge.verdict import score_in, verdicts_in
 from rollout_server.tasks.base import Completion, Example, Score
 
 _PATH = "/chat/completions"
@@ -107,16 +108,6 @@ class Judge(RewardFunction):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"task.reward.{name}={getattr(self, name)}: must be at least 0")
 
-    @property
-    def own_name(self) -> str:
-        """`judge`."""
-        return "judge"
-
-    @property
-    def is_async(self) -> bool:
-        """True."""
-        return True
-
     def check(self) -> None:
         """Raises ConfigError if the key file cannot be read. A judge that cannot be reached yet is not an
         error."""
@@ -177,7 +168,7 @@ class Judge(RewardFunction):
     def _client(self) -> JudgeClient:
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
-            settings = ClientSettings(
+            self._clients[loop] = JudgeClient(
                 url=self._endpoint,
                 api_key=self._api_key(),
                 timeout_s=self.timeout_s,
@@ -185,8 +176,8 @@ class Judge(RewardFunction):
                 first_pause_s=self.first_pause_s,
                 max_concurrent=self.max_concurrent,
                 max_reply_bytes=self.max_reply_bytes,
+                cache=self._cache,
             )
-            self._clients[loop] = JudgeClient(settings, cache=self._cache)
         return self._clients[loop]
 
     def _api_key(self) -> str:
