@@ -1,4 +1,4 @@
-"""A task for benchmarks/bystanders.py whose reward does everything that a reward should not do."""
+"""A task for benchmarks/bystanders.py whose rewards fail in every way."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b[31m"
 
 @dataclass(frozen=True, kw_only=True)
 class BrokenTask(Task):
-    """Digits as prompts, a checksum as the reward; with `is_broken` a failure for each completion.
+    """Digits as prompts, a checksum as the reward; with `is_broken` every reward fails.
 
     One in a hundred hangs, and holds its worker until `rollout.reward_timeout_s` is over.
     """
@@ -22,11 +22,11 @@ class BrokenTask(Task):
     is_broken: bool = False
 
     def example(self, split: Split, index: int) -> Example:
-        """A prompt of digits."""
+        """Returns a prompt of digits."""
         return Example(prompt="".join(self.rng(split, index).choices("0123456789", k=4)) + "=", answer=None)
 
     def reward(self, example: Example, completion: Completion) -> float:
-        """The checksum, or a failure of some kind if the task is broken."""
+        """Returns the checksum; if the task is broken, fails in some way."""
         text = completion.raw_text
         if self.is_broken:
             match zlib.crc32(text.encode()) % 100:

@@ -1,18 +1,17 @@
-"""Measures how much one disturber costs the rest of a job: the healthy job alone, and the job with a
-disturber.
+"""Measures how much one disturber costs the rest of a job: the job alone, and the job with a disturber.
 
     python -m benchmarks.bystanders [--only agent reward server] [--rounds 3] [--seconds 25] [key=value ...]
 
     agent    external agents make the samples; one more process claims sessions and makes no request,
-             posts absurd rewards, sends malformed bodies, or forgets them
-    reward   one of a hundred prompts is of a task whose rewards are 1e20 or NaN, raise, or (1 %) hang
+             posts absurd rewards, sends malformed bodies, or abandons them
+    reward   one prompt in a hundred belongs to a task whose rewards are 1e20 or NaN, raise, or (1 %) hang
     server   a second rollout server joins, which sends forged samples and absurd statistics
 
 The two sides of a round run one after the other on the same machine; every other round starts with the
-disturbed one. After a warm-up the disturber starts, and a few seconds later optimizer steps are counted over
---seconds. Then the job is drained and audited. The ratio compares the medians of steps per minute. In the
-case `reward`, the healthy side has the same two tasks. Writes benchmarks/results/bystanders.json, one entry
-for each case.
+disturbed one. After a warm-up the disturber starts, and a few seconds later optimizer steps, and the CPU time
+of each role of the job, are counted over --seconds. Then the job is drained and audited. The ratio compares
+the medians of steps per minute. In the case `reward`, the side without a disturber has the same two tasks.
+Writes benchmarks/results/bystanders.json, one entry for each case.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cpu_by_role import used
 from benchmarks.report import RESULTS, ROOT, table, write
 from launch.audit.run import audit_run
 from tests.chaos.agents import Plan, dumps
@@ -61,16 +61,16 @@ HEALTHY_PARTS, BROKEN_PARTS = 99, 1
 """Weights of the two tasks."""
 NUM_AGENTS = 32
 PAUSE_S = 0.1
-"""Mean pause of a healthy agent after a turn."""
+"""Mean pause of an agent after a turn, in seconds."""
 WARM_UP_STEPS = 5
 START_S = 180.0
 SETTLE_S = 3.0
-"""Time from the disturber's first request until steps are counted."""
+"""Time from the disturber's first request until steps are counted, in seconds."""
 DRAIN_S = 120.0
 
 
 def mixture(*, is_broken: bool) -> str:
-    """The setting `task`: two tasks; the rarer one may be broken."""
+    """Returns the setting `task`: two tasks, of which the rarer one may be broken."""
     return (
         f"task={{name: mixture, tasks: [{{weight: {HEALTHY_PARTS}, {TASK}}}, "
         f"{{weight: {BROKEN_PARTS}, {TASK}, is_broken: {str(is_broken).lower()}, label: rare}}]}}"
@@ -80,7 +80,8 @@ def mixture(*, is_broken: bool) -> str:
 def measured(
     case: str, side: str, overrides: Sequence[str], *, directory: Path, seconds: float
 ) -> dict[str, Any]:
-    """Runs one job: its steps per minute, exit code and audit, and the disturber's report."""
+    """Runs one job; returns its steps per minute, CPU time, exit code and audit, and the disturber's
+    report."""
     is_disturbed, root, port = side == "disturbed", directory / "runs" / "x", free_port()
     settings = [*SETTINGS, f"model.path={directory}/model", f"runs_dir={directory}/runs"]
     settings += {
@@ -114,20 +115,23 @@ def measured(
             )  # fmt: skip
             time.sleep(1.0)  # its imports
         time.sleep(SETTLE_S)
-        begun_s = time.time()
-        while time.time() < begun_s + seconds and job.poll() is None:
+        started_s, before = time.time(), used(job.pid, root).by_role
+        while time.time() < started_s + seconds and job.poll() is None:
             time.sleep(0.1)
+        cpu_ms = used(job.pid, root).by_role
+        cpu_ms.subtract(before)
         if disturber is not None:
             disturber.send_signal(signal.SIGTERM)
-            said, _ = disturber.communicate(timeout=60)
-            disturbance = json.loads(said) if said else {"exit_code": disturber.returncode}
+            report, _ = disturber.communicate(timeout=60)
+            disturbance = json.loads(report) if report else {"exit_code": disturber.returncode}
         job.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             job.wait(timeout=DRAIN_S)
-    steps = [at_s for at_s in times_of(rows) if begun_s <= at_s < begun_s + seconds]
+    num_steps = sum(started_s <= at_s < started_s + seconds for at_s in times_of(rows))
     audit = audit_run(root)
     return {
-        "steps_per_minute": round(60 * len(steps) / seconds, 1),
+        "steps_per_minute": round(60 * num_steps / seconds, 1),
+        "cpu_ms_per_step": {role: round(ms / max(1, num_steps), 2) for role, ms in sorted(cpu_ms.items())},
         "exit_code": job.returncode,
         "audit_is_clean": audit.is_clean,
         "audit": list(audit.lines())[-3:],
@@ -143,7 +147,7 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 @contextlib.contextmanager
 def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """Gives the process, and ends it with the block."""
+    """Yields the process, and ends it with the block."""
     try:
         yield process
     finally:
@@ -157,37 +161,37 @@ def wait_until(is_so: Callable[[], bool], *, job: subprocess.Popen[bytes], out: 
     until_s = time.monotonic() + START_S
     while not is_so():
         if job.poll() is not None or time.monotonic() > until_s:
-            raise RuntimeError(f"the job does not begin:\n{out.read_text()[-2000:]}")
+            raise RuntimeError(f"the job does not start:\n{out.read_text()[-2000:]}")
         time.sleep(0.1)
 
 
 def times_of(path: Path) -> list[float]:
-    """Unix time of each step so far."""
+    """Returns the Unix time of each step so far."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [json.loads(line)["time_unix_s"] for line in lines]
 
 
 def is_listening(port: int) -> bool:
-    """True once the port takes connections."""
+    """True once the port accepts connections."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:
-    """A port on which no process listens."""
+    """Returns a port on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def ratio_of(runs: dict[str, list[dict[str, Any]]]) -> float:
-    """Median steps per minute of the disturbed jobs relative to that of the others."""
+    """Returns the median steps per minute of the disturbed jobs, relative to that of the others."""
     alone, disturbed = (statistics.median(run["steps_per_minute"] for run in runs[side]) for side in SIDES)
     return round(disturbed / alone, 3)
 
 
 def as_table(cases: dict[str, Any]) -> str:
-    """The table of docs/results.md."""
+    """Returns the table of docs/results.md."""
     header = [
         "disturber",
         "steps a minute alone",

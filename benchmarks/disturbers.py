@@ -3,8 +3,8 @@
     python -m benchmarks.disturbers agent URL
     python -m benchmarks.disturbers server RUN_DIRECTORY
 
-Each process makes at most 50 requests or messages per second until SIGTERM, and then prints a line of JSON:
-their number, their outcomes, and its CPU time. Neither needs a key in a job without keys.
+Each process makes at most 50 requests or messages per second until SIGTERM, and then prints a line of JSON
+with their number, their outcomes, and its CPU time. In a job without keys, neither needs a key.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ class Tally:
 
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter()
-        self._begun_s = time.monotonic()
+        self._started_s = time.monotonic()
 
     def report(self) -> str:
-        """A line of JSON."""
+        """Returns a line of JSON."""
         return json.dumps(
             {
                 "requests": self.outcomes.total(),
                 "outcomes": dict(self.outcomes.most_common()),
-                "seconds": round(time.monotonic() - self._begun_s, 1),
+                "seconds": round(time.monotonic() - self._started_s, 1),
                 "cpu_s": round(time.process_time(), 2),
             }
         )
@@ -106,17 +106,17 @@ class BrokenAgent:
                 content = _MALFORMED[number // 5 % len(_MALFORMED)]
                 await self._raw(f"{path}/chat/completions", content, key=key)
                 await self._post(connection, f"{path}/chat/completions", {}, key="wrong", of="wrong key")
-            case 4:  # claimed, and forgotten
+            case 4:  # an abandoned claim
                 return
         await self._post(connection, f"{path}/end", {}, key=key, of="end")
 
     async def _post(
         self, connection: Connection, path: str, body: dict[str, Any], *, key: str = "", of: str
     ) -> tuple[int, Any]:
-        status, answer = await connection.post(path, body, api_key=key)
+        status, response = await connection.post(path, body, api_key=key)
         self.tally.outcomes[f"{of} {status}"] += 1
         await asyncio.sleep(PAUSE_S)
-        return status, answer
+        return status, response
 
     async def _raw(self, path: str, content: bytes, *, key: str) -> None:
         """Sends one request whose body is malformed."""
@@ -146,11 +146,11 @@ class LyingServer:
         """Joins, sends forgeries, and joins again when it is refused."""
         for number in itertools.count():
             with Attacker(self._address) as connection:
-                answer = connection.call(server_hello(self._config, f"liar-{number % 4}"), timeout_s=2.0)
-                self.tally.outcomes[outcome_of(answer)] += 1
+                response = connection.call(server_hello(self._config, f"liar-{number % 4}"), timeout_s=2.0)
+                self.tally.outcomes[outcome_of(response)] += 1
                 lies = self._lies()
                 until_s = time.monotonic() + 10.0
-                while not is_over() and isinstance(answer, Welcome) and time.monotonic() < until_s:
+                while not is_over() and isinstance(response, Welcome) and time.monotonic() < until_s:
                     self._send(connection, lies)
                     self._read(connection)
             self._held.clear()
@@ -174,7 +174,7 @@ class LyingServer:
         connection.inbox.clear()
 
     def _lies(self) -> Iterator[tuple[str, Any]]:
-        """(kind, message or frames)"""
+        """Yields (kind, message or frames)."""
         for number in itertools.count():
             true = heartbeat(free=_FREE_SAMPLES, version=self._version, leases=tuple(self._held))
             yield "heartbeat", true
@@ -223,11 +223,11 @@ class LyingServer:
         return Samples(samples=[SampleDone(lease_id=lease.lease_id, record=record)])
 
 
-def outcome_of(answer: Any) -> str:
-    """The outcome of a hello."""
-    if isinstance(answer, Refused):
-        return f"refused: {answer.field}"
-    return "joined" if isinstance(answer, Welcome) else "no answer"
+def outcome_of(response: Any) -> str:
+    """Returns the outcome of a hello."""
+    if isinstance(response, Refused):
+        return f"refused: {response.field}"
+    return "joined" if isinstance(response, Welcome) else "no response"
 
 
 def main() -> None:

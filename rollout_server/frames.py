@@ -17,6 +17,8 @@ from typing import Any
 import msgpack
 
 HEADER = struct.Struct("<I")
+MAX_ERROR_CHARS = 8_000
+"""Characters of an error that are sent, as many as a line of the log has: a task may raise megabytes."""
 
 
 def pack(message: Any) -> bytes:
@@ -56,7 +58,7 @@ def unpack(body: bytes) -> Any:
 
 def described(error: BaseException, *, note: str = "") -> str:
     """Returns the message of an exception raised by a task's code, and where it was raised."""
-    message = traceback.format_exception_only(error)[-1].strip() + note
+    message = traceback.format_exception_only(error)[-1].strip()[:MAX_ERROR_CHARS] + note
     places = traceback.extract_tb(error.__traceback__)
     return (
         f"{message} ({places[-1].filename}:{places[-1].lineno} in {places[-1].name})" if places else message

@@ -98,6 +98,10 @@ _GAUGES = {
     "in_tools": ("samples_in_environments", "Held samples that wait for their environment or agent."),
     "in_rewards": ("samples_in_rewards", "Held samples that wait for their reward."),
     "rewards_waiting": ("rewards_waiting", "Completions that wait for their reward."),
+    "rewards_held": (
+        "rewards_holding_workers",
+        "Completions whose rewards take far longer than the others and hold a reward worker.",
+    ),
     "environments_open": ("environments_open", "Environments that samples use."),
     "sessions_open": ("sessions_open", "Sessions that agents work on."),
     "sessions_waiting": ("sessions_waiting", "Sessions that an external agent can claim."),
@@ -238,6 +242,7 @@ class ServerStats:
             "unacknowledged": self.buffers.num_unacknowledged,
             **self._of_places(now_s=now_s),
             "rewards_waiting": sum(pool.num_waiting for pool in self.rewards),
+            "rewards_held": sum(pool.num_held for pool in self.rewards),
             "tokens_per_s": self._rate(totals["tokens_generated"], now_s=now_s),
             "weights_version": self.receiver.version,
             "weights_age_s": self._weights_age_s(now_s=now_s),

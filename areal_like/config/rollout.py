@@ -124,7 +124,7 @@ class RolloutConfig(Section, key="rollout"):
     """Samples that one server holds at the same time, including those that wait for a tool or a reward and
     are not at the engine; 0: twice `max_running` + `queue_samples`."""
     reward_workers: PositiveInt = 1
-    """Processes that compute rewards."""
+    """Processes that compute rewards. While rewards hang, there are up to twice as many."""
     reward_concurrency: PositiveInt = 1
     """Rewards that one of these processes computes at the same time, for a task with `async def reward`."""
     reward_timeout_s: PositiveFloat = 10.0

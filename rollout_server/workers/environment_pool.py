@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+from collections.abc import Iterable
 from typing import Any
 
 from areal_like.errors import ConfigError, EpisodeError
 from rollout_server.environments.base import Message, Reply, Step
 from rollout_server.environments.exchange import checked_label, checked_start, checked_step, reply_fields
 from rollout_server.tasks.base import Score, Split
-from rollout_server.workers.agents import checked_score
+from rollout_server.workers.environment_worker import checked_agent_score
 from rollout_server.workers.host import WorkerHost
 from rollout_server.workers.worker import ENVIRONMENT, Worker
 
@@ -87,23 +89,18 @@ class EnvironmentPool:
     def slow_starts(self) -> dict[str, float]:
         """Returns the number of samples that wait for a process -> seconds of the longest wait, if that is
         long."""
-        since_s = min(self._wait_to_start.values(), default=self._loop.time())
-        if (waiting_s := self._loop.time() - since_s) < _SLOW_CALL_S:
-            return {}
-        return {f"environments: {len(self._wait_to_start)} samples without a process": round(waiting_s, 3)}
+        waiting = self._wait_to_start.values()
+        return self._slow(f"{len(waiting)} samples without a process", waiting)
 
     def slow_calls(self) -> dict[str, float]:
         """Returns the environment that a sample has waited for longest -> seconds so far, if that is long."""
-        calls = [
-            (worker.call_since_s, name)
-            for worker, name in self._open.items()
-            if worker.call_since_s is not None
-        ]
-        since_s, name = min(calls, default=(self._loop.time(), ""))
-        waiting_s = self._loop.time() - since_s
-        if waiting_s < _SLOW_CALL_S:
-            return {}
-        return {f"environments: {name} ({len(calls)} called)": round(waiting_s, 3)}
+        calls = [(one.call_since_s, name) for one, name in self._open.items() if one.call_since_s is not None]
+        _, name = min(calls, default=(0.0, ""))
+        return self._slow(f"{name} ({len(calls)} called)", [since_s for since_s, _ in calls])
+
+    def _slow(self, what: str, since_s: Iterable[float]) -> dict[str, float]:
+        waiting_s = self._loop.time() - min(since_s, default=math.inf)
+        return {f"environments: {what}": round(waiting_s, 3)} if waiting_s >= _SLOW_CALL_S else {}
 
     async def open(self, *, split: Split, index: int, seed: int) -> EnvironmentSession:
         """Opens an environment for one sample of an example. Raises EnvironmentLostError without a
@@ -204,7 +201,7 @@ class EnvironmentSession:
         assert self._worker is not None
         request = ["agent", *self._start, base_url, api_key]
         value = await self._worker.call(request, timeout_s=None, timed_out="")
-        return checked_score(value)
+        return checked_agent_score(value)
 
     def close(self) -> None:
         """Closes the environment in the background, even while a call is in progress."""

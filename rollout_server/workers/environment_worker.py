@@ -4,14 +4,16 @@
                        ["agent", split, index, seed, base_url, api_key]
     worker -> server   [value, error]                                 one frame for each request, in order
 
+    value of "agent":  null (the agent returned None) | [value, parts, metrics, turns, tokens]
+
     IDLE -> reset -> OPEN -> step -> OPEN ... -> close -> IDLE, or false: the server ends this process
 
 The example is rebuilt here from (split, index), so a task's reference answers need not be serializable. The
 environment runs in this process's event loop, so its own asyncio tasks continue between calls; calls that
 block delay only this environment. The process is reused, because forking a large process costs more than most
 episodes, unless the environment left behind a child process, a thread (a tool that was abandoned at its time
-limit), or more than half of its memory limit in use. An agent's process serves only one sample, because
-libraries keep clients with the address of a session.
+limit), or more than half of its memory limit in use. An agent's process serves only one sample and is then
+killed, because libraries keep clients with the address of a session.
 """
 
 from __future__ import annotations
@@ -24,18 +26,20 @@ import resource
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from areal_like.errors import ConfigError, EpisodeError
+from areal_like.errors import ConfigError, EpisodeError, RewardError
 from areal_like.runtime.process import adopt_orphans
 from rollout_server.agents.base import Session
 from rollout_server.environments.base import Environment, Message, Reply, Step, messages_of
 from rollout_server.environments.exchange import MAX_RESULT_BYTES, awaitable, reply_of, step_fields
 from rollout_server.frames import described, messages, pack
-from rollout_server.tasks.base import Example, Split, Task
-from rollout_server.workers.agents import run_agent
+from rollout_server.rewards.scores import as_score, score_fields, score_of
+from rollout_server.tasks.base import Completion, Example, Score, Split, Task
 
+_LOOPBACK = "127.0.0.1,localhost"
 _PAGE_BYTES = resource.getpagesize()
 
 
@@ -101,8 +105,17 @@ class _Worker:
         return list(messages), list(environment.tools), self._label
 
     async def _run_agent(self, split: Split, index: int, seed: int, base_url: str, api_key: str) -> Any:
+        """Returns the fields of the agent's score, or None."""
         example = self._example(split, index, seed)
-        return await run_agent(self._task, example, Session(base_url=base_url, api_key=api_key))
+        # By these variables programs find their model. LangChain and LiteLLM read OPENAI_API_BASE first, and
+        # the server's own environment may set it. Loopback addresses are excluded from proxies.
+        os.environ |= dict.fromkeys(("OPENAI_BASE_URL", "OPENAI_API_BASE"), base_url)
+        os.environ["OPENAI_API_KEY"] = api_key
+        for name in ("no_proxy", "NO_PROXY"):
+            os.environ[name] = ",".join(filter(None, (os.environ.get(name, ""), _LOOPBACK)))
+        session = Session(base_url=base_url, api_key=api_key)
+        returned = await awaitable(self._task.agent(example, session), call="agent")
+        return None if returned is None else score_fields(_agent_score(returned))
 
     def _example(self, split: Split, index: int, seed: int) -> Example:
         """Rebuilds the example for each sample, because an environment may modify it."""
@@ -158,6 +171,29 @@ class _Worker:
         if len(frame) <= MAX_RESULT_BYTES:
             return frame
         return pack([None, f"a result of {len(frame)} bytes: the limit is {MAX_RESULT_BYTES}"])
+
+
+def checked_agent_score(fields: Any) -> Score | None:
+    """Checks the value of "agent" in the server. Raises EpisodeError."""
+    if fields is None:
+        return None
+    try:
+        score = score_of(fields)
+    except (ValueError, TypeError):
+        raise EpisodeError("the agent's process sent no valid score") from None
+    return _agent_score(score)
+
+
+def _agent_score(returned: Any) -> Score:
+    """Converts to a Score, or raises EpisodeError that says what to return. Numbers of turns and tokens are
+    checked later."""
+    turns: Sequence[Any] = getattr(returned, "turns", ())
+    tokens: Sequence[Any] = getattr(returned, "tokens", ())
+    try:
+        of_any_length = Completion("", turn_lengths=turns, token_ids=tokens)
+        return as_score(returned, of_any_length, call="agent")
+    except (RewardError, TypeError) as error:
+        raise EpisodeError(str(error)) from None
 
 
 class _OneTurn(Environment):

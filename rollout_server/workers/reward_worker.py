@@ -26,7 +26,7 @@ import numpy as np
 
 from areal_like.errors import RAISED_BY_TASKS, RewardError
 from areal_like.trajectory import FinishReason
-from rollout_server.frames import HEADER, described, messages, pack, read
+from rollout_server.frames import HEADER, MAX_ERROR_CHARS, described, messages, pack, read
 from rollout_server.rewards.scores import as_score, score_fields
 from rollout_server.rewards.time_limit import begin_reward
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
@@ -154,4 +154,6 @@ def _packed_result(
 
 def _described(raised: BaseException) -> str:
     is_from_here = isinstance(raised, RewardError)
-    return traceback.format_exception_only(raised)[-1].strip() if is_from_here else described(raised)
+    if not is_from_here:
+        return described(raised)
+    return traceback.format_exception_only(raised)[-1].strip()[:MAX_ERROR_CHARS]

@@ -22,10 +22,14 @@ from rollout_server.sources import check_reward_concurrency
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
 from rollout_server.workers.host import WorkerHost
 from rollout_server.workers.reward_pool import RewardPool
+from tests.support import moved_clock
 from tests.support.environment_tasks import EchoTask
+from tests.support.moved_clock import advance
 from tests.support.workers import reward_pool
 
 NUM_TOGETHER = 30
+SPARE_S = 10.0
+"""Time for which a spare worker is kept."""
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +246,97 @@ def test_a_slow_reward_holds_no_other_item(may_go_on: Path) -> None:
             assert (await score(index=4, completion=answer(""))).score.value == 4.0
 
     asyncio.run(body())
+
+
+def test_a_spare_worker_takes_the_place_of_one_that_is_held(may_go_on: Path) -> None:
+    async def body() -> None:
+        async with pool() as rewards:
+            score = functools.partial(rewards.score, split="train", label="set")
+            await score(index=0, completion=answer(""))
+            held = asyncio.create_task(score(index=1, completion=answer("held")))
+            await asyncio.sleep(0)
+            for index in range(20):
+                assert (await score(index=index, completion=answer(""))).score.value == index
+            assert not held.done() and rewards.num_held == 1 and len(children()) == 2
+            advance(3.0)
+            assert list(rewards.waits()) == ["rewards: 1 completions, 1 hold a worker (set, train 1)"]
+            may_go_on.touch()
+            assert (await held).score.value == 1.0
+            while rewards.num_held or len(children()) > 1:
+                advance(SPARE_S)
+                await asyncio.sleep(0.01)
+            assert (await score(index=4, completion=answer(""))).score.value == 4.0
+            assert rewards.num_restarts == 0
+
+    moved_clock.run(body())
+
+
+def test_a_reward_that_hangs_is_ended_and_its_spare_worker_goes_on() -> None:
+    async def body() -> None:
+        async with pool() as rewards:
+            score = functools.partial(rewards.score, split="train")
+            await score(index=0, completion=answer(""))
+            hung = asyncio.create_task(score(index=1, completion=answer("hang")))
+            await asyncio.sleep(0)
+            assert (await score(index=2, completion=answer(""))).score.value == 2.0
+            while not hung.done():
+                advance(0.2)  # a longer step is taken for a suspension of this process
+                await asyncio.sleep(0.001)
+            with pytest.raises(RewardTimeoutError, match="reward_timeout_s="):
+                await hung
+            assert (await score(index=3, completion=answer(""))).score.value == 3.0
+            assert rewards.num_restarts == 1
+
+    moved_clock.run(body())
+    assert not children()
+
+
+def test_rewards_that_hang_leave_a_worker_to_the_other_tasks_of_a_mixture(may_go_on: Path) -> None:
+    """Ten hang, on at most three of four workers: two, and a spare one for each."""
+
+    async def body() -> None:
+        async with pool(num_workers=2) as rewards:
+            score = functools.partial(rewards.score, split="train")
+            await score(index=0, completion=answer(""), label="good")
+            held = [
+                asyncio.create_task(score(index=i, completion=answer("held"), label="hangs"))
+                for i in range(10)
+            ]
+            for index in range(50):
+                scored = await score(index=index, completion=answer(""), label="good")
+                assert scored.score.value == index
+            while rewards.num_held < 3:
+                await score(index=0, completion=answer(""), label="good")
+            assert not any(task.done() for task in held)
+            may_go_on.touch()
+            assert [scored.score.value for scored in await asyncio.gather(*held)] == list(range(10))
+            assert rewards.num_restarts == 0
+
+    asyncio.run(body())
+
+
+def test_asynchronous_rewards_that_hang_leave_room_for_others() -> None:
+    async def body() -> None:
+        async with pool(task=f"{__name__}.Judge", concurrency=4) as rewards:
+            score = functools.partial(rewards.score, split="train")
+            await score(index=0, completion=answer(""), label="good")
+            never = [asyncio.create_task(score(index=0, completion=answer("never"), label="hangs"))]
+            while not rewards.num_held:
+                advance(0.2)
+                await asyncio.sleep(0.001)
+            never += [
+                asyncio.create_task(score(index=i, completion=answer("never"), label="hangs"))
+                for i in range(1, 8)
+            ]
+            for index in range(5):
+                assert (await score(index=index, completion=answer(""), label="good")).score.value == index
+            assert not any(task.done() for task in never) and rewards.num_restarts == 0
+            assert len(children()) == 1, "the load on a service is bounded by the settings"
+        assert all(
+            isinstance(failed, RewardError) for failed in await asyncio.gather(*never, return_exceptions=True)
+        )
+
+    moved_clock.run(body())
 
 
 def test_asynchronous_rewards_run_at_the_same_time() -> None:

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from rollout_server.rewards.library import Rewards
+from rollout_server.rewards.library.judge import Judge
+
 
 @dataclass
 class Answer:
@@ -121,13 +124,15 @@ def judge_server(*answers: Answer, reply: Callable[[str], str] | None = None) ->
         http.server_close()
 
 
-def run_closed(rewards: Any, body: Callable[[], Any]) -> Any:
-    """Runs a coroutine function and closes the rewards' connections in the same loop."""
+def run_closed(rewards: Rewards, body: Callable[[], Any]) -> Any:
+    """Runs a coroutine function and closes the judges' connections in the same loop."""
 
     async def main() -> Any:
         try:
             return await body()
         finally:
-            await rewards.close()
+            for function in rewards.functions.values():
+                if isinstance(function, Judge):
+                    await function.close()
 
     return asyncio.run(main())

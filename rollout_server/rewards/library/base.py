@@ -1,11 +1,12 @@
 """The interface of the library's rewards: `task.reward` names one, or a list of them with weights.
 
 A reward is a frozen dataclass; its fields are its settings, so a misspelled one is refused by name. It does
-not depend on a task: it gets the example and the completion. `sum.py` adds up several.
+not depend on a task: it gets the example and the completion. `sum.py` creates and adds up several.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable
@@ -30,20 +31,17 @@ class RewardFunction(ABC):
             raise ConfigError(f"task.reward.weight={self.weight}: must be a finite number")
 
     @property
-    @abstractmethod
     def own_name(self) -> str:
         """Default name of the part, used if `part` is empty."""
+        return type(self).__name__.lower()
 
     @property
     def is_async(self) -> bool:
         """True if `score` returns an awaitable."""
-        return False
+        return inspect.iscoroutinefunction(self.score)
 
     def check(self) -> None:  # noqa: B027, most rewards need nothing
         """Raises ConfigError if this machine lacks what the reward needs. Called when a server starts."""
-
-    async def close(self) -> None:  # noqa: B027, most rewards hold nothing
-        """Closes resources that belong to the running event loop."""
 
     @abstractmethod
     def score(self, example: Example, completion: Completion) -> Rewarded | Awaitable[Rewarded]:

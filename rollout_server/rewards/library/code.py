@@ -2,7 +2,8 @@
 
 The program is the last fenced block of the completion. A program that fails, hangs or exceeds a limit is not
 an error: its tests count as failed, and the sample is trained on. Programs that read stdin run once for each
-test; calls and statements are all tested in one run (see `program_harness.py`).
+test; calls and statements are all tested in one run (see `program_harness.py`). Each worker runs
+`rollout.reward_concurrency` programs at a time, in threads.
 """
 
 from __future__ import annotations
@@ -69,16 +70,6 @@ class Code(RewardFunction):
                 "task.reward code: timeout_s above 0, max_tests at least 1, memory_mb at least 32, and "
                 "tolerance at least 0"
             )
-
-    @property
-    def own_name(self) -> str:
-        """`code`."""
-        return "code"
-
-    @property
-    def is_async(self) -> bool:
-        """True: `rollout.reward_concurrency` programs run at a time, in threads."""
-        return True
 
     def check(self) -> None:
         """Raises ConfigError if the sandbox cannot run a program."""

@@ -1,4 +1,8 @@
-"""The weighted sum of the rewards in `task.reward`, as one object.
+"""The rewards that `task.reward` describes, and their weighted sum.
+
+A description is a name (`exact`), the path of a function (`my_rewards.score`), a mapping with one of these as
+`name` and settings, or a list of descriptions whose weighted values are added up. Rewards are imported on
+use: an optional package is needed only by its own reward.
 
 Parts of the sum include their weights, so the parts of a sample add up to its reward. A reward of weight 0 is
 a metric instead. Synchronous rewards are computed one after the other; asynchronous ones run concurrently. If
@@ -9,16 +13,69 @@ one reward fails, the sample fails, because a partial sum is not a valid reward.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from areal_like.errors import RewardError
+from areal_like.errors import ConfigError, RewardError
+from areal_like.registry import Registry
 from rollout_server.rewards.library.base import RewardFunction
 from rollout_server.rewards.scores import as_score
 from rollout_server.tasks.base import Completion, Example, Rewarded, Score
+
+_LIBRARY = "rollout_server.rewards.library"
+_FUNCTION = f"{_LIBRARY}.function.UserFunction"
+REWARDS = Registry[RewardFunction](
+    "task.reward",
+    RewardFunction,  # type: ignore[type-abstract]
+    elsewhere={
+        "exact": f"{_LIBRARY}.matching.Exact",
+        "regex": f"{_LIBRARY}.matching.Regex",
+        "math": f"{_LIBRARY}.mathematics.Mathematics",
+        "code": f"{_LIBRARY}.code.Code",
+        "judge": f"{_LIBRARY}.judge.Judge",
+    },
+)
+_OWN_SETTINGS = frozenset(field.name for field in dataclasses.fields(RewardFunction))
+
+
+def make_rewards(spec: Any, *, sandbox: str = "bwrap") -> Rewards:
+    """Creates the rewards described by `spec`, the value of `task.reward`; `sandbox`: `rewards.sandbox`.
+
+    Raises ConfigError for an unknown name or setting, and for a function that cannot be imported.
+    """
+    is_list = isinstance(spec, Sequence) and not isinstance(spec, str)
+    entries = list(spec) if is_list else [spec]
+    if not entries:
+        raise ConfigError("task.reward is an empty list: name at least one reward")
+    functions = [_make(entry, sandbox=sandbox) for entry in entries]
+    if all(function.weight == 0 for function in functions):
+        raise ConfigError("task.reward: every weight is 0, so all rewards would be 0: give one a weight")
+    return Rewards(functions)
+
+
+def _make(entry: Any, *, sandbox: str) -> RewardFunction:
+    if isinstance(entry, str):
+        entry = {"name": entry}
+    if not isinstance(entry, Mapping) or not all(isinstance(key, str) for key in entry):
+        raise ConfigError(
+            f"task.reward: want a name ({', '.join(REWARDS.names())}), the path of a function "
+            f"(my_rewards.score), a mapping with `name` and settings, or a list of these; got {entry!r}"
+        )
+    name = entry.get("name")
+    if isinstance(name, str) and "." in name:
+        own = {key: value for key, value in entry.items() if key in _OWN_SETTINGS}
+        settings = {key: value for key, value in entry.items() if key not in own and key != "name"}
+        return REWARDS.build({**own, "_target_": _FUNCTION, "path": name, "settings": settings})
+    if isinstance(name, str) and name not in REWARDS.names():
+        raise ConfigError(
+            f"task.reward={name}: choose one of {', '.join(REWARDS.names())}; for your own function write "
+            "task.reward=my_module.my_function"
+        )
+    return REWARDS.build(entry, job={"sandbox": sandbox})
 
 
 class Rewards:
@@ -26,34 +83,22 @@ class Rewards:
 
     def __init__(self, functions: Sequence[RewardFunction]) -> None:
         """`functions`: at least one. Several with the same name get numbers: `judge`, `judge_2`."""
-        self._functions: dict[str, RewardFunction] = {}
+        self.functions: dict[str, RewardFunction] = {}
+        """The rewards by the names of their parts, in the order of the configuration."""
         for function in functions:
             name = stem = function.part or function.own_name
             number = 1
-            while name in self._functions:
+            while name in self.functions:
                 number += 1
                 name = f"{stem}_{number}"
-            self._functions[name] = function
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the parts, in the order of the configuration."""
-        return list(self._functions)
-
-    @property
-    def is_async(self) -> bool:
+            self.functions[name] = function
+        self.is_async = any(function.is_async for function in functions)
         """True if `score` returns a coroutine: one of the rewards is asynchronous."""
-        return any(function.is_async for function in self._functions.values())
 
     def check(self) -> None:
         """Raises ConfigError if this machine lacks what a reward needs."""
-        for function in self._functions.values():
+        for function in self.functions.values():
             function.check()
-
-    async def close(self) -> None:
-        """Closes connections of the running event loop."""
-        for function in self._functions.values():
-            await function.close()
 
     def score(self, example: Example, completion: Completion) -> Score | Coroutine[Any, Any, Score]:
         """Returns the reward of a completion, or a coroutine that returns it (`is_async`).
@@ -63,12 +108,12 @@ class Rewards:
         if self.is_async:
             return self._score_async(example, completion)
         scores = {}
-        for name, function in self._functions.items():
+        for name, function in self.functions.items():
             try:
                 scores[name] = _checked(name, function.score(example, completion), completion)
             except Exception as error:  # a user's function may raise anything
                 scores[name] = _failed_metric(function, error)
-        return _sum(self._functions, scores)
+        return _sum(self.functions, scores)
 
     async def _score_async(self, example: Example, completion: Completion) -> Score:
         async def one(name: str, function: RewardFunction) -> Score:
@@ -81,7 +126,7 @@ class Rewards:
                 return _failed_metric(function, error)
 
         # Synchronous rewards first: if one of them fails, no service is called in vain.
-        items = sorted(self._functions.items(), key=lambda item: item[1].is_async)
+        items = sorted(self.functions.items(), key=lambda item: item[1].is_async)
         scores = {name: await one(name, function) for name, function in items if not function.is_async}
         waiting = {
             name: asyncio.ensure_future(one(name, function)) for name, function in items if function.is_async
@@ -91,7 +136,7 @@ class Rewards:
         finally:
             for future in waiting.values():
                 future.cancel()
-        return _sum(self._functions, scores)
+        return _sum(self.functions, scores)
 
 
 def _checked(name: str, returned: Rewarded | Awaitable[Rewarded], completion: Completion) -> Score:

@@ -12,10 +12,9 @@ import yaml
 from rollout_server.rewards.library import make_rewards
 from rollout_server.rewards.library.base import RewardFunction
 from rollout_server.rewards.library.code import Code
-from rollout_server.rewards.library.exact import Exact
 from rollout_server.rewards.library.judge import Judge
+from rollout_server.rewards.library.matching import Exact, Regex
 from rollout_server.rewards.library.mathematics import Mathematics
-from rollout_server.rewards.library.regex import Regex
 from tests.support.launching import ROOT
 
 PAGE = (ROOT / "docs" / "reference" / "rewards.md").read_text()
@@ -34,7 +33,7 @@ def test_the_examples_can_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.syspath_prepend(str(tmp_path))
     made = []
     for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.S):
-        made.append(make_rewards(yaml.safe_load(block)["task"]["reward"]).names)
+        made.append(list(make_rewards(yaml.safe_load(block)["task"]["reward"]).functions))
     assert made == [
         ["exact"],
         ["math", "format", "judge"],

@@ -22,7 +22,7 @@ import aiohttp
 
 from areal_like.errors import RewardError
 from rollout_server.rewards.library.judge.cache import ReplyCache, key_of
-from rollout_server.rewards.library.judge.verdict import NoVerdictError
+from rollout_server.rewards.library.judge.grading import NoVerdictError
 from rollout_server.rewards.time_limit import reward_time_left_s
 
 V = TypeVar("V")
@@ -45,9 +45,17 @@ class Counts:
     """Requests sent again."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClientSettings:
-    """Settings of the HTTP client."""
+class _TryAgainError(Exception):
+    """The request failed, perhaps temporarily. `pause_s`: the pause that the service asked for, if any."""
+
+    def __init__(self, message: str, *, pause_s: float | None = None) -> None:
+        super().__init__(message)
+        self.pause_s = pause_s
+
+
+@dataclass(kw_only=True)
+class JudgeClient:
+    """Asks a judge for verdicts. Belongs to one event loop; `close` it at the end."""
 
     url: str
     """The full URL, including /chat/completions."""
@@ -60,23 +68,10 @@ class ClientSettings:
     """Pause before the first retry; each further pause is twice as long."""
     max_concurrent: int
     max_reply_bytes: int
+    cache: ReplyCache | None
 
-
-class _TryAgainError(Exception):
-    """The request failed, perhaps temporarily. `pause_s`: the pause that the service asked for, if any."""
-
-    def __init__(self, message: str, *, pause_s: float | None = None) -> None:
-        super().__init__(message)
-        self.pause_s = pause_s
-
-
-class JudgeClient:
-    """Asks a judge for verdicts. Belongs to one event loop; `close` it at the end."""
-
-    def __init__(self, settings: ClientSettings, *, cache: ReplyCache | None) -> None:
-        self._settings = settings
-        self._cache = cache
-        self._slots = asyncio.Semaphore(settings.max_concurrent)
+    def __post_init__(self) -> None:
+        self._slots = asyncio.Semaphore(self.max_concurrent)
         self._session: aiohttp.ClientSession | None = None
 
     async def ask(self, body: Mapping[str, Any], read: Callable[[str], V], counts: Counts) -> V:
@@ -86,17 +81,17 @@ class JudgeClient:
         """
         # A verdict is cached under the first request, whichever seed led to it, because a rerun starts with
         # that one.
-        key = key_of(self._settings.url, body)
-        reply = await asyncio.to_thread(self._cache.get, key) if self._cache else None
+        key = key_of(self.url, body)
+        reply = await asyncio.to_thread(self.cache.get, key) if self.cache else None
         if reply is not None:
             with contextlib.suppress(NoVerdictError):  # the cached reply has none: the file was modified
                 verdict = read(reply)
                 counts.cache_hits += 1
                 return verdict
         seed, problem = body.get("seed"), ""
-        for attempt in range(self._settings.max_retries + 1):
+        for attempt in range(self.max_retries + 1):
             counts.retries += attempt > 0
-            pause_s = min(self._settings.first_pause_s * 2**attempt, _LONGEST_PAUSE_S)
+            pause_s = min(self.first_pause_s * 2**attempt, _LONGEST_PAUSE_S)
             try:
                 reply = _reply_in(await self._response_to(body, counts))
                 verdict = read(reply)
@@ -108,21 +103,19 @@ class JudgeClient:
                 problem = str(error)
                 pause_s = pause_s if error.pause_s is None else error.pause_s
             except TimeoutError:
-                problem = f"no response within {self._settings.timeout_s:g} s"
+                problem = f"no response within {self.timeout_s:g} s"
             else:
-                if self._cache:
-                    await asyncio.to_thread(self._cache.put, key, reply)
+                if self.cache:
+                    await asyncio.to_thread(self.cache.put, key, reply)
                 return verdict
-            if attempt < self._settings.max_retries:
+            if attempt < self.max_retries:
                 if pause_s >= self._time_left_s():
                     raise RewardError(
-                        f"judge {self._settings.url}: {problem}; not enough of the reward's time limit is "
+                        f"judge {self.url}: {problem}; not enough of the reward's time limit is "
                         "left for another attempt: raise rollout.reward_timeout_s"
                     )
                 await asyncio.sleep(pause_s)
-        raise RewardError(
-            f"judge {self._settings.url}: {problem}, after {self._settings.max_retries + 1} tries"
-        )
+        raise RewardError(f"judge {self.url}: {problem}, after {self.max_retries + 1} tries")
 
     async def close(self) -> None:
         """Closes connections."""
@@ -135,12 +128,12 @@ class JudgeClient:
         try:
             async with asyncio.timeout(min(left_s, 1e9)) as limit, self._slots:
                 counts.calls += 1
-                async with asyncio.timeout(self._settings.timeout_s):
+                async with asyncio.timeout(self.timeout_s):
                     return await self._post(body)
         except TimeoutError:
             if limit.expired():
                 raise RewardError(
-                    f"judge {self._settings.url}: no response within the {left_s:.1f} s left of the "
+                    f"judge {self.url}: no response within the {left_s:.1f} s left of the "
                     "reward's time limit: raise rollout.reward_timeout_s, or lower rollout.reward_concurrency"
                 ) from None
             raise
@@ -154,15 +147,12 @@ class JudgeClient:
             self._session = aiohttp.ClientSession(
                 trust_env=False, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout()
             )
-        key = self._settings.api_key
+        authorization = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         try:
             async with self._session.post(
-                self._settings.url,
+                self.url,
                 data=json.dumps(body).encode(),
-                headers={
-                    "Content-Type": "application/json",
-                    **({"Authorization": f"Bearer {key}"} if key else {}),
-                },
+                headers={"Content-Type": "application/json", **authorization},
                 allow_redirects=False,
             ) as response:
                 content = await self._bounded(response)
@@ -171,7 +161,7 @@ class JudgeClient:
                 reason = f"HTTP status {response.status}{_reason_in(content)}"
                 if response.status in _RETRIED_STATUSES or response.status >= 500:
                     raise _TryAgainError(reason, pause_s=_retry_after_s(response.headers.get("Retry-After")))
-                raise RewardError(f"judge {self._settings.url}: {reason}")
+                raise RewardError(f"judge {self.url}: {reason}")
         except (aiohttp.ClientError, OSError, asyncio.IncompleteReadError) as error:
             if isinstance(error, TimeoutError):
                 raise
@@ -181,9 +171,9 @@ class JudgeClient:
         content = bytearray()
         async for chunk in response.content.iter_any():
             content += chunk
-            if len(content) > self._settings.max_reply_bytes:
+            if len(content) > self.max_reply_bytes:
                 response.close()
-                raise _TryAgainError(f"a response of more than {self._settings.max_reply_bytes} bytes")
+                raise _TryAgainError(f"a response of more than {self.max_reply_bytes} bytes")
         return bytes(content)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout_server.rewards.library.judge.verdict import NoVerdictError, score_in, verdicts_in
+from rollout_server.rewards.library.judge.grading import NoVerdictError, score_in, verdicts_in
 
 
 @pytest.mark.parametrize(
