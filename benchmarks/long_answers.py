@@ -29,7 +29,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.models.policy import build_policy
 from trainer.models.tiny import character_tokenizer
 from trainer.objectives import Need, SampledTokens, build_objective
-from trainer.objectives.importance import LEVELS, ess_ratio
+from trainer.objectives.importance import Level, ess_ratio
 
 PROMPT_TOKENS = 16
 GROUP_SIZE = 8
@@ -174,7 +174,7 @@ def raw_sizes(log_ratio_NL: Tensor) -> dict[str, float]:
         "sequence": sum_N,
         "geometric": sum_N / log_ratio_NL.shape[1],
     }
-    return {level: ess_ratio(by_level[level]) for level in LEVELS}
+    return {level: ess_ratio(by_level[level]) for level in get_args(Level)}
 
 
 def corrected(settings: dict[str, Any], logp_NL: Tensor, behavior_NL: Tensor) -> dict[str, float]:
@@ -247,7 +247,7 @@ def as_tables(rows: Sequence[dict[str, Any]]) -> str:
     sizes = [
         ["sd of a token's log-ratio", *(f"{row['token_std']:.4f}" for row in rows)],
         ["sd of log W", *(f"{row['log_w_std']:.3f}" for row in rows)],
-        *([f"ESS, {level}", *(f"{row['ess'][level]:.3f}" for row in rows)] for level in LEVELS),
+        *([f"ESS, {level}", *(f"{row['ess'][level]:.3f}" for row in rows)] for level in get_args(Level)),
     ]
     methods = []
     for label in rows[0]["corrections"]:

@@ -112,7 +112,7 @@ class Attempt(ABC):
                 finish_reason=played.finish_reason,
             )
             scored = await request.rewards.score(
-                split=request.split, index=request.index, completion=completion, label=self._label
+                split=request.split, index=request.index, completion=completion, label=self.label
             )
         try:
             outcome = add_up(

@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from areal_like.config.common import Minimum, PositiveFloat
+from areal_like.config.common import Bounds, PositiveFloat
 from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import live_ratio_S
 from trainer.objectives.ppo import clipped_surrogate
@@ -37,7 +37,7 @@ class Dcpo(Objective):
     """Bound on |(r - 1) pi| of a token that loses probability."""
     clip_high: PositiveFloat = 0.2
     """Bound on |(r - 1) pi| of a token that gains probability."""
-    max_ratio: Annotated[float, Minimum(1, is_exclusive=True)] = 5.0
+    max_ratio: Annotated[float, Bounds(1, excludes_low=True)] = 5.0
     """Ceiling of the upper bound, which grows without limit as q goes to 0."""
 
     def bounds_S(self, behavior_logp_S: Tensor) -> tuple[Tensor, Tensor]:
