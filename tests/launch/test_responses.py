@@ -15,9 +15,9 @@ from areal_like.config import Config
 from areal_like.paths import write_json
 from areal_like.runtime.logs import PlainFormatter
 from launch.commands.watch import change_lines, diagnosis_text, held_lines
-from launch.observation.answers import checked_status, parsed_object
 from launch.observation.job_report import job_report
 from launch.observation.observer import DaemonView, Observation, diagnosis, look_at_daemons
+from launch.observation.responses import checked_status, parsed_object
 from launch.view.picture import picture
 from launch.view.plain import PlainView
 from launch.view.speed import Eta
