@@ -75,7 +75,6 @@ class Versions:
 
     of: str
     """`trainer`, or `engine` for the environment of SGLang."""
-    python: str = ""
     torch: str = ""
     cuda: str = ""
     """CUDA version that torch was built for; empty: a build for CPUs."""
