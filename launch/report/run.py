@@ -49,7 +49,6 @@ class Evaluation:
 class Run:
     """One run."""
 
-    root: Path
     name: str
     config: dict[str, Any]
     """Settings as plain values, without possible secrets; empty if config.yaml cannot be read."""
@@ -170,7 +169,6 @@ def read_run(root: Path) -> Run:
     except ConfigError:
         config = {}
     return Run(
-        root=root,
         name=str(config.get("name") or root.resolve().name),
         config=config,
         is_sft=paths.rows.exists(),
