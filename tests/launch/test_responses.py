@@ -1,4 +1,4 @@
-"""What daemons answer over HTTP: escape sequences become text, and no wrong type ends the launcher."""
+"""Responses of daemons over HTTP: escape sequences become text, and no wrong type ends the launcher."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ KEYS = (*STATUS, "tokens_per_s", "progress", "queue", "weights_version")
 
 
 @pytest.mark.parametrize("value", WRONG, ids=str)
-def test_no_answer_ends_what_shows_it(value: Any) -> None:
+def test_no_response_ends_what_shows_it(value: Any) -> None:
     shown("buffer", dict.fromkeys(KEYS, value))
     shown("rollout-0", {"nested": dict.fromkeys(KEYS, value)})
     why = dict.fromkeys(("causes", "effects", "bottleneck"), value)
