@@ -166,8 +166,8 @@ def _compare(recorded: RunPaths, replayed: RunPaths) -> list[str]:
 
 def _are_equal(recorded: RunPaths, replayed: RunPaths, step: int) -> bool:
     """Compares the weights' files and, if both runs had the same number of ranks, masters and moments."""
-    folders = [paths.checkpoints / checkpoint_name(step) for paths in (recorded, replayed)]
-    rows = [{file.name for file in folder.glob("rows/policy-*")} for folder in folders]
-    return same_files(*folders, "model*.safetensors") is True and all(
-        same_files(*folders, f"rows/{name}") for name in rows[0] & rows[1]
+    ours, theirs = (paths.checkpoints / checkpoint_name(step) for paths in (recorded, replayed))
+    rows = [{file.name for file in folder.glob("rows/policy-*")} for folder in (ours, theirs)]
+    return same_files(ours, theirs, "model*.safetensors") is True and all(
+        same_files(ours, theirs, f"rows/{name}") for name in rows[0] & rows[1]
     )

@@ -81,7 +81,8 @@ def findings(config: Config, roles: Sequence[str], *, job: RunningJob | None = N
     """Checks this machine for these roles. `job`: a running job, to compare its clock."""
     yield from _bound(config, roles)
     yield from _names(config, roles)
-    yield from (_clock(job, address) for address in (job.buffers if job is not None else ()))
+    if job is not None:
+        yield from (_clock(job, address) for address in job.buffers)
     yield from _disks(config, roles)
     if config.model.path not in BUILT_MODELS:
         try:
