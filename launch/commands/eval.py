@@ -11,7 +11,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 
@@ -25,6 +24,7 @@ from launch.local_job.job import LocalJob
 from launch.local_job.specs import EvaluationSpecs
 from launch.run_directory.open_evaluation import EvaluatedModel, find_model, open_evaluation
 from launch.run_directory.open_run import OpenRun
+from launch.run_files import read_object
 from launch.view.lasting import LastingView, output_may_be_gone
 from launch.view.plain import PlainView, evaluation_line
 from launch.view.summary import evaluation_table
@@ -95,9 +95,7 @@ def _run_job(run: OpenRun, model: EvaluatedModel, console: Console) -> int:
 
 def _show(run: OpenRun, console: Console, *, as_json: bool) -> int:
     """Prints the results; returns 1 if a set has none."""
-    summary: dict[str, Any] = {}
-    if run.paths.summary.exists():
-        summary = json.loads(run.paths.summary.read_text())
+    summary = read_object(run.paths.summary)
     sets = summary.get("sets", {})
     missing = [name for name in run.config.eval.resolved_sets if "avg" not in sets.get(name, {})]
     if as_json:

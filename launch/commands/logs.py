@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
     num_last = args.lines if args.lines is not None else None if since_unix_s is not None else _NUM_LAST
     # Determined before anything is shown: the follower then shows everything that is appended meanwhile,
     # once.
-    shown = {source.files[-1]: _complete(source) for source in sources} if args.follow else {}
+    shown = {source.files[-1]: complete_bytes(source.files[-1]) for source in sources} if args.follow else {}
     try:
         _show(_chosen(sources, shown, level=args.level, since_unix_s=since_unix_s, num_last=num_last))
         if args.follow:
@@ -114,11 +114,3 @@ def _show(entries: Iterable[Entry]) -> None:
         for line in others:
             sys.stdout.write(f"    {harmless(line)}\n")
     sys.stdout.flush()
-
-
-def _complete(source: LogFiles) -> int:
-    """Bytes of the newest file of a log up to the end of its last complete line."""
-    try:
-        return complete_bytes(source.files[-1])
-    except FileNotFoundError:
-        return 0

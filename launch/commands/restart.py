@@ -7,12 +7,10 @@ launcher has taken it. A role that was started by hand is asked to drain; its su
 from __future__ import annotations
 
 import argparse
-import json
 import secrets
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from areal_like.automatic_settings import start_limit_s
 from areal_like.errors import ConfigError
@@ -27,6 +25,7 @@ from launch.local_job.lifecycle import START_PATIENCE
 from launch.observation.http_json import post_json
 from launch.observation.reach import RunningJob
 from launch.run_directory.rundir import has_launcher, is_over, restart_order_file, restart_outcome_file
+from launch.run_files import read_object
 
 _TICK_S = 0.2
 _TAKE_TIMEOUT_S = 10.0
@@ -74,7 +73,8 @@ def wait_until_ready(job: RunningJob, paths: RunPaths, settings: Sequence[str], 
     deadline_s = time.monotonic() + limit_s
     words = " ".join(settings)
     kept = "it runs with its previous settings, which config.yaml keeps"
-    while (outcome := _outcome(paths, order_id)) is None:
+    file = restart_outcome_file(paths)
+    while (outcome := harmless_values(read_object(file))).get("order_id") != order_id:
         if is_over(paths):
             sys.stderr.write(f"restart: the run ended before the trainer was ready with {words}\n")
             return 1
@@ -91,14 +91,6 @@ def wait_until_ready(job: RunningJob, paths: RunPaths, settings: Sequence[str], 
         return 1
     print(f"the trainer is ready with {words}, which are now in config.yaml")
     return 0
-
-
-def _outcome(paths: RunPaths, order_id: str) -> dict[str, Any] | None:
-    try:
-        outcome = json.loads(restart_outcome_file(paths).read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return dict(harmless_values(outcome)) if outcome["order_id"] == order_id else None
 
 
 def order(job: RunningJob, paths: RunPaths, role: str, settings: Sequence[str], *, order_id: str) -> str:

@@ -98,7 +98,7 @@ def compare_traces(ours: Trace, theirs: Trace, *, tolerance: float) -> tuple[Ste
 
 
 def _against_row(run: RecordedRun, trace: Trace, *, tolerance: float) -> str:
-    """A sentence that says whether a run's row matches its records."""
+    """States whether a run's row matches its records."""
     row = next((row for step, row in run.rows() if step == trace.step["step"]), {})
     both = {name: (row.get(name), trace.step[name]) for name in ("loss", "grad_norm")}
     if None in [recorded for recorded, _ in both.values()]:

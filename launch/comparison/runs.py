@@ -86,7 +86,7 @@ class _Comparer:
             kinds, of_rows = compare_rows(row, other_row, tolerance=result.tolerance)
             result.compared_means.update(kinds - {"settings"})
             known = {one.kind for one in found}
-            # The sample that differs says more than a mean in the row.
+            # The sample that differs is more useful than a mean in the row.
             found += [one for one in of_rows if one.kind not in known or one.kind == "settings"]
             found += self._checkpoint(step + 1)
             if found:

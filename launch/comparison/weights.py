@@ -79,9 +79,10 @@ def compare_weights(ours: Path, theirs: Path) -> WeightsDifference | None:
 def _squares(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     """Sums of squares: of the difference, and of the first."""
     difference = norm = 0.0
-    chunks = (tensor.reshape(-1).split(_CHUNK) for tensor in (ours, theirs))
-    for a, b in zip(*chunks, strict=True):
-        difference += float((a.double() - b.double()).square().sum())
-        norm += float(a.double().square().sum())
+    ours, theirs = ours.reshape(-1), theirs.reshape(-1)
+    for start in range(0, len(ours), _CHUNK):
+        a, b = (tensor[start : start + _CHUNK].double() for tensor in (ours, theirs))
+        difference += float((a - b).square().sum())
+        norm += float(a.square().sum())
     # NaN is neither equal nor close to anything.
     return (math.inf if math.isnan(difference) else difference), norm

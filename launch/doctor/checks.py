@@ -75,7 +75,6 @@ class Versions:
 
     of: str
     """`trainer`, or `engine` for the environment of SGLang."""
-    python: str = ""
     torch: str = ""
     cuda: str = ""
     """CUDA version that torch was built for; empty: a build for CPUs."""
@@ -92,7 +91,7 @@ def check_port(setting: str, address: str, *, problem: str = "", needs_keys: boo
     """
     what = f"{setting} {address}"
     if problem:
-        return error(what, problem, f"end what uses it, or change {setting}")
+        return error(what, problem, f"stop the process that uses it, or change {setting}")
     if needs_keys:
         return error(
             what,
@@ -230,7 +229,7 @@ def check_gpus(gpus: GpuFacts) -> Iterator[Finding]:
             )
         elif gpu.used_mb > USED_GPU_MB and not gpus.may_share:
             in_use = f"{gpu.name}, {gpu.used_mb} of {gpu.total_mb} MB in use"
-            yield warning(what, in_use, "end what uses it (nvidia-smi)")
+            yield warning(what, in_use, "stop the process that uses it (nvidia-smi)")
         else:
             yield ok(what, f"{gpu.name}, {gpu.total_mb - gpu.used_mb} MB free")
 

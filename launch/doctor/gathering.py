@@ -61,7 +61,7 @@ _BYTES_PER_TOKEN = 16
 """Bytes in a segment for a sampled token: its id, log-prob and version, and a margin."""
 ROLES = ("buffer", "trainer", "rollout")
 _PROBE = """
-import importlib.metadata as m, importlib.util as u, json, re, pathlib, sys
+import importlib.metadata as m, importlib.util as u, json, re, pathlib
 def version(*names):
     for name in names:
         try: return m.version(name)
@@ -70,7 +70,7 @@ def version(*names):
 spec = u.find_spec("torch")
 text = (pathlib.Path(spec.origin).parent / "version.py").read_text() if spec and spec.origin else ""
 cuda = re.search(r"^cuda\\b[^=]*= '([0-9.]+)'", text, re.M)
-print(json.dumps({"python": sys.version.split()[0], "torch": version("torch"),
+print(json.dumps({"torch": version("torch"),
     "cuda": cuda[1] if cuda else "", "transformers": version("transformers"), "sglang": version("sglang"),
     "nccl": version("nvidia-nccl-cu13", "nvidia-nccl-cu12")}))
 """

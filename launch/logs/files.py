@@ -100,11 +100,10 @@ class LogFiles:
         for path in reversed(self.files):
             try:
                 with path.open("rb") as file:
-                    size = file.seek(0, 2)
-                    if since_unix_s is not None and path.stat().st_mtime < since_unix_s:
-                        break
-                    start = 0
+                    size, start = file.seek(0, 2), 0
                     if since_unix_s is not None:
+                        if path.stat().st_mtime < since_unix_s:
+                            break
                         start = _before(file, size, since_unix_s, is_json=self.is_json)
                     elif left is not None:
                         start, num_found = _last_lines(file, size, left)
@@ -251,12 +250,16 @@ def _last_lines(file: BinaryIO, size: int, num_lines: int) -> tuple[int, int]:
 
 
 def complete_bytes(path: Path) -> int:
-    """Offset of the end of the last complete line of a file, or of the file if its last line is very long."""
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        start = max(0, size - MAX_LINE_BYTES)
-        file.seek(start)
-        newline = file.read(size - start).rfind(b"\n")
+    """Offset of the end of the last complete line of a file, or of the file if its last line is very long; 0
+    without the file."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            start = max(0, size - MAX_LINE_BYTES)
+            file.seek(start)
+            newline = file.read(size - start).rfind(b"\n")
+    except FileNotFoundError:
+        return 0
     return start + newline + 1 if newline >= 0 else size
 
 

@@ -34,10 +34,10 @@ from areal_like.security.keys import KeyDirectory, KeyRole
 from areal_like.security.tls import client_context
 from areal_like.security.tokens import MONITOR_FILE, any_token, monitor_token, operator_token
 from areal_like.terminal_text import harmless, harmless_values
-from launch.observation.answers import checked_status, parsed_object
+from launch.observation.responses import checked_status, parsed_object
 
 REQUEST_TIMEOUT_S = 1.0
-_MAX_ANSWER_BYTES = 64 << 20
+_MAX_RESPONSE_BYTES = 64 << 20
 _REFUSED = (401, 403, 421)
 """HTTP statuses that mean that a daemon refuses this caller, whatever the request is."""
 IS_BUFFER_OR_RANK = re.compile(r"(buffer|trainer)(-\d+)?")
@@ -177,7 +177,7 @@ def fetch_json(
     try:
         connection.request("GET", path, headers=headers)
         response = connection.getresponse()
-        answer = _object(response)
+        found = _object(response)
     except (OSError, http.client.HTTPException, ValueError):
         return None
     finally:
@@ -185,8 +185,8 @@ def fetch_json(
     if response.status in _REFUSED:
         if operator.has_keys and not headers:
             return None
-        raise ConfigError(_refusal(address, answer))
-    return checked_status(answer) if path == "/status" else answer
+        raise ConfigError(_refusal(address, found))
+    return checked_status(found) if path == "/status" else found
 
 
 def post_json(
@@ -207,32 +207,32 @@ def post_json(
     try:
         connection.request("POST", path, body=json.dumps(body), headers=headers)
         response = connection.getresponse()
-        answer = _object(response)
+        found = _object(response)
     except (ValueError, http.client.HTTPException) as error:
         raise ConnectionError(f"its response is not a JSON object: {error}") from None
     finally:
         connection.close()
     if response.status in _REFUSED:
-        raise ConfigError(_refusal(address, answer))
+        raise ConfigError(_refusal(address, found))
     if response.status != 200:
-        raise ConfigError(_error_of(answer))
-    return dict(harmless_values(answer))
+        raise ConfigError(_error_of(found))
+    return dict(harmless_values(found))
 
 
 def _object(response: http.client.HTTPResponse) -> dict[str, Any]:
     """The JSON object in a response. Raises ValueError."""
-    content = response.read(_MAX_ANSWER_BYTES + 1)
-    if len(content) > _MAX_ANSWER_BYTES:
-        raise ValueError(f"longer than {_MAX_ANSWER_BYTES} bytes")
+    content = response.read(_MAX_RESPONSE_BYTES + 1)
+    if len(content) > _MAX_RESPONSE_BYTES:
+        raise ValueError(f"longer than {_MAX_RESPONSE_BYTES} bytes")
     return parsed_object(content)
 
 
-def _refusal(address: str, answer: dict[str, Any]) -> str:
-    return f"the daemon at {address} refuses this command: {_error_of(answer)}"
+def _refusal(address: str, found: dict[str, Any]) -> str:
+    return f"the daemon at {address} refuses this command: {_error_of(found)}"
 
 
-def _error_of(answer: dict[str, Any]) -> str:
-    return harmless(str(answer.get("error", answer)))
+def _error_of(found: dict[str, Any]) -> str:
+    return harmless(str(found.get("error", found)))
 
 
 def may_belong_to(address: str, user: int) -> bool:

@@ -35,9 +35,9 @@ _SERVER = (
 
 def job_report(config: Config, daemons: Mapping[str, DaemonView]) -> dict[str, Any]:
     """The state of the job; a number that no daemon reports is None."""
-    answers = [view.status for view in daemons.values() if view.role == "buffer" and view.status]
-    status = merged_status(answers) if answers else {}
-    peers = {str(peer["name"]): peer for peer in merged_peers(answers)}
+    statuses = [view.status for view in daemons.values() if view.role == "buffer" and view.status]
+    status = merged_status(statuses) if statuses else {}
+    peers = {str(peer["name"]): peer for peer in merged_peers(statuses)}
     rates = find_table(status, "rates")
     return {
         "run": config.name,

@@ -21,7 +21,6 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.threads import NamedThread
 from areal_like.shards import add_up
-from launch.observation.answers import checked_endpoint
 from launch.observation.http_json import (
     IS_BUFFER_OR_RANK,
     NO_OPERATOR,
@@ -30,6 +29,7 @@ from launch.observation.http_json import (
     fetch_json,
 )
 from launch.observation.progress import MetricsTail, Progress
+from launch.observation.responses import checked_endpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ def look_at_daemon(
     return DaemonView(name=name, endpoint=endpoint, status=status, seen_s=seen_s)
 
 
-_NO_ANSWER_S = 5.0
+_SILENCE_S = 5.0
 """A daemon that has not responded for this long after an earlier response has ended or is stopped."""
 
 
@@ -224,8 +224,8 @@ def diagnosis(daemons: Iterable[DaemonView]) -> dict[str, Any]:
         if view.role != "buffer":
             continue
         if view.status is None or "why" not in view.status:
-            if (silent_s := time.monotonic() - view.seen_s if view.seen_s else math.inf) > _NO_ANSWER_S:
-                causes.append(_no_answer(view.name, silent_s))
+            if (silent_s := time.monotonic() - view.seen_s if view.seen_s else math.inf) > _SILENCE_S:
+                causes.append(_no_response(view.name, silent_s))
             continue
         why = view.status["why"]
         causes += [cause for cause in why.get("causes", []) if cause not in causes]
@@ -234,7 +234,7 @@ def diagnosis(daemons: Iterable[DaemonView]) -> dict[str, Any]:
     return {"causes": causes, "effects": effects, "bottleneck": "" if causes else bottleneck}
 
 
-def _no_answer(name: str, silent_s: float) -> dict[str, Any]:
+def _no_response(name: str, silent_s: float) -> dict[str, Any]:
     since = f"for {silent_s:.0f} s" if silent_s < math.inf else "at all"
     return {
         "on": "buffer",

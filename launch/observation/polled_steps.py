@@ -6,7 +6,7 @@ may be missed, so the curve has fewer points, and sums over steps are not known.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.observation.observer import find_table, merged_peers
@@ -21,20 +21,19 @@ class PolledSteps:
         self._step = -1
         self._lags: dict[str, int] = {}
 
-    def see(self, statuses: Iterable[Mapping[str, Any]], *, unix_s: float) -> Progress:
+    def see(self, statuses: Sequence[Mapping[str, Any]], *, unix_s: float) -> Progress:
         """Adds one poll; returns the progress over all polls so far."""
-        answers = list(statuses)
-        rank0 = next((peer for peer in merged_peers(answers) if peer["name"] == "trainer-0"), {})
+        rank0 = next((peer for peer in merged_peers(statuses) if peer["name"] == "trainer-0"), {})
         stats = rank0.get("stats") or {}
         step = stats.get("row_step")
         if step is not None and int(step) != self._step:
             if int(step) < self._step:  # a trainer has resumed at an earlier step
                 self._tally = StepTally()
             self._step = int(step)
-            lags = {lag: count for answer in answers for lag, count in _lags(answer).items()}
+            lags = {lag: count for status in statuses for lag, count in _lags(status).items()}
             row = {**stats, "step": self._step, "time_unix_s": unix_s, "lag_histogram": self._new(lags)}
-            if answers and isinstance(answers[0].get("max_staleness"), int):
-                row["max_staleness"] = answers[0]["max_staleness"]
+            if statuses and isinstance(statuses[0].get("max_staleness"), int):
+                row["max_staleness"] = statuses[0]["max_staleness"]
             self._tally.add(row)
         return self._tally.progress
 

@@ -94,15 +94,15 @@ class RunningJob:
 
     def statuses(self) -> list[dict[str, Any]]:
         """/status of each buffer that responds, in the order of the shards. Raises ConfigError."""
-        answers = [self.get(address, "/status") for address in self.buffers]
-        return [answer for answer in answers if answer is not None]
+        statuses = [self.get(address, "/status") for address in self.buffers]
+        return [status for status in statuses if status is not None]
 
     def status(self) -> dict[str, Any]:
         """The first shard's /status, with the tickets, drops and peers of all. Raises ConfigError."""
-        answers = self.statuses()
-        if not answers:
-            raise self.no_answer()
-        return merged_status(answers)
+        statuses = self.statuses()
+        if not statuses:
+            raise self.no_response()
+        return merged_status(statuses)
 
     def servers(self) -> set[str]:
         """Names of the rollout servers that are registered. Raises ConfigError when no buffer responds."""
@@ -113,7 +113,7 @@ class RunningJob:
 
         Raises ConfigError with the last refusal, or when no buffer responds.
         """
-        error = self.no_answer()
+        error = self.no_response()
         for address in self.buffers:
             try:
                 return self.post_to(address, verb, body, timeout_s=timeout_s)
@@ -132,22 +132,22 @@ class RunningJob:
         """
         num_shards, addresses = self.config.buffer.num_shards, self.buffers
         if not addresses:
-            raise self.no_answer()
+            raise self.no_response()
         if len(addresses) != num_shards:
             raise ConfigError(
                 f"{verb}: the job has {num_shards} buffers, and {len(addresses)} are known: "
                 + ("give --buffer for each" if self.paths is None else "is one of them being restarted?")
             )
-        answers = []
+        responses = []
         for address in addresses:
             try:
-                answers.append(self.post_to(address, verb, body, timeout_s=timeout_s))
+                responses.append(self.post_to(address, verb, body, timeout_s=timeout_s))
             except OSError as error:
                 raise ConfigError(
                     f"{verb}: the buffer at {address} does not respond ({error}): is its disk full? See its "
                     "/status"
                 ) from None
-        return answers
+        return responses
 
     def post_to(
         self, address: str, verb: str, body: Mapping[str, Any], *, timeout_s: float
@@ -165,9 +165,9 @@ class RunningJob:
             views = look_at_daemons(self.paths.endpoints, before=before, operator=self.operator)
         else:
             views = {view.name: view for view in self._given_buffers(before or {})}
-        answers = [view.status for view in views.values() if view.role == "buffer" and view.status]
+        statuses = [view.status for view in views.values() if view.role == "buffer" and view.status]
         alive_s = max(_MIN_SILENCE_S, 3 * self.config.daemon.heartbeat_s)
-        for peer in merged_peers(answers):
+        for peer in merged_peers(statuses):
             name = str(peer["name"])
             known = views.get(name)
             is_heard = peer.get("silent_s", 0.0) <= alive_s
@@ -175,7 +175,7 @@ class RunningJob:
                 views[name] = peer_view(peer, endpoint=known.endpoint if known else {}, is_heard=is_heard)
         return dict(sorted(views.items()))
 
-    def no_answer(self) -> ConfigError:
+    def no_response(self) -> ConfigError:
         """The error when no buffer responds."""
         return ConfigError(f"{self.name}: its buffer does not respond; is the job running?")
 

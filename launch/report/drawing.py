@@ -46,21 +46,6 @@ class Axis:
         return [(self.at(value), text) for value, text in zip(values, texts, strict=True)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """One chart as the page draws it."""
-
-    title: str
-    unit: str
-    legend: dict[int, str]
-    """Color -> label; empty for a single series."""
-    y_ticks: list[tuple[float, str]]
-    paths: list[tuple[str, str]]
-    """(CSS classes, path data), those below others first."""
-    hover: list[dict[str, Any]]
-    """For each series: label, color, index of its steps in the page's data, and a text for each point."""
-
-
 def x_axis(charts: Iterable[Chart]) -> Axis:
     """One axis of steps for all charts, so that a step has the same position in all of them."""
     steps = [x for chart in charts for one in chart.series for x in (one.line.x[0], one.line.x[-1])]
@@ -86,18 +71,10 @@ def y_axis(chart: Chart) -> Axis:
     return Axis(low=low - margin if floor is None or low < floor else floor, high=high + margin)
 
 
-def drawn(chart: Chart, *, x: Axis, steps: list[list[float]], num_runs: int) -> Drawing:
-    """Draws one chart. `steps`: the page's lists of steps; the chart's lists are added to it."""
-    y = y_axis(chart)
-    paths = [path for one in chart.series for path in _paths(one, x, y)]
-    return Drawing(
-        title=chart.spec.title,
-        unit=chart.spec.unit,
-        legend=_legend(chart.series, num_runs=num_runs),
-        y_ticks=y.ticks(),
-        paths=sorted(paths, key=lambda path: not path[0].startswith("band")),
-        hover=[_hover(one, steps, num_runs=num_runs) for one in chart.series],
-    )
+def paths(chart: Chart, x: Axis, y: Axis) -> list[tuple[str, str]]:
+    """(CSS classes, path data) of all lines; bands are below the lines."""
+    found = [path for one in chart.series for path in _paths(one, x, y)]
+    return sorted(found, key=lambda path: not path[0].startswith("band"))
 
 
 def _paths(one: Series, x: Axis, y: Axis) -> Iterator[tuple[str, str]]:
@@ -129,8 +106,8 @@ def _has_band(one: Series) -> bool:
     return one.kind == SeriesKind.LINE and one.line.is_reduced
 
 
-def _legend(series: Sequence[Series], *, num_runs: int) -> dict[int, str]:
-    """One label for each color; if two runs differ in color, one for each run."""
+def legend(series: Sequence[Series], num_runs: int) -> dict[int, str]:
+    """Color -> label, one for each run if two runs differ in color; empty for a single series."""
     if num_runs == 1 and len(series) < 2:
         return {}
     shown: dict[int, str] = {}
@@ -141,7 +118,11 @@ def _legend(series: Sequence[Series], *, num_runs: int) -> dict[int, str]:
     return shown
 
 
-def _hover(one: Series, steps: list[list[float]], *, num_runs: int) -> dict[str, Any]:
+def hover(one: Series, steps: list[list[float]], *, num_runs: int) -> dict[str, Any]:
+    """Label, color, index of a series' steps in the page's list, and a text for each point.
+
+    `steps`: the page's lists of steps; that of the series is added to it.
+    """
     line, is_points = one.line, one.kind == SeriesKind.POINTS
     if line.x not in steps:
         steps.append(line.x)

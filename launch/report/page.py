@@ -21,8 +21,8 @@ from markupsafe import Markup
 from areal_like.config.loading import flat
 from areal_like.terminal_text import harmless
 from launch.formatting import short, utc
-from launch.report.charts import sections
-from launch.report.drawing import NUM_COLORS, Drawing, drawn, x_axis
+from launch.report.charts import Chart, sections
+from launch.report.drawing import NUM_COLORS, hover, legend, paths, x_axis, y_axis
 from launch.report.figures import figures
 from launch.report.findings import findings
 from launch.report.run import Run
@@ -79,7 +79,7 @@ class PageSection:
     is_wide: bool = False
     """True if there is room for two tables in a row."""
     findings: list[str] = field(default_factory=list)
-    charts: list[Drawing] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
     samples: Sequence[Transcript] = ()
 
     @property
@@ -103,10 +103,7 @@ def page(runs: Sequence[Run], *, samples: Sequence[Transcript] | str, now_s: flo
     charted = sections(runs)
     x = x_axis(chart for charts in charted.values() for chart in charts)
     steps: list[list[float]] = []
-    charts = [
-        PageSection(title, charts=[drawn(chart, x=x, steps=steps, num_runs=len(runs)) for chart in found])
-        for title, found in charted.items()
-    ]
+    charts = [PageSection(title, charts=found) for title, found in charted.items()]
     compared = PageSection("Figures" if len(runs) == 1 else "A and B", [figure_table(runs)])
     is_upgraded = not run.is_sft and run.has_ledger and not run.ledger.counts_selection
     selection_note = _SELECTION_NOTE + _UPGRADE_NOTE * is_upgraded
@@ -138,11 +135,18 @@ def page(runs: Sequence[Run], *, samples: Sequence[Transcript] | str, now_s: flo
         marks=[(x.at(one.step or 0), one.text) for one in marks[:_MAX_MARKS]],
         data={
             "x": (x.low, x.high),
+            "charts": [
+                [hover(one, steps, num_runs=len(runs)) for one in chart.series]
+                for part in charts
+                for chart in part.charts
+            ],
             "steps": steps,
-            "charts": [chart.hover for part in charts for chart in part.charts],
         },
         described=described,
         facts=facts,
+        legend=legend,
+        paths=paths,
+        y_axis=y_axis,
         max_parts=_MAX_PARTS,
         shown_chars=_SHOWN_CHARS,
         num_at_ends=NUM_AT_ENDS,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from areal_like.config import Config, to_mapping
 from areal_like.config.loading import flat
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths, find_checkpoints
+from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import OPEN_SECTIONS
 from areal_like.selection import selection_report
 from launch.report.columns import Columns, read_columns
@@ -49,7 +49,6 @@ class Evaluation:
 class Run:
     """One run."""
 
-    root: Path
     name: str
     config: dict[str, Any]
     """Settings as plain values, without possible secrets; empty if config.yaml cannot be read."""
@@ -63,7 +62,6 @@ class Run:
     ledger: LedgerFacts
     logs: LogFacts
     status: RunStatus
-    checkpoints: list[int] = field(default_factory=list)
     has_ledger: bool = False
 
     @property
@@ -171,7 +169,6 @@ def read_run(root: Path) -> Run:
     except ConfigError:
         config = {}
     return Run(
-        root=root,
         name=str(config.get("name") or root.resolve().name),
         config=config,
         is_sft=paths.rows.exists(),
@@ -182,7 +179,6 @@ def read_run(root: Path) -> Run:
         ledger=ledger,
         logs=logs,
         status=status_of(paths, logs, summary, num_rows=len(columns.steps)),
-        checkpoints=list(find_checkpoints(paths.checkpoints)),
         has_ledger=bool(directories),
     )
 

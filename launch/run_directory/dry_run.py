@@ -110,7 +110,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _check_tensors(path: Path) -> None:
-    """Raises ConfigError if a safetensors file is not as long as its header says."""
+    """Raises ConfigError if a safetensors file does not have the length that its header states."""
     try:
         safe_open(path, framework="numpy")
     except (OSError, SafetensorError) as error:

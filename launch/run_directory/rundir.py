@@ -16,6 +16,7 @@ from pathlib import Path
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, find_checkpoints
+from launch.run_files import read_object
 
 _LOCK = ".lock"
 
@@ -135,11 +136,8 @@ def is_trained(paths: RunPaths, *, num_steps: int) -> bool:
 
 
 def is_summarized(paths: RunPaths) -> bool:
-    """True when a summary says that the run, or the evaluation, is finished."""
-    try:
-        return bool(json.loads(paths.summary.read_text())["finished"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return False
+    """True when there is a summary of a finished run or evaluation."""
+    return bool(read_object(paths.summary).get("finished"))
 
 
 def checkpoints(paths: RunPaths) -> list[int]:

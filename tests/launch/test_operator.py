@@ -190,8 +190,8 @@ def test_no_token_for_another_user_with_a_daemons_port(
 
 
 @pytest.mark.parametrize("answer", [b"", b"[]", b"\xff", b"x" * (1 << 16), b"[" * 100_000])
-def test_answers_are_checked(server: SimpleNamespace, answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.observation.http_json._MAX_ANSWER_BYTES", 1 << 17)
+def test_responses_are_checked(server: SimpleNamespace, answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.observation.http_json._MAX_RESPONSE_BYTES", 1 << 17)
     server.answer = answer
     assert fetch_json(server.address, "/status") is None
     with pytest.raises(ConnectionError):
@@ -203,6 +203,6 @@ def test_answers_are_checked(server: SimpleNamespace, answer: bytes, monkeypatch
 
 
 def test_endless_answer_is_cut(server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.observation.http_json._MAX_ANSWER_BYTES", 1 << 16)
+    monkeypatch.setattr("launch.observation.http_json._MAX_RESPONSE_BYTES", 1 << 16)
     server.answer = b'{"x": "' + b"y" * (1 << 20)
     assert fetch_json(server.address, "/status") is None

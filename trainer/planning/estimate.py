@@ -254,7 +254,7 @@ def _lag(
     elif job.config.overdue == "close":
         lag = min(float(bound), staleness[-1].lag + interval - 1)
         text = (
-            f"{lag:.1f}, the mean of min(max_staleness = {bound}, steps from a sample's begin to its "
+            f"{lag:.1f}, the mean of min(max_staleness = {bound}, steps from a sample's start to its "
             "training): buffer.overdue=close does not let the engines run ahead"
         )
     elif not waits_for_engines:

@@ -1,4 +1,4 @@
-"""What daemons answer over HTTP: escape sequences become text, and no wrong type ends the launcher."""
+"""Responses of daemons over HTTP: escape sequences become text, and no wrong type ends the launcher."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from areal_like.config import Config
 from areal_like.paths import write_json
 from areal_like.runtime.logs import PlainFormatter
 from launch.commands.watch import change_lines, diagnosis_text, held_lines
-from launch.observation.answers import checked_status, parsed_object
 from launch.observation.job_report import job_report
 from launch.observation.observer import DaemonView, Observation, diagnosis, look_at_daemons
+from launch.observation.responses import checked_status, parsed_object
 from launch.view.picture import picture
 from launch.view.plain import PlainView
 from launch.view.speed import Eta
@@ -101,7 +101,7 @@ KEYS = (*STATUS, "tokens_per_s", "progress", "queue", "weights_version")
 
 
 @pytest.mark.parametrize("value", WRONG, ids=str)
-def test_no_answer_ends_what_shows_it(value: Any) -> None:
+def test_no_response_ends_what_shows_it(value: Any) -> None:
     shown("buffer", dict.fromkeys(KEYS, value))
     shown("rollout-0", {"nested": dict.fromkeys(KEYS, value)})
     why = dict.fromkeys(("causes", "effects", "bottleneck"), value)

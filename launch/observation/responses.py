@@ -21,17 +21,17 @@ _MAX_DIGITS = 18
 def parsed_object(content: bytes) -> dict[str, Any]:
     """The JSON object in a response, with finite numbers only. Raises ValueError."""
     try:
-        answer = json.loads(content, parse_constant=_refused, parse_float=_finite, parse_int=_bounded)
+        response = json.loads(content, parse_constant=_refused, parse_float=_finite, parse_int=_bounded)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(answer, dict):
+    if not isinstance(response, dict):
         raise ValueError("not an object")
-    return answer
+    return response
 
 
-def checked_status(answer: Mapping[str, Any]) -> dict[str, Any]:
+def checked_status(response: Mapping[str, Any]) -> dict[str, Any]:
     """A daemon's /status with harmless texts, in which every entry that is used has its type."""
-    status = _checked(harmless_values(dict(answer)), _STATUS)
+    status = _checked(harmless_values(dict(response)), _STATUS)
     # The tables may also be one level below (`find_table`).
     return {
         key: _checked(value, _STATUS) if isinstance(value, dict) and key not in _STATUS else value
