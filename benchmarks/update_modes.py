@@ -34,8 +34,7 @@ from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import table, write
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import SampleRewards
-from rollout_server.conversation.turns import Turns
+from rollout_server.conversation.turns import SampleRewards, Turns
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.engines.process import EmbeddedProcess, EngineProcess
 from rollout_server.policy.engines.sglang.process import SglangProcess

@@ -30,8 +30,7 @@ from areal_like.errors import (
 from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, FinishReason, Trajectory
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import SampleRewards, add_up, both
-from rollout_server.conversation.turns import Turns
+from rollout_server.conversation.turns import SampleRewards, Turns, add_up, both
 from rollout_server.environments.base import Message, Reply, Step
 from rollout_server.leases.held_leases import Place
 from rollout_server.rendering.prompt_renderer import PromptRenderer
