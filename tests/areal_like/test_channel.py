@@ -17,10 +17,9 @@ import zmq
 
 from areal_like.errors import ArealError, ConfigError, DeadlineError, PeerLostError, RefusedError
 from areal_like.wire import channel, codec
-from areal_like.wire.channel import Envelope, Link, Listener, tcp_address
+from areal_like.wire.channel import BadPeers, Envelope, Link, Listener, tcp_address
 from areal_like.wire.messages.consumer import AllocVersion, CommitStep, Fetch, GetRunCounters, VersionGranted
 from areal_like.wire.messages.hello import HelloRequired, JobFailed, Refused
-from areal_like.wire.misbehavior import BadPeers
 from tests.support import moved_clock
 from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
