@@ -40,11 +40,7 @@ from areal_like.weights.foreign_torch import torch_versions
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.engines.process import EngineProcess
 from rollout_server.policy.engines.sglang import launch_with_key
-from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.sglang_client import STREAM_INTERVAL, SglangClient
-from rollout_server.weights.checkpoint_shapes import CheckpointShapes
-from rollout_server.weights.in_place import SglangWeightUpdate
-from rollout_server.weights.strategy import OnQuarantine, OnUntrusted, WeightUpdateStrategy
 
 BUILT_PYTHON = Path("areal_like/sglang/bin/python")
 """Path, relative to the cache directory, of the interpreter that `make sglang` builds."""
@@ -96,27 +92,7 @@ def server_index(name: str) -> int:
     return int(number) if number.isdigit() else 0
 
 
-class _LoadsInPlace:
-    """The common part of the SGLang engines."""
-
-    _config: Config
-    _model: str
-
-    def weight_update_strategy(
-        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
-    ) -> WeightUpdateStrategy:
-        """Returns the strategy that pauses and loads in place. Raises ConfigError without readable
-        safetensors."""
-        return SglangWeightUpdate(
-            shapes=CheckpointShapes.of(self._model),
-            gate=gate,
-            on_quarantine=on_quarantine,
-            on_untrusted=on_untrusted,
-            reload_timeout_s=start_limit_s(self._config),
-        )
-
-
-class SglangProcess(_LoadsInPlace, EngineProcess):
+class SglangProcess(EngineProcess):
     """A `sglang.launch_server` started by this process."""
 
     def __init__(
@@ -196,7 +172,7 @@ class SglangProcess(_LoadsInPlace, EngineProcess):
         )
 
 
-class SglangAtUrl(_LoadsInPlace):
+class SglangAtUrl:
     """An SGLang engine that this server neither starts nor stops."""
 
     pid = 0
