@@ -255,7 +255,9 @@ class ServerStats:
     def update(self, load: Mapping[str, Any], *, now_s: float) -> dict[str, float]:
         """Computes the values from the engine's `load` ({} if it did not respond) and the server's parts."""
         self._by_engine |= {key: float(load[name]) for key, name in _CUMULATIVE.items() if name in load}
-        passed_s = now_s - self._updated_s
+        passed_s, num_at = now_s - self._updated_s, self.buffers.num_at
+        if hint := self.starvation.observe(num_at, now_s=now_s):
+            log.warning("%s", hint)
         totals = {key: self._before_engine[key] + self._by_engine[key] for key in _CUMULATIVE}
         values = totals | {
             "progress": self._num_changes(now_s=now_s),
@@ -283,7 +285,10 @@ class ServerStats:
             "holding": self.buffers.holding_samples,
             "in_progress_s": self.runner.seconds_in_progress,
             "unacknowledged": self.buffers.num_unacknowledged,
-            **self._of_places(now_s=now_s),
+            "starved_s": self.starvation.seconds_total,
+            "at_engine": num_at[Place.ENGINE],
+            "in_tools": num_at[Place.TOOL],
+            "in_rewards": num_at[Place.REWARD],
             "rewards_waiting": sum(pool.num_waiting for pool in self.rewards),
             "tokens_per_s": self._rate(totals["tokens_generated"], now_s=now_s),
             "weights_version": self.receiver.version,
@@ -316,17 +321,6 @@ class ServerStats:
             stall_s=self.receiver.stall_seconds_total,
         )
         return {"at_engine_s": self._engine_time.busy_s, "requests_s": self._engine_time.request_s}
-
-    def _of_places(self, *, now_s: float) -> dict[str, float]:
-        num_at = self.buffers.num_at
-        if hint := self.starvation.observe(num_at, now_s=now_s):
-            log.warning("%s", hint)
-        return {
-            "starved_s": self.starvation.seconds_total,
-            "at_engine": num_at[Place.ENGINE],
-            "in_tools": num_at[Place.TOOL],
-            "in_rewards": num_at[Place.REWARD],
-        }
 
     def _of_sessions(self) -> dict[str, float]:
         book = self.book
