@@ -28,7 +28,7 @@ from rollout_server.conversation.turns import SampledTurn
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.call_response import KEEP_ALIVE_S, CallResponse, begin_call, session_of
 from rollout_server.sessions.http.claims import ClaimRoutes
-from rollout_server.sessions.http.errors import error_response, response_of
+from rollout_server.sessions.http.errors import described, error_response
 from rollout_server.sessions.http.formats import (
     CompletionRequest,
     chat_body,
@@ -222,7 +222,7 @@ async def _continuation(session: OpenSession, request: CompletionRequest) -> Sam
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return response_of(error)
+    return error_response(**described(error))
 
 
 async def _refused(request: Request, error: Exception) -> Response:
