@@ -34,11 +34,11 @@ from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import table, write
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import SampleRewards
-from rollout_server.conversation.turns import Turns
+from rollout_server.conversation.turns import SampleRewards, Turns
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.engines.process import EmbeddedProcess, EngineProcess
 from rollout_server.policy.engines.sglang.process import SglangProcess
+from rollout_server.policy.engines.supervisor import make_update_strategy
 from rollout_server.policy.generation import Sampling
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.weights.receiver import WeightReceiver
@@ -173,8 +173,12 @@ async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
     else:
         engine = EmbeddedProcess(config, name="rollout-0", model=str(model), context_tokens=context_tokens)
     gate = GenerationGate()
-    strategy = engine.weight_update_strategy(
-        gate=gate, on_quarantine=lambda reason, _: fail(reason), on_untrusted=fail
+    strategy = make_update_strategy(
+        config,
+        model=str(model),
+        gate=gate,
+        on_quarantine=lambda reason, _: fail(reason),
+        on_untrusted=fail,
     )
     client = await engine.start(version=0)
     await strategy.engine_started(client, path=str(model), version=0)

@@ -48,6 +48,7 @@ from rollout_server.policy.engines.supervisor import (
     Engine,
     EngineSupervisor,
     make_engine,
+    make_update_strategy,
 )
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.rendering.prompt_renderer import PromptRenderer
@@ -145,8 +146,12 @@ class RolloutServer:
         self._concurrency = ConcurrencyController(most=config.rollout.max_running)
         if config.rollout.adapts_concurrency:
             gate.set_limit(self._concurrency.limit)
-        strategy = engine.weight_update_strategy(
-            gate=gate, on_quarantine=self._on_quarantine, on_untrusted=self._replace_engine
+        strategy = make_update_strategy(
+            config,
+            model=model,
+            gate=gate,
+            on_quarantine=self._on_quarantine,
+            on_untrusted=self._replace_engine,
         )
         self._supervisor = EngineSupervisor(
             engine=engine,

@@ -16,7 +16,6 @@ from areal_like.runtime.metrics import SECONDS, Metrics
 from areal_like.runtime.progress import ProgressClock
 from areal_like.spans import recorder
 from areal_like.trajectory import FinishReason
-from rollout_server.engine_time import EngineTime
 from rollout_server.leases.client import ShardedBufferClient
 from rollout_server.leases.held_leases import Place
 from rollout_server.policy.engines.supervisor import Engine, EngineSupervisor
@@ -156,6 +155,54 @@ _TRACED = ("running", "waiting", "at_engine", "in_tools", "in_rewards", "tokens_
 """Values written to traces as counters."""
 
 
+class EngineTime:
+    """Measures how long a server had requests at its engine, to relate the engine's output to that time.
+
+    `busy_s`: seconds with a request at the engine; `request_s`: the same, added over the requests. The
+    engine's own busy time does not measure that, because an engine that is repeatedly stopped between two
+    steps counts that time as idle. Time in which the server itself did not run, or in which a weight push
+    kept the engine from decoding, is not counted. Pure: no clock.
+    """
+
+    def __init__(self) -> None:
+        self.busy_s = 0.0
+        self.request_s = 0.0
+        self._seen = (0.0, 0.0)
+        self._pending = (0.0, 0.0)
+        """Times not counted yet because a push is running: how long it stalled the engine is known only at
+        its end."""
+        self._stall_s = 0.0
+        self._num_pushes = 0
+
+    def observe(
+        self,
+        *,
+        busy_s: float,
+        request_s: float,
+        passed_s: float,
+        late_s: float,
+        is_pushing: bool,
+        num_pushes: int,
+        stall_s: float,
+    ) -> None:
+        """Takes the totals of the gate, of pushes and of their stalls, once per heartbeat.
+
+        `passed_s`: seconds since the last call; `late_s`: those of them in which the server did not run.
+        """
+        share = max(0.0, 1 - late_s / passed_s) if passed_s > 0 else 1.0
+        added = (share * (busy_s - self._seen[0]), share * (request_s - self._seen[1]))
+        self._seen = (busy_s, request_s)
+        self._pending = (self._pending[0] + added[0], self._pending[1] + added[1])
+        if is_pushing and num_pushes == self._num_pushes:
+            return
+        pending_s, pending_request_s = self._pending
+        if pending_s > 0:
+            decoding = max(0.0, 1 - (stall_s - self._stall_s) / pending_s)
+            self.busy_s += decoding * pending_s
+            self.request_s += decoding * pending_request_s
+        self._pending, self._stall_s, self._num_pushes = (0.0, 0.0), stall_s, num_pushes
+
+
 @dataclass
 class ServerStats:
     """Collects numbers from the parts of a server; `update` is called once per heartbeat."""
@@ -212,7 +259,9 @@ class ServerStats:
     def update(self, load: Mapping[str, Any], *, now_s: float) -> dict[str, float]:
         """Computes the values from the engine's `load` ({} if it did not respond) and the server's parts."""
         self._by_engine |= {key: float(load[name]) for key, name in _CUMULATIVE.items() if name in load}
-        passed_s = now_s - self._updated_s
+        passed_s, num_at = now_s - self._updated_s, self.buffers.num_at
+        if hint := self.starvation.observe(num_at, now_s=now_s):
+            log.warning("%s", hint)
         totals = {key: self._before_engine[key] + self._by_engine[key] for key in _CUMULATIVE}
         values = totals | {
             "progress": self._num_changes(now_s=now_s),
@@ -240,7 +289,10 @@ class ServerStats:
             "holding": self.buffers.holding_samples,
             "in_progress_s": self.runner.seconds_in_progress,
             "unacknowledged": self.buffers.num_unacknowledged,
-            **self._of_places(now_s=now_s),
+            "starved_s": self.starvation.seconds_total,
+            "at_engine": num_at[Place.ENGINE],
+            "in_tools": num_at[Place.TOOL],
+            "in_rewards": num_at[Place.REWARD],
             "rewards_waiting": sum(pool.num_waiting for pool in self.rewards),
             "rewards_held": sum(pool.num_held for pool in self.rewards),
             "tokens_per_s": self._rate(totals["tokens_generated"], now_s=now_s),
@@ -274,17 +326,6 @@ class ServerStats:
             stall_s=self.receiver.stall_seconds_total,
         )
         return {"at_engine_s": self._engine_time.busy_s, "requests_s": self._engine_time.request_s}
-
-    def _of_places(self, *, now_s: float) -> dict[str, float]:
-        num_at = self.buffers.num_at
-        if hint := self.starvation.observe(num_at, now_s=now_s):
-            log.warning("%s", hint)
-        return {
-            "starved_s": self.starvation.seconds_total,
-            "at_engine": num_at[Place.ENGINE],
-            "in_tools": num_at[Place.TOOL],
-            "in_rewards": num_at[Place.REWARD],
-        }
 
     def _of_sessions(self) -> dict[str, float]:
         book = self.book

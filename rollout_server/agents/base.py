@@ -1,11 +1,17 @@
-"""The argument of a task's `agent()`: a session with a model that speaks OpenAI's API."""
+"""The argument of a task's `agent()`, a session with a model that speaks OpenAI's API; the default agent."""
 
 from __future__ import annotations
 
+import asyncio
+import http.client
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
+
+from areal_like.errors import EpisodeError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,3 +35,26 @@ def is_agent(function: Callable[..., Any]) -> bool:
     except TypeError:
         return False
     return inspect.iscoroutinefunction(function)
+
+
+async def complete_once(session: Session, messages: list[dict[str, Any]]) -> None:
+    """Requests one completion: the agent of an example that has none, in a mixture with agents. Raises
+    EpisodeError."""
+    await asyncio.to_thread(_post, session, {"model": "policy", "messages": messages})
+
+
+def _post(session: Session, body: dict[str, Any]) -> None:
+    url = urlsplit(f"{session.base_url}/chat/completions")
+    assert url.hostname is not None  # the server made this URL
+    connection = http.client.HTTPConnection(url.hostname, url.port)
+    headers = {"Authorization": f"Bearer {session.api_key}", "Content-Type": "application/json"}
+    try:
+        connection.request("POST", url.path, json.dumps(body), headers)
+        response = connection.getresponse()
+        content = response.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        raise EpisodeError(f"the model's address does not respond: {error}") from error
+    finally:
+        connection.close()
+    if response.status != http.client.OK:
+        raise EpisodeError(f"the model responded with HTTP status {response.status}: {content:.300}")

@@ -3,23 +3,50 @@
 Each path from a root to a leaf is a segment. The tokens of a turn that several segments share count as
 sampled in the first of them, and as context in the others. A sample of one prompt and one completion is a
 tree with a single turn.
+
+The score of the task, and the rewards of an environment's or agent's turns, become the rewards of that
+trajectory. In the arrays of a branched conversation turns may be in another order than they were sampled in.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+from areal_like.trajectory import LARGEST_REWARD, NOT_SAMPLED, TOKEN_REWARDS, FinishReason, Trajectory
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import SampleRewards, Span, placed_token_rewards, placed_turns
 from rollout_server.environments.base import Message, Reply
 from rollout_server.policy.generation import Generation
+from rollout_server.tasks.base import Score
+
+Span = tuple[int, int]
+"""(first, end) of the sampled tokens of one turn in the arrays of a trajectory; `end` is exclusive."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRewards:
+    """The rewards of one sample, added up. Turns are numbered in the order in which they were sampled.
+
+    score.value                          -> part of Trajectory.reward, credited to the last sampled token
+    score.turns + rewards of the steps   -> Trajectory.turns: (end, reward) of each turn
+    score.tokens                         -> Trajectory.arrays[TOKEN_REWARDS]: a reward for each token
+    """
+
+    reward: float = 0.0
+    """The total: the score's value, the rewards of all turns, and those of all tokens."""
+    reward_components: dict[str, float] = field(default_factory=dict)
+    """`Score.parts`."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Metrics of the environment and of the score; the score's win if both have the same name."""
+    turn_rewards: tuple[float, ...] = ()
+    """One reward per turn, in the order of sampling; empty: no turn has one."""
+    token_rewards: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    """[S] one for each sampled token, in the order of sampling; empty: no token has one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -225,3 +252,85 @@ def _as_context(
     tokens: NDArray[np.int32],
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:
     return tokens, np.zeros(len(tokens), np.float32), np.full(len(tokens), NOT_SAMPLED, np.int32)
+
+
+def both(agent: Score | None, task: Score | None) -> Score | None:
+    """Merges the agent's and the task's scores. Raises ValueError if both have rewards of turns or tokens."""
+    if agent is None or task is None:
+        return agent or task
+    if (agent.turns and task.turns) or (agent.tokens and task.tokens):
+        raise ValueError("both the agent and the task's reward give rewards of turns or tokens")
+    return Score(
+        value=agent.value + task.value,
+        parts={**task.parts, **agent.parts},
+        metrics={**task.metrics, **agent.metrics},
+        turns=agent.turns or task.turns,
+        tokens=agent.tokens or task.tokens,
+    )
+
+
+def add_up(
+    score: Score | None = None,
+    *,
+    num_turns: int = 1,
+    step_rewards: Sequence[float] = (),
+    step_metrics: Mapping[str, float] | None = None,
+) -> SampleRewards:
+    """Adds up the rewards of a sample with `num_turns` turns.
+
+    `score`: None if the task has no reward of its own. `step_rewards`: rewards of the environment's steps, at
+    most one per turn (a turn that a limit ended has none). `step_metrics`: sums over the steps. Raises
+    ValueError if a sum is above `LARGEST_REWARD` or a length is wrong.
+    """
+    score = Score() if score is None else score
+    if len(score.turns) not in (0, num_turns) or len(step_rewards) > num_turns:
+        raise ValueError(f"{len(score.turns)} and {len(step_rewards)} rewards for {num_turns} turns")
+    turn_rewards: tuple[float, ...] = ()
+    if score.turns or any(step_rewards):
+        turns = score.turns or (0.0,) * num_turns
+        steps = (*step_rewards, *(0.0,) * (num_turns - len(step_rewards)))
+        turn_rewards = tuple(turn + step for turn, step in zip(turns, steps, strict=True))
+    token_rewards = np.asarray(score.tokens, np.float32)
+    reward = sum((score.value, *turn_rewards, *token_rewards.tolist()))
+    if not max(map(abs, (reward, *turn_rewards))) <= LARGEST_REWARD:  # also if one is NaN
+        raise ValueError(f"the rewards of the sample add up to {reward}: want at most {LARGEST_REWARD:g}")
+    return SampleRewards(
+        reward=reward,
+        reward_components=dict(score.parts),
+        metrics={**(step_metrics or {}), **score.metrics},
+        turn_rewards=turn_rewards,
+        token_rewards=token_rewards,
+    )
+
+
+def placed_turns(outcome: SampleRewards, spans: Sequence[Span]) -> tuple[tuple[int, float], ...]:
+    """Returns `Trajectory.turns`, by position. `spans`: one for each turn, in the order of sampling.
+
+    Empty for a single turn without a reward of its own.
+    """
+    if len(spans) == 1 and not outcome.turn_rewards:
+        return ()
+    rewards = outcome.turn_rewards or (0.0,) * len(spans)
+    return tuple(sorted((end, reward) for (_, end), reward in zip(spans, rewards, strict=True)))
+
+
+def placed_token_rewards(
+    outcome: SampleRewards, spans: Sequence[Span], *, num_tokens: int
+) -> dict[str, NDArray[np.generic]]:
+    """Returns `Trajectory.arrays`: TOKEN_REWARDS float32[T], 0 for tokens that were not sampled; empty if no
+    token has a reward.
+
+    `spans`: one for each turn, in the order of sampling. Raises ValueError unless the score has exactly one
+    reward per sampled token.
+    """
+    if not len(outcome.token_rewards):
+        return {}
+    num_sampled = sum(end - first for first, end in spans)
+    if num_sampled != len(outcome.token_rewards):
+        raise ValueError(f"{len(outcome.token_rewards)} token rewards for {num_sampled} sampled tokens")
+    rewards_T = np.zeros(num_tokens, np.float32)
+    start = 0
+    for first, end in spans:
+        rewards_T[first:end] = outcome.token_rewards[start : start + end - first]
+        start += end - first
+    return {TOKEN_REWARDS: rewards_T}

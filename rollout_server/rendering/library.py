@@ -77,39 +77,37 @@ def find_renderer(
     """
     by_name = [MODEL_RENDERER_MAP[model]] if model in MODEL_RENDERER_MAP else []
     for name in dict.fromkeys([*by_name, *candidates]):
-        try:
-            renderer = LibraryRenderer(tokenizer, name=name, **options)
-        # A renderer asserts that the tokenizer has its special tokens, and refuses unknown template_kwargs.
-        except (ValueError, AssertionError, KeyError, TypeError, AttributeError) as error:
-            log.debug("renderer %s: %s", name, first_line(error))
-            continue
-        differs = renderer.difference()
-        if not differs:
-            return renderer
-        log.debug("renderer %s: %s", name, differs)
+        found = _fitting(name, tokenizer, **options)
+        if isinstance(found, LibraryRenderer):
+            return found
+        log.debug("renderer %s: %s", name, found)
     return None
 
 
 def named_renderer(name: str, tokenizer: Any, **options: Any) -> LibraryRenderer:
     """Returns the renderer with this name. Raises ConfigError if it is unknown or disagrees with the chat
     template."""
-    if config_is_known(name) is False:
+    if not config_is_known(name):
         raise ConfigError(
             f"model.renderer={name}: choose one of auto, jinja, "
             f"{', '.join(sorted(set(MODEL_RENDERER_MAP.values())))}, and module.Class for your own"
         )
+    found = _fitting(name, tokenizer, **options)
+    if isinstance(found, str):
+        raise ConfigError(
+            f"model.renderer={name}: {found}. Use another renderer, or jinja for the chat template"
+        )
+    return found
+
+
+def _fitting(name: str, tokenizer: Any, **options: Any) -> LibraryRenderer | str:
+    """Returns the renderer, or why it does not fit the tokenizer."""
     try:
         renderer = LibraryRenderer(tokenizer, name=name, **options)
+    # A renderer asserts that the tokenizer has its special tokens, and refuses unknown template_kwargs.
     except (ValueError, AssertionError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"model.renderer={name}: it cannot be used with this tokenizer and "
-            f"model.chat_template_kwargs ({first_line(error)})"
-        ) from error
-    if tokenizer.chat_template and (differs := renderer.difference()):
-        raise ConfigError(
-            f"model.renderer={name}: {differs}. Use another renderer, or jinja for the chat template"
-        )
-    return renderer
+        return f"it cannot be used with this tokenizer and model.chat_template_kwargs ({first_line(error)})"
+    return (renderer.difference() if tokenizer.chat_template else "") or renderer
 
 
 def config_is_known(name: str) -> bool:

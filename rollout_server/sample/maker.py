@@ -18,9 +18,14 @@ from rollout_server.leases.held_leases import Place
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.generation import Sampling
 from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.sample.attempt import Attempt, EnvironmentAttempt, SampleRequest, SingleTurn
+from rollout_server.sample.attempt import (
+    Attempt,
+    EnvironmentAttempt,
+    SampleRequest,
+    SessionAttempt,
+    SingleTurn,
+)
 from rollout_server.sample.prompts import SPLITS, LoadedPrompt, PromptLeader
-from rollout_server.sample.session_attempt import SessionAttempt
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.open_session import OpenSession
 from rollout_server.sources import SampleSource

@@ -20,8 +20,7 @@ from typing import Any, ClassVar, Self
 from areal_like.config.common import fits
 from areal_like.data.mixture import MAX_SOURCES, num_draws, place_of
 from areal_like.errors import ConfigError
-from rollout_server.agents.base import Session
-from rollout_server.agents.one_completion import complete_once
+from rollout_server.agents.base import Session, complete_once
 from rollout_server.environments.base import Environment, messages_of
 from rollout_server.tasks.base import (
     Completion,

@@ -81,8 +81,7 @@ class ToolEnvironment(Environment):
         messages = []
         for place, call in enumerate(reply.tool_calls):
             if place >= self.max_calls:
-                problem = f"Error: not run: one reply may have at most {self.max_calls} calls"
-                output = ToolOutput(text=problem, is_error=True)
+                output = _refused(f"not run: one reply may have at most {self.max_calls} calls")
             else:
                 output = await self._output_of(call, timeout_s=deadline - loop.time())
             metrics["tool_errors"] += output.is_error
@@ -94,12 +93,14 @@ class ToolEnvironment(Environment):
         tool = self._tools.get(call.name)
         if tool is None:
             known = ", ".join(self._tools) or "none"
-            problem = f"Error: there is no tool {json.dumps(call.name):.80}. Tools: {known}"
-            return ToolOutput(text=problem, is_error=True)
+            return _refused(f"there is no tool {json.dumps(call.name):.80}. Tools: {known}")
         if timeout_s <= 0:
-            problem = f"Error: not run: earlier calls of this reply took {self.reply_timeout_s:g} s"
-            return ToolOutput(text=problem, is_error=True)
+            return _refused(f"not run: earlier calls of this reply took {self.reply_timeout_s:g} s")
         return await tool.call(call.arguments, timeout_s=timeout_s)
+
+
+def _refused(problem: str) -> ToolOutput:
+    return ToolOutput(text=f"Error: {problem}", is_error=True)
 
 
 def _message(call: ToolCall, output: ToolOutput) -> Message:

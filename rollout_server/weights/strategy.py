@@ -1,6 +1,6 @@
 """The interface between weight pushes and engines: each kind of engine has its own update strategy.
 
-    strategy = engine.weight_update_strategy(gate=gate, on_quarantine=..., on_untrusted=...)
+    strategy = make_update_strategy(config, model=model, gate=gate, on_quarantine=..., on_untrusted=...)
     client = await engine.start(version=0)
     await strategy.engine_started(client, path=model, version=0)     # after every start
     ...

@@ -9,7 +9,7 @@ import pytest
 from areal_like.chat.openai import ChatRules, parse_chat
 from areal_like.http.bodies import ParamError
 from rollout_server.engine.http.chat import RULES as ENGINE
-from rollout_server.sessions.http.requests import session_rules
+from rollout_server.sessions.http.formats import session_rules
 
 SESSIONS = session_rules("policy")
 BOTH = pytest.mark.parametrize("rules", [ENGINE, SESSIONS], ids=lambda rules: rules.server)

@@ -16,7 +16,7 @@ from areal_like.errors import EngineTimeoutError, EpisodeBudgetError, EpisodeErr
 from areal_like.trajectory import NOT_SAMPLED, TOKEN_REWARDS, FinishReason
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import SampleRewards
+from rollout_server.conversation.turns import SampleRewards
 from rollout_server.environments.base import Message
 from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.generation_gate import GenerationGate

@@ -25,7 +25,7 @@ from areal_like.errors import EpisodeBudgetError, PromptRefusedError
 from areal_like.trajectory import FinishReason
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import SampleRewards
+from rollout_server.conversation.turns import SampleRewards
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.options import EngineOptions

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rollout_server.engine_time import EngineTime
+from rollout_server.metrics import EngineTime
 from rollout_server.policy.generation_gate import GenerationGate
 from tests.support import moved_clock
 from tests.support.moved_clock import advance

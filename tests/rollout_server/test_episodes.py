@@ -14,8 +14,7 @@ import pytest
 from areal_like.errors import EngineError
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import SampleRewards
-from rollout_server.conversation.turns import Turns
+from rollout_server.conversation.turns import SampleRewards, Turns
 from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.tasks.base import Example

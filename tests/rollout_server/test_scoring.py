@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from areal_like.errors import RewardError
 from areal_like.trajectory import TOKEN_REWARDS, FinishReason, Trajectory
-from rollout_server.conversation.scoring import SampleRewards, add_up, placed_token_rewards, placed_turns
+from rollout_server.conversation.turns import SampleRewards, add_up, placed_token_rewards, placed_turns
 from rollout_server.rewards.scores import MAX_NAMES, as_score
 from rollout_server.tasks.base import Completion, Score
 

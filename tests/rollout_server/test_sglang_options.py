@@ -18,7 +18,7 @@ from areal_like.errors import ConfigError, WeightSyncError
 from areal_like.runtime.command_line import load_config
 from areal_like.weights.buckets import TensorSpec
 from launch.run_directory.open_run import open_run
-from rollout_server.policy.engines.sglang.options import (
+from rollout_server.policy.engines.sglang.process import (
     check_context_option,
     check_server_info,
     launch_options,

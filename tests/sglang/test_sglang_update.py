@@ -21,8 +21,7 @@ from areal_like.weights.integrity import BucketSums
 from areal_like.weights.weight_group import WeightGroup
 from areal_like.wire.messages.weights import PushWeights
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import SampleRewards
-from rollout_server.conversation.turns import Turns
+from rollout_server.conversation.turns import SampleRewards, Turns
 from rollout_server.policy.engines.sglang.process import SglangAtUrl
 from rollout_server.policy.generation import Sampling
 from rollout_server.policy.generation_gate import GenerationGate

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from rollout_server.agents.base import Session
-from rollout_server.agents.one_completion import complete_once
+from rollout_server.agents.base import Session, complete_once
 from rollout_server.tasks.base import Example, Score, Split, Task
 
 SCRIPTS = (

@@ -15,7 +15,7 @@ import numpy as np
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import SampleRewards
+from rollout_server.conversation.turns import SampleRewards
 from rollout_server.environments.base import Message
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.generation import Sampling

@@ -12,7 +12,7 @@ import httpx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout_server.conversation.scoring import SampleRewards
+from rollout_server.conversation.turns import SampleRewards
 from rollout_server.rendering.base import ChatRenderer
 from tests.support.engine_harness import Engine, load_model
 from tests.support.hostile_client import TEXTS, WAYS, HostileClient, Script, check_record, steps

@@ -34,7 +34,7 @@ from areal_like.http.server import HttpConfig, HttpServer
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import SampleRewards
+from rollout_server.conversation.turns import SampleRewards
 from rollout_server.engine.http.generate_request import MAX_SCORED
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.generation import Generation, Sampling

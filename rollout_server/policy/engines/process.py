@@ -31,9 +31,6 @@ from areal_like.runtime.logs import OUTPUT_FILE, LogBounds, Outputs
 from rollout_server.engine.options import ProcessOptions
 from rollout_server.policy.batcher import MAX_BATCH
 from rollout_server.policy.client import EmbeddedClient, EngineClient
-from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.weights.shadow import ShadowWeightUpdate
-from rollout_server.weights.strategy import OnQuarantine, OnUntrusted, WeightUpdateStrategy
 
 _POLL_S = 0.05
 _STOP_TIMEOUT_S = 5.0
@@ -225,13 +222,6 @@ class EngineProcess(ABC):
 
 class EmbeddedProcess(EngineProcess):
     """The embedded engine as a child process. The kernel picks its port; the engine writes it to a file."""
-
-    def weight_update_strategy(
-        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
-    ) -> WeightUpdateStrategy:
-        """Returns the strategy that receives into shadow weights. It does not need `on_quarantine`, because
-        only a verified update is activated."""
-        return ShadowWeightUpdate(gate=gate, on_untrusted=on_untrusted)
 
     async def stop(self) -> None:
         """Kills the process: its sequences are given up already, and it has nothing to save."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from areal_like.automatic_settings import start_limit_s
 from areal_like.config import Config
 from areal_like.errors import EngineError
 from areal_like.runtime.progress import ProgressClock
@@ -30,7 +31,11 @@ from areal_like.weights.snapshots_on_disk import newest_snapshot
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.engines.process import EmbeddedProcess
 from rollout_server.policy.engines.sglang.process import SglangAtUrl, SglangProcess
-from rollout_server.weights.strategy import WeightUpdateStrategy
+from rollout_server.policy.generation_gate import GenerationGate
+from rollout_server.weights.checkpoint_shapes import CheckpointShapes
+from rollout_server.weights.in_place import SglangWeightUpdate
+from rollout_server.weights.shadow import ShadowWeightUpdate
+from rollout_server.weights.strategy import OnQuarantine, OnUntrusted, WeightUpdateStrategy
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +74,27 @@ def make_engine(
         context_tokens=context_tokens,
         max_positions=max_positions,
         vocab_size=vocab_size,
+    )
+
+
+def make_update_strategy(
+    config: Config,
+    *,
+    model: str,
+    gate: GenerationGate,
+    on_quarantine: OnQuarantine,
+    on_untrusted: OnUntrusted,
+) -> WeightUpdateStrategy:
+    """Creates the strategy that updates the engine's weights: the embedded engine receives into shadow
+    weights, and SGLang is paused and loads in place. Raises ConfigError without readable safetensors."""
+    if config.rollout.engine == "embedded":  # activates only verified updates, so it needs no quarantine
+        return ShadowWeightUpdate(gate=gate, on_untrusted=on_untrusted)
+    return SglangWeightUpdate(
+        shapes=CheckpointShapes.of(model),
+        gate=gate,
+        on_quarantine=on_quarantine,
+        on_untrusted=on_untrusted,
+        reload_timeout_s=start_limit_s(config),
     )
 
 

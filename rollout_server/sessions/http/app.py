@@ -28,14 +28,16 @@ from rollout_server.conversation.turns import SampledTurn
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.call_response import KEEP_ALIVE_S, CallResponse, begin_call, session_of
 from rollout_server.sessions.http.claims import ClaimRoutes
-from rollout_server.sessions.http.errors import error_response, response_of
-from rollout_server.sessions.http.requests import (
+from rollout_server.sessions.http.errors import described, error_response
+from rollout_server.sessions.http.formats import (
     CompletionRequest,
+    chat_body,
+    completion_body,
     parse_completion,
     parse_tokens,
     session_rules,
+    tokens_body,
 )
-from rollout_server.sessions.http.responses import chat_body, completion_body, tokens_body
 from rollout_server.sessions.open_session import Call, OpenSession
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
@@ -148,8 +150,7 @@ class _SessionRoutes:
         sample: Callable[[OpenSession, R], Coroutine[Any, Any, SampledTurn]],
         write: Callable[..., bytes],
     ) -> CallResponse:
-        """Parses a body, samples its turn and writes the response. `write`: one of the functions in
-        `responses`."""
+        """Parses a body, samples its turn and writes the response (`write`)."""
         session = session_of(request, self.book)
         conversation, content = session.conversation, await request.body()
         parsed = await conversation.large_work.run(
@@ -221,7 +222,7 @@ async def _continuation(session: OpenSession, request: CompletionRequest) -> Sam
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return response_of(error)
+    return error_response(**described(error))
 
 
 async def _refused(request: Request, error: Exception) -> Response:

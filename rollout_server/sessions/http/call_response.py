@@ -23,7 +23,7 @@ from areal_like.chat.openai import error_object
 from areal_like.http.streams import EVENTS, disconnected, encode_event
 from rollout_server.conversation.turns import SampledTurn
 from rollout_server.sessions.book import SessionBook
-from rollout_server.sessions.http.errors import NoSessionError, described, response_of
+from rollout_server.sessions.http.errors import NoSessionError, described, error_response
 from rollout_server.sessions.open_session import Call, OpenSession, SessionState
 
 KEEP_ALIVE_S = 5.0
@@ -95,12 +95,10 @@ class CallResponse:
                 call.body = body = call.body or self.write(call, turn)
             except Exception as error:  # `described` raises what it does not know
                 if self._has_begun:
-                    status, message, code, param = described(error)
-                    content = error_object(status, message, code=code, param=param)
-                    await self._send_part(send, encode_event(content))
+                    await self._send_part(send, encode_event(error_object(**described(error))))
                     await send({"type": "http.response.body", "body": b""})
                 else:
-                    await response_of(error)(scope, receive, send)
+                    await error_response(**described(error))(scope, receive, send)
                 return
             await self._send_part(send, body)
             await drained(send)

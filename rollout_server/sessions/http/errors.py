@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from starlette.responses import Response
 
@@ -47,29 +48,24 @@ def error_response(
     return Response(content, status, headers={**fixed, **(headers or {})}, media_type="application/json")
 
 
-def described(error: BaseException) -> tuple[int, str, str | None, str | None]:
-    """Returns status, message, code and param of an exception. Raises `error` if it is unexpected."""
+def described(error: BaseException) -> dict[str, Any]:
+    """Returns the arguments of `error_response` and `error_object` for an exception of a request. Raises
+    `error` if it is unexpected."""
     message = str(error)
     match error:
         case SessionGoneError():
-            return 410, message, "session_gone", None
+            return {"status": 410, "message": message, "code": "session_gone"}
         case NoSessionError():
-            return 404, message, "session_not_found", None
+            return {"status": 404, "message": message, "code": "session_not_found"}
         case EpisodeBudgetError(reason=FinishReason.TURNS):
-            return 400, message, TURN_LIMIT, None
+            return {"status": 400, "message": message, "code": TURN_LIMIT}
         case EpisodeBudgetError() | PromptRefusedError():
-            return 400, message, CONTEXT_LENGTH, "messages"
+            return {"status": 400, "message": message, "code": CONTEXT_LENGTH, "param": "messages"}
         case ParamError():
-            return 400, message, None, error.param
+            return {"status": 400, "message": message, "param": error.param}
         case EpisodeError() | UserError():
-            return 400, message, None, None
+            return {"status": 400, "message": message}
         case EngineError():
             message = f"the engine failed, and the session's sample with it: {message}"
-            return 500, message, "engine_error", None
+            return {"status": 500, "message": message, "code": "engine_error"}
     raise error
-
-
-def response_of(error: BaseException) -> Response:
-    """Returns the response for an exception of a request. Raises `error` if it is unexpected."""
-    status, message, code, param = described(error)
-    return error_response(status, message, code=code, param=param)

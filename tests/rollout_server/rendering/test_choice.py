@@ -11,10 +11,9 @@ import pytest
 from areal_like.config.job import ModelConfig
 from areal_like.errors import ConfigError
 from rollout_server.rendering.base import ChatRenderer
-from rollout_server.rendering.choice import choose_renderer
 from rollout_server.rendering.jinja import JinjaRenderer
 from rollout_server.rendering.library import LibraryRenderer
-from rollout_server.rendering.prompt_renderer import PromptRenderer
+from rollout_server.rendering.prompt_renderer import PromptRenderer, choose_renderer
 from rollout_server.tasks.base import Example
 from tests.support.chat_models import (
     APPENDING,

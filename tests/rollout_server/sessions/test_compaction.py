@@ -14,8 +14,7 @@ from areal_like.trajectory import FinishReason
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.policy.generation import Sampling
 from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.sample.attempt import SampleRequest
-from rollout_server.sample.session_attempt import SessionAttempt
+from rollout_server.sample.attempt import SampleRequest, SessionAttempt
 from rollout_server.sessions.open_session import OpenSession
 from rollout_server.tasks.base import Score
 from tests.support.engine_harness import Engine, load_model

@@ -15,7 +15,7 @@ import pytest
 from areal_like.http import bodies
 from rollout_server.conversation import conversation
 from rollout_server.conversation.conversation import LARGE_BYTES
-from rollout_server.sessions.http.responses import chat_body
+from rollout_server.sessions.http.formats import chat_body
 from rollout_server.sessions.open_session import OpenSession
 from tests.support.chat_models import APPENDING, jinja_renderer
 from tests.support.session_server import SessionServer

@@ -10,7 +10,7 @@ import openai
 import pydantic
 import pytest
 
-from rollout_server.conversation.scoring import SampleRewards
+from rollout_server.conversation.turns import SampleRewards
 from rollout_server.sessions.http import call_response
 from rollout_server.sessions.http.call_response import CallResponse
 from rollout_server.sessions.open_session import OpenSession
