@@ -17,8 +17,7 @@ from areal_like.errors import ConfigError
 from tests.support.trainer_helpers import ARCHITECTURES, random_groups, write_model
 from tests.support.trainer_ranks import make_runner
 from trainer.attention import varlen
-from trainer.attention.packed_attention import uses_varlen
-from trainer.attention.rectangles import rectangle_attention
+from trainer.attention.packed_attention import rectangle_attention, uses_varlen
 from trainer.attention.varlen import varlen_attention
 from trainer.batching import attention_layout
 from trainer.batching.attention_layout import AttentionLayout, VarlenLayout

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from trainer.distributed.sharding import add_gradient, reduced
 from trainer.gradients.base import Gradients, WeightsN
+from trainer.gradients.ghost_layers import SegmentRows
 from trainer.gradients.ghost_tape import GhostTape
 from trainer.gradients.optimal_baseline import optimal_baseline
-from trainer.gradients.segment_rows import SegmentRows
 
 if TYPE_CHECKING:
     from trainer.batching.packing import PackedBatch

@@ -31,8 +31,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from areal_like.errors import ConfigError
-from trainer.gradients.ghost_layers import Embedding, Layer, Matrix, layer_of, wide
-from trainer.gradients.segment_rows import SegmentRows
+from trainer.gradients.ghost_layers import Embedding, Layer, Matrix, SegmentRows, layer_of, wide
 
 
 class GhostTape:

@@ -68,7 +68,7 @@ def worst_lengths(lengths: Lengths, *, budget_tokens: int) -> tuple[int, ...]:
     """The sequences of the full micro-batch whose attention pads most.
 
     Sequences of different lengths share one rectangle if padding at most doubles their tokens
-    (`trainer/attention/rectangles.py`). So one is as long as possible and as many others share the rest
+    (`trainer/attention/packed_attention.py`). So one is as long as possible and as many others share the rest
     as fit into such a rectangle.
     """
     longest = lengths.context

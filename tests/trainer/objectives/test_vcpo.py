@@ -15,10 +15,10 @@ from tests.support.objective_helpers import ADVANTAGES, REWARDS, published, toke
 from trainer.batching.packing import PackedBatch
 from trainer.batching.scope import Scope
 from trainer.distributed.ranks import Ranks
+from trainer.gradients.ghost_layers import SegmentRows
 from trainer.gradients.ghost_tape import GhostTape
 from trainer.gradients.optimal_baseline import optimal_baseline
 from trainer.gradients.per_sequence import SequenceGradients
-from trainer.gradients.segment_rows import SegmentRows
 from trainer.objectives import OBJECTIVES, SampledTokens, build_objective
 from trainer.objectives.normalizers import Normalizer
 from trainer.objectives.vcpo import Vcpo

@@ -16,8 +16,8 @@ from areal_like.trajectory import Trajectory
 from tests.support.trainer_helpers import dense_logprobs, flattened, random_groups, run_ranks, write_model
 from tests.support.vcpo_ranks import VARIANTS, gradient_of, make_runner, shares_of
 from trainer.distributed.ranks import Ranks
+from trainer.gradients.ghost_layers import SegmentRows
 from trainer.gradients.ghost_tape import GhostTape
-from trainer.gradients.segment_rows import SegmentRows
 
 CAP = 2.0
 """Low enough to truncate some of the random sequences."""
