@@ -103,7 +103,7 @@ def least_logprob(values: NDArray[np.float32]) -> float:
     """
     largest = np.maximum.reduce(values.view(np.uint32))
     if largest >= _NEGATIVE_INFINITY_BITS or np.maximum.reduce(values.view(np.int32)) > _MAX_LOGPROB_BITS:
-        raise ValueError("log-probs: want finite values that are at most 0")
+        raise ValueError("trajectory.logprobs: want finite values that are at most 0")
     return min(0.0, float(largest.view(np.float32)))
 
 

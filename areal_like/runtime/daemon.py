@@ -359,13 +359,6 @@ def exit_code_of(name: str, run: Callable[[], None]) -> int:
     """
     end_if_threads_fail()
     try:
-        return _exit_code_of(name, run)
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _exit_code_of(name: str, run: Callable[[], None]) -> int:
-    try:
         run()
     except UserError as error:
         exit_log.error("%s", error)
@@ -380,6 +373,8 @@ def _exit_code_of(name: str, run: Callable[[], None]) -> int:
         text = f"{type(error).__name__}: {harmless(str(error))}"
         sys.stderr.write(f"{name}: unexpected {text} (traceback in its log)\n")
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return 0
 
 

@@ -55,10 +55,7 @@ class Metrics:
 
     def gauge(self, name: str, doc: str, *, label: str = "", values: Sequence[str] = ()) -> Gauge:
         """A gauge `areal_<name>`."""
-        gauge = Gauge(f"{PREFIX}_{name}", doc, [label] if label else [], registry=self.registry)
-        for value in values:
-            gauge.labels(value)
-        return gauge
+        return self.gauge_of(name, doc, [label] if label else [], [(value,) for value in values])
 
     def gauge_of(self, name: str, doc: str, labels: Sequence[str], values: Iterable[Sequence[str]]) -> Gauge:
         """A gauge `areal_<name>` with several labels; `values`: the combinations that exist."""

@@ -172,7 +172,7 @@ class LeaseTable:
             server.capacity_samples = capacity
             self._changed.add(name)
         server.last_heard_s, expires_s = now_s, now_s + self._timeout_s
-        if server.leases.keys() == set(beat.leases):  # as nearly always
+        if beat.leases == [*server.leases]:  # nearly always: a server names them as they were granted
             server.renewed_until_s, server.lost = expires_s, set()
             return
         foreign = []
@@ -306,9 +306,10 @@ class LeaseTable:
         return self._order
 
     def _check_later(self, server: Server) -> None:
-        first_s = min([lease.expires_s for lease in server.leases.values()], default=math.inf)
-        expires_s = max(first_s, server.renewed_until_s)
-        server.check_s = min(server.last_heard_s + self._timeout_s, expires_s)
+        server.check_s = server.last_heard_s + self._timeout_s
+        if server.renewed_until_s < server.check_s:
+            first_s = min([lease.expires_s for lease in server.leases.values()], default=math.inf)
+            server.check_s = min(server.check_s, max(first_s, server.renewed_until_s))
         heapq.heappush(self._checks, (server.check_s, server.name))
 
     def _take_from_server(self, lease: LeaseRecord) -> None:

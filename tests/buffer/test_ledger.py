@@ -256,6 +256,22 @@ def test_a_heartbeat_renews_the_leases_it_names_others_expire() -> None:
     )
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_lease_expires_by_its_last_renewal(order: int) -> None:
+    """Also if heartbeats have named all leases before, in the order of their grants or in another one."""
+    ledger = new_ledger(max_staleness=4, lease_timeout_s=10.0)
+    add_server(ledger, "a", capacity=4)
+    kept, lost = leases_of(ledger)
+    all_ids = [kept.lease_id, lost.lease_id][::order]
+    for now_s, named in ((4.0, all_ids), (8.0, all_ids[:1]), (12.0, all_ids[:1])):
+        message = ServerHeartbeat(
+            state=ServerState.SERVING, free_samples=0, holding_samples=4, weights_version=0, leases=named
+        )
+        ledger.dispatcher.heartbeat("a", message, now_s=now_s)
+    assert ledger.dispatcher.expire(now_s=13.9) == [] and set(ledger.state.leases.live) == set(all_ids)
+    assert ledger.dispatcher.expire(now_s=14.0) == [] and set(ledger.state.leases.live) == {all_ids[0]}
+
+
 def test_a_silent_server_is_removed_and_its_old_leases_aborted() -> None:
     ledger = new_ledger(lease_timeout_s=10.0)
     add_server(ledger, "a", capacity=2)

@@ -510,7 +510,7 @@ class LedgerMachine(RuleBasedStateMachine):
         }
         of_table = {t.ticket_id: t.eval_set for t in live.values() if t.purpose is Purpose.EVAL}
         assert of_rounds == of_table, "a ticket belongs to no running evaluation"
-        queued = {ticket_id for round_ in running for ticket_id in round_._queue}
+        queued = {ticket_id for round_ in running for ticket_id in round_.waiting}
         assert queued == {ticket_id for ticket_id in of_table if live[ticket_id].unleased}
 
     def teardown(self) -> None:
@@ -622,7 +622,7 @@ def observed(ledger: Ledger) -> dict[str, object]:
     return {
         "tickets": {i: fields_of(ticket) for i, ticket in ledger.state.tickets.live.items()},
         "evaluations": [
-            (round_.row, round_.num_open, sorted(round_._queue), sorted(round_.tickets))
+            (round_.row, round_.num_open, sorted(round_.waiting), sorted(round_.tickets))
             for round_ in evals.rounds.values()
             if not round_.is_done
         ],

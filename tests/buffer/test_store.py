@@ -477,12 +477,12 @@ def test_releases_are_written_while_samples_wait_for_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def run() -> None:
-        async with opened(tmp_path, segment_bytes=1 << 12, min_free_bytes=1) as (store, _):
-            tickets = [full_ticket(store, ticket_id) for ticket_id in range(1, 12)]
+        async with opened(tmp_path, segment_bytes=1 << 16, min_free_bytes=1) as (store, _):
+            tickets = [full_ticket(store, ticket_id) for ticket_id in range(1, 200)]
             await durable(store)
             num_before = num_segments(tmp_path)
             monkeypatch.setattr("os.statvfs", lambda _: SimpleNamespace(f_bavail=0, f_frsize=4096))
-            full_ticket(store, 50)
+            full_ticket(store, 200)
             await wait_until(lambda: bool(store.write_blocked_reason))
             for ticket in tickets:
                 move(store, ticket, State.TRAINED)
