@@ -19,7 +19,7 @@ def test_every_source_is_a_file_at_the_commit_of_its_system() -> None:
     dated = dict(re.findall(r"^\| ([\w-]+) \| ([0-9a-f]{7}) \| 2026-\d\d-\d\d \|", PAGE, re.M))
     links = re.findall(r"\]\(https://github\.com/[\w-]+/([\w-]+)/blob/([0-9a-f]{40})/[^)\s]+\)", PAGE)
     assert len(links) == PAGE.count("](https://")
-    names = {"RL": "NeMo-RL"}
+    names = {"RL": "NeMo-RL", "trl": "TRL"}
     assert {(names.get(repository, repository), commit[:7]) for repository, commit in links} == set(
         dated.items()
     )

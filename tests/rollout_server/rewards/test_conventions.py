@@ -84,7 +84,7 @@ def test_trl_functions_get_lists_of_one() -> None:
     assert scored({"name": f"{HERE}.with_optional_state", "bonus": 2}, "4").value == 3.0
 
 
-def test_trl_functions_of_conversations_get_the_messages_after_the_prompt() -> None:
+def test_trl_functions_get_the_messages_after_the_prompt() -> None:
     prompt = [{"role": "system", "content": "Add."}, {"role": "user", "content": "2+2="}]
     turns = [
         {"role": "assistant", "content": "Let me count."},
