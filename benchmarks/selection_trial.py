@@ -258,10 +258,11 @@ def points_of(
 ) -> tuple[Point, ...]:
     """The points of a real job: each evaluation at the moment at which the step that made its weights ended.
 
-    With `weights.sync_interval` those are older than the step after which it was asked for.
+    With `weights.sync_interval` those are older than the step after which it was asked for. If new weights
+    arrived meanwhile, the oldest count.
     """
     start_s = rows[0]["time_unix_s"] - rows[0]["step_s"]
-    greedy_of = {row["newest_step"]: row["avg"] for row in evaluations}
+    greedy_of = {row["oldest_step"]: row["avg"] for row in evaluations}
     return tuple(
         Point(
             step=step,

@@ -264,9 +264,9 @@ def test_points_of_a_job_are_at_the_steps_of_their_weights() -> None:
     """The second evaluation was asked for after step 3, and the engine had the weights of step 2."""
     rows = [{"time_unix_s": 100.0 + 2 * i, "step_s": 2.0} for i in range(4)]
     evaluations = [
-        {"newest_step": 0, "avg": 0.1},
-        {"newest_step": 2, "avg": 0.5},
-        {"newest_step": 4, "avg": 0.6},
+        {"oldest_step": 0, "avg": 0.1},
+        {"oldest_step": 2, "avg": 0.5},
+        {"oldest_step": 4, "avg": 0.6},
     ]
     assert points_of(evaluations, rows) == (
         Point(step=0, seconds=0.0, greedy=0.1),
