@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 1024, 2048, 4096])
     parser.add_argument("--width", type=int, default=128, help="hidden size of the random model")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--spread", type=float, default=0.3, help="standard deviation of its weights")
+    parser.add_argument("--spread", type=float, default=0.13, help="standard deviation of its weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--to", default="long_answers", help="name of the result's file")

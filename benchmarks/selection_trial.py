@@ -18,17 +18,19 @@ The learning rate is constant after its warm-up: a rate that falls to zero hides
 
 from __future__ import annotations
 
+import json
 import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from benchmarks import counting
 from benchmarks.report import run_job
@@ -237,27 +239,37 @@ def run_real(trial: Trial) -> TrialResult:
             runs_dir=Path(scratch),
             timeout_s=JOB_TIMEOUT_S,
         )
-    start_s = rows[0]["time_unix_s"] - rows[0]["step_s"]
-    evaluations = [(0, 0.0, summary["eval_before"])]
-    evaluations += [
-        (row["step"], row["time_unix_s"] - start_s, row["eval_reward"])
-        for row in rows
-        if "eval_reward" in row
-    ]
-    evaluations.append((len(rows), rows[-1]["time_unix_s"] - start_s, summary["eval_after"]))
-    points = tuple(
-        Point(step=step, seconds=round(seconds, 2), greedy=round(greedy, 4))
-        for step, seconds, greedy in evaluations
-    )
+        evaluations = RunPaths(Path(scratch) / "trial").evaluations.read_text().splitlines()
+    points = points_of([json.loads(line) for line in evaluations], rows)
     return TrialResult(
         points=points,
         greedy=summary["eval_after"],
         **_means([row["reward_mean"] for row in rows], rows),
         lag=round(summary["mean_trained_lag"], 2),
-        samples=sum(row["num_sequences"] for row in rows),
+        samples=round(sum(row["num_sequences"] for row in rows)),
         seconds=points[-1].seconds,
         wall_s=round(time.perf_counter() - began_wall, 1),
         cpu_s=round(_cpu_s_of_children() - began_cpu, 1),
+    )
+
+
+def points_of(
+    evaluations: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> tuple[Point, ...]:
+    """The points of a real job: each evaluation at the moment at which the step that made its weights ended.
+
+    With `weights.sync_interval` those are older than the step after which it was asked for. If new weights
+    arrived meanwhile, the oldest count.
+    """
+    start_s = rows[0]["time_unix_s"] - rows[0]["step_s"]
+    greedy_of = {row["oldest_step"]: row["avg"] for row in evaluations}
+    return tuple(
+        Point(
+            step=step,
+            seconds=round(rows[step - 1]["time_unix_s"] - start_s, 2) if step else 0.0,
+            greedy=round(greedy_of[step], 4),
+        )
+        for step in sorted(greedy_of)
     )
 
 

@@ -30,7 +30,15 @@ from benchmarks.selection_rule import (
     trial_of,
     verdicts,
 )
-from benchmarks.selection_trial import JOBS, Point, Trial, TrialResult, run_at_fixed_age, write_model
+from benchmarks.selection_trial import (
+    JOBS,
+    Point,
+    Trial,
+    TrialResult,
+    points_of,
+    run_at_fixed_age,
+    write_model,
+)
 from benchmarks.staleness import Results
 
 
@@ -250,6 +258,21 @@ def test_finished_trials_are_read_back_and_not_repeated(tmp_path: Path) -> None:
         Campaign(path).planned("final", seeds=[1])
     report = Campaign(path).report()
     assert "Stage 1 (50 of 50 trials)" in report and "Stage 2 (0 of 90 trials)" in report
+
+
+def test_points_of_a_job_are_at_the_steps_of_their_weights() -> None:
+    """The second evaluation was asked for after step 3, and the engine had the weights of step 2."""
+    rows = [{"time_unix_s": 100.0 + 2 * i, "step_s": 2.0} for i in range(4)]
+    evaluations = [
+        {"oldest_step": 0, "avg": 0.1},
+        {"oldest_step": 2, "avg": 0.5},
+        {"oldest_step": 4, "avg": 0.6},
+    ]
+    assert points_of(evaluations, rows) == (
+        Point(step=0, seconds=0.0, greedy=0.1),
+        Point(step=2, seconds=4.0, greedy=0.5),
+        Point(step=4, seconds=8.0, greedy=0.6),
+    )
 
 
 def test_table_has_means_over_seeds() -> None:
