@@ -1,10 +1,9 @@
 """Ready-made rewards for `task.reward`: matchers, math, programs, a judge, user functions.
 
-Read `base.py` first. `choice.py` creates a reward from its description, `sum.py` adds up several.
+Read `base.py` first. `sum.py` creates the rewards from their description, and adds them up.
 """
 
 from rollout_server.rewards.library.base import RewardFunction
-from rollout_server.rewards.library.choice import make_rewards
-from rollout_server.rewards.library.sum import Rewards
+from rollout_server.rewards.library.sum import Rewards, make_rewards
 
 __all__ = ["RewardFunction", "Rewards", "make_rewards"]

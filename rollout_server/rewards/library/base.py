@@ -1,7 +1,7 @@
 """The interface of the library's rewards: `task.reward` names one, or a list of them with weights.
 
 A reward is a frozen dataclass; its fields are its settings, so a misspelled one is refused by name. It does
-not depend on a task: it gets the example and the completion. `sum.py` adds up several.
+not depend on a task: it gets the example and the completion. `sum.py` creates and adds up several.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ supported: several votes, and comparisons of two completions.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +119,7 @@ class Judge(RewardFunction):
         `failures` counts this worker's failed judge rewards since its last successful one, because a failed
         sample has no metrics of its own. Raises RewardError after the last retry.
         """
-        client, failures, counts = self._client(), self._failures, Counts()
+        client, failures, counts = self._client, self._failures, Counts()
         try:
             value, metrics = await self._graded(client, example, completion, counts)
         except RewardError:
@@ -161,24 +160,22 @@ class Judge(RewardFunction):
         return {key: value for key, value in body.items() if value is not None}
 
     async def close(self) -> None:
-        """Closes the connections of this event loop."""
-        if client := self._clients.pop(asyncio.get_running_loop(), None):
-            await client.close()
+        """Closes the connections of the running event loop; another one may use this judge afterwards."""
+        await self._client.close()
+        del self.__dict__["_client"]
 
+    @functools.cached_property
     def _client(self) -> JudgeClient:
-        loop = asyncio.get_running_loop()
-        if loop not in self._clients:
-            self._clients[loop] = JudgeClient(
-                url=self._endpoint,
-                api_key=self._api_key(),
-                timeout_s=self.timeout_s,
-                max_retries=self.max_retries,
-                first_pause_s=self.first_pause_s,
-                max_concurrent=self.max_concurrent,
-                max_reply_bytes=self.max_reply_bytes,
-                cache=self._cache,
-            )
-        return self._clients[loop]
+        return JudgeClient(
+            url=self._endpoint,
+            api_key=self._api_key(),
+            timeout_s=self.timeout_s,
+            max_retries=self.max_retries,
+            first_pause_s=self.first_pause_s,
+            max_concurrent=self.max_concurrent,
+            max_reply_bytes=self.max_reply_bytes,
+            cache=self._cache,
+        )
 
     def _api_key(self) -> str:
         if not self.api_key_file:
@@ -192,10 +189,6 @@ class Judge(RewardFunction):
     def _endpoint(self) -> str:
         url = self.url.rstrip("/")
         return url if url.endswith(_PATH) else f"{url}{_PATH}"
-
-    @functools.cached_property
-    def _clients(self) -> dict[asyncio.AbstractEventLoop, JudgeClient]:
-        return {}
 
     @functools.cached_property
     def _failures(self) -> list[int]:
