@@ -97,7 +97,7 @@ class Hostile(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class Judge(Task):
-    """A reward that waits for a service; the completion says how it answers."""
+    """A reward that waits for a service; the completion says how it results."""
 
     num_together: ClassVar = 0
 
@@ -125,7 +125,7 @@ class Judge(Task):
         return float(example.answer)
 
 
-def answer(text: str) -> Completion:
+def sampled(text: str) -> Completion:
     return Completion(
         text,
         raw_text=f"{text}<eos>",
@@ -145,62 +145,63 @@ def outcomes(completions: list[str], **settings: Any) -> tuple[list[Any], int]:
     async def body() -> tuple[list[Any], int]:
         async with pool(**settings) as rewards:
             asked = (
-                rewards.score(split="train", index=i, completion=answer(text))
+                rewards.score(split="train", index=i, completion=sampled(text))
                 for i, text in enumerate(completions)
             )
-            answers = await asyncio.gather(*asked, return_exceptions=True)
-            return [str(a) if isinstance(a, RewardError) else a for a in answers], rewards.num_restarts
+            results = await asyncio.gather(*asked, return_exceptions=True)
+            texts = [str(one) if isinstance(one, RewardError) else one for one in results]
+            return texts, rewards.num_restarts
 
     return asyncio.run(body())
 
 
 def test_values_parts_and_order() -> None:
-    answers, restarts = outcomes(["a", "parts", "print", "read stdin", "b", "details"], num_workers=2)
-    assert [a.score.value for a in answers] == [0.0, 1.25, 2.0, 0.0, 4.0, 1.0]
-    assert answers[1].score.parts == {"format": 0.25, "answer": 1.0}
-    details = answers[5].score
+    results, restarts = outcomes(["a", "parts", "print", "read stdin", "b", "details"], num_workers=2)
+    assert [a.score.value for a in results] == [0.0, 1.25, 2.0, 0.0, 4.0, 1.0]
+    assert results[1].score.parts == {"format": 0.25, "answer": 1.0}
+    details = results[5].score
     assert details.parts == {"a": 2.0} and details.metrics == {"calls": 3.0}
     assert details.turns == (0.5, 0.25) and details.tokens.tolist() == [1.0, 2.0, 3.0]
     assert restarts == 0
 
 
 def test_bad_returns_fail_their_own_sample() -> None:
-    answers, restarts = outcomes(["raise", "nan", "none", "empty", "coroutine", "exit", "ok"])
+    results, restarts = outcomes(["raise", "nan", "none", "empty", "coroutine", "exit", "ok"])
     messages = ["no such move", "nan", "NoneType", "empty dict", "async def reward", "SystemExit: 3"]
-    for answer, message in zip(answers, messages, strict=False):
-        assert message in answer
-    assert "\n" not in answers[0]
-    assert answers[6].score.value == 6.0 and restarts == 0
+    for result, message in zip(results, messages, strict=False):
+        assert message in result
+    assert "\n" not in results[0]
+    assert results[6].score.value == 6.0 and restarts == 0
 
 
 def test_hang_is_killed_and_items_behind_it_are_scored() -> None:
-    answers, restarts = outcomes(["a", "hang", "b", "c"], timeout_s=1.0)
-    assert "reward_timeout_s=1" in answers[1]
-    assert [answers[i].score.value for i in (0, 2, 3)] == [0.0, 2.0, 3.0]
+    results, restarts = outcomes(["a", "hang", "b", "c"], timeout_s=1.0)
+    assert "reward_timeout_s=1" in results[1]
+    assert [results[i].score.value for i in (0, 2, 3)] == [0.0, 2.0, 3.0]
     assert restarts == 1
 
 
 def test_crash_names_the_signal_and_items_behind_are_scored() -> None:
-    answers, restarts = outcomes(["crash", "b", "crash", "d"])
-    assert answers[0] == answers[2] == "the reward process died (signal 9)"
-    assert answers[1].score.value == 1.0 and answers[3].score.value == 3.0 and restarts == 2
+    results, restarts = outcomes(["crash", "b", "crash", "d"])
+    assert results[0] == results[2] == "the reward process died (signal 9)"
+    assert results[1].score.value == 1.0 and results[3].score.value == 3.0 and restarts == 2
 
 
 def test_writing_into_the_stream_fails_only_its_own_sample() -> None:
-    answers, restarts = outcomes(["garble", "fine"])
-    assert "sent an invalid frame" in answers[0]
-    assert answers[1].score.value == 1.0 and restarts == 1
+    results, restarts = outcomes(["garble", "fine"])
+    assert "sent an invalid frame" in results[0]
+    assert results[1].score.value == 1.0 and restarts == 1
 
 
 def test_worker_that_dies_while_idle_fails_no_sample() -> None:
     async def body() -> None:
         async with pool() as rewards:
-            await rewards.score(split="train", index=1, completion=answer(""))
+            await rewards.score(split="train", index=1, completion=sampled(""))
             (pid,) = children()
             os.kill(pid, signal.SIGKILL)
             while rewards.num_restarts == 0:
                 await asyncio.sleep(0.01)
-            assert (await rewards.score(split="train", index=7, completion=answer(""))).score.value == 7.0
+            assert (await rewards.score(split="train", index=7, completion=sampled(""))).score.value == 7.0
 
     asyncio.run(body())
     assert not children()
@@ -210,9 +211,9 @@ def test_a_killed_zygote_costs_one_reward(may_go_on: Path) -> None:
     async def body() -> None:
         async with pool() as rewards:
             score = functools.partial(rewards.score, split="train")
-            await score(index=0, completion=answer(""))
-            held = asyncio.create_task(score(index=1, completion=answer("held")))
-            behind = asyncio.create_task(score(index=2, completion=answer("")))
+            await score(index=0, completion=sampled(""))
+            held = asyncio.create_task(score(index=1, completion=sampled("held")))
+            behind = asyncio.create_task(score(index=2, completion=sampled("")))
             while rewards.num_waiting < 2:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.05)
@@ -227,23 +228,23 @@ def test_a_killed_zygote_costs_one_reward(may_go_on: Path) -> None:
 
 
 def test_a_slow_reward_holds_no_other_item(may_go_on: Path) -> None:
-    """Two workers: while one is slow, the other does the rest, also what was sent in the slow one's batch."""
+    """Two workers: while one is slow, the other computes the rest, and what is behind it in its batch."""
 
     async def body() -> None:
         async with pool(num_workers=2) as rewards:
             score = functools.partial(rewards.score, split="train")
-            await asyncio.gather(*(score(index=i, completion=answer("")) for i in range(400)))
-            slow = asyncio.create_task(score(index=1, completion=answer("held")))
-            rest = [asyncio.create_task(score(index=i, completion=answer(""))) for i in range(100)]
+            await asyncio.gather(*(score(index=i, completion=sampled("")) for i in range(400)))
+            slow = asyncio.create_task(score(index=1, completion=sampled("held")))
+            rest = [asyncio.create_task(score(index=i, completion=sampled(""))) for i in range(100)]
             await asyncio.gather(*rest)
             assert not slow.done() and rewards.num_waiting == 1
             may_go_on.touch()
             assert (await slow).score.value == 1.0
-            assert (await score(index=3, completion=answer(""))).score.value == 3.0
+            assert (await score(index=3, completion=sampled(""))).score.value == 3.0
             assert rewards.num_restarts == 0
             with pytest.raises(RewardError, match="cannot be sent"):
                 await score(index=0, completion=Completion("x", messages=[{"role": object()}]))
-            assert (await score(index=4, completion=answer(""))).score.value == 4.0
+            assert (await score(index=4, completion=sampled(""))).score.value == 4.0
 
     asyncio.run(body())
 
@@ -252,11 +253,11 @@ def test_a_spare_worker_takes_the_place_of_one_that_is_held(may_go_on: Path) -> 
     async def body() -> None:
         async with pool() as rewards:
             score = functools.partial(rewards.score, split="train", label="set")
-            await score(index=0, completion=answer(""))
-            held = asyncio.create_task(score(index=1, completion=answer("held")))
+            await score(index=0, completion=sampled(""))
+            held = asyncio.create_task(score(index=1, completion=sampled("held")))
             await asyncio.sleep(0)
             for index in range(20):
-                assert (await score(index=index, completion=answer(""))).score.value == index
+                assert (await score(index=index, completion=sampled(""))).score.value == index
             assert not held.done() and rewards.num_held == 1 and len(children()) == 2
             advance(3.0)
             assert list(rewards.waits()) == ["rewards: 1 completions, 1 hold a worker (set, train 1)"]
@@ -265,7 +266,7 @@ def test_a_spare_worker_takes_the_place_of_one_that_is_held(may_go_on: Path) -> 
             while rewards.num_held or len(children()) > 1:
                 advance(SPARE_S)
                 await asyncio.sleep(0.01)
-            assert (await score(index=4, completion=answer(""))).score.value == 4.0
+            assert (await score(index=4, completion=sampled(""))).score.value == 4.0
             assert rewards.num_restarts == 0
 
     moved_clock.run(body())
@@ -275,16 +276,16 @@ def test_a_reward_that_hangs_is_ended_and_its_spare_worker_goes_on() -> None:
     async def body() -> None:
         async with pool() as rewards:
             score = functools.partial(rewards.score, split="train")
-            await score(index=0, completion=answer(""))
-            hung = asyncio.create_task(score(index=1, completion=answer("hang")))
+            await score(index=0, completion=sampled(""))
+            hung = asyncio.create_task(score(index=1, completion=sampled("hang")))
             await asyncio.sleep(0)
-            assert (await score(index=2, completion=answer(""))).score.value == 2.0
+            assert (await score(index=2, completion=sampled(""))).score.value == 2.0
             while not hung.done():
                 advance(0.2)  # a longer step is taken for a suspension of this process
                 await asyncio.sleep(0.001)
             with pytest.raises(RewardTimeoutError, match="reward_timeout_s="):
                 await hung
-            assert (await score(index=3, completion=answer(""))).score.value == 3.0
+            assert (await score(index=3, completion=sampled(""))).score.value == 3.0
             assert rewards.num_restarts == 1
 
     moved_clock.run(body())
@@ -297,16 +298,16 @@ def test_rewards_that_hang_leave_a_worker_to_the_other_tasks_of_a_mixture(may_go
     async def body() -> None:
         async with pool(num_workers=2) as rewards:
             score = functools.partial(rewards.score, split="train")
-            await score(index=0, completion=answer(""), label="good")
+            await score(index=0, completion=sampled(""), label="good")
             held = [
-                asyncio.create_task(score(index=i, completion=answer("held"), label="hangs"))
+                asyncio.create_task(score(index=i, completion=sampled("held"), label="hangs"))
                 for i in range(10)
             ]
             for index in range(50):
-                scored = await score(index=index, completion=answer(""), label="good")
+                scored = await score(index=index, completion=sampled(""), label="good")
                 assert scored.score.value == index
             while rewards.num_held < 3:
-                await score(index=0, completion=answer(""), label="good")
+                await score(index=0, completion=sampled(""), label="good")
             assert not any(task.done() for task in held)
             may_go_on.touch()
             assert [scored.score.value for scored in await asyncio.gather(*held)] == list(range(10))
@@ -319,17 +320,17 @@ def test_asynchronous_rewards_that_hang_leave_room_for_others() -> None:
     async def body() -> None:
         async with pool(task=f"{__name__}.Judge", concurrency=4) as rewards:
             score = functools.partial(rewards.score, split="train")
-            await score(index=0, completion=answer(""), label="good")
-            never = [asyncio.create_task(score(index=0, completion=answer("never"), label="hangs"))]
+            await score(index=0, completion=sampled(""), label="good")
+            never = [asyncio.create_task(score(index=0, completion=sampled("never"), label="hangs"))]
             while not rewards.num_held:
                 advance(0.2)
                 await asyncio.sleep(0.001)
             never += [
-                asyncio.create_task(score(index=i, completion=answer("never"), label="hangs"))
+                asyncio.create_task(score(index=i, completion=sampled("never"), label="hangs"))
                 for i in range(1, 8)
             ]
             for index in range(5):
-                assert (await score(index=index, completion=answer(""), label="good")).score.value == index
+                assert (await score(index=index, completion=sampled(""), label="good")).score.value == index
             assert not any(task.done() for task in never) and rewards.num_restarts == 0
             assert len(children()) == 1, "the load on a service is bounded by the settings"
         assert all(
@@ -345,18 +346,18 @@ def test_asynchronous_rewards_run_at_the_same_time() -> None:
     async def body() -> None:
         async with pool(task=task, concurrency=NUM_TOGETHER + 2, timeout_s=2.0) as rewards:
             score = functools.partial(rewards.score, split="train")
-            await score(index=0, completion=answer(""))
+            await score(index=0, completion=sampled(""))
             texts = ["never", "its own limit", *["together"] * NUM_TOGETHER]
-            asked = [score(index=i, completion=answer(text)) for i, text in enumerate(texts)]
-            answers = await asyncio.gather(*asked, return_exceptions=True)
-            assert isinstance(answers[0], RewardTimeoutError)
-            assert "TimeoutError" in str(answers[1]) and not isinstance(answers[1], RewardTimeoutError)
-            assert [a.score.value for a in answers[2:]] == [float(i) for i in range(2, 32)]
+            asked = [score(index=i, completion=sampled(text)) for i, text in enumerate(texts)]
+            results = await asyncio.gather(*asked, return_exceptions=True)
+            assert isinstance(results[0], RewardTimeoutError)
+            assert "TimeoutError" in str(results[1]) and not isinstance(results[1], RewardTimeoutError)
+            assert [a.score.value for a in results[2:]] == [float(i) for i in range(2, 32)]
             assert rewards.num_restarts == 0
-            # Nobody knows which of them ended the process, so each is tried alone.
-            asked = [score(index=i, completion=answer(text)) for i, text in enumerate(["", "crash", ""])]
-            answers = await asyncio.gather(*asked, return_exceptions=True)
-            assert "signal 9" in str(answers[1]) and [answers[i].score.value for i in (0, 2)] == [0.0, 2.0]
+            # It is unknown which of them ended the process, so each is tried alone.
+            asked = [score(index=i, completion=sampled(text)) for i, text in enumerate(["", "crash", ""])]
+            results = await asyncio.gather(*asked, return_exceptions=True)
+            assert "signal 9" in str(results[1]) and [results[i].score.value for i in (0, 2)] == [0.0, 2.0]
             assert rewards.num_restarts == 2
 
     asyncio.run(body())
@@ -365,10 +366,10 @@ def test_asynchronous_rewards_run_at_the_same_time() -> None:
 def test_time_in_which_the_server_was_stopped_does_not_count() -> None:
     async def body() -> None:
         async with pool(timeout_s=1.0) as rewards:
-            await rewards.score(split="train", index=0, completion=answer(""))
-            slow = asyncio.create_task(rewards.score(split="train", index=2, completion=answer("slow")))
+            await rewards.score(split="train", index=0, completion=sampled(""))
+            slow = asyncio.create_task(rewards.score(split="train", index=2, completion=sampled("slow")))
             await asyncio.sleep(0.05)
-            time.sleep(1.5)  # as if it was stopped: the answer and the end of the limit are seen together
+            time.sleep(1.5)  # as if it had been stopped: it sees the score and the end of the limit together
             assert (await slow).score.value == 2.0 and rewards.num_restarts == 0
 
     asyncio.run(body())
@@ -390,13 +391,13 @@ def test_workers_fit_the_task() -> None:
 
 def test_an_import_that_does_not_survive_a_fork_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    answers, restarts = outcomes(["a"], task="tests.support.threaded_task.Threaded")
-    assert answers[0].score.value == 1.0 and restarts == 0
+    results, restarts = outcomes(["a"], task="tests.support.threaded_task.Threaded")
+    assert results[0].score.value == 1.0 and restarts == 0
 
 
 def test_task_that_cannot_be_imported_fails_its_samples() -> None:
-    answers, _ = outcomes(["a"], task="nowhere_at_all.Task")
-    assert "nowhere_at_all" in answers[0]
+    results, _ = outcomes(["a"], task="nowhere_at_all.Task")
+    assert "nowhere_at_all" in results[0]
 
 
 def test_closing_the_pool_fails_waiting_items() -> None:
@@ -415,12 +416,12 @@ def test_closing_the_pool_fails_waiting_items() -> None:
 def test_cpu_time_per_reward() -> None:
     async def body() -> float:
         async with reward_pool({"name": "sort"}) as rewards:
-            sampled = Completion("0123", token_ids=np.arange(4, dtype=np.int32), turn_lengths=[4])
-            await rewards.score(split="train", index=0, completion=sampled)
+            completion = Completion("0123", token_ids=np.arange(4, dtype=np.int32), turn_lengths=[4])
+            await rewards.score(split="train", index=0, completion=completion)
             started = time.process_time()
             for _ in range(20):
                 await asyncio.gather(
-                    *(rewards.score(split="train", index=i // 8, completion=sampled) for i in range(100))
+                    *(rewards.score(split="train", index=i // 8, completion=completion) for i in range(100))
                 )
             return (time.process_time() - started) / 2000
 
