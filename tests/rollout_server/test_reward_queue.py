@@ -60,7 +60,7 @@ def test_large_items_are_sent_in_several_batches() -> None:
     assert [taken(queue), taken(queue), taken(queue)] == [[0], [1], [2]]
 
 
-def test_an_item_that_may_end_its_worker_is_sent_alone() -> None:
+def test_an_item_that_may_end_its_worker_is_alone() -> None:
     queue = RewardQueue()
     for number in range(3):
         queue.add(item(number))
@@ -81,7 +81,7 @@ def test_scored_items_are_not_sent() -> None:
     assert taken(queue) == [0, 1] and not len(queue)
 
 
-def test_suspects_come_after_all_others_and_each_alone() -> None:
+def test_suspects_come_last_and_each_alone() -> None:
     queue = queue_of(HANGS, HANGS, GOOD, GOOD)
     queue.suspect(HANGS)
     assert taken(queue) == [2, 3]
@@ -89,7 +89,7 @@ def test_suspects_come_after_all_others_and_each_alone() -> None:
     assert taken(queue) == [0] and taken(queue) == [1]
 
 
-def test_an_asynchronous_worker_gets_as_many_suspects_as_there_is_room_for() -> None:
+def test_room_for_suspects_of_an_asynchronous_worker() -> None:
     queue = queue_of(HANGS, HANGS, HANGS, GOOD)
     queue.suspect(HANGS)
     assert taken(queue, is_async=True, room=2) == [3, 0, 1]
@@ -97,7 +97,7 @@ def test_an_asynchronous_worker_gets_as_many_suspects_as_there_is_room_for() -> 
     assert taken(queue, is_async=True, is_idle=False, room=5) == [2]
 
 
-def test_a_label_is_trusted_again_after_rewards_that_ended_in_time() -> None:
+def test_a_label_is_trusted_again_after_probation() -> None:
     queue = queue_of(HANGS, GOOD, HANGS)
     queue.suspect(HANGS)
     for _ in range(reward_queue._PROBATION - 1):

@@ -249,7 +249,7 @@ def test_a_slow_reward_holds_no_other_item(may_go_on: Path) -> None:
     asyncio.run(body())
 
 
-def test_a_spare_worker_takes_the_place_of_one_that_is_held(may_go_on: Path) -> None:
+def test_a_spare_worker_replaces_one_that_is_held(may_go_on: Path) -> None:
     async def body() -> None:
         async with pool() as rewards:
             score = functools.partial(rewards.score, split="train", label="set")
@@ -272,7 +272,7 @@ def test_a_spare_worker_takes_the_place_of_one_that_is_held(may_go_on: Path) -> 
     moved_clock.run(body())
 
 
-def test_a_reward_that_hangs_is_ended_and_its_spare_worker_goes_on() -> None:
+def test_a_spare_worker_outlives_a_reward_that_hangs() -> None:
     async def body() -> None:
         async with pool() as rewards:
             score = functools.partial(rewards.score, split="train")
@@ -292,7 +292,7 @@ def test_a_reward_that_hangs_is_ended_and_its_spare_worker_goes_on() -> None:
     assert not children()
 
 
-def test_rewards_that_hang_leave_a_worker_to_the_other_tasks_of_a_mixture(may_go_on: Path) -> None:
+def test_rewards_that_hang_leave_a_worker_to_others(may_go_on: Path) -> None:
     """Ten hang, on at most three of four workers: two, and a spare one for each."""
 
     async def body() -> None:
@@ -316,7 +316,7 @@ def test_rewards_that_hang_leave_a_worker_to_the_other_tasks_of_a_mixture(may_go
     asyncio.run(body())
 
 
-def test_asynchronous_rewards_that_hang_leave_room_for_others() -> None:
+def test_async_rewards_that_hang_leave_room_to_others() -> None:
     async def body() -> None:
         async with pool(task=f"{__name__}.Judge", concurrency=4) as rewards:
             score = functools.partial(rewards.score, split="train")
