@@ -95,7 +95,8 @@ def draw(done: list[tuple[Cell, CellResult]], methods: Iterable[str], path: Path
     names, settings = in_order(done, methods)
     found = scores(done)
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), dpi=140, sharey=True)
-    colors = pyplot.get_cmap("tab20" if len(names) > 10 else "tab10")
+    palette = pyplot.get_cmap("tab20" if len(names) > 10 else "tab10").colors
+    colors = [color for color in palette if len(set(color)) > 1]  # gray is that of no correction
     titles = ("each method at its best learning rate", f"all at the learning rate {COMMON_RATE:g}")
     for rank, (axes, title) in enumerate(zip(panels, titles, strict=True)):
         for number, name in enumerate(names):
@@ -121,7 +122,7 @@ def draw(done: list[tuple[Cell, CellResult]], methods: Iterable[str], path: Path
                     markersize=5,
                     linewidth=2.2 if name == "VCPO" else 1.2,
                     elinewidth=0.7,
-                    color="0.6" if name == "none" else colors(number % colors.N),
+                    color="0.6" if name == "none" else colors[number % len(colors)],
                     label=name if mode == "fixed" else None,
                 )
         axes.set_xticks(
