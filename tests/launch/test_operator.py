@@ -190,7 +190,9 @@ def test_no_token_for_another_user_with_a_daemons_port(
 
 
 @pytest.mark.parametrize("answer", [b"", b"[]", b"\xff", b"x" * (1 << 16), b"[" * 100_000])
-def test_responses_are_checked(server: SimpleNamespace, answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_responses_are_checked(
+    server: SimpleNamespace, answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("launch.observation.http_json._MAX_RESPONSE_BYTES", 1 << 17)
     server.answer = answer
     assert fetch_json(server.address, "/status") is None
