@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from transformers.utils import import_utils
+
 from areal_like.runtime.imports import torch_hidden
+from areal_like.runtime.transformers_index import Index, stored_scan
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.tasks.base import Example
 from tests.support.launching import ROOT
@@ -46,11 +51,12 @@ def test_tokenizer_is_the_same_without_torch(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
     run = subprocess.run(
         [sys.executable, "-c", CHILD, model, repr(PROMPTS)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
     )
     assert (run.returncode, run.stderr) == (0, ""), run.stderr
+    assert len(list((tmp_path / "cache/areal_like").glob("transformers-index-*.json"))) == 1
     renderer = PromptRenderer(model)
     expected = []
     for prompt in PROMPTS:
@@ -68,3 +74,50 @@ def test_imported_torch_stays_imported() -> None:
     with torch_hidden():
         assert sys.modules["torch"] is torch
     assert sys.modules["torch"] is torch
+
+
+def test_the_stored_index_is_that_of_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    scan, scanned = inspect.unwrap(import_utils.create_import_structure_from_path), []
+    models = tmp_path / "models"
+    (models / "newt").mkdir(parents=True)
+    (models / "modeling_newt.py").write_text('__all__ = ["Newt"]\n')
+    (models / "newt" / "configuration_newt.py").write_text('__all__ = [\n    "NewtConfig",\n]\n')
+
+    def index() -> Index:
+        """As a process that has just started gets it."""
+
+        def counted(path: object) -> Index:
+            scanned.append(path)
+            found: Index = scan(path)
+            return found
+
+        get = stored_scan(counted, models)
+        assert get(str(models / "__init__.py")) == get(models) == scan(models)
+        return get(models)
+
+    assert index()[frozenset({"torch"})] == {"modeling_newt": {"Newt"}}
+    assert index()["newt"] == {frozenset(): {"configuration_newt": {"NewtConfig"}}} and len(scanned) == 1
+    (models / "modeling_newt.py").write_text('__all__ = ["Newt", "NewtModel"]\n')
+    assert index()[frozenset({"torch"})] == {"modeling_newt": {"Newt", "NewtModel"}}
+    assert len(scanned) == 2, "the file changed"
+    for damaged in ("[[", "[1]", '[["newt", 3]]', '[[["torch"], ["newt"]]]'):
+        for file in tmp_path.glob("areal_like/*.json"):
+            file.write_text(damaged)
+        num_scanned = len(scanned)
+        index()
+        assert len(scanned) == num_scanned + 1
+    (tmp_path / "no-directory").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no-directory"))
+    index()
+
+
+def test_the_stored_index_of_transformers_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    scan = import_utils.create_import_structure_from_path
+    models = Path(import_utils.__file__).parents[1] / "models"
+    expected = inspect.unwrap(scan)(models)
+    assert len(expected) > 100
+    assert stored_scan(scan, models)(models) == stored_scan(lambda _: {}, models)(models) == expected
