@@ -8,6 +8,7 @@ misbehaves. The launcher runs them because `python -m` searches the working dire
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -79,10 +80,12 @@ def main(role: str, default_name: str) -> None:
             raise ConfigError("rollout.engine_device=cuda:1: there is no such device")
         if role == "buffer":
             _pose_as_buffer(runtime)
+        while role == "trainer" and not (runtime.stopping.is_set() or _buffer_has_port(root)):
+            await asyncio.sleep(0.05)  # as the real one, which then has no steps without a buffer
         runtime.ready()
         if start_number == 1:
             await _die_when_exists(root / f"{name}.dies")
-        if role == "trainer":
+        if role == "trainer" and not runtime.stopping.is_set():
             drain_s = 2 if script == "drain slowly" else 0
             await train(runtime, fail_at=5 if script == "fail" else None, drain_s=drain_s)
         else:
@@ -96,6 +99,12 @@ def _count_start(root: Path, name: str) -> int:
     with (root / f"{name}.starts").open("a+") as file:
         file.write("start\n")
         return file.tell() // len("start\n")
+
+
+def _buffer_has_port(root: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return "stream" in json.loads((RunPaths(root).endpoints / "buffer.json").read_text())
+    return False
 
 
 def _pose_as_buffer(runtime: Runtime) -> None:
