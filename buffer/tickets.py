@@ -172,8 +172,8 @@ class Ticket:
     num_failures: dict[int, int] = field(default_factory=dict)
     """Number of failures so far, by sample index."""
     failed: set[int] = field(default_factory=set)
-    """Samples that failed for good, of an eval ticket or a closed group; of a closed group also those that
-    were dropped. Any other train ticket is dropped instead."""
+    """Indices of samples that failed for good or, in a closed group, were dropped. Only for eval tickets and
+    closed groups: any other ticket is dropped as a whole."""
     failed_at: str = ""
     """The server at which a sample failed last; others are preferred for the retry. Not stored."""
     step: int = -1

@@ -120,7 +120,7 @@ class Leader:
         """False even for a run that starts over without a checkpoint: its servers may still hold weights that
         an earlier trainer pushed."""
         self.settings: StepSettings = buffer.call(GetStepSettings(step=step), timeout_s=_CALL_TIMEOUT_S)
-        """Settings of the step that begins or is in training."""
+        """Settings of the current step, which is about to begin or in progress."""
         self._counters_at_start, self._counted_from_s = self._get_counters(), time.monotonic()
         self._publisher: Publisher = buffer.run(self._open_publisher(), name="publisher", timeout_s=10)
         # Created last: from now on `close` has to end its trackers.

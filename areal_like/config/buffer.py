@@ -1,4 +1,7 @@
-"""Settings of the buffer: the ledger of tickets, the curriculum, and the storage of trajectories."""
+"""Settings of the buffer: the ledger of tickets, the curriculum, and the storage of trajectories.
+
+The staleness bound that the buffer enforces, `max_staleness`, is a setting of the whole job (job.py).
+"""
 
 from __future__ import annotations
 

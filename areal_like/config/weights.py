@@ -44,8 +44,8 @@ class WeightsConfig(Section, key="weights"):
     added to it. A receiver that has not responded by then is excluded from the weight group. With
     `update_mode=drain` the limit has to cover the longest completion that an engine finishes first."""
     min_bytes_per_s: Annotated[float, Bounds(1)] = 100e6
-    """Minimum rate of a push, in bytes per second; a slower push counts as failed. The limit of a push of n
-    bytes is `push_deadline_s` + n / `min_bytes_per_s` seconds, and at most 3600."""
+    """Rate assumed for the time limit of a push, in bytes per second: a push of n bytes may take
+    `push_deadline_s` + n / `min_bytes_per_s` seconds, and at most 3600."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Backend of the weight group; `auto`: NCCL where trainer and engine are on GPUs, else gloo."""
     topology: Literal["shared", "per_engine"] = "shared"

@@ -2,7 +2,9 @@
 
 The checksum of a bucket is fast and finds errors in transit. Its SHA-256 (`weights.integrity=sha256`) finds
 any change, so that weights cannot be replaced unnoticed between trainer and engine, as long as the control
-channel that carries the digests is authentic (`security.keys`).
+channel that carries the digests is authentic (`security.keys`). The embedded engine computes them as it
+receives (rollout_server/engine/weights/bucket_receiver.py); its rollout server compares them
+(rollout_server/weights/shadow.py).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Change:
     key: str
     value: str
     before: str
-    """Empty for an action."""
+    """The previous value; empty for an action."""
     step: int
     """The first step with this value; for an action, the step after which it is done."""
 

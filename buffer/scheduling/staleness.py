@@ -2,11 +2,12 @@
 
     deadline = min(step of its oldest token's weights + max_staleness, last step of that step's sync interval)
 
-Admission and recording share this rule. A ticket keeps the bound under which its first sample was leased; it
-is fixed once the ticket has a sample or a lease. So the current bound may change at any time without wasting
-work: lowering it closes admission until the earlier tickets are done, and no ticket that was on time becomes
-late. Admission still guarantees that every deadline can be met: whenever a ticket is issued, all recorded,
-ready and running groups fit into the steps up to that ticket's deadline.
+Admission (admission.py) and recording (step_scheduler.py) share this rule. A ticket keeps the bound under
+which its first sample was leased; it is fixed once the ticket has a sample or a lease. So the current bound
+may change at any time without wasting work: lowering it closes admission until the earlier tickets are done,
+and no ticket that was on time becomes late. Admission still guarantees that every deadline can be met:
+whenever a ticket is issued, all recorded, ready and running groups fit into the steps up to that ticket's
+deadline.
 
 Sync intervals (`weights.sync_interval` I > 1 with `buffer.group_filter: single_version`): engines get new
 weights every I steps, no group may mix two versions, and every interval trains on its own groups. Steps

@@ -25,7 +25,7 @@ _NAMES = {
     "loss": ("loss",),
     "gradient norm": ("grad_norm",),
 }
-"""Every other number of a row is among the other metrics."""
+"""Kind -> names of its metrics. Names that are not listed are of the kind `other metrics`."""
 _KIND_OF = {name: kind for kind, names in _NAMES.items() for name in names}
 SCALED = ("grad_norm", "lr", "lr_base", "lr_scale")
 """Numbers that are not sums of positive and negative terms, so their rounding is relative to themselves."""

@@ -21,7 +21,7 @@ from areal_like.runtime.restarts import RestartLimits, Restarts, RestartState
 from launch.local_job.specs import DRAINED
 
 HEALTHY_S = 600.0
-"""After a start that lasted this long, earlier failures of the role no longer count."""
+"""Uptime in seconds after which a role's earlier failures no longer count."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 
 

@@ -144,7 +144,8 @@ class Run:
         return float(self.columns.times_s[at])
 
     def settings(self) -> dict[str, str]:
-        """Settings that differ from the defaults and all settings of open sections, as they are typed."""
+        """Settings that differ from their defaults, plus every setting of an open section, as typed on the
+        command line."""
         return {
             key: text
             for key, text in flat(self.config).items()

@@ -151,8 +151,8 @@ class RunLedgers:
         raise AssertionError("the loop returns or raises")
 
     def _find_evaluated(self, set_name: str, step: int | None) -> list[LocatedRow]:
-        """The rows of one evaluation. If there are several of a step, one that was not cancelled, and not one
-        of an earlier trainer before the run returned to that step."""
+        """The rows of one evaluation of the set. If a step was evaluated more than once, prefers one that was
+        not cancelled, then the latest."""
         where = "purpose = 'eval' AND state = 'evaluated'"
         steps_of: dict[str, set[int]] = {}
         for directory in self._directories:

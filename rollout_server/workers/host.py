@@ -298,7 +298,7 @@ class ZygoteProcess:
         self._order(["fork", worker, may_import], theirs.dup())
 
     def kill(self, worker: int) -> None:
-        """Orders the end of a worker."""
+        """Tells the zygote to kill a worker; does nothing if the zygote is gone."""
         if self._control.fileno() >= 0:
             self._order(["kill", worker, False])
 

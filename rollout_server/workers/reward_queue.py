@@ -6,7 +6,8 @@
 A reward that takes far longer than the others *holds* its worker. Rewards that hang mostly come from one task
 of a mixture, so the label of such a reward is *suspect* until `_PROBATION` of its rewards have ended in time.
 Completions with a suspect label are sent after all others, and leave some workers to other labels. While all
-completions have the same label there is nothing to protect, and this has no effect.
+completions have the same label there is nothing to protect, and this has no effect. A failed reward is not
+computed again here: the buffer decides about its sample (`buffer.on_failure`).
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class Estimate:
     lag: float
     """Expected lag of the oldest token that is trained on, in steps."""
     staleness: tuple[Forecast, ...]
-    """What the bound costs with each rule of `buffer.overdue`, for each of SPREADS; empty for
+    """What the bound costs with `buffer.overdue=wait` and with `close`, for each of SPREADS; empty for
     `max_staleness=0`."""
     staleness_of_close: int
     """The least `max_staleness` with which `buffer.overdue=close` masks at most 5 % of the tokens, for the

@@ -109,10 +109,10 @@ class PushOutcome:
 class Broadcaster:
     """Pushes snapshots to servers, one `push` at a time. For each group of servers a push does this:
 
-        alive = await receiver.request(AskAlive(), Alive)   # each receiver; those that do not respond are
-        left out session = WeightGroupSession(group=WeightGroup.create(backend=...), ...)    # an NCCL or gloo
-        group await session.form()                                # FormGroup to each receiver, then the
-        rendezvous await session.stage(snapshot, ...)                  # only if an engine loads in place
+        alive = await receiver.request(AskAlive(), Alive)   # each receiver; without those that do not respond
+        session = WeightGroupSession(group=WeightGroup.create(backend=...), ...)    # an NCCL or gloo group
+        await session.form()                                # FormGroup to each receiver, then the rendezvous
+        await session.stage(snapshot, ...)                  # only if an engine loads in place
         await session.push(PushWeights(...), snapshot)      # buckets, PushChecksums; each replies WeightsOk
         await session.dissolve()                            # only after a failure or a change of receivers
 

@@ -179,8 +179,8 @@ class SessionPlane:
 
     @property
     def _requests_of_a_session(self) -> int:
-        """Returns a session's maximum of concurrent requests: one per allowed turn, but at most half of the
-        connections."""
+        """A session's maximum number of concurrent requests: one per allowed turn, at most half of the
+        connections, but at least `_SPARE_CONNECTIONS`."""
         turns = min(self.config.episode.max_turns, self._connections_of_samples // 2)
         return max(turns, _SPARE_CONNECTIONS)
 
