@@ -83,7 +83,15 @@ class Registry(Generic[T]):
                 f"{self._section}: want a list of mappings, each with `name` ({names}) or `_target_`, "
                 f"got {settings!r}"
             )
-        return tuple(self.build(one, job=job) for one in settings)
+        return tuple(self._build_one(one, job) for one in settings)
+
+    def _build_one(self, settings: Mapping[str, Any], job: Mapping[str, Any] | None) -> T:
+        """An object of a list; an error names it, because several may have the same setting."""
+        try:
+            return self.build(settings, job=job)
+        except ConfigError as error:
+            name = settings.get("name", settings.get("_target_"))
+            raise ConfigError(str(error) if str(name) in str(error) else f"{name}: {error}") from error
 
     def _named(self, name: str) -> type[T]:
         if name in self._elsewhere:

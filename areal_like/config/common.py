@@ -46,7 +46,7 @@ class Bounds(NamedTuple):
         if is_high_enough and (value < high or (value == high and not below)):
             return
         if high == math.inf:
-            raise ConfigError(f"{key} must be {'above' if above else 'at least'} {low}")
+            raise ConfigError(f"{key} must be {'above' if above else 'at least'} {low}, not {value}")
         words = f"{low:.12g} to {high:.12g}"
         if above:
             words = f"a number {f'between {low} and' if below else f'above {low} and at most'} {high:.12g}"
@@ -81,10 +81,12 @@ class Section:
     def __post_init__(self) -> None:
         """Raises ConfigError for a value outside the choices or bounds of its field, then calls `check`."""
         for name, annotation in typing.get_type_hints(type(self), include_extras=True).items():
-            key, value = f"{self.key}.{name}".lstrip("."), getattr(self, name)
-            check_choice(annotation, value, key=key)
-            for bounds in getattr(annotation, "__metadata__", ()):
-                bounds.check(value, key=key)
+            # Another attribute may be a property, or not be set yet.
+            if choices_of(annotation) or hasattr(annotation, "__metadata__"):
+                key, value = f"{self.key}.{name}".lstrip("."), getattr(self, name)
+                check_choice(annotation, value, key=key)
+                for bounds in getattr(annotation, "__metadata__", ()):
+                    bounds.check(value, key=key)
         self.check()
 
     def check(self) -> None:

@@ -96,7 +96,7 @@ def test_a_mistake_is_one_message_and_code_2(
 def test_a_process_ends_with_the_code_of_a_mistake(tmp_path: Path) -> None:
     done = areal_like("run", "trainer.num_steps=0", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "areal-like: trainer.num_steps must be at least 1\n"
+    assert done.stderr == "areal-like: trainer.num_steps must be at least 1, not 0\n"
 
 
 def test_a_mistyped_run_gets_the_nearest_name(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from areal_like.config.common import Section
+from areal_like.config.common import Fraction, NonNegativeFloat, Section
 from areal_like.errors import ConfigError
 from areal_like.registry import Registry
 from areal_like.trajectory import Trajectory
@@ -80,14 +80,12 @@ class Overlong(Shaping):
     """Length at which the penalty is full; `sampling.max_new_tokens` by default."""
     soft_fraction: float = 0.2
     """Last share of that length, over which the penalty grows (the paper: 4096 of 20480)."""
-    weight: float = 1.0
+    weight: NonNegativeFloat = 1.0
     """Full penalty."""
 
     def check(self) -> None:
-        if self.max_tokens < 1 or not 0 < self.soft_fraction <= 1 or self.weight < 0:
-            raise ConfigError(
-                "advantage.shaping: overlong needs max_tokens >= 1, 0 < soft_fraction <= 1 and weight >= 0"
-            )
+        if self.max_tokens < 1 or not 0 < self.soft_fraction <= 1:
+            raise ConfigError("advantage.shaping: overlong needs max_tokens >= 1 and 0 < soft_fraction <= 1")
 
     def rewards(self, group: Sequence[Trajectory], context: ShapingContext) -> FloatArray:
         """R - weight * clip((L - (1 - soft_fraction) max_tokens) / (soft_fraction max_tokens), 0, 1)"""
@@ -108,18 +106,12 @@ class GrpoLambda(Shaping):
 
     scope = Scope.BATCH
 
-    top: float = 0.2
+    top: Fraction = 0.2
     """Share of the step's groups, by accuracy, that get the length penalty."""
-    weight: float = 0.6
+    weight: NonNegativeFloat = 0.6
     """Largest penalty of a correct completion."""
     correct: float = 1.0
     """Smallest reward of a completion that counts as correct."""
-
-    def check(self) -> None:
-        if not 0 <= self.top <= 1 or self.weight < 0:
-            raise ConfigError(
-                "advantage.shaping: grpo_lambda needs top between 0 and 1 and weight of at least 0"
-            )
 
     def score(self, group: Sequence[Trajectory]) -> float:
         return float((rewards_of(group) >= self.correct).mean())

@@ -100,8 +100,9 @@ StepStats = Mapping[str, Tensor]
 class Objective(Section, ABC, key="objective"):
     """Base of all objectives.
 
-    Choices and bounds of a setting are stated by its annotation (`Literal`, `PositiveFloat`); `check` is for
-    rules over several. A subclass may shadow class attributes with properties where they depend on settings.
+    Choices and bounds of a setting are stated by its annotation (`Literal`, `PositiveFloat`); `check` is
+    for rules that involve several settings. A subclass may shadow class attributes with properties where they
+    depend on settings.
     """
 
     scope: Scope = Scope.GROUP

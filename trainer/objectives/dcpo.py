@@ -6,9 +6,9 @@
 
 PPO bounds the ratio, so a rare token can hardly gain probability at all. DCPO bounds |(r - 1) pi_t|, the
 change of the token's probability times the ratio. With pi_t = r q, solving `|r - 1| r q <= clip` for r gives
-the bounds above. They equal those of the authors' code (lime-RL/DCPO), which caps the upper bound at 10 or
-more and has PPO's dual clip, too. Left out: DCPO's smoothing of advantages over a prompt's history, because
-prompts seldom recur here.
+the bounds above. They equal those of the authors' code (lime-RL/DCPO), which caps the upper bound at no
+less than 10 and also has PPO's dual clip. Left out: DCPO's smoothing of advantages over a prompt's history,
+because prompts seldom recur here.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class Ppo(Objective):
     def check(self) -> None:
         if not 0 < self.clip_low < 1:
             raise ConfigError("objective: use clip_low between 0 and 1")
-        if self.dual_clip != 0 and self.dual_clip <= 1 + self.clip_high:
+        if self.dual_clip != 0 and not self.dual_clip > 1 + self.clip_high:
             raise ConfigError(
                 f"objective.dual_clip={self.dual_clip}: use 0 (off) or a value above 1 + clip_high"
             )

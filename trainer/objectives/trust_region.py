@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from areal_like.config.common import PositiveFloat
+from areal_like.config.common import NonNegativeFloat, PositiveFloat
 from areal_like.errors import ConfigError
 from trainer.objectives.base import SampledTokens, StepStats
 from trainer.objectives.importance import MAX_EXPONENT
@@ -71,13 +71,13 @@ class TrustRegion(Mask):
     denominator: Denominator = "kept"
     level: Literal["sequence", "token"] = "sequence"
     """`sequence` | `token`, which drops only the tokens outside the region."""
-    max_kl: float = 2.0
+    max_kl: NonNegativeFloat = 2.0
     """Largest k2 of any token, in nats; 2 allows ratios from exp(-2) to exp(2). 0: no such limit."""
-    mean_kl: float = 0.05
+    mean_kl: NonNegativeFloat = 0.05
     """Largest mean of k3 over a sequence's tokens, in nats; unused with `level=token`. 0: no such limit."""
 
     def check(self) -> None:
-        if min(self.max_kl, self.mean_kl) < 0 or self.max_kl + self.mean_kl * (self.level == "sequence") == 0:
+        if self.max_kl + self.mean_kl * (self.level == "sequence") == 0:
             raise ConfigError(
                 "objective.masks: trust_region needs max_kl or (with level=sequence) mean_kl above 0"
             )

@@ -30,7 +30,7 @@ SPREADS = (0.5, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """Efficiencies and rates that are ASSUMED."""
+    """Assumed efficiencies and rates."""
 
     trainer_efficiency: float = 0.30
     """Share of the peak FLOP/s that the trainer's kernels reach (eager, one kernel for each operation)."""

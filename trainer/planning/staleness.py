@@ -18,8 +18,8 @@ later, so a token is too old if more than max_staleness - 1/2 steps of sampling 
     masked = E[(D - max_staleness + 1/2)+] / E[D]
     lag    = E[min(max_staleness, max(D, min(longest of the group, close_after - 3/2)) + 1)]
 
-The lag is that of a sample's oldest trained token. The formulas agree with the simulated tables that
-the constants were fitted to within .045 (masked) and .2 (lag).
+The lag is that of a sample's oldest trained token. The formulas agree to within .045 (masked) and .2 (lag)
+with the simulated tables to which the constants were fitted.
 
 Durations are log-normal with mean 1 times k; `spread` is the standard deviation of their log. They may be cut
 off, as `sampling.max_new_tokens` does.

@@ -168,6 +168,7 @@ class StepRunner:
             # One position at a time as they arrive, unless rewards or advantages depend on the whole step.
             scored, value_targets = self._scored(positions, timer, step=step)
             microbatches: Iterable[MicroBatch] = self._packer.microbatches(self._trained(scored, totals))
+            del scored  # its samples are freed once they are in micro-batches
             with self._gradients as gradients:
                 stats: StepStats = {}
                 if self._objective.scope is Scope.BATCH:
