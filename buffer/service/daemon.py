@@ -192,6 +192,7 @@ class BufferDaemon:
         Raises if the job fails.
         """
         self._tick()
+        self._ledger.state.store.when_durable(self._show_readiness)
         log.info("listening on port %d", self._listener.port)
         stopping = asyncio.create_task(self._runtime.stopping.wait(), name="stopping")
         stopping.add_done_callback(lambda _: self._wake.set())
@@ -344,10 +345,7 @@ class BufferDaemon:
         self._ticking = self._loop.call_later(_TICK_S, self._tick)
         with self._failing_on_error():
             self._watch.tick(now_s=self._loop.time(), interval_s=_TICK_S)
-            if reason := self._ledger.state.store.write_blocked_reason:
-                self._runtime.unready(reason)
-            else:
-                self._runtime.ready()
+            self._show_readiness()
             for name in self._ledger.dispatcher.expire(now_s=self._loop.time()):
                 log.warning(
                     "%s has sent nothing for %g s: its samples are leased again",
@@ -365,6 +363,13 @@ class BufferDaemon:
             counters = status.stream_counters(state, self._peers, received_bytes=self._received_bytes)
             self._recent.see(state, counters, now_s=self._loop.time())
             self._series.update(state, self._peers, counters | self._refused_frames())
+
+    def _show_readiness(self) -> None:
+        """The buffer is ready while it can write, from the time when its first rows are durable."""
+        if reason := self._ledger.state.store.write_blocked_reason:
+            self._runtime.unready(reason)
+        elif self._ledger.state.leases.may_grant:
+            self._runtime.ready()
 
     def _remove_revoked(self) -> None:
         """Removes peers whose key was revoked; the leases of servers are returned."""

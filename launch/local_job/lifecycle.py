@@ -133,6 +133,8 @@ class JobLifecycle:
         """Daemons that have been ready at least once, so their settings are valid."""
         self._began_s = self._phase_since_s = now_s
         self._progress = ProgressClock(now_s=now_s)
+        self._seen = Observation()
+        """The newest observation."""
         self.phase = Phase.PREPARING
         self.has_begun = False  # True once all daemons have been ready at the same time
         self.outcome = JobOutcome()
@@ -217,6 +219,7 @@ class JobLifecycle:
 
     def tick(self, seen: Observation, *, now_s: float, now_unix_s: float) -> list[Action]:
         """Advances the phase and starts what is due. Call it about ten times per second."""
+        self._seen = seen
         actions = self._advance_phase(seen, now_s=now_s)
         if seen.last_step > self._trainer.best_step:
             # The step may be observed up to a second late, after a later death: pass the time of the step
@@ -249,7 +252,7 @@ class JobLifecycle:
         if self.phase is Phase.CLOSING:
             return self._advance_closing(seen, now_s=now_s)
         if not self._buffers_have_ports:
-            if not (unready := [name for name in self._buffers if not _has_port(seen, name)]):
+            if not (unready := self._unready_buffers(seen)):
                 self._keep_ports(seen, now_s=now_s)
             elif now_s - self._began_s > BUFFER_START_TIMEOUT_S:
                 return self._fail_unready(unready, seen, now_s=now_s)
@@ -284,10 +287,22 @@ class JobLifecycle:
         return []
 
     def _unready(self, seen: Observation) -> list[str]:
-        """Daemons that are not ready yet; the trainer's ranks are daemons."""
+        """Daemons that are not ready yet; the trainer's ranks are daemons.
+
+        Once all buffers have been ready, they no longer count: a job waits for a buffer whose disk is full.
+        """
+        buffers = [] if self._buffers_have_ports else self._unready_buffers(seen)
         ranks = [f"trainer-{rank}" for rank in range(self._config.trainer.world_size)]
-        names = [*self._buffers, *self._servers.expected, *ranks]
-        return [name for name in names if name not in seen.daemons or seen.daemons[name].not_ready]
+        names = [*self._servers.expected, *ranks]
+        return [*buffers, *(name for name in names if not _is_ready(seen, name))]
+
+    def _unready_buffers(self, seen: Observation) -> list[str]:
+        """Buffers that are not ready, or have not written their address."""
+        return [
+            name
+            for name in self._buffers
+            if not (_is_ready(seen, name) and "stream" in seen.daemons[name].endpoint)
+        ]
 
     def _enter(self, phase: Phase, *, now_s: float) -> None:
         log.info("%s", phase)
@@ -306,6 +321,9 @@ class JobLifecycle:
     def _process_failed(self, ended: Exit, *, now_s: float) -> list[Action]:
         """Handles the failure of a buffer, the trainer or prepare_model: a restart, or the end of the run."""
         words = ended.failure_lines(f"{ended.name} failed ({ended.description}); its last lines:")
+        if ended.name == "trainer":  # it may have waited for a buffer that cannot write
+            unready = self._unready_buffers(self._seen)
+            words += [f"{name} was not ready: {self._seen.reason_unready(name)}" for name in unready]
         if ended.name == "trainer" and not self._trainer.is_hopeless(ended):
             self._trainer.died(ended, report=words, now_s=now_s)
             restarts = self._trainer.restarts
@@ -350,7 +368,8 @@ class JobLifecycle:
             due = self._servers.start_due(now_s=now_s)
             starts += [Start(self._specs.server(name)) for name in due]
         for name, restarts in self._buffer_restarts.items():
-            if (is_open or self._is_needed_to_close(name)) and restarts.is_due(now_s=now_s):
+            is_wanted = self.phase is not Phase.CLOSING or self._is_needed_to_close(name)
+            if is_wanted and restarts.is_due(now_s=now_s):
                 restarts.started(now_s=now_s)
                 starts.append(Start(self._buffers[name]))
         if is_open and self._trainer.restarts.is_due(now_s=now_s):
@@ -385,8 +404,8 @@ class JobLifecycle:
 
     def _fail_unready(self, names: Sequence[str], seen: Observation, *, now_s: float) -> list[Action]:
         lines = []
-        waited_s = now_s - self._phase_since_s
         for name in names:
+            waited_s = now_s - (self._began_s if name in self._buffers else self._phase_since_s)
             lines.append(f"{name} was not ready after {waited_s:.0f} s: {seen.reason_unready(name)}")
             process = "trainer" if name.startswith("trainer-") else name
             lines += [f"  {line}" for line in self._last_words(process)]
@@ -429,7 +448,5 @@ class JobLifecycle:
         return list(starts)
 
 
-def _has_port(seen: Observation, buffer: str) -> bool:
-    """True if the buffer is ready and has written its address."""
-    view = seen.daemons.get(buffer)
-    return view is not None and not view.not_ready and "stream" in view.endpoint
+def _is_ready(seen: Observation, name: str) -> bool:
+    return name in seen.daemons and not seen.daemons[name].not_ready

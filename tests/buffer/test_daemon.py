@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import pickle
 import random
 import signal
 import socket
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,26 @@ def test_a_whole_run_with_two_producers(buffer: BufferProcess) -> None:
         buffer.wait_status(lambda _, line=line: line in buffer.get("/metrics"))
     code, stderr = buffer.terminate()
     assert (code, stderr) == (0, "")
+
+
+def test_a_buffer_is_ready_when_it_can_write(tmp_path: Path) -> None:
+    with running_buffer(tmp_path) as before:
+        before.wait_status(lambda status: not status["not_ready"])
+        assert before.terminate()[0] == 0
+    reasons: list[str] = []
+
+    def is_locked(status: dict[str, Any]) -> bool:
+        reasons.append(status["not_ready"])
+        return "another program holds" in reasons[-1]
+
+    database = before.paths.ledger / "ledger.sqlite3"
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as shell:
+        shell.execute("BEGIN IMMEDIATE")
+        with running_buffer(tmp_path) as buffer:
+            buffer.wait_status(is_locked)
+            assert all(reasons), "it was ready before it could write"
+            shell.execute("ROLLBACK")
+            buffer.wait_status(lambda status: not status["not_ready"])
 
 
 def test_leases_of_a_killed_producer_go_to_the_other(tmp_path: Path) -> None:

@@ -232,6 +232,68 @@ def test_a_start_that_waits_for_the_disk_says_so() -> None:
     assert "disk full: 3 MiB" in job.outcome.failure[-1]
 
 
+def not_ready(observation: Observation, reason: str) -> Observation:
+    """The observation with a buffer that is not ready for this reason."""
+    return with_status(observation, "buffer", not_ready=reason)
+
+
+def test_a_start_goes_on_while_a_buffer_waits_for_space() -> None:
+    job = lifecycle()
+    job.start(has_model=True)
+    tick(job, 1.0, seen("buffer", "rollout-0", "trainer-0"))
+    full = not_ready(seen("buffer", "rollout-0", "trainer-0"), "disk full: 3 MiB are free")
+    tick(job, 2.0, full)
+    assert job.waiting_for(full) == "rollout-1 (starting)", "the buffer has been ready"
+    tick(job, 3.0, not_ready(seen(*ALL), "disk full: 3 MiB are free"))
+    assert job.phase is Phase.RUNNING
+
+
+def test_all_shards_must_be_ready_at_the_same_time() -> None:
+    job = lifecycle(buffer={"num_shards": 2})
+    job.start(has_model=True)
+    others = ("rollout-0", "rollout-1", "trainer-0")
+    tick(job, 1.0, seen("buffer-0", *others))
+    tick(job, 2.0, with_status(seen("buffer-0", "buffer-1", *others), "buffer-0", not_ready="disk full"))
+    no_address = seen("buffer-0", "buffer-1", *others)
+    del no_address.daemons["buffer-1"].endpoint["stream"]
+    tick(job, 3.0, no_address)
+    assert job.phase is Phase.STARTING
+    tick(job, 60.1, seen("buffer-0", *others))
+    assert job.outcome.failure == ["buffer-1 was not ready after 60 s: starting", "  buffer-1 hangs"]
+
+
+def test_a_buffer_that_dies_during_preparation_is_restarted() -> None:
+    job = lifecycle()
+    job.start()
+    tick(job, 1.0, seen("buffer"))
+    assert "starting it again in 0.5 s" in notices(job.exited(Exit(name="buffer", code=3), now_s=2.0))
+    (start,) = tick(job, 2.6, seen())
+    assert isinstance(start, Start) and start.spec.command[-1] == "buffer.ports=[7001]"
+    assert job.phase is Phase.PREPARING
+
+
+def test_the_wait_for_a_buffer_counts_from_its_start() -> None:
+    job = lifecycle()
+    job.start()
+    tick(job, 1.0, seen())
+    job.exited(Exit(name="prepare_model", code=0), now_s=55.0)
+    tick(job, 55.0, seen())
+    tick(job, 60.1, seen())
+    assert job.outcome.failure[0] == "buffer was not ready after 60 s: starting"
+
+
+def test_a_trainer_that_a_blocked_buffer_ends_names_it() -> None:
+    job = lifecycle()
+    job.start(has_model=True)
+    tick(job, 1.0, not_ready(seen("buffer"), "locked: another program holds the ledger"))
+    job.exited(Exit(name="trainer", code=1, last_words=("no reply to Hello",)), now_s=58.0)
+    assert job.outcome.failure == [
+        "trainer failed (exit code 1); its last lines:",
+        "  no reply to Hello",
+        "buffer was not ready: locked: another program holds the ledger",
+    ]
+
+
 def test_a_buffer_that_has_not_answered_yet_is_not_a_cause() -> None:
     starting = DaemonView(name="buffer", endpoint={"role": "buffer"}, status=None, seen_s=0.0)
     assert Observation(daemons={"buffer": starting}).cause == ""
