@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_like import adding, sorting
+from areal_like.built_model import note_settings
 from areal_like.chat import learned_tokens
 from areal_like.config import Config
 from areal_like.errors import ConfigError, UserError, first_line
@@ -43,7 +44,7 @@ def prepare_model(config: Config, *, out_dir: Path | None = None) -> str:
     `areal_like.paths.model_path` returns. Raises ConfigError when the model cannot be built, found or loaded.
     """
     if plan_of := _BUILT.get(config.model.path):
-        return str(_cached(*plan_of(config), out_dir=out_dir or RunPaths.of(config).built_model))
+        return str(_cached(config, plan_of(config), out_dir=out_dir or RunPaths.of(config).built_model))
     return _check_existing(config)
 
 
@@ -126,8 +127,9 @@ _BUILT: Mapping[str, Callable[[Config], BuildPlan]] = {"tiny": _tiny, "smollm2":
 """Value of `model.path` -> plan, for the models that are built here."""
 
 
-def _cached(name: str, key: Mapping[str, Any], build: Callable[[Path], None], *, out_dir: Path) -> Path:
+def _cached(config: Config, plan: BuildPlan, *, out_dir: Path) -> Path:
     """Builds the model into the cache unless it is there, and replaces `out_dir` by links to it."""
+    name, key, build = plan
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     root = cache_dir()
     cached = root / f"{name}-{digest}"
@@ -145,6 +147,7 @@ def _cached(name: str, key: Mapping[str, Any], build: Callable[[Path], None], *,
     try:
         for file in cached.iterdir():
             _link_or_copy(file, linked / file.name)
+        note_settings(config, linked)
         if out_dir.exists():
             shutil.rmtree(out_dir)
         linked.chmod(0o755)

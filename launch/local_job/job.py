@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from http.client import HTTPException
 
+from areal_like.built_model import is_built
 from areal_like.errors import ConfigError
 from areal_like.paths import write_json
 from areal_like.runtime.command_line import load_config, save_config
@@ -81,7 +82,7 @@ class LocalJob:
         """
         self._observer.start()
         try:
-            self._carry_out(self._lifecycle.start(has_model=self._run.has_model))
+            self._carry_out(self._lifecycle.start(has_model=is_built(self._run.config)))
             while not self._lifecycle.is_over:
                 self._advance()
                 time.sleep(TICK_S)

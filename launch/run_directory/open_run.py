@@ -60,12 +60,6 @@ class OpenRun:
         """The file with the settings of this launch, for its processes."""
         return self.paths.next_config if self.is_resumed else self.paths.config
 
-    @property
-    def has_model(self) -> bool:
-        """True if an earlier launch has built the run's initial model, which never changes."""
-        is_built = self.config.model.path in BUILT_MODELS
-        return self.is_resumed and is_built and (self.paths.built_model / "config.json").exists()
-
     def keep_settings(self) -> None:
         """Makes the settings of this launch those of the run: they have worked."""
         if self.is_resumed:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from areal_like.built_model import is_built
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
@@ -18,6 +19,7 @@ from launch.local_job.job import LocalJob
 from launch.run_directory.kept_settings import read_changes
 from launch.run_directory.open_run import OpenRun, open_run
 from launch.view.plain import PlainView
+from trainer.prepare_model import prepare_model
 
 Open = Callable[..., OpenRun]
 
@@ -110,6 +112,31 @@ def test_the_number_of_shards_cannot_change(resume: Open) -> None:
     with pytest.raises(ConfigError, match=r"continue with buffer.num_shards=1,"):
         resume()
     resume("buffer.num_shards=1").close()
+
+
+def test_a_model_of_other_settings_is_prepared_again(
+    resume: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def has_model(*settings: str) -> bool:
+        run = resume(*settings)
+        run.close()
+        return is_built(run.config)
+
+    def prepare(*settings: str) -> None:
+        run = resume(*settings)
+        prepare_model(load_config(["--config", str(run.config_file)]))
+        run.close()
+
+    random_weights = "model.warm_start_steps=0"
+    prepare(random_weights)  # a resume whose daemons were never ready: config.yaml does not have this setting
+    assert not has_model()
+    assert has_model(random_weights) and has_model(random_weights, "trainer.lr=3e-5")
+    for other in ("seed=1", "model.renderer=jinja", "task.api_key=abc"):
+        assert not has_model(random_weights, other)
+    prepare(random_weights, "seed=1")
+    assert has_model(random_weights, "seed=1") and not has_model(random_weights)
 
 
 def test_the_model_of_a_run_cannot_change(resume: Open, tmp_path: Path) -> None:

@@ -393,6 +393,8 @@ def test_a_killed_launcher_leaves_its_lock_to_its_daemons(
     assert out.startswith(f"resume of step {num_done} from {root}, its newest checkpoint\n")
     (change,) = read_changes(RunPaths(root))
     assert change.step == num_done and change.text.startswith("trainer.num_steps: ")
+    prepared = [message for message in launcher_log(root) if message.startswith("prepare_model started")]
+    assert len(prepared) == 1, "the resumed run had its model"
     assert load_config(["--config", str(root / "config.yaml")]).trainer.num_steps == 3
 
 

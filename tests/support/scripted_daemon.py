@@ -17,9 +17,10 @@ import sys
 import time
 from pathlib import Path
 
+from areal_like.built_model import note_settings
 from areal_like.errors import ConfigError, DeadlineError
 from areal_like.paths import RunPaths, write_json
-from areal_like.runtime.command_line import role_arguments
+from areal_like.runtime.command_line import load_config, role_arguments
 from areal_like.runtime.daemon import Runtime, run_daemon
 
 _IMPORT = "from tests.support.scripted_daemon import"
@@ -46,10 +47,14 @@ def behavior(name: str) -> str:
 
 
 def prepare() -> None:
-    """The stand-in of `trainer.prepare_model`: ready at once, or a user's mistake."""
+    """The stand-in of `trainer.prepare_model`: its model has no weights; or a user's mistake."""
     if behavior("prepare_model") == "user error":
         sys.stderr.write("error: model.path=/nowhere: no config.json there\n")
         sys.exit(2)
+    config = load_config(sys.argv[1:])
+    folder = RunPaths.of(config).built_model
+    folder.mkdir(exist_ok=True)
+    note_settings(config, folder)
 
 
 def main(role: str, default_name: str) -> None:
