@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from areal_like.built_model import is_built
 from areal_like.config import Config
 from areal_like.errors import ArealError, ConfigError, UserError
 from areal_like.paths import BUILT_MODELS, RunPaths
@@ -147,7 +148,7 @@ def address_of_interface(interface: str) -> str:
 
 
 def _prepare_model(config: Config, paths: RunPaths) -> None:
-    if config.model.path not in BUILT_MODELS or (paths.built_model / "config.json").exists():
+    if config.model.path not in BUILT_MODELS or is_built(config):
         return
     command = [sys.executable, "-m", "trainer.prepare_model", "--config", str(paths.config)]
     code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
