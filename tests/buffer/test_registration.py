@@ -10,6 +10,7 @@ import sqlite3
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,28 @@ def test_a_server_that_only_the_ledger_has_removed_registers_again(message: Any)
             listener.close()
 
     asyncio.run(run())
+
+
+def test_an_operators_change_is_logged_before_it_is_durable(tmp_path: Path) -> None:
+    """Another program has locked the ledger: the changes take effect, and the requests wait."""
+    with ThreadPoolExecutor() as pool, running_buffer(tmp_path, max_staleness=2) as buffer:
+        file = buffer.paths.ledger / "ledger.sqlite3"
+        with closing(sqlite3.connect(file, isolation_level=None, timeout=HANG_LIMIT_S)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            pause = pool.submit(control, buffer, "pause", {})
+            change = pool.submit(control, buffer, "set", {"max_staleness": 1})
+            log = buffer.paths.logs / "buffer.log"
+            expected = ("an operator pauses the run", "an operator sets max_staleness=1, step 0")
+            deadline_s = time.monotonic() + HANG_LIMIT_S
+            while not all(line in log.read_text() for line in expected):
+                assert time.monotonic() < deadline_s
+                time.sleep(0.02)
+            assert not pause.done() and not change.done()
+            status = buffer.status()
+            assert status["paused"] and status["max_staleness"] == 1
+            other.execute("ROLLBACK")
+            assert pause.result() == {"paused": True, "changed": True}
+            assert change.result()["changes"][0]["value"] == "1"
 
 
 # --- what a hello may contain ---
