@@ -235,7 +235,7 @@ def test_a_ledger_without_tables_is_empty(tmp_path: Path) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.close()
     assert read_run(root).ledger == LedgerFacts()
-    assert "cannot be read" not in report(root)
+    assert "ledger.sqlite3 cannot be read: " not in report(root)
 
 
 def test_a_ledger_on_an_absent_disk_is_named(tmp_path: Path) -> None:
