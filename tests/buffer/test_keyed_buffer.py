@@ -192,7 +192,7 @@ def test_a_name_belongs_to_the_key_that_registered_it(buffer: BufferProcess, key
     asyncio.run(body())
 
 
-def test_a_refused_server_that_says_hello_again_is_out(buffer: BufferProcess, keys: Path) -> None:
+def test_a_refused_server_says_hello_again(buffer: BufferProcess, keys: Path) -> None:
     """The job goes on, and the refused server's key does not count as a wrong one."""
 
     async def body() -> None:
