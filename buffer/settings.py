@@ -21,7 +21,7 @@ class LedgerSettings:
     """Settings of one shard's ledger. Fields without a description are as in the configuration."""
 
     buffer: BufferConfig
-    """`overdue` and `durability` count as stated below."""
+    """For `overdue` and `durability`, use the fields `overdue` and `durable` below."""
     staleness_cap: int
     """Largest staleness bound of a ticket, in optimizer steps: `max_staleness`, or `max_staleness_cap` if
     `adaptive`."""

@@ -416,7 +416,7 @@ class TicketLifecycle(LedgerPart):
 
 
 class TicketRules(LedgerPart):
-    """A part of a ledger's rules that moves tickets by their life cycle."""
+    """Rules of a ledger that change tickets through `TicketLifecycle`."""
 
     def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
         super().__init__(state)

@@ -30,6 +30,8 @@ from collections.abc import Collection
 
 StepPosition = tuple[int, int]
 """(step, position in the step)"""
+_MANY_OUTDATED = 64
+"""Outdated entries that the heap of deadlines may have in addition to one for each running ticket."""
 
 
 class StepScheduler:
@@ -90,6 +92,8 @@ class StepScheduler:
             self._num_due[earliest_deadline] += 1
         if latest_deadline is not None:
             heapq.heappush(self._by_latest_deadline, (latest_deadline, ticket_id))
+            if len(self._by_latest_deadline) > 2 * len(self._tracked) + _MANY_OUTDATED:
+                self._remove_outdated()
 
     def remove(self, ticket_id: int) -> None:
         """Removes a ticket that is no longer running or ready."""
@@ -168,6 +172,14 @@ class StepScheduler:
     def num_due(self) -> int:
         """Number of running tickets that must be recorded in the open step at the latest."""
         return sum(count for deadline, count in self._num_due.items() if deadline <= self.step)
+
+    def _remove_outdated(self) -> None:
+        """Removes the entries of tickets that have ended. They would stay until their deadline has passed,
+        which takes the whole run if the staleness bound is large."""
+        self._by_latest_deadline = [
+            (latest, ticket_id) for ticket_id, (_, latest) in self._tracked.items() if latest is not None
+        ]
+        heapq.heapify(self._by_latest_deadline)
 
     def _head(self) -> tuple[int, int] | None:
         while self._heap and self._heap[0][1] not in self._ready:

@@ -381,9 +381,7 @@ class BufferDaemon:
                 log.warning(
                     "%s is removed: its key %s is revoked or has expired", name, peer.key and peer.key.name
                 )
-                if role is Role.ROLLOUT:
-                    self._ledger.dispatcher.remove_server(name)
-                self._peers.remove(name)
+                self._handlers.registration.remove(name)
 
     def _fail(self, error: Exception) -> None:
         """Ends the job: sends the reason to every peer, and makes `serve` raise."""

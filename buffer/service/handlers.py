@@ -29,6 +29,7 @@ from buffer.ledger.ledger import Ledger
 from buffer.service.outbox import Outbox
 from buffer.service.peers import ConnectedPeers, Peer, PeerKeys
 from buffer.service.registration import Newcomer, Registration
+from buffer.tables.lease_table import Server
 from buffer.tickets import Verdict
 
 log = logging.getLogger(__name__)
@@ -81,9 +82,12 @@ class Handlers:
         """False if a message is not to be decoded, because its sender has not registered."""
         if kind is Hello or self._peers.at(route) is not None:
             return True
+        self._require_hello(route)
+        return False
+
+    def _require_hello(self, route: bytes) -> None:
         self.num_unregistered_frames += 1
         self._outbox.send(route, HelloRequired())
-        return False
 
     def malformed(self, route: bytes, what: str) -> None:
         """Handles a frame that cannot be decoded: a registered server does not send any."""
@@ -110,13 +114,17 @@ class Handlers:
         self.registration.heard(envelope.peer)
         if self._ledger.state.failure_reason:
             return JobFailed(reason=self._ledger.state.failure_reason)
-        role = peer.hello.role
+        if peer.hello.role is Role.TRAINER:
+            return self._from_rank(peer, message, rid=envelope.rid)
         server = self._ledger.servers.get(peer.hello.name)
-        if server is not None and server.health.is_refused:
+        if server is None:  # whatever removed it, a message of its process must not end the job
+            self._peers.remove(peer.hello.name)
+            self._require_hello(envelope.peer)
+            return None
+        if server.health.is_refused:
             assert server.health.quarantine is not None
             raise RefusedError("conduct", server.health.quarantine.reason)
-        handle = self._from_server if role is Role.ROLLOUT else self._from_rank
-        return handle(peer, message, rid=envelope.rid)
+        return self._from_server(peer, server, message)
 
     def _check_key(self, peer: Peer, envelope: Envelope) -> None:
         self._keys.check_message(peer, envelope.key)
@@ -149,11 +157,10 @@ class Handlers:
 
     # --- rollout servers ---
 
-    def _from_server(self, peer: Peer, message: Any, *, rid: int) -> Any:
+    def _from_server(self, peer: Peer, server: Server, message: Any) -> Any:
         name = peer.hello.name
         match message:
             case producer.ServerHeartbeat():
-                server = self._ledger.servers[name]
                 if (server.state, server.weights_version) != (message.state, message.weights_version):
                     self._outbox.servers_changed()
                 self._ledger.dispatcher.heartbeat(name, message, now_s=self._clock())
@@ -180,9 +187,7 @@ class Handlers:
             case Goodbye():
                 if message.stats:
                     self._take_stats(peer, message.stats)
-                self._ledger.dispatcher.remove_server(name)
-                self._outbox.servers_changed()
-                self._peers.remove(name)
+                self.registration.remove(name)
                 log.info("%s left", name)
                 return Ok()
             case _:

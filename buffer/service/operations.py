@@ -33,6 +33,7 @@ from areal_like.shards import Shard
 from areal_like.wire.fingerprint import as_number, dataset_fingerprint
 from areal_like.wire.messages.hello import Drain, Role
 from buffer.ledger.ledger import Ledger
+from buffer.ledger.operator_changes import Change
 from buffer.ledger.recovery import recover
 from buffer.service.outbox import Outbox
 from buffer.service.peers import ConnectedPeers
@@ -93,16 +94,21 @@ class Operations:
             or not all(type(ticket_id) is int for ticket_id in ticket_ids)
         ):
             raise UserError('want {"tickets": [ID, ...]}')
-        await self._changed_by(lambda: self._ledger.operator.poison(ticket_ids), refusal="ticket {} {}")
-        log.warning("an operator dropped tickets %s", ticket_ids)
+        await self._changed_by(
+            lambda: self._ledger.operator.poison(ticket_ids),
+            announce=lambda _: log.warning("an operator dropped tickets %s", ticket_ids),
+            refusal="ticket {} {}",
+        )
         return {"dropped": ticket_ids}
 
     async def _unfence(self, body: dict[str, Any]) -> dict[str, Any]:
         name = fenced_name(body.get("name"))
         if name not in self._ledger.state.incarnations:
             raise UserError(f"no process of this run has had the name {name}")
-        change = await self._changed_by(lambda: self._registration.unfence(name, unix_s=time.time()))
-        log.warning("an operator unfenced %s: %s", name, change)
+        change = await self._changed_by(
+            lambda: self._registration.unfence(name, unix_s=time.time()),
+            announce=lambda change: log.warning("an operator unfenced %s: %s", name, change),
+        )
         return {"unfenced": name, "change": change}
 
     async def _drain_server(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -125,9 +131,11 @@ class Operations:
         if not isinstance(name, str) or not (is_known or name in self._ledger.state.holds.cordoned):
             raise UserError(self._no_server(name))
         has_changed = await self._changed_by(
-            lambda: self._ledger.operator.set_cordoned(name, is_cordoned, unix_s=time.time())
+            lambda: self._ledger.operator.set_cordoned(name, is_cordoned, unix_s=time.time()),
+            announce=lambda _: log.warning(
+                "an operator %s %s", "cordons" if is_cordoned else "uncordons", name
+            ),
         )
-        log.warning("an operator %s %s", "cordons" if is_cordoned else "uncordons", name)
         return {"server": name, "changed": has_changed}
 
     async def _set(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -135,22 +143,31 @@ class Operations:
             raise UserError('want {KEY: VALUE, ...}, as {"trainer.lr": 1e-5, "evaluate": "now"}')
         wanted = {key: str(value) for key, value in body.items()}
         changes = await self._changed_by(
-            lambda: self._ledger.operator.change_settings(wanted, unix_s=time.time())
+            lambda: self._ledger.operator.change_settings(wanted, unix_s=time.time()),
+            announce=self._announce_settings,
         )
+        return {"changes": [dataclasses.asdict(change) for change in changes]}
+
+    def _announce_settings(self, changes: Sequence[Change]) -> None:
         for change in changes:
             log.warning("an operator sets %s=%s, step %d", change.key, change.value, change.step)
         follow_level(self._ledger.state.live.log_level)
-        return {"changes": [dataclasses.asdict(change) for change in changes]}
 
     async def _set_paused(self, is_paused: bool, _: dict[str, Any]) -> dict[str, Any]:
         has_changed = await self._changed_by(
-            lambda: self._ledger.operator.set_paused(is_paused, unix_s=time.time())
+            lambda: self._ledger.operator.set_paused(is_paused, unix_s=time.time()),
+            announce=lambda _: log.warning("an operator %s the run", "pauses" if is_paused else "resumes"),
         )
-        log.warning("an operator %s the run", "pauses" if is_paused else "resumes")
         return {"paused": is_paused, "changed": has_changed}
 
-    async def _changed_by(self, change: Callable[[], T], *, refusal: str = "{}: {}") -> T:
-        """The result of a change, when it is durable. Raises UserError if the ledger refuses the change."""
+    async def _changed_by(
+        self, change: Callable[[], T], *, announce: Callable[[T], None], refusal: str = "{}: {}"
+    ) -> T:
+        """The result of a change, when it is durable. Raises UserError if the ledger refuses the change.
+
+        `announce`: logs the result. It is called at once, because the change takes effect at once, and a full
+        disk may delay its durability for hours.
+        """
         made: list[T] = []
         reason = "the job has failed: see the buffer's log"
         with self._changing():
@@ -160,6 +177,7 @@ class Operations:
                 reason = refusal.format(*error.args)
         if not made:
             raise UserError(reason)
+        announce(made[0])
         self._changed()
         durable = asyncio.Event()
         self._ledger.state.store.when_durable(durable.set)

@@ -191,11 +191,12 @@ class Outbox:
                 incarnation=peer.hello.incarnation,
                 weights_address=peer.hello.weights_address,
                 device=peer.hello.device,
-                state=servers[peer.hello.name].state.value,
-                weights_version=servers[peer.hello.name].weights_version,
+                state=server.state.value,
+                weights_version=server.weights_version,
                 public_key=peer.key.public if peer.key is not None else "",
             )
             for peer in self._peers.of(Role.ROLLOUT)
+            if (server := servers.get(peer.hello.name)) is not None
         ]
         if entries != self._directory.servers:
             self._directory = consumer.Directory(servers=entries)

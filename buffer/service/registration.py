@@ -161,6 +161,16 @@ class Registration:
         self._again(self._claims.cancel(name))
         return change
 
+    def remove(self, name: str) -> None:
+        """Removes a peer, whose next message gets HelloRequired. Samples of a server are leased again.
+
+        A connected rollout server is always in the ledger's table too, because its messages change its entry
+        there.
+        """
+        self._ledger.dispatcher.remove_server(name)
+        self._peers.remove(name)
+        self._outbox.servers_changed()
+
     def welcome(self, incarnation: int) -> Welcome:
         """The reply to a process with this incarnation."""
         ledger = self._ledger
@@ -228,7 +238,7 @@ class Registration:
                 now_s=self._clock(),
             )
             if self._ledger.servers[hello.name].health.is_refused:
-                self._ledger.dispatcher.remove_server(hello.name)
+                self.remove(hello.name)  # it may still be connected
                 raise RefusedError("conduct", "this process was refused for good; the buffer's log says why")
             self.eval_sets = hello.eval_sets
         else:

@@ -44,7 +44,8 @@ class Server:
     """Samples of its live leases that have not arrived yet."""
     leases: dict[int, LeaseRecord] = field(default_factory=dict)
     renewed_until_s: float = -math.inf
-    """No lease of the server expires earlier. A heartbeat that names exactly its leases sets this."""
+    """No lease of the server expires earlier. Set by a heartbeat that names exactly the server's current
+    leases."""
     check_s: float = 0.0
     """Earliest time at which a lease of the server can expire, or the server can count as silent."""
     lost: set[int] | None = None

@@ -59,8 +59,11 @@ def flag(name: str, help: str) -> Argument:
     return argument(name, action="store_true", help=help)
 
 
-def seconds(least: float, most: float) -> Callable[[str], float]:
-    """The type of an argument that is a time between two limits: `90`, `90s`, `10m`, `2h`."""
+def seconds(least: float, most: float, *, hint: str = "") -> Callable[[str], float]:
+    """The type of an argument that is a time between two limits: `90`, `90s`, `10m`, `2h`.
+
+    `hint`: what to do if the word was meant for another argument.
+    """
 
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
@@ -68,6 +71,7 @@ def seconds(least: float, most: float) -> Callable[[str], float]:
                 return found
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a time from {least:g} to {most:g} s, such as 60s or 5m"
+            + (f"; {hint}" if hint else "")
         )
 
     return parse

@@ -52,7 +52,7 @@ _NUM_CHANGES = 5
         "--watch",
         nargs="?",
         const=_WATCH_S,
-        type=seconds(0.1, 86400),
+        type=seconds(0.1, 86400, hint="put RUN before --watch"),
         metavar="SECONDS",
         help=f"show it again every SECONDS ({_WATCH_S:g}) until Ctrl-C; with --json one line each time",
     ),

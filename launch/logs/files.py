@@ -24,8 +24,8 @@ from launch.formatting import typed_seconds
 MAX_LINE_BYTES = 1 << 18
 """Longest line that is read; a longer one is cut."""
 _BLOCK_BYTES = 1 << 20
-"""Bytes at the end of a plain file that are read for `--since`, and distance of the lines of a daemon's log
-whose times are looked at."""
+"""Bytes at the end of a plain file that are read for `--since`, and the step, in bytes, at which a daemon's
+log is sampled for times."""
 _OFFSET_BYTES = 1 << 16
 """Bytes at the beginning of a daemon's spans that are read for its clock offset."""
 _LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
@@ -208,8 +208,8 @@ def _unix_s(stamp: re.Match[str]) -> float | None:
 
 
 def _before(file: BinaryIO, size: int, since_unix_s: float, *, is_json: bool) -> int:
-    """Offset of a line from before a time, or 0, looked for from the end: times in a log ascend, at least
-    nearly. In a plain file: offset of the last block."""
+    """Offset of a line older than the given time, or 0. Searches backwards from the end, because times in a
+    log ascend, at least nearly. In a plain file: offset of the last block."""
     start = size
     while start > 0:
         start = max(0, start - _BLOCK_BYTES)

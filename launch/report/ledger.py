@@ -83,6 +83,9 @@ def read_ledgers(directories: Sequence[Path]) -> LedgerFacts:
 
 
 def _read(ledger: sqlite3.Connection, facts: LedgerFacts, *, shard: int, num_shards: int) -> None:
+    (version,) = ledger.execute("PRAGMA user_version").fetchone()
+    if not version:
+        return  # its buffer died before it had made the tables
     for name, value in ledger.execute("SELECT name, value FROM statistics"):
         known = facts.counters.get(str(name), 0.0)
         # The trainer may wait for several shards at once.

@@ -22,7 +22,15 @@ from areal_like.wire.messages.consumer import Directory, GetRunCounters, RunCoun
 from areal_like.wire.messages.hello import Hello, Refused, Welcome
 from areal_like.wire.messages.producer import HeartbeatAck, Leases, ServerHeartbeat, ServerState
 from buffer.service.peers import PeerKeys
-from tests.support.buffer_harness import ROOT, BufferProcess, FakeTrainer, running_buffer, trainer_hello
+from tests.support.buffer_harness import (
+    ROOT,
+    BufferProcess,
+    FakeTrainer,
+    lie_until_refused,
+    running_buffer,
+    trainer_hello,
+    wait_for_hello_required,
+)
 from tests.support.fake_producer import hello as server_hello
 from tests.support.keys import keyed_link, keyring, new_keys
 from tests.support.waiting import HANG_LIMIT_S
@@ -180,6 +188,32 @@ def test_a_name_belongs_to_the_key_that_registered_it(buffer: BufferProcess, key
             await until(lambda: all(peer["key"] == "gpu-7" for peer in buffer.status()["peers"]))
             hello = server(buffer)
             assert isinstance(await other.link.call(hello, timeout_s=HANG_LIMIT_S), Welcome)
+
+    asyncio.run(body())
+
+
+def test_a_refused_server_says_hello_again(buffer: BufferProcess, keys: Path) -> None:
+    """The job goes on, and the refused server's key does not count as a wrong one."""
+
+    async def body() -> None:
+        again = server(buffer, "gpu-7")
+        async with (
+            connected(buffer, keys, KeyRole.TRAINER, hello=trainer_hello(buffer.config)) as rank,
+            connected(buffer, keys, KeyRole.ROLLOUT, hello=server(buffer)) as good,
+            connected(buffer, keys, KeyRole.ROLLOUT, name="gpu-7", hello=again) as bad,
+        ):
+            assert "refused for good" in await lie_until_refused(bad.link)
+            assert "conduct" in await refused(bad.link, again)
+            bad.link.send(heartbeat(free=8, leases=()))
+            await wait_for_hello_required(bad.inbox)
+            await until(
+                lambda: [entry.name for entry in rank.received(Directory)[-1].servers] == ["rollout-0"]
+            )
+            assert isinstance(await good.beat(), HeartbeatAck)
+            assert "conduct" in await refused(bad.link, again)
+        status = buffer.status()
+        assert "gpu-7" not in [peer["name"] for peer in status["peers"]]
+        assert status["refused_frames"] == 0
 
     asyncio.run(body())
 

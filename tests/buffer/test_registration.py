@@ -10,6 +10,7 @@ import sqlite3
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,27 @@ import pytest
 
 from areal_like.errors import ConfigError, DeadlineError, RefusedError, RunFinishedError
 from areal_like.shards import WHOLE
+from areal_like.wire.channel import Envelope, Listener
 from areal_like.wire.fingerprint import dataset_fingerprint
-from areal_like.wire.messages.consumer import AllocVersion, CommitStep, FinishRun, StartTraining
+from areal_like.wire.messages.consumer import AllocVersion, CommitStep, FinishRun, RunCounters, StartTraining
 from areal_like.wire.messages.hello import Drain, Goodbye, Hello, HelloRequired, JobFinished, Role, Welcome
-from areal_like.wire.messages.producer import ServerHeartbeat, ServerState
+from areal_like.wire.messages.producer import HeartbeatAck, ReturnLeases, ServerHeartbeat, ServerState
 from buffer.ledger.recovery import recover
+from buffer.service.handlers import Handlers
 from buffer.service.operations import unfence_offline
-from buffer.service.peers import ConnectedPeers
+from buffer.service.outbox import Outbox
+from buffer.service.peers import ConnectedPeers, PeerKeys
 from buffer.service.registration import ANSWER_S, MAX_WAITING, NameClaims, Newcomer
 from tests.support.buffer_harness import (
     BufferProcess,
     FakeTrainer,
     connected,
+    heartbeat,
+    lie_until_refused,
     running_buffer,
     trainer_hello,
     training,
+    wait_for_hello_required,
 )
 from tests.support.fake_producer import hello
 from tests.support.ledger_simulation import ledger_settings, new_ledger
@@ -204,6 +211,91 @@ def test_unfence_gives_the_name_to_the_next_process(tmp_path: Path) -> None:
         ("unfence", "rollout-0", "incarnation 3 -> 4"),
     ]
     assert all(abs(row[3] - time.time()) < 600 for row in rows)
+
+
+def test_a_refused_server_says_hello_again(tmp_path: Path) -> None:
+    """Also on a second connection, and it goes on sending messages on both. The job goes on."""
+    with running_buffer(tmp_path) as buffer:
+        buffer.produce("rollout-0")
+
+        async def run() -> None:
+            inboxes: list[list[Any]] = [[], []]
+            again = server_hello(buffer, "liar")
+            async with (
+                training(buffer) as trainer,
+                connected(buffer, again, inbox=inboxes[0]) as first,
+                connected(buffer, inbox=inboxes[1]) as second,
+            ):
+                assert "refused for good" in await lie_until_refused(first)
+                for link, inbox in zip((first, second), inboxes, strict=True):
+                    with pytest.raises(RefusedError, match=r"\(conduct\)"):
+                        await link.call(again, timeout_s=HANG_LIMIT_S)
+                    for message in (heartbeat(), ReturnLeases(leases=[1], reason=""), Goodbye()):
+                        inbox.clear()
+                        link.send(message)
+                        await wait_for_hello_required(inbox)
+                for step in range(3):
+                    await trainer.train(step)
+                    await trainer.call(AllocVersion(step=step + 1))
+
+        asyncio.run(run())
+        assert "liar" not in [peer["name"] for peer in buffer.status()["peers"]]
+
+
+@pytest.mark.parametrize("message", [heartbeat(), ReturnLeases(leases=[1], reason=""), Goodbye()])
+def test_a_server_without_an_entry_registers_again(message: Any) -> None:
+    """Whatever removed its entry in the ledger: its messages must not end the job."""
+
+    async def run() -> None:
+        ledger, peers = new_ledger(), ConnectedPeers(job="job", dataset="d")
+        listener = Listener(host="127.0.0.1", port=0, handler=lambda _: None, max_message_bytes=1 << 20)
+        outbox = Outbox(ledger, peers, listener)
+        handlers = Handlers(
+            ledger,
+            peers,
+            outbox,
+            job="job",
+            clock=lambda: 0.0,
+            run_counters=lambda: RunCounters(tickets={}, drops={}, counters={}),
+            on_finished=lambda: None,
+            keys=PeerKeys(None),
+        )
+
+        def take(message: Any) -> Any:
+            return handlers.handle(Envelope(peer=b"route", rid=1, message=message, num_bytes=0))
+
+        try:
+            process = hello("rollout-0", num_train_prompts=1000)
+            take(process)
+            assert isinstance(take(heartbeat()), HeartbeatAck)
+            ledger.dispatcher.remove_server("rollout-0")
+            outbox.flush(now_s=0.0)
+            assert take(message) is None and handlers.num_unregistered_frames == 1
+            assert not handlers.may_send(b"route", type(message))
+            take(process)
+            assert isinstance(take(heartbeat()), HeartbeatAck)
+        finally:
+            listener.close()
+
+    asyncio.run(run())
+
+
+def test_a_change_is_logged_before_it_is_durable(tmp_path: Path) -> None:
+    """Another program has locked the ledger: the changes take effect, and the requests wait."""
+    with ThreadPoolExecutor() as pool, running_buffer(tmp_path, max_staleness=2) as buffer:
+        file = buffer.paths.ledger / "ledger.sqlite3"
+        with closing(sqlite3.connect(file, isolation_level=None, timeout=HANG_LIMIT_S)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            pause = pool.submit(control, buffer, "pause", {})
+            change = pool.submit(control, buffer, "set", {"max_staleness": 1})
+            buffer.wait_status(lambda status: status["paused"] and status["max_staleness"] == 1)
+            log = (buffer.paths.logs / "buffer.log").read_text()
+            assert "an operator pauses the run" in log
+            assert "an operator sets max_staleness=1, step 0" in log
+            assert not pause.done() and not change.done()
+            other.execute("ROLLBACK")
+            assert pause.result() == {"paused": True, "changed": True}
+            assert change.result()["changes"][0]["value"] == "1"
 
 
 # --- what a hello may contain ---

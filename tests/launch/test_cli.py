@@ -42,6 +42,10 @@ def areal_like(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
             ["run", "trainer.num_stpes=3"],
             "unknown key `trainer.num_stpes`: did you mean `trainer.num_steps`?",
         ),
+        (
+            ["status", "--watch", "nowhere"],
+            "'nowhere' is not a time from 0.1 to 86400 s, such as 60s or 5m; put RUN before --watch (usage",
+        ),
         (["run", "trainer.num_steps=0"], "trainer.num_steps must be at least 1"),
         (["run", "max_staleness=soon"], "max_staleness"),
         (["run", "objective=magic"], "known choices are"),

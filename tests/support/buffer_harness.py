@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.config import Config, from_mapping
+from areal_like.errors import RefusedError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import save_config
 from areal_like.security.tokens import operator_token
 from areal_like.wire.channel import Link
 from areal_like.wire.fingerprint import dataset_fingerprint
 from areal_like.wire.messages.consumer import CompleteStep, Directory, Fetch, Group, StartTraining
-from areal_like.wire.messages.hello import AreYouAlive, Hello, Role, StillAlive
-from areal_like.wire.messages.producer import SampleAck, SampleAcks
+from areal_like.wire.messages.hello import AreYouAlive, Hello, HelloRequired, JobFailed, Role, StillAlive
+from areal_like.wire.messages.producer import SampleAck, SampleAcks, ServerHeartbeat, ServerState
+from buffer.tables.server_health import MAX_LIES
 from tests.support import warm_start
 from tests.support.waiting import HANG_LIMIT_S
 
@@ -201,6 +203,37 @@ def trainer_hello(config: Config, **changes: Any) -> Hello:
         "http_address": "",
     }
     return Hello(**(fields | changes))
+
+
+def heartbeat(**stats: float) -> ServerHeartbeat:
+    """The heartbeat of a server that takes no samples."""
+    return ServerHeartbeat(
+        state=ServerState.SERVING,
+        free_samples=0,
+        holding_samples=0,
+        weights_version=0,
+        leases=[],
+        stats=stats,
+    )
+
+
+async def lie_until_refused(link: Link) -> str:
+    """Sends impossible totals until the buffer refuses this server for good; returns the refusal."""
+    for _ in range(MAX_LIES):
+        await link.call(heartbeat(tokens_generated=1e17), timeout_s=HANG_LIMIT_S)
+    try:
+        await link.call(heartbeat(), timeout_s=HANG_LIMIT_S)
+    except RefusedError as error:
+        return str(error)
+    raise AssertionError("it is still served")
+
+
+async def wait_for_hello_required(inbox: list[Any]) -> None:
+    """Waits until the buffer has asked for a new hello. Fails if the job ends."""
+    async with asyncio.timeout(HANG_LIMIT_S):
+        while HelloRequired() not in inbox:
+            assert not any(isinstance(message, JobFailed) for message in inbox), inbox
+            await asyncio.sleep(0.01)
 
 
 def one_by_one(acks: SampleAcks) -> list[SampleAck]:

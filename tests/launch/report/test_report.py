@@ -22,6 +22,7 @@ from buffer.storage import sql
 from launch.cli import main
 from launch.report.figures import figures
 from launch.report.findings import findings
+from launch.report.ledger import LedgerFacts
 from launch.report.page import page as page_of
 from launch.report.run import read_run
 from launch.run_directory.rundir import lock
@@ -224,6 +225,17 @@ def test_rates_of_the_engines_come_from_counters(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "one", counted))
     found = {one.name: one.text for one in figures(run)}
     assert (found["tokens generated a second"], found["engines idle"]) == ("100", "25 %")
+
+
+def test_a_ledger_without_tables_is_empty(tmp_path: Path) -> None:
+    """Its buffer died before it had made them."""
+    root = write_run(tmp_path / "one", rows(4))
+    (root / "ledger").mkdir()
+    connection = sqlite3.connect(root / "ledger" / "ledger.sqlite3")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.close()
+    assert read_run(root).ledger == LedgerFacts()
+    assert "ledger.sqlite3 cannot be read: " not in report(root)
 
 
 def test_a_ledger_on_an_absent_disk_is_named(tmp_path: Path) -> None:
