@@ -77,14 +77,20 @@ def serve(connection: socket.socket, *, task: Task | None) -> None:
 
     `task`: None if it is not imported yet.
     """
-    with contextlib.suppress(EOFError, ConnectionError):
+    try:
         setup = frames.read(lambda size: connection.recv(size, socket.MSG_WAITALL))
-        try:
-            task = task or _make_task(setup)
-        except ConfigError as error:
-            connection.sendall(frames.pack([None, str(error)]))
-            return
-        _SERVE[setup["role"]](task, connection, **setup["options"])
+    except (EOFError, ConnectionError):
+        return
+    problem = ""
+    try:
+        task = task or _make_task(setup)  # its errors, also those of a connection, end this process
+    except ConfigError as error:
+        problem = str(error)
+    with contextlib.suppress(EOFError, ConnectionError):
+        if task is None:
+            connection.sendall(frames.pack([None, problem]))
+        else:
+            _SERVE[setup["role"]](task, connection, **setup["options"])
 
 
 def _make_task(setup: dict[str, Any]) -> Task:
