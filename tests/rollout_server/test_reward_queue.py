@@ -166,7 +166,7 @@ def test_nothing_is_left_to_parts_that_are_not_in_use() -> None:
     assert taken(queue, used={HANGS: 2}, now_s=REMEMBERED_S) == [3]
 
 
-def test_a_reward_holds_its_worker_after_far_longer_than_its_own_part_takes() -> None:
+def test_a_reward_holds_its_worker_after_far_longer_than_usual() -> None:
     queue = queue_of()
     assert queue.held_after_s(item(0, "new")) == TIMEOUT_S / 2
     assert queue.held_after_s(item(0, GOOD)) == 0.25

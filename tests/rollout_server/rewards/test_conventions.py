@@ -155,7 +155,7 @@ def echo(completions: list[Any], answer: list[Any], bonus: float = 0, **kwargs: 
     return [float(completions == ["4"]) + bonus]
 
 
-def test_settings_of_a_trl_function_replace_columns_but_not_the_completion() -> None:
+def test_settings_replace_columns_but_not_the_completion() -> None:
     settings = {"completions": ["5"], "prompts": [], "answer": ["a setting"], "bonus": 2}
     assert scored({"name": f"{HERE}.echo", **settings}, "4").value == 3.0
 
