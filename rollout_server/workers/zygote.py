@@ -81,16 +81,14 @@ def serve(connection: socket.socket, *, task: Task | None) -> None:
         setup = frames.read(lambda size: connection.recv(size, socket.MSG_WAITALL))
     except (EOFError, ConnectionError):
         return
-    problem = ""
     try:
-        task = task or _make_task(setup)  # its errors, also those of a connection, end this process
+        task = task or _make_task(setup)  # its own ConnectionError ends this process with a traceback
     except ConfigError as error:
-        problem = str(error)
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(frames.pack([None, str(error)]))
+        return
     with contextlib.suppress(EOFError, ConnectionError):
-        if task is None:
-            connection.sendall(frames.pack([None, problem]))
-        else:
-            _SERVE[setup["role"]](task, connection, **setup["options"])
+        _SERVE[setup["role"]](task, connection, **setup["options"])
 
 
 def _make_task(setup: dict[str, Any]) -> Task:

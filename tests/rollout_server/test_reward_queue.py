@@ -97,7 +97,7 @@ def test_a_batch_takes_as_long_as_its_parts_usually_do() -> None:
 
 
 @pytest.mark.parametrize("part", [HANGS, GOOD])
-def test_an_item_that_may_end_its_worker_is_alone_and_does_not_wait_for_younger_ones(part: str) -> None:
+def test_an_item_that_may_end_its_worker_is_alone(part: str) -> None:
     queue = queue_of()
     queue.suspect([item(9, HANGS)], now_s=0)
     queue.add(item(0, part, is_alone=True), now_s=0)
@@ -134,7 +134,7 @@ def test_a_part_that_has_hung_leaves_a_slot() -> None:
     assert taken(queue, is_async=True, num_slots=4, used={HANGS: 2, GOOD: 1}) == [3]
 
 
-def test_suspects_leave_a_slot_to_the_others_and_slots_to_each_other() -> None:
+def test_suspects_leave_slots_to_others() -> None:
     queue = queue_of(HANGS, OTHER, GOOD)
     queue.suspect([item(7, HANGS), item(8, HANGS), item(9, OTHER)], now_s=0)
     assert taken(queue, is_async=True, num_slots=4, used={HANGS: 2, OTHER: 1}) == [2]
@@ -144,7 +144,7 @@ def test_suspects_leave_a_slot_to_the_others_and_slots_to_each_other() -> None:
     assert taken(queue, num_slots=2, used={HANGS: 1}) == [1], "there are no others"
 
 
-def test_a_suspect_is_trusted_after_some_time_without_a_reward_that_hangs() -> None:
+def test_a_suspect_is_trusted_after_some_time() -> None:
     queue = queue_of(HANGS, GOOD)
     queue.suspect([item(9, HANGS)], now_s=0)
     queue.suspect([], now_s=1)
