@@ -68,7 +68,7 @@ def longest_evaluation(config: Config, one: EvalSetConfig, task: Task, *, max_po
 
 
 def _context(config: Config, task: Task, most: int, *, max_new_tokens: int, max_positions: int) -> int:
-    """`most`: limit for a task with an environment, whose context is not set."""
+    """`most`: limit for a task with an environment if `rollout.max_context` is not set."""
     num_turns = config.episode.max_turns if task.has_environment else 1
     wanted = config.rollout.max_context or task.max_prompt_tokens + num_turns * max_new_tokens
     context = min(wanted, max_positions)

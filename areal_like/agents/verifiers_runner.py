@@ -66,7 +66,7 @@ class Runner:
     """Claims sessions and plays a rollout in each, `concurrency` at a time."""
 
     url: str
-    token: str
+    token: str = field(repr=False)
     ca_file: str
     env_config: Any
     rows: TasksetRows

@@ -19,7 +19,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,9 @@ class Identity:
     role: KeyRole
     public: str
     """CURVE public key, 40 characters of Z85."""
-    secret: str
+    secret: str = field(repr=False)
     """CURVE secret key, 40 characters of Z85."""
-    token: str
+    token: str = field(repr=False)
     """Bearer token for HTTP."""
 
 

@@ -7,7 +7,7 @@ import http.client
 import inspect
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,7 +24,7 @@ class Session:
 
     base_url: str
     """`http://host:port/sessions/<id>/v1`."""
-    api_key: str
+    api_key: str = field(repr=False)
     """The session's secret key."""
 
 

@@ -29,7 +29,7 @@ def as_score(returned: Any, completion: Completion, *, call: str = "reward") -> 
     """Returns the score; its `tokens` are float32[S]. `call`: the method that returned it. Raises
     RewardError."""
     if isinstance(returned, float):
-        return Score(value=_number(returned, of=f"{call}()"))
+        return Score(value=number_of(returned, of=f"{call}()"))
     if inspect.isawaitable(returned):
         if inspect.iscoroutine(returned):
             returned.close()  # otherwise Python warns that it was never awaited
@@ -43,8 +43,8 @@ def as_score(returned: Any, completion: Completion, *, call: str = "reward") -> 
         parts = _numbers(returned, of=f"{call}()")
         if not parts:
             raise RewardError(f"{call}() returned an empty dict: name at least one part")
-        return Score(value=_number(math.fsum(parts.values()), of="the sum of the parts"), parts=parts)
-    return Score(value=_number(returned, of=f"{call}()"))
+        return Score(value=number_of(math.fsum(parts.values()), of="the sum of the parts"), parts=parts)
+    return Score(value=number_of(returned, of=f"{call}()"))
 
 
 def score_fields(score: Score) -> list[Any]:
@@ -76,7 +76,7 @@ def _checked(score: Score, completion: Completion) -> Score:
     turns = _array(score.turns, of="Score.turns", num=len(completion.turn_lengths), of_what="turns")
     tokens = _array(score.tokens, of="Score.tokens", num=len(completion.token_ids), of_what="sampled tokens")
     return Score(
-        value=_number(score.value, of="Score.value"),
+        value=number_of(score.value, of="Score.value"),
         parts=parts,
         metrics=metrics,
         turns=tuple(turns.tolist()),
@@ -84,7 +84,8 @@ def _checked(score: Score, completion: Completion) -> Score:
     )
 
 
-def _number(value: Any, *, of: str, largest: float = LARGEST_REWARD) -> float:
+def number_of(value: Any, *, of: str, largest: float = LARGEST_REWARD) -> float:
+    """Returns a finite number of at most `largest` in size. Raises RewardError. `of`: its name in errors."""
     if callable(item := getattr(value, "item", None)):
         try:
             value = item()  # numpy and torch scalars
@@ -111,7 +112,8 @@ def _numbers(named: Any, *, of: str, largest: float = LARGEST_REWARD) -> dict[st
             f"{of} has a name of {len(str(long))} characters: at most {MAX_NAME_CHARS} are accepted"
         )
     return {
-        str(name): _number(value, of=f"{of}[{str(name)!r}]", largest=largest) for name, value in named.items()
+        str(name): number_of(value, of=f"{of}[{str(name)!r}]", largest=largest)
+        for name, value in named.items()
     }
 
 

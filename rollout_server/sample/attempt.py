@@ -121,7 +121,7 @@ class Attempt(ABC):
                 finish_reason=played.finish_reason,
             )
             scored = await request.rewards.score(
-                split=request.split, index=request.index, completion=completion, label=self.label
+                split=request.split, index=request.index, completion=completion
             )
         try:
             outcome = add_up(

@@ -18,7 +18,7 @@ import asyncio
 import math
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -151,7 +151,7 @@ class OpenSession:
 
     id: str
     """Unique to the attempt, so that no client of an earlier attempt can reach this one."""
-    api_key: str
+    api_key: str = field(repr=False)
     conversation: Conversation
     max_turns: int
     group: int

@@ -225,6 +225,10 @@ class Task(ABC):
         otherwise empty."""
         return ()
 
+    def part_of(self, split: Split, index: int) -> str:
+        """Returns the name of the mixture's part that has an example; otherwise empty."""
+        return ""
+
     @property
     def content(self) -> list[str]:
         """Returns fingerprints of the data that the task read from files; part of its own fingerprint."""

@@ -47,6 +47,7 @@ class _Part:
     label: str
     """Label of all its examples; empty: their own, or `name`."""
     name: str
+    """Unique in the mixture."""
     max_new_tokens: int
 
 
@@ -119,7 +120,7 @@ class MixtureTask(Task):
         super().__post_init__()
 
     def example(self, split: Split, index: int) -> Example:
-        part, own_index = self._train_place(index) if split == "train" else self._eval_place(index)
+        part, own_index = self._place(split, index)
         own = part.task.example(split, own_index)
         return _PartExample(
             prompt=own.prompt,
@@ -178,6 +179,9 @@ class MixtureTask(Task):
     def sources(self) -> tuple[Source, ...]:
         return tuple(Source(size=part.task.num_train, weight=part.weight) for part in self.parts)
 
+    def part_of(self, split: Split, index: int) -> str:
+        return self._place(split, index)[0].name
+
     @property
     def content(self) -> list[str]:
         return [part.task.fingerprint() for part in self.parts]
@@ -216,15 +220,15 @@ class MixtureTask(Task):
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
-    def _train_place(self, index: int) -> tuple[_Part, int]:
+    def _place(self, split: Split, index: int) -> tuple[_Part, int]:
+        """Returns the part that has an example, and its index there."""
+        if split == "eval":
+            number, own_index = place_of(index, [part.weight for part in self.held_out])
+            return self.held_out[number], own_index
         number = bisect_right(self.starts, index) - 1
         if not 0 <= number < len(self.parts):
             raise IndexError(f"training prompt {index} of {self.num_train}")
         return self.parts[number], index - self.starts[number]
-
-    def _eval_place(self, index: int) -> tuple[_Part, int]:
-        number, own_index = place_of(index, [part.weight for part in self.held_out])
-        return self.held_out[number], own_index
 
 
 def _part(entry: Any, *, seed: int, sandbox: str) -> _Part:

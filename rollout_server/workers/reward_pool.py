@@ -8,14 +8,17 @@
 
 All items wait in one queue, and a worker gets the next ones when it has returned the last, so a slow reward
 does not delay other items while a worker is free. At 700 samples per second, sending one item at a time would
-double the cost of a reward, so a worker gets as many fast rewards at a time as take `_BATCH_S`. If one of
-them takes long after all, the items behind it are also given to other workers.
+double the cost of a reward, so a worker gets several fast ones at a time. If one of them takes long after
+all, the items behind it are also given to other workers.
 
 While a reward that takes far longer than the others holds a worker, a spare worker takes its place, up to
-twice `rollout.reward_workers` in all. If more of them hang, the order of the queue keeps a worker for the
-other tasks of a mixture (reward_queue.py). The time limit stays the same for all, because a shorter one could
-change the reward of a completion that is only slow. The load on a service is the user's decision, so
-asynchronous rewards get no spare workers.
+twice `rollout.reward_workers` in all. If more of them hang, the queue keeps workers for the other tasks of a
+mixture (reward_queue.py). The time limit stays the same for all, because a shorter one could change the
+reward of a completion that is only slow. The load on a service is the user's decision, so asynchronous
+rewards get no spare workers. So if a reward blocks the event loop of an asynchronous worker, the others in
+that worker wait until the time limit; if it is the only worker, all wait. A task with one asynchronous reward
+computes its synchronous ones in that loop, too. Threads would not help: a pattern that backtracks keeps the
+GIL, and a library that limits itself by a signal needs the main thread.
 
 When a worker is lost, which item caused that? A synchronous worker returns results in order, so it was the
 first item. With `async def reward`, each worker computes up to `rollout.reward_concurrency` rewards at a time
@@ -30,7 +33,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -45,8 +49,6 @@ from rollout_server.workers.worker import REWARD, Worker
 
 log = logging.getLogger(__name__)
 
-_BATCH_S = 0.02
-"""Target time for all items that are sent together."""
 _MAX_BATCH = 64
 _MAX_ITEM_BYTES = 32 << 20
 _RESTART_DELAY_S = 1.0
@@ -55,23 +57,14 @@ _CHECK_S = 0.05
 """Interval at which the workers are checked."""
 _SLOW_S = 0.1
 """After this time with one item, the items behind it go back to the queue."""
-_HELD_S = 0.25
-_HELD_MEANS = 10.0
-"""A reward holds its worker after `_HELD_S` and this many times the mean duration of a reward, or, before the
-first score, after half of the time limit: first calls may import libraries."""
-_SPARE_S = 10.0
-"""A spare worker is kept for this time, because rewards that hang come again."""
-_RESERVED = 0.25
-"""Share of the workers, at least one, that is kept for the rewards of labels that do not hang."""
-_SUSPENDED_S = 0.25
-"""If a check is later than this, the process was suspended."""
+_SUSPENDED_S = 1.0
+"""A check may be this late because the process is busy. The rest of a longer delay is not counted: the
+process was suspended."""
 _BLOCKED_S = 2.0
 """An asynchronous worker ends late rewards itself. If it is late by this much more, its event loop is
 blocked."""
 _LATE_S = 2.0
 """Completions that wait longer are listed among the server's waits."""
-_SMOOTHING = 0.1
-"""Weight of the newest reward in the moving average of reward times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +80,22 @@ class Reward:
 class RewardPool:
     """Scores completions. Belongs to one event loop; runs inside `async with`. Its host must outlive it."""
 
-    def __init__(self, host: WorkerHost, *, num_workers: int, timeout_s: float, concurrency: int = 1) -> None:
+    def __init__(
+        self,
+        host: WorkerHost,
+        *,
+        num_workers: int,
+        timeout_s: float,
+        concurrency: int = 1,
+        part_of: Callable[[Split, int], str] = lambda split, index: "",
+    ) -> None:
         """`timeout_s`: time limit of one reward; `concurrency`: rewards that one worker computes at the same
-        time, if the reward is asynchronous."""
+        time, if the reward is asynchronous; `part_of`: that of the task."""
         self.host = host
         self.timeout_s = timeout_s
         self.concurrency = concurrency
-        self.queue = RewardQueue()
+        self.queue = RewardQueue(timeout_s=timeout_s)
+        self._part_of = part_of
         self._loop = asyncio.get_running_loop()
         self._num_workers = num_workers
         self._num_spares = 0
@@ -105,7 +107,6 @@ class RewardPool:
         self._last_number = 0
         self._is_dispatching = False
         """True while items submitted in this turn of the loop are not yet sent."""
-        self._mean_s = 0.0
         self._since_s: dict[int, float] = {}
         """When each completion that is not yet scored was submitted, oldest first."""
         self.seconds_total = 0.0
@@ -120,6 +121,7 @@ class RewardPool:
             num_workers=rollout.reward_workers if task.has_reward else 0,
             timeout_s=rollout.reward_timeout_s,
             concurrency=rollout.reward_concurrency,
+            part_of=task.part_of,
         )
 
     async def __aenter__(self) -> Self:
@@ -166,8 +168,8 @@ class RewardPool:
         held = f", {len(self._held)} hold a worker ({self._held[0]})" if self._held else ""
         return {f"rewards: {self.num_waiting} completions{held}": round(seconds, 3)}
 
-    async def score(self, *, split: Split, index: int, completion: Completion, label: str = "") -> Reward:
-        """Returns the reward of a completion. `label`: that of the example.
+    async def score(self, *, split: Split, index: int, completion: Completion) -> Reward:
+        """Returns the reward of a completion.
 
         Raises RewardTimeoutError if the task exceeded the time limit, and RewardError if it raised, crashed,
         or returned no valid score.
@@ -184,11 +186,11 @@ class RewardPool:
         item = Item(
             number=self._last_number,
             place=f"{split} {index}",
-            label=label,
+            part=self._part_of(split, index),
             frame=frame,
             done=self._loop.create_future(),
         )
-        self.queue.add(item)
+        self.queue.add(item, now_s=self._loop.time())
         if not self._is_dispatching:
             self._is_dispatching = True
             self._loop.call_soon(self.dispatch)
@@ -197,28 +199,24 @@ class RewardPool:
             score, seconds = await item.done
         finally:
             del self._since_s[item.number]
-        self._mean_s += _SMOOTHING * (seconds - self._mean_s) if self._mean_s else seconds
         self.seconds_total += seconds
         return Reward(score=score, seconds=seconds)
-
-    def ended_in_time(self, item: Item) -> None:
-        """Notes that a reward was computed, or raised."""
-        if all(item.label != held.label for held in self._held):
-            self.queue.trust(item.label)
 
     def dispatch(self) -> None:
         """Distributes queued items evenly among the free workers."""
         self._is_dispatching = False
         free = [worker for worker in self._workers if worker.room]
+        num_slots = sum(worker.num_slots for worker in self._workers)
+        used = Counter(part for worker in self._workers for part in worker.parts)
         for position, worker in enumerate(free):
             share = -(-len(self.queue) // (len(free) - position))
-            if not worker.is_async:
-                share = min(share, self._batch_size)
             items = self.queue.take(
                 min(share, worker.room),
                 is_idle=not worker.items,
                 is_async=worker.is_async,
-                room_for_suspects=self._room_for_suspects(),
+                num_slots=num_slots,
+                used=used,
+                now_s=self._loop.time(),
             )
             if items:
                 worker.submit(items)
@@ -226,40 +224,27 @@ class RewardPool:
             for item in self.queue.take_all():
                 item.fail(RewardError(f"reward worker cannot start: {self._workers[0].problem}"))
 
-    @property
-    def _batch_size(self) -> int:
-        return max(1, min(_MAX_BATCH, int(_BATCH_S / self._mean_s))) if self._mean_s else 1
-
-    def _room_for_suspects(self) -> int:
-        """Returns how many more items with suspect labels the workers may take."""
-        num_slots = sum(worker.num_slots for worker in self._workers)
-        num_reserved = max(1, int(_RESERVED * num_slots))
-        return max(1, num_slots - num_reserved) - sum(worker.num_suspects for worker in self._workers)
-
     async def _keep_workers(self) -> None:
         """Keeps the workers running, ends those that hang, and starts spare ones for those that are held."""
         late_s = 0.0
         while True:
-            # This process was suspended, and perhaps its workers, too, so the time does not count.
-            self._check(now_s=self._loop.time(), not_counted_s=late_s if late_s > _SUSPENDED_S else 0.0)
+            self._check(now_s=self._loop.time(), not_counted_s=max(0.0, late_s - _SUSPENDED_S))
             due_s = self._loop.time() + _CHECK_S
             await asyncio.sleep(_CHECK_S)
             late_s = self._loop.time() - due_s
 
     def _check(self, *, now_s: float, not_counted_s: float) -> None:
-        usual_s = max(_HELD_S, _HELD_MEANS * self._mean_s if self._mean_s else self.timeout_s / 2)
         self._held, num_held = [], 0
         for worker in self._workers:
             worker.check(now_s=now_s, not_counted_s=not_counted_s)
-            late = worker.late(now_s - usual_s)
-            num_held += bool(late) and not worker.is_async
-            self._held += late
-        for item in self._held:
-            self.queue.suspect(item.label)
+            held = worker.held(now_s)
+            num_held += bool(held) and not worker.is_async
+            self._held += held
+        self.queue.suspect(self._held, now_s=now_s)
         if (num_held := min(num_held, self._num_workers)) > self._num_spares:
-            log.warning("a reward has run for %.2g s and holds its worker: %s", usual_s, self._held[-1])
+            log.warning("a reward takes far longer than usual and holds its worker: %s", self._held[-1])
         if num_held >= self._num_spares or now_s >= self._keep_spares_until_s:
-            self._num_spares, self._keep_spares_until_s = num_held, now_s + _SPARE_S
+            self._num_spares, self._keep_spares_until_s = num_held, now_s + self.queue.remembered_s
         for ended in [worker for worker in self._workers if worker.running.done()]:
             ended.running.result()  # raises what is not a failure of a reward
             self._workers.remove(ended)
@@ -283,6 +268,8 @@ class _RewardWorker:
         """True if the process computes several rewards at the same time."""
         self._began_s = 0.0
         """When a synchronous worker started its first item."""
+        self._known: set[str] = set()
+        """Parts of which the process has computed a reward. The first one may import libraries."""
         self._is_slow = False
         """True if the items behind the first one were also given to other workers."""
         self.items: dict[int, Item] = {}
@@ -308,15 +295,16 @@ class _RewardWorker:
     def room(self) -> int:
         """Number of items that can be sent to it now."""
         if not self.is_async:
-            return sys.maxsize if self.is_idle else 0
+            return _MAX_BATCH if self.is_idle else 0
         is_alone = any(item.is_alone for item in self.items.values())
         return 0 if is_alone else max(0, self.num_slots - len(self.items))
 
     @property
-    def num_suspects(self) -> int:
-        """Number of its slots that are used by items with suspect labels."""
-        num_suspects = sum(map(self._pool.queue.is_suspect, self.items.values()))
-        return num_suspects if self.is_async else min(1, num_suspects)
+    def parts(self) -> Collection[str]:
+        """The parts of its items, one for each slot in use; of a synchronous worker that has several items,
+        each once."""
+        parts = [item.part for item in self.items.values()]
+        return parts if self.is_async else set(parts)
 
     def submit(self, items: list[Item]) -> None:
         """Sends items; at most `room`."""
@@ -329,26 +317,38 @@ class _RewardWorker:
             self.items[item.number] = item
         self._worker.send(b"".join([item.frame for item in items]))
 
-    def late(self, before_s: float) -> list[Item]:
-        """Returns the items whose rewards were started before a time and have not ended."""
-        if self.is_async:
-            return [item for item in self.items.values() if item.sent_s < before_s]
-        return [*self.items.values()][:1] if self._began_s < before_s else []
+    def started(self) -> Iterator[tuple[Item, float]]:
+        """Yields the items that it computes, and when each was started."""
+        for item in self.items.values():
+            yield item, item.sent_s if self.is_async else self._began_s
+            if not self.is_async:
+                return
+
+    def held(self, now_s: float) -> list[Item]:
+        """Returns the items that take far longer than the others of their part."""
+        queue = self._pool.queue
+        return [
+            item
+            for item, began_s in self.started()
+            if now_s - began_s
+            > (queue.held_after_s(item) if item.part in self._known else queue.latest_held_s)
+        ]
 
     def check(self, *, now_s: float, not_counted_s: float) -> None:
         """Ends the process if it hangs, and gives away the items behind a slow reward.
 
         `not_counted_s`: part of the time since the last check that is not counted.
         """
-        self._began_s += not_counted_s
+        # Items may have been started after the time that is not counted.
+        self._began_s = min(now_s, self._began_s + not_counted_s)
         for item in self.items.values():
-            item.sent_s += not_counted_s
+            item.sent_s = min(now_s, item.sent_s + not_counted_s)
         if self._worker is None or not self.items:
             return
-        limit_s = self._pool.timeout_s + (_BLOCKED_S if self.is_async else 0.0)
-        if self.late(now_s - limit_s):
+        seconds = now_s - min(began_s for _, began_s in self.started())
+        if seconds > self._pool.timeout_s + (_BLOCKED_S if self.is_async else 0.0):
             self._worker.lose(self._too_long())
-        elif not (self.is_async or self._is_slow) and self.late(now_s - _SLOW_S):
+        elif seconds > _SLOW_S and not (self.is_async or self._is_slow):
             self._is_slow = True
             self._put_back([*self.items.values()][1:])
 
@@ -374,6 +374,7 @@ class _RewardWorker:
                 continue
             self.problem = ""
             self._worker = worker
+            self._known.clear()
             try:
                 self._pool.dispatch()
                 await asyncio.shield(ended)
@@ -385,15 +386,17 @@ class _RewardWorker:
     def _take(self, message: Any) -> None:
         """Handles the result of one item. Raises ValueError or TypeError if it is invalid."""
         number, seconds, fields, error, is_timeout = message
+        seconds = max(0.0, float(seconds))
         score = None if error else score_of(fields)
         item = self.items.pop(number, None)
         if item is None:
             raise ValueError("a score that was not requested")
         self._began_s = self._loop.time()
+        self._known.add(item.part)
         if is_timeout:
-            self._fail(item, self._too_long())
+            item.fail(self._too_long())
         else:
-            self._pool.ended_in_time(item)
+            self._pool.queue.ended(item, seconds)
             if score is None:
                 item.fail(RewardError(error))
             elif not item.done.done():
@@ -410,18 +413,14 @@ class _RewardWorker:
                 item.is_alone = True
             self._put_back(items)
         elif items:
-            self._fail(items[0], reason)
+            items[0].fail(reason)
             self._put_back([] if self._is_slow else items[1:])
         elif not self.is_retired:
             await asyncio.sleep(_RESTART_DELAY_S)
 
-    def _fail(self, item: Item, reason: RewardError) -> None:
-        if isinstance(reason, RewardTimeoutError):
-            self._pool.queue.suspect(item.label)
-        item.fail(reason)
-
     def _put_back(self, items: list[Item]) -> None:
-        self._pool.queue.put_back(items)
+        for item in items:
+            self._pool.queue.add(item, now_s=self._loop.time())
         self._pool.dispatch()
 
     def _too_long(self) -> RewardTimeoutError:

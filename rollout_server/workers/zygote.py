@@ -77,13 +77,17 @@ def serve(connection: socket.socket, *, task: Task | None) -> None:
 
     `task`: None if it is not imported yet.
     """
-    with contextlib.suppress(EOFError, ConnectionError):
+    try:
         setup = frames.read(lambda size: connection.recv(size, socket.MSG_WAITALL))
-        try:
-            task = task or _make_task(setup)
-        except ConfigError as error:
+    except (EOFError, ConnectionError):
+        return
+    try:
+        task = task or _make_task(setup)  # its own ConnectionError ends this process with a traceback
+    except ConfigError as error:
+        with contextlib.suppress(ConnectionError):
             connection.sendall(frames.pack([None, str(error)]))
-            return
+        return
+    with contextlib.suppress(EOFError, ConnectionError):
         _SERVE[setup["role"]](task, connection, **setup["options"])
 
 

@@ -99,7 +99,7 @@ class Verdict:
     def __init__(self) -> None:
         self.completions = []
 
-    async def score(self, *, split: str, index: int, completion: Completion, label: str) -> Reward:
+    async def score(self, *, split: str, index: int, completion: Completion) -> Reward:
         self.completions.append(completion)
         return Reward(score=Score(value=10.0, parts={"form": 10.0}, metrics={"judged": 1.0}), seconds=0.1)
 

@@ -96,7 +96,7 @@ class FixedRewards:
         self.released = asyncio.Event()
         self.released.set()
 
-    async def score(self, *, split: Split, index: int, completion: Completion, label: str) -> Reward:
+    async def score(self, *, split: Split, index: int, completion: Completion) -> Reward:
         self.completions.append(completion)
         await self.released.wait()
         if self.error is not None:

@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
+from areal_like.config import from_mapping
 from areal_like.errors import ConfigError
 from rollout_server.environments.base import Environment
 from rollout_server.tasks import Completion, Example, Split, Task, make_task
+from rollout_server.tasks.sort import SortTask
+from rollout_server.workers.host import WorkerHost
+from rollout_server.workers.reward_pool import RewardPool
 from tests.rollout_server.test_data_task import Words, directory, sums, write  # noqa: F401
 
 HERE = __name__
@@ -124,3 +128,20 @@ def test_mixtures_that_cannot_be_are_refused(
 def test_equal_names_get_numbers() -> None:
     task = mixture(SORT, SORT | {"seed": 9})
     assert {task.example("train", index).label for index in (0, 100)} == {"sort", "sort_2"}
+
+
+def test_a_part_has_one_name_whatever_the_labels_of_its_rows(directory: Path) -> None:  # noqa: F811
+    rows = [row | {"data_source": f"level{n}"} for n, row in enumerate(sums(20))]
+    data = {"name": "data", "train": write(directory / "t.jsonl", rows), "reward": "exact", "eval_share": 0.5}
+    task = mixture(SORT | {"label": "same"}, SORT | {"label": "same"}, data)
+    starts = (0, 100, 200)
+    assert [task.part_of("train", index) for index in starts] == ["sort", "sort_2", "data"]
+    held_out = {task.part_of("eval", index) for index in range(task.num_eval)}
+    assert held_out == {"sort", "sort_2", "data"} and make_task(SORT, seed=0).part_of("train", 0) == ""
+
+    async def body() -> None:
+        config = from_mapping({})
+        rewards = RewardPool.of(config, task, WorkerHost.of(config, SortTask()))
+        assert rewards._part_of("train", 200) == "data"
+
+    asyncio.run(body())

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 import sys
 import time
 from contextlib import AbstractAsyncContextManager
@@ -18,18 +19,20 @@ import pytest
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError, RewardError, RewardTimeoutError
 from areal_like.trajectory import FinishReason
+from rollout_server.frames import pack
 from rollout_server.sources import check_reward_concurrency
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
 from rollout_server.workers.host import WorkerHost
 from rollout_server.workers.reward_pool import RewardPool
+from rollout_server.workers.zygote import serve
 from tests.support import moved_clock
 from tests.support.environment_tasks import EchoTask
 from tests.support.moved_clock import advance
 from tests.support.workers import reward_pool
 
 NUM_TOGETHER = 30
-SPARE_S = 10.0
-"""Time for which a spare worker is kept."""
+HANGS = 1000
+"""First index of the part of a mixture that hangs."""
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +100,7 @@ class Hostile(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class Judge(Task):
-    """A reward that waits for a service; the completion says how it results."""
+    """A reward that waits for a service; the completion says what happens."""
 
     num_together: ClassVar = 0
 
@@ -133,6 +136,10 @@ def sampled(text: str) -> Completion:
         turn_lengths=[2, 1],
         finish_reason=FinishReason.LENGTH,
     )
+
+
+def part_of(split: Split, index: int) -> str:
+    return "hangs" if index >= HANGS else "good"
 
 
 def pool(*, task: str = f"{__name__}.Hostile", **settings: Any) -> AbstractAsyncContextManager[RewardPool]:
@@ -251,8 +258,8 @@ def test_a_slow_reward_holds_no_other_item(may_go_on: Path) -> None:
 
 def test_a_spare_worker_replaces_one_that_is_held(may_go_on: Path) -> None:
     async def body() -> None:
-        async with pool() as rewards:
-            score = functools.partial(rewards.score, split="train", label="set")
+        async with pool(part_of=lambda split, index: "set") as rewards:
+            score = functools.partial(rewards.score, split="train")
             await score(index=0, completion=sampled(""))
             held = asyncio.create_task(score(index=1, completion=sampled("held")))
             await asyncio.sleep(0)
@@ -264,7 +271,7 @@ def test_a_spare_worker_replaces_one_that_is_held(may_go_on: Path) -> None:
             may_go_on.touch()
             assert (await held).score.value == 1.0
             while rewards.num_held or len(children()) > 1:
-                advance(SPARE_S)
+                advance(rewards.queue.remembered_s)
                 await asyncio.sleep(0.01)
             assert (await score(index=4, completion=sampled(""))).score.value == 4.0
             assert rewards.num_restarts == 0
@@ -273,6 +280,8 @@ def test_a_spare_worker_replaces_one_that_is_held(may_go_on: Path) -> None:
 
 
 def test_a_spare_worker_outlives_a_reward_that_hangs() -> None:
+    """The time limit is kept although each check is late."""
+
     async def body() -> None:
         async with pool() as rewards:
             score = functools.partial(rewards.score, split="train")
@@ -281,7 +290,7 @@ def test_a_spare_worker_outlives_a_reward_that_hangs() -> None:
             await asyncio.sleep(0)
             assert (await score(index=2, completion=sampled(""))).score.value == 2.0
             while not hung.done():
-                advance(0.2)  # a longer step is taken for a suspension of this process
+                advance(0.8)
                 await asyncio.sleep(0.001)
             with pytest.raises(RewardTimeoutError, match="reward_timeout_s="):
                 await hung
@@ -292,45 +301,90 @@ def test_a_spare_worker_outlives_a_reward_that_hangs() -> None:
     assert not children()
 
 
-def test_rewards_that_hang_leave_a_worker_to_others(may_go_on: Path) -> None:
-    """Ten hang, on at most three of four workers: two, and a spare one for each."""
+def test_a_suspension_starts_no_reward_in_the_future(may_go_on: Path) -> None:
+    """A result that arrived with the end of the suspension has started the next reward just now."""
 
     async def body() -> None:
-        async with pool(num_workers=2) as rewards:
-            score = functools.partial(rewards.score, split="train")
-            await score(index=0, completion=sampled(""), label="good")
-            held = [
-                asyncio.create_task(score(index=i, completion=sampled("held"), label="hangs"))
-                for i in range(10)
-            ]
-            for index in range(50):
-                scored = await score(index=index, completion=sampled(""), label="good")
-                assert scored.score.value == index
-            while rewards.num_held < 3:
-                await score(index=0, completion=sampled(""), label="good")
-            assert not any(task.done() for task in held)
+        async with pool() as rewards:
+            await rewards.score(split="train", index=0, completion=sampled(""))
+            held = asyncio.create_task(rewards.score(split="train", index=1, completion=sampled("held")))
+            (worker,) = rewards._workers
+            while not worker.items:
+                await asyncio.sleep(0.01)
+            now_s = asyncio.get_running_loop().time()
+            worker.check(now_s=now_s, not_counted_s=3600.0)
+            assert [began_s for _, began_s in worker.started()] == [now_s]
             may_go_on.touch()
-            assert [scored.score.value for scored in await asyncio.gather(*held)] == list(range(10))
-            assert rewards.num_restarts == 0
+            await held
 
     asyncio.run(body())
 
 
+def test_the_first_reward_of_a_new_process_may_take_long(may_go_on: Path) -> None:
+    async def body() -> None:
+        async with pool() as rewards:
+            score = functools.partial(rewards.score, split="train")
+            await score(index=0, completion=sampled(""))
+            (pid,) = children()
+            os.kill(pid, signal.SIGKILL)
+            while rewards.num_restarts == 0:
+                await asyncio.sleep(0.01)
+            held = asyncio.create_task(score(index=1, completion=sampled("held")))
+            (worker,) = rewards._workers
+            while not worker.items:
+                await asyncio.sleep(0.01)
+            seconds = 0.0
+            while not rewards.num_held:
+                advance(0.8)
+                seconds += 0.8
+                await asyncio.sleep(0.001)
+            assert seconds > 100.0 and not held.done()
+            may_go_on.touch()
+            assert (await held).score.value == 1.0 and rewards.num_restarts == 1
+
+    moved_clock.run(body())
+
+
+def test_rewards_that_hang_leave_workers_to_others(may_go_on: Path) -> None:
+    """Ten hang, on at most two of four workers: two, and a spare one for each."""
+
+    async def body() -> None:
+        async with pool(num_workers=2, part_of=part_of) as rewards:
+            score = functools.partial(rewards.score, split="train")
+            await score(index=0, completion=sampled(""))
+            held = [
+                asyncio.create_task(score(index=HANGS + i, completion=sampled("held"))) for i in range(10)
+            ]
+            while sum(bool(worker.items) for worker in rewards._workers) < 2:
+                await asyncio.sleep(0.01)
+            while rewards.num_held < 2:
+                advance(0.8)
+                await asyncio.sleep(0.001)
+            for index in range(50):
+                assert (await score(index=index, completion=sampled(""))).score.value == index
+            while sum(worker.is_idle for worker in rewards._workers) != 2:
+                await asyncio.sleep(0.01)
+            assert not any(task.done() for task in held) and rewards.num_held == 2
+            may_go_on.touch()
+            scores = await asyncio.gather(*held)
+            assert [scored.score.value for scored in scores] == list(range(HANGS, HANGS + 10))
+            assert rewards.num_restarts == 0
+
+    moved_clock.run(body())
+
+
 def test_async_rewards_that_hang_leave_room_to_others() -> None:
     async def body() -> None:
-        async with pool(task=f"{__name__}.Judge", concurrency=4) as rewards:
+        async with pool(task=f"{__name__}.Judge", concurrency=4, part_of=part_of) as rewards:
             score = functools.partial(rewards.score, split="train")
-            await score(index=0, completion=sampled(""), label="good")
-            never = [asyncio.create_task(score(index=0, completion=sampled("never"), label="hangs"))]
+            await score(index=0, completion=sampled(""))
+            never = [asyncio.create_task(score(index=HANGS, completion=sampled("never")))]
             while not rewards.num_held:
-                advance(0.2)
+                advance(0.8)
                 await asyncio.sleep(0.001)
-            never += [
-                asyncio.create_task(score(index=i, completion=sampled("never"), label="hangs"))
-                for i in range(1, 8)
-            ]
+            never += [asyncio.create_task(score(index=HANGS, completion=sampled("never"))) for _ in range(7)]
             for index in range(5):
-                assert (await score(index=index, completion=sampled(""), label="good")).score.value == index
+                assert (await score(index=index, completion=sampled(""))).score.value == index
             assert not any(task.done() for task in never) and rewards.num_restarts == 0
             assert len(children()) == 1, "the load on a service is bounded by the settings"
         assert all(
@@ -365,11 +419,11 @@ def test_asynchronous_rewards_run_at_the_same_time() -> None:
 
 def test_time_in_which_the_server_was_stopped_does_not_count() -> None:
     async def body() -> None:
-        async with pool(timeout_s=1.0) as rewards:
+        async with pool(timeout_s=2.0) as rewards:
             await rewards.score(split="train", index=0, completion=sampled(""))
             slow = asyncio.create_task(rewards.score(split="train", index=2, completion=sampled("slow")))
             await asyncio.sleep(0.05)
-            time.sleep(1.5)  # as if it had been stopped: it sees the score and the end of the limit together
+            time.sleep(2.5)  # as if it had been stopped: it sees the score and the end of the limit together
             assert (await slow).score.value == 2.0 and rewards.num_restarts == 0
 
     asyncio.run(body())
@@ -393,6 +447,25 @@ def test_an_import_that_does_not_survive_a_fork_is_repeated(monkeypatch: pytest.
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     results, restarts = outcomes(["a"], task="tests.support.threaded_task.Threaded")
     assert results[0].score.value == 1.0 and restarts == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused(Hostile):
+    """A task that cannot be made."""
+
+    def __post_init__(self) -> None:
+        raise ConnectionRefusedError("no database")
+
+
+def test_a_worker_whose_task_cannot_connect_reports_it() -> None:
+    setup = {"task": {"_target_": f"{__name__}.Refused"}, "seed": 0, "sandbox": "rlimits"}
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(pack(setup | {"role": "reward", "options": {}}))
+        with pytest.raises(ConnectionRefusedError, match="no database"):
+            serve(theirs, task=None)
+        ours.close()
+        serve(theirs, task=None)  # the server has ended
 
 
 def test_task_that_cannot_be_imported_fails_its_samples() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
+from rollout_server.tasks.base import Split
 from rollout_server.workers.environment_pool import EnvironmentPool
 from rollout_server.workers.host import WorkerHost
 from rollout_server.workers.reward_pool import RewardPool
@@ -36,10 +37,13 @@ async def reward_pool(
     num_workers: int = 1,
     timeout_s: float = HANG_LIMIT_S,
     concurrency: int = 1,
+    part_of: Callable[[Split, int], str] = lambda split, index: "",
 ) -> AsyncIterator[RewardPool]:
     """The rewards of a task."""
     async with (
         WorkerHost(task, seed=0, sandbox=sandbox) as host,
-        RewardPool(host, num_workers=num_workers, timeout_s=timeout_s, concurrency=concurrency) as pool,
+        RewardPool(
+            host, num_workers=num_workers, timeout_s=timeout_s, concurrency=concurrency, part_of=part_of
+        ) as pool,
     ):
         yield pool

@@ -23,7 +23,7 @@ missing reply at the deadline counts as a failure.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 
@@ -74,7 +74,7 @@ class FormGroup:
     backend: str
     """`gloo` | `nccl`."""
     timeout_s: float
-    secret: str
+    secret: str = field(repr=False)
     """Key of the values in the rendezvous store, 32 bytes in hexadecimal; empty: values are not
     authenticated."""
 

@@ -55,10 +55,9 @@ class UserFunction(RewardFunction):
         names, takes_all = self._arguments
         row = row_of(example)
         metrics: dict[str, float] = {}
-        # The completion comes last, so that no column can replace it.
+        # The completion comes last, so that neither a column nor a setting can replace it.
         if self._convention == conventions.TRL:
-            arguments = conventions.trl_arguments(example, completion, row, metrics)
-            known = {"answer": [example.answer], **arguments, **self.settings}
+            known = conventions.trl_arguments(example, completion, row, self.settings, metrics)
         else:
             known = {"prompt": example.prompt, **row, **self.settings}
             known |= dict.fromkeys([name for name in _ANSWER if name in names] or ["answer"], example.answer)

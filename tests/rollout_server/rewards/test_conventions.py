@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import numpy as np
 import pytest
 
 from areal_like.errors import ConfigError, RewardError
@@ -129,3 +130,41 @@ def test_the_score_of_a_verl_function_is_its_reward() -> None:
         "compute_later/empty": 0.0,
     }
     assert scored(spec, "4", data_source="sums").metrics["compute_later/empty"] == 1.0
+
+
+def odd_extras(solution_str: str, ground_truth: str) -> dict[str, Any]:
+    return {
+        "score": 1.0,
+        "nan": float("nan"),
+        "infinite": np.inf,
+        "huge": 10**400,
+        "list": [1.0],
+        "array": np.ones(2),
+        "flag": np.bool_(True),
+        "scalar": np.array(0.5),
+    }
+
+
+def test_extra_values_of_a_verl_function_fail_no_sample() -> None:
+    score = scored(f"{HERE}.odd_extras", "4")
+    assert score.value == 1.0 and score.metrics == {"odd_extras/flag": 1.0, "odd_extras/scalar": 0.5}
+
+
+def echo(completions: list[Any], answer: list[Any], bonus: float = 0, **kwargs: Any) -> list[float]:
+    assert answer == ["a setting"] and kwargs["prompts"] == ["2+2="]
+    return [float(completions == ["4"]) + bonus]
+
+
+def test_settings_replace_columns_but_not_the_completion() -> None:
+    settings = {"completions": ["5"], "prompts": [], "answer": ["a setting"], "bonus": 2}
+    assert scored({"name": f"{HERE}.echo", **settings}, "4").value == 3.0
+
+
+def test_a_conversation_that_does_not_start_with_the_prompt() -> None:
+    prompt = [{"role": "user", "content": "2+2="}]
+    system = [{"role": "system", "content": "Add."}]
+    turns = [{"role": "assistant", "content": "4"}, {"role": "user", "content": "Sure?"}]
+    spec = f"{HERE}.count_turns"
+    assert scored(spec, "4", prompt=prompt, messages=[*system, *prompt, *turns]).value == 2.0
+    assert scored(spec, "4", prompt=[*system, *prompt, *prompt], messages=turns).value == 2.0
+    assert scored(spec, "4", prompt=prompt, messages=system).value == 1.0

@@ -104,6 +104,13 @@ def run(body: Coroutine[Any, Any, None]) -> None:
     asyncio.run(limited())
 
 
+def test_the_key_of_a_session_is_not_printed() -> None:
+    async def body() -> None:
+        assert "a-live-key" not in repr(make(api_key="a-live-key"))
+
+    run(body())
+
+
 def test_an_end_answers_every_pending_call() -> None:
     async def body() -> None:
         forever = asyncio.Event()
