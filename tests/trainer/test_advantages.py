@@ -156,7 +156,7 @@ def test_laconic_dual_settles_at_the_budget() -> None:
     ("settings", "message"),
     [
         ({"name": "laconic"}, "budget_tokens of at least 1"),
-        ({"name": "grpo_lambda", "top": 2}, "top between 0 and 1"),
+        ({"name": "grpo_lambda", "top": 2}, "grpo_lambda: .*top=2.0: use 0 to 1"),
         ({"name": "overlong", "soft_fraction": 0}, "soft_fraction"),
         ({"name": "overlonge"}, "choose one of grpo_lambda, laconic, overlong"),
     ],

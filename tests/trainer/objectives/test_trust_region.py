@@ -86,7 +86,7 @@ def test_kl_of_coins_is_finite_and_exact() -> None:
         ({"name": "trust_region", "level": "geometric"}, "sequence or token"),
         ({"name": "trust_region", "max_kl": 0, "mean_kl": 0}, "above 0"),
         ({"name": "trust_region", "level": "token", "max_kl": 0}, "above 0"),
-        ({"name": "trust_region", "mean_kl": -1.0}, "above 0"),
+        ({"name": "trust_region", "mean_kl": -1.0}, "trust_region: .*mean_kl must be at least 0, not -1.0"),
     ],
     ids=str,
 )
