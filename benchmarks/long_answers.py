@@ -34,7 +34,6 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from areal_like.runtime.command_line import load_config
 from areal_like.trajectory import NOT_SAMPLED, Trajectory
@@ -47,7 +46,7 @@ from rollout_server.engine.scheduler import Sequence as EngineSequence
 from trainer.batching.packing import TrainingSample, collate
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import build_policy
-from trainer.models.tiny import character_tokenizer
+from trainer.models.tiny import character_tokenizer, untrained_model
 from trainer.objectives import Need, SampledTokens, build_objective
 from trainer.objectives.importance import Level, ess_ratio
 
@@ -85,22 +84,14 @@ def build_random_model(
 ) -> None:
     """Writes a Llama with random weights of this standard deviation over the characters of the tiny model."""
     tokenizer = character_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    model = untrained_model(
+        tokenizer,
+        seed=seed,
         hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        intermediate_size=width * 8 // 3,
-        max_position_embeddings=context_tokens,
+        num_layers=layers,
+        context_tokens=context_tokens,
         initializer_range=spread,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 

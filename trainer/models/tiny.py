@@ -85,6 +85,7 @@ def untrained_model(
     seed: int,
     hidden_size: int = 96,
     num_layers: int = 3,
+    context_tokens: int = 512,
     **settings: Any,
 ) -> Any:
     """A Llama with random weights. `settings`: further settings of its configuration."""
@@ -94,7 +95,7 @@ def untrained_model(
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         intermediate_size=hidden_size * 8 // 3,
-        max_position_embeddings=512,
+        max_position_embeddings=context_tokens,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
