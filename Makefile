@@ -7,6 +7,7 @@
 #   make chaos                         the promises about crashes and faults at length: about an hour
 #   make sglang                        an environment with SGLang on this CPU, for rollout.engine=sglang
 #   make test-sglang                   the tests against it
+#   make test-gpu                      the tests on this machine's GPUs, against the CPU's numbers
 #   make verifiers                     an environment with verifiers (areal_like/agents/verifiers_runner.py)
 #   make test-verifiers                the tests against it
 #   make test-cluster                  the tests against real schedulers and a real Prometheus, of what is installed
@@ -27,7 +28,7 @@ REQUIREMENTS ?= $(shell cat .venv/.requirements 2>/dev/null || echo requirements
 STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 DOCS_STAMP := $(STAMP)-docs-$(shell cksum < requirements-docs.txt | cut -d' ' -f1)
 
-.PHONY: run sft test test-fast test-long chaos sglang test-sglang verifiers test-verifiers test-cluster trl docs lint ruff format setup clean
+.PHONY: run sft test test-fast test-long chaos sglang test-sglang test-gpu verifiers test-verifiers test-cluster trl docs lint ruff format setup clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -63,6 +64,12 @@ sglang: $(STAMP)
 
 test-sglang: sglang
 	@$(BIN)/python -m pytest -q -m sglang tests/sglang $(ARGS)
+
+# Without a GPU pytest would report that it has selected no test; this says why.
+test-gpu: $(STAMP)
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		exec $(BIN)/python -m pytest -q -m gpu $(ARGS); \
+	else echo "make test-gpu: torch finds no GPU on this machine, so nothing was tested (see docs/guides/gpus.md)"; fi
 
 verifiers: $(STAMP)
 	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" tests/verifiers/install.sh

@@ -4,7 +4,9 @@ Every role computes them by the same functions from the same settings, `areal-li
 into the run's config.yaml, and the buffer refuses a peer whose dtype differs from the first peer's.
 
     model.dtype                      a GPU anywhere in the job: the checkpoint's dtype; else float32
+    model.fp32_head                  on where model.dtype is bfloat16; in float32 it changes nothing
     trainer.gradient_checkpointing   on where the trainer is on GPUs
+    objective                        by the longest answer (`areal_like/config/default_objective.py`)
 
 Only config.json is read, never weights. For a model that is given by its hub name, it may be downloaded.
 
@@ -51,6 +53,12 @@ def compute_dtype(config: Config) -> Dtype:
     return "float32" if named.removeprefix("torch.") == "float32" else "bfloat16"
 
 
+def uses_fp32_head(config: Config) -> bool:
+    """The resolved `model.fp32_head`. Raises ConfigError as `compute_dtype` does."""
+    setting = config.model.fp32_head
+    return compute_dtype(config) == "bfloat16" if setting == "auto" else setting
+
+
 def recomputes_activations(config: Config) -> bool:
     """The resolved `trainer.gradient_checkpointing`."""
     setting = config.trainer.gradient_checkpointing
@@ -62,8 +70,10 @@ def resolved(config: Config) -> Config:
     for a model whose attention would not fit on a GPU in that dtype.
     """
     config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, dtype=compute_dtype(config)),
+        config.with_resolved_objective(),
+        model=dataclasses.replace(
+            config.model, dtype=compute_dtype(config), fp32_head=uses_fp32_head(config)
+        ),
         trainer=dataclasses.replace(config.trainer, gradient_checkpointing=recomputes_activations(config)),
     )
     _check_attention(config)

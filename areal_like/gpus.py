@@ -81,9 +81,20 @@ def peak_flops(device_name: str) -> float | None:
 
     None for a GPU that is not in the table, and for a part of one (MIG): `trainer.peak_tflops` gives it.
     """
+    name = _name_in_table(device_name)
+    return BF16_TFLOPS[name] * 1e12 if name else None
+
+
+def kind_of(device_name: str) -> GpuKind | None:
+    """The figures of a GPU by the name that torch gives it; None if a job cannot be planned for it."""
+    return GPUS.get(_name_in_table(device_name).lower())
+
+
+def _name_in_table(device_name: str) -> str:
+    """The name in BF16_TFLOPS; empty if it has none."""
     if "MIG" in device_name.split():
-        return None
-    for name, tflops in BF16_TFLOPS.items():
+        return ""
+    for name in BF16_TFLOPS:
         if re.search(rf"(?<![A-Za-z0-9]){name}(?![A-Za-z0-9])", device_name, re.IGNORECASE):
-            return tflops * 1e12
-    return None
+            return name
+    return ""

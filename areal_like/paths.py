@@ -19,6 +19,8 @@ from areal_like.shards import WHOLE, Shard
 BUILT_MODELS = ("tiny", "smollm2")
 """Values of `model.path` that are prepared into the run's directory."""
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""PEFT's files in the directory of an adapter; there is no config.json."""
 _LEDGER_NAME = re.compile(r"ledger(-\d+)?")
 _CHECKPOINT_NAME = re.compile(r"step_(\d{6,})")
 
@@ -58,6 +60,8 @@ class RunPaths:
     """Directory with the last collectives of failed ranks, one file for each rank."""
     spans = _Below("spans")
     """Directory of the daemons' spans, for `areal-like trace`."""
+    adapters = _Below("adapters")
+    """Folders of the LoRA adapters that a server's SGLang has loaded, for each server."""
     profiles = _Below("profiles")
     """Directory of recorded steps: traces and reports of `areal-like profile`."""
     metrics = _Below("metrics.jsonl")
@@ -128,6 +132,11 @@ def model_path(config: Config) -> str:
         return str(built)
     # A hub name has one slash: a misspelled directory must not become a request to the hub.
     looks_local = config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") > 1
+    if looks_local and (Path(config.model.path).expanduser() / ADAPTER_CONFIG).exists():
+        raise ConfigError(
+            f"model.path={config.model.path} is an adapter: set model.lora.path to it and model.path to its "
+            f"base, or merge the two first: areal-like merge {config.model.path} --into DIRECTORY"
+        )
     if looks_local and not (Path(config.model.path).expanduser() / "config.json").exists():
         raise ConfigError(f"model.path={config.model.path}: no config.json there")
     return str(Path(config.model.path).expanduser()) if looks_local else config.model.path

@@ -1,41 +1,167 @@
 """Parts of a model that compute in float32, whatever the dtype of the rest, in the trainer and the engine.
 
 The output head (`model.fp32_head`): logits that a matrix product rounds to bfloat16 have steps of up to 2^-8
-of their size, so engine and trainer disagree about probabilities although they have the same weights. Here
-weight and hidden states are converted to float32 before the product. The weight keeps its values in the
-model's dtype, as with SGLang's `--enable-fp32-lm-head`.
+of their size, so engine and trainer disagree about probabilities although they have the same weights, and
+close probabilities become ties. Here the operands stay in the model's dtype and the product is accumulated
+and returned in float32, as with SGLang's `--enable-fp32-lm-head`. On a GPU this is one product on the tensor
+cores (`torch.mm` with `out_dtype`). A CPU has no such product: the operands are converted to float32, which
+gives the same products.
+
+The head's gradients are products of the same kind: the gradient of the logits is rounded to the model's
+dtype, the product is not. The trainer runs its head once for each chunk of tokens. `Fp32Head.gradient_sum`
+adds up the gradients of the weight in float32 and rounds the sum once, as a layer that runs over all tokens
+at once does. Left out: a gradient in float32, because FSDP2 reduces gradients of one dtype.
 
 The routers of a mixture of experts: their probabilities decide which experts a token uses, and rounding them
 to bfloat16 turns close probabilities into ties. So the product, the softmax and the weights of the chosen
-experts are float32. The router's weights keep their values in the model's dtype, the same as in the engines:
-SGLang (0.5.23, Qwen3-MoE) multiplies in bfloat16 with float32 accumulation, and does the rest in float32.
+experts are float32. The router's weights keep their values in the model's dtype, the same as in the engines.
+SGLang (0.5.23, Qwen3-MoE) rounds the product to bfloat16 and does the rest in float32, so with SGLang engine
+and trainer may choose different experts where two probabilities are close.
 Routers are found by transformers' own declaration of where router logits come from
 (`PreTrainedModel._can_record_outputs`). Left out: routers that are a linear layer whose block does the rest
 (Jamba, Llama 4), and routers made of other modules, which are float32 in transformers already (Ernie).
+
+Shape suffixes: N rows, D hidden size, V vocabulary, I inner dimension of a product, M its columns.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from types import MethodType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from areal_like.errors import ConfigError
+
+
+class Fp32Head(nn.Linear):
+    """A head whose logits are float32, of weights and hidden states in a narrower dtype.
+
+    With float32 or wider weights it computes what `nn.Linear` does.
+    """
+
+    def forward(self, hidden: Tensor, gradient_VD: Tensor | None = None) -> Tensor:
+        """Logits [..., V] of hidden states [..., D]: float32, or the weight's dtype if it is wider.
+
+        `gradient_VD`: a `gradient_sum` that several calls share; None: the weight's gradient of this call is
+        rounded on its own.
+        """
+        if not torch.is_grad_enabled():
+            return fp32_logits(hidden, self.weight, self.bias)
+        if gradient_VD is None:
+            gradient_VD = self.gradient_sum()
+
+        def product(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+            return _Logits.apply(  # type: ignore[no-any-return, no-untyped-call]
+                hidden_ND, weight_VD.detach(), gradient_VD
+            )
+
+        return fp32_logits(hidden, self.weight, self.bias, product=product)
+
+    def gradient_sum(self) -> Tensor | None:
+        """The argument of `forward` calls whose gradients of the weight are to be added up in float32.
+
+        A [V, D] tensor without memory of its own, whose gradient stands for the weight's. None if no such
+        gradient is needed.
+        """
+        needs_gradient = self.weight.requires_grad and torch.is_grad_enabled()
+        if not needs_gradient or not _is_narrow(self.weight):
+            return None
+        carrier: Tensor = _GradientSum.apply(self.weight)  # type: ignore[no-untyped-call]
+        return carrier
 
 
 def widen_head(model: Any) -> None:
-    """Makes the head of a causal language model of transformers compute in float32, in place."""
+    """Makes the head of a causal language model of transformers an `Fp32Head`, in place."""
     head = model.get_output_embeddings()
-    head.forward = MethodType(_head_in_float32, head)
+    if type(head) not in (nn.Linear, Fp32Head):
+        raise ConfigError(
+            f"model.fp32_head needs a plain linear layer as the output head, and {type(model).__name__} has "
+            f"{type(head).__name__}: set model.fp32_head=false"
+        )
+    head.__class__ = Fp32Head
 
 
-def _head_in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
-    dtype = torch.promote_types(head.weight.dtype, torch.float32)
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return F.linear(hidden.to(dtype), head.weight.to(dtype), bias)
+def fp32_linear(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """`F.linear` without bias with a float32 result, of operands in bfloat16 or float16.
+
+    On a CPU an operand may be float32 already.
+    """
+    if _multiplies_narrow(x_ND):
+        return torch.mm(x_ND, weight_VD.t(), out_dtype=torch.float32)
+    return F.linear(x_ND.float(), weight_VD.float())
+
+
+def fp32_logits(
+    hidden: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    *,
+    product: Callable[[Tensor, Tensor], Tensor] = fp32_linear,
+) -> Tensor:
+    """[..., V]: what `Fp32Head` computes, without a gradient of the weight unless `product` has one."""
+    if not _is_narrow(weight_VD):
+        return F.linear(hidden, weight_VD, bias_V)
+    logits_NV = product(hidden.to(weight_VD.dtype).reshape(-1, hidden.shape[-1]), weight_VD)
+    logits = logits_NV.view(*hidden.shape[:-1], -1)
+    return logits if bias_V is None else logits + bias_V.float()
+
+
+def fp32_operand(weight_VD: Tensor) -> Tensor:
+    """The weight as `fp32_linear` multiplies it on this device, for callers that use one weight often."""
+    return weight_VD if _multiplies_narrow(weight_VD) else weight_VD.float()
+
+
+class _Logits(torch.autograd.Function):
+    """`fp32_linear` whose gradient of the weight, float32, goes to a `_GradientSum`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, gradient_VD: Tensor | None) -> Tensor:
+        ctx.save_for_backward(hidden_ND, weight_VD)
+        return fp32_linear(hidden_ND, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        hidden_ND, weight_VD = ctx.saved_tensors
+        grad_NV = grads[0].to(weight_VD.dtype)
+        for_hidden = for_weight = None
+        if ctx.needs_input_grad[0]:
+            for_hidden = _fp32_product(grad_NV, weight_VD).to(hidden_ND.dtype)
+        if ctx.needs_input_grad[2]:
+            for_weight = _fp32_product(grad_NV.t(), hidden_ND)
+        return for_hidden, None, for_weight
+
+
+class _GradientSum(torch.autograd.Function):
+    """Weight -> a float32 tensor of its shape without values: autograd adds up its gradients in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor) -> Tensor:
+        ctx.dtype = weight_VD.dtype
+        return torch.zeros((), device=weight_VD.device).expand(weight_VD.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].to(ctx.dtype)
+
+
+def _fp32_product(left_NI: Tensor, right_IM: Tensor) -> Tensor:
+    if _multiplies_narrow(left_NI):
+        return torch.mm(left_NI, right_IM, out_dtype=torch.float32)
+    return torch.mm(left_NI.float(), right_IM.float())
+
+
+def _multiplies_narrow(operand: Tensor) -> bool:
+    # A fake tensor stands for one of a GPU (`areal-like plan`).
+    return operand.is_cuda or isinstance(operand, FakeTensor)
+
+
+def _is_narrow(weight: Tensor) -> bool:
+    return weight.dtype.itemsize < torch.float32.itemsize
 
 
 def routers(model: nn.Module) -> Iterator[nn.Module]:

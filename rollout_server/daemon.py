@@ -28,6 +28,7 @@ from areal_like.runtime.daemon import Runtime, cancelled_on_exit
 from areal_like.runtime.imports import torch_hidden, uncollected
 from areal_like.security.binding import require_loopback_or_keys
 from areal_like.security.keys import KeyRole
+from areal_like.weights.checkpoint_files import base_of
 from areal_like.wire.addresses import buffer_addresses, wait_for_addresses
 from areal_like.wire.channel import tcp_address
 from areal_like.wire.curve import CurveServer
@@ -148,6 +149,7 @@ class RolloutServer:
             gate.set_limit(self._concurrency.limit)
         strategy = make_update_strategy(
             config,
+            name=runtime.name,
             model=model,
             gate=gate,
             on_quarantine=self._on_quarantine,
@@ -174,6 +176,7 @@ class RolloutServer:
             on_version=self._on_version,
             on_untrusted=self._replace_engine,
             integrity=config.weights.integrity,
+            base=base_of(model) if config.num_adapters else "",
             curve=curve,
         )
         self._buffers = ShardedBufferClient(

@@ -66,6 +66,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = largest_first(items)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests of GPUs on a machine that has none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("torch finds no GPU")
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment with one cache directory for all xdist workers, so that jobs build the tiny model once."""

@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from areal_like.automatic_settings import compute_dtype, recomputes_activations, resolved
 from areal_like.config import Config
+from areal_like.config.default_objective import as_setting
 from areal_like.errors import ConfigError, RunFinishedError, UserError
 from areal_like.paths import RunPaths, model_path
 from areal_like.runtime.daemon import DrainSignals
@@ -80,6 +81,7 @@ class Trainer:
             ranks,
             bucket_bytes=config.weights.bucket_bytes_on(ranks.device.type),
             dtype=compute_dtype(config),
+            lora=config.weights.lora,
         )
         self._snapshot_s = 0.0
         """Seconds that the last snapshot took."""
@@ -194,6 +196,8 @@ class Trainer:
         is_sync = is_last or self._step % self._config.weights.sync_interval == 0
         snapshot = self._take_snapshot() if is_sync else None
         metrics["freeze_s"] = self._snapshot_s if is_sync else 0.0
+        if is_sync:
+            metrics |= self._snapshotter.metrics
         if self._leader is not None:
             self._leader.finish_step(step, metrics, snapshot)
         if is_last or self._checkpoints.is_due(self._step, trainer, self._ranks):
@@ -290,6 +294,7 @@ def run_rank(config: Config) -> bool:
     device = device_of(config)
     activations = "recomputed" if recomputes_activations(config) else "kept"
     log.info("the forward is in %s, activations are %s", config.model.dtype, activations)
+    log.info("the objective is %s", as_setting(config.objective))
     if os.environ.get("RANK", "0") == "0":
         check_nccl(config, device)
         if text := staleness_warning(config, recipe.objective):

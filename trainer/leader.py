@@ -43,7 +43,7 @@ from trainer.evaluate import Evaluations
 from trainer.metrics.run_files import WARM_UP_STEPS, step_row
 from trainer.run_record import RunRecord
 from trainer.weights.broadcaster import Broadcaster
-from trainer.weights.checks import NOISE, CheckReport, check_tokens
+from trainer.weights.checks import MERGED_HINT, NOISE, CheckReport, check_tokens
 from trainer.weights.publisher import Publisher, PushReport
 from trainer.weights.snapshot import Snapshot
 
@@ -116,9 +116,10 @@ class Leader:
             welcome = buffer.call(start, timeout_s=_CALL_TIMEOUT_S)
         except RefusedError as error:
             raise UserError(str(error)) from error
-        self._is_new = step == 0 and bool(welcome.newest_version == 0)
-        """False even for a run that starts over without a checkpoint: its servers may still hold weights that
-        an earlier trainer pushed."""
+        self._is_new = step == 0 and bool(welcome.newest_version == 0) and not config.model.lora.path
+        """True if the servers have started with this trainer's weights. False even for a run that starts over
+        without a checkpoint: its servers may still hold weights that an earlier trainer pushed. With
+        `model.lora.path` they have started with the base alone."""
         self.settings: StepSettings = buffer.call(GetStepSettings(step=step), timeout_s=_CALL_TIMEOUT_S)
         """Settings of the current step, which is about to begin or in progress."""
         self._counters_at_start, self._counted_from_s = self._get_counters(), time.monotonic()
@@ -358,10 +359,11 @@ class Leader:
             self._last_checks[report.server] = report
             self._record.series.checked(report)
 
-        buffer = self._buffer
+        buffer, dtype = self._buffer, compute_dtype(self._config)
         weights = replace(self._config.weights, update_mode=self._config.update_mode)
         # An engine scores given tokens at temperature 1 only.
         is_checked = weights.check_interval_s is not None and self._config.sampling.temperature == 1
+        is_merged = self._config.model.lora.is_on and weights.lora == "merged"
         publisher = Publisher(
             Broadcaster(weights, device=buffer.device, keyring=buffer.runtime.keyring, waits=buffer.waits),
             call=buffer.call_async,
@@ -370,7 +372,8 @@ class Leader:
             on_failure=buffer.fail,
             on_check=on_check,
             check_interval_s=weights.check_interval_s if is_checked else None,
-            check_noise=NOISE[compute_dtype(self._config)],
+            check_noise=NOISE[dtype],
+            check_hint=MERGED_HINT.format(dtype=dtype) if is_merged else "",
         )
         buffer.on_directory = publisher.directory_changed
         return publisher

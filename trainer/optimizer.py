@@ -52,11 +52,11 @@ class ShardedAdamW:
         self._warmup_steps = warmup_steps
         self._decay_steps = decay_steps
         self._max_grad_norm = max_grad_norm
-        self._params = dict(model.named_parameters())
+        self._params = {name: param for name, param in model.named_parameters() if param.requires_grad}
         self.shards = {
             name: torch.nn.Parameter(local(param.detach())) for name, param in self._params.items()
         }
-        """This rank's part of each parameter, by name; memory shared with the model."""
+        """This rank's part of each parameter that is trained, by name; memory shared with the model."""
         # If a parameter has fewer rows than there are ranks, some ranks have an empty shard.
         used = [(self._params[name].ndim, shard) for name, shard in self.shards.items() if shard.numel()]
         groups = [

@@ -5,6 +5,7 @@ Used on rank 0 only.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -19,6 +20,8 @@ from trainer.metrics.run_files import EvaluationsFile, MetricsFile, finished_sum
 from trainer.trackers.feed import Trackers
 from trainer.weights.publisher import PushReport
 
+log = logging.getLogger(__name__)
+
 _TRACKERS_END_S = 20.0
 """Longest wait for the trackers at the end of the run."""
 
@@ -31,6 +34,8 @@ class RunRecord:
         self.steps = MetricsFile(paths.metrics, start_step=step)
         self.evaluations = EvaluationsFile(paths.evaluations, start_step=step)
         self.series = TrainerSeries(metrics, eval_sets=config.eval.resolved_sets)
+        if self.steps.entropy.warning:  # logged before this resume
+            self.series.entropy_fell()
         self._trackers = Trackers.of(
             config,
             start_step=step,
@@ -43,8 +48,15 @@ class RunRecord:
         self._trackers_limit_s = min(_TRACKERS_END_S, config.daemon.drain_timeout_s / 3)
 
     def stepped(self, row: dict[str, Any], *, metrics: Mapping[str, Any]) -> None:
-        """Records the row of one step. `metrics`: everything that the step returned."""
+        """Records the row of one step, and logs once in a run that the entropy has fallen.
+
+        `metrics`: everything that the step returned.
+        """
+        is_known = bool(self.steps.entropy.warning)
         self.steps.append(row)
+        if self.steps.entropy.warning and not is_known:
+            log.warning("%s", self.steps.entropy.warning)
+            self.series.entropy_fell()
         self.series.stepped(row["step"], {**metrics, **row})
         self._trackers.stepped(self.steps.last)
 

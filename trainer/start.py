@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from areal_like.config import Config
 from areal_like.errors import UserError
 from areal_like.paths import RunPaths
-from areal_like.runtime.command_line import load_config, shows_help
+from areal_like.runtime.command_line import load_role_config, shows_help
 from areal_like.runtime.daemon import exit_code_of
 from areal_like.runtime.logs import configure_logging
 from areal_like.runtime.process import (
@@ -43,7 +43,7 @@ def start(
         return 0
     early_signals()
     try:
-        config = load_config(argv)
+        config = load_role_config(argv)
         early_signals(config.daemon.exit_code_on_drain)
     except UserError as error:
         sys.stderr.write(f"{name}: {error}\n")

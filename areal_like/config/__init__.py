@@ -12,6 +12,7 @@ from areal_like.config.episode import EpisodeConfig, RewardsConfig, SessionsConf
 from areal_like.config.evaluation import EvalConfig, EvalSetConfig
 from areal_like.config.job import Config, DaemonConfig, MetricsConfig, ModelConfig
 from areal_like.config.loading import from_mapping, to_mapping
+from areal_like.config.lora import LoraConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig, SglangConfig
 from areal_like.config.security import SecurityConfig
 from areal_like.config.sft import SftConfig
@@ -26,6 +27,7 @@ __all__ = [
     "EvalConfig",
     "EvalSetConfig",
     "KlConfig",
+    "LoraConfig",
     "MetricsConfig",
     "ModelConfig",
     "OnFailureConfig",

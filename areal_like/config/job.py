@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -18,8 +19,10 @@ from areal_like.config.common import (
     Section,
     require,
 )
+from areal_like.config.default_objective import AUTO, as_setting, objective_for, why
 from areal_like.config.episode import EpisodeConfig, RewardsConfig, SessionsConfig
 from areal_like.config.evaluation import EVAL_BYTES_PER_SAMPLE, EvalConfig
+from areal_like.config.lora import LoraConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig
 from areal_like.config.security import SecurityConfig
 from areal_like.config.sft import SftConfig
@@ -37,11 +40,12 @@ class ModelConfig(Section, key="model"):
     Face directory or name."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the weights in the engine and in the trainer's forward pass; `auto`: the checkpoint's if
-    engine or trainer are on GPUs (bfloat16 for one in float16), else float32. The trainer's master weights
-    are always float32."""
-    fp32_head: bool = False
-    """True: trainer and engine compute the logits in float32, from weights and hidden states in `dtype`: in
-    bfloat16 their log-probs then agree better."""
+    engine or trainer are on GPUs (bfloat16 for one in float16), else float32. The weights that are trained
+    are always kept in float32; with LoRA the model's own are not trained, and kept in this dtype."""
+    fp32_head: bool | Literal["auto"] = "auto"
+    """True: trainer and engine compute the logits in float32, from weights and hidden states in `dtype`, so
+    that their log-probs agree better; `auto`: true where `dtype` is bfloat16. A run keeps the value that it
+    began with."""
     warm_start_steps: NonNegativeInt = 150
     """Supervised steps on noisy demonstrations of the task (sort, adding); only for `path=tiny`."""
     warm_start_swap_prob: Fraction = 0.5
@@ -52,6 +56,7 @@ class ModelConfig(Section, key="model"):
     for the tokenizer's chat template, or `auto`: the renderer made for the model if there is one."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template, e.g. `{enable_thinking: false}`."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def check(self) -> None:
         require(bool(self.path), "model.path is empty: name `tiny`, `smollm2` or a Hugging Face directory")
@@ -141,6 +146,9 @@ _WHOLE_GROUP_OBJECTIVES = frozenset({"oapl", "online_dpo", "rebel"})
 _SHAPINGS_OF_PARTS = frozenset({"laconic", "overlong"})
 """Names of objectives, and of reward shapings, that need all samples of a group at once, and that do not. The
 buffer has to know them without importing the trainer, which declares the same as `takes_parts`."""
+_TASKS_OF_ONE_TURN = frozenset({"sort", "reasoning_gym", "data"})
+"""Names of tasks whose samples are single completions. Buffer and trainer have to know them without importing
+the tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +187,9 @@ class Config(Section):
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    objective: dict[str, Any] = field(default_factory=lambda: {"name": "tis"})
-    """`name` or `_target_`, that objective's own settings, and `masks`: a list of such mappings."""
+    objective: dict[str, Any] = field(default_factory=lambda: {"name": AUTO})
+    """`name` or `_target_`, that objective's own settings, and `masks`: a list of such mappings. `auto`: one
+    objective for answers of up to 512 tokens and one for longer ones, without settings of its own."""
     advantage: dict[str, Any] = field(default_factory=lambda: {"name": "grpo"})
     """`name` or `_target_`, that advantage's own settings, `turn_discount` (1), and `shaping`: a list of such
     mappings."""
@@ -218,11 +227,14 @@ class Config(Section):
         )
         self._check_shards()
         require(
-            self.weights.integrity == "none" or self.rollout.engine == "embedded",
+            self.weights.integrity == "none"
+            or self.rollout.engine == "embedded"
+            or self.weights.lora == "adapter",
             f"weights.integrity={self.weights.integrity} needs rollout.engine=embedded: "
             f"{self.rollout.engine} loads each bucket in place and cannot verify it before; "
             "set weights.integrity=none",
         )
+        self._check_adapters()
         self._check_engine_url()
         for section in ("task", "objective", "advantage"):
             keys = getattr(self, section)
@@ -238,6 +250,65 @@ class Config(Section):
     def close_after(self) -> int:
         """`staleness.close_after`, with its default resolved."""
         return self.staleness.close_after or min(3 + self.weights.sync_interval, max(1, self.staleness_cap))
+
+    @property
+    def resolved_objective(self) -> dict[str, Any]:
+        """The section `objective`, with `auto` resolved. It follows from the settings alone, so all roles
+        agree on it.
+
+        Raises ConfigError for `auto` with further settings. The constructor accepts them: on a resume they
+        are for the objective that the run has.
+        """
+        own = [f"objective.{key}={value}" for key, value in self.objective.items() if key != "name"]
+        require(
+            not self._chooses_objective or not own,
+            f"{', '.join(own)}: objective=auto chooses a method together with its settings: name the "
+            f"objective to change them. Here auto is 'objective={as_setting(self._objective)}'",
+        )
+        return self._objective
+
+    @property
+    def objective_choice(self) -> str:
+        """The method that `objective=auto` chooses, and why, on one line; empty if the job names one."""
+        if not self._chooses_objective:
+            return ""
+        longest, limit = self.longest_answer
+        is_unknown = "_target_" in self.task and self.episode.max_turns > 1
+        hint = "; set episode.max_turns=1 if each sample is a single completion" if is_unknown else ""
+        return why(longest, limit=limit) + hint
+
+    def with_resolved_objective(self) -> Config:
+        """This configuration, with the objective that `auto` chooses. Raises as `resolved_objective`."""
+        return dataclasses.replace(self, objective=self.resolved_objective)
+
+    @property
+    def longest_answer(self) -> tuple[int, str]:
+        """(most sampled tokens of one sample, over all of its turns; the setting that limits them).
+
+        This is an upper bound: of the prompt, and of the messages of an environment, only one token is
+        subtracted. A task of the user may have turns, because only a rollout server imports it.
+        """
+        turns, per_turn = self.episode.max_turns, self.sampling.max_new_tokens
+        if not _may_have_turns(self.task):
+            turns = 1
+        rooms = (  # each is the limit where those before it are not set
+            ("episode.max_tokens", self.episode.max_tokens if turns > 1 else 0),
+            ("rollout.max_context", self.rollout.max_context),
+            ("trainer.tokens_per_microbatch", self.trainer.tokens_per_microbatch),
+        )
+        key, room = next(one for one in rooms if one[1])
+        if room <= turns * per_turn:
+            return room - 1, f"{key}={room}"
+        times = f"episode.max_turns={turns} times " if turns > 1 else ""
+        return turns * per_turn, f"{times}sampling.max_new_tokens={per_turn}"
+
+    @property
+    def _chooses_objective(self) -> bool:
+        return self.objective.get("name") == AUTO
+
+    @property
+    def _objective(self) -> dict[str, Any]:
+        return objective_for(self.longest_answer[0]) if self._chooses_objective else self.objective
 
     @property
     def overdue(self) -> Literal["wait", "drop", "close"]:
@@ -310,7 +381,8 @@ class Config(Section):
     @property
     def _needs_whole_groups(self) -> tuple[str, str] | None:
         """The part of the method that needs all samples of a group at once, and what to change."""
-        name, advantage = self.objective.get("name"), self.advantage.get("name")
+        objective, advantage = self._objective, self.advantage.get("name")
+        name = objective.get("name")
         if self.sampling.group_size > _MAX_CLOSED_GROUP:
             return (
                 f"sampling.group_size={self.sampling.group_size} is too large: what the baselines of parts "
@@ -319,8 +391,8 @@ class Config(Section):
             )
         if name in _WHOLE_GROUP_OBJECTIVES:
             return f"objective.name={name} needs whole groups", "choose another objective"
-        is_own_baseline = name == "vcpo" and self.objective.get("baseline", "group") != "none"
-        if is_own_baseline and not self.objective.get("leave_one_out", False):
+        is_own_baseline = name == "vcpo" and objective.get("baseline", "group") != "none"
+        if is_own_baseline and not objective.get("leave_one_out", False):
             return (
                 "objective.name=vcpo computes its baseline from whole groups",
                 "set objective.leave_one_out=true",
@@ -426,13 +498,16 @@ class Config(Section):
         """The resolved `weights.update_mode`.
 
         On GPUs completions are long: rebuilding the KV cache of every running sequence at each push would
-        cost more than it gains. A salt keeps SGLang's cached prefixes of different weights apart.
+        cost more than it gains. A salt keeps SGLang's cached prefixes of different weights apart. SGLang
+        cannot keep KV under another adapter, so there running requests finish under their own.
         """
         if self.weights.update_mode != "auto":
             return self.weights.update_mode
         if self._trains_on_intervals:
             return "drain"
         on_gpu = self.rollout.engine == "sglang" and self.rollout.engine_device != "cpu"
+        if on_gpu and self.weights.lora == "adapter":
+            return "drain"
         return "keep" if on_gpu else "recompute"
 
     @property
@@ -443,6 +518,37 @@ class Config(Section):
         The trainer refuses an objective with `single_version` without that filter.
         """
         return self.buffer.group_filter == "single_version" and self.weights.sync_interval > 1
+
+    @property
+    def num_adapters(self) -> int:
+        """Versions of the adapter that an engine serves at the same time; 0 unless pushes are adapters.
+
+        One that is pushed, and one for each version that a sample within the staleness bound may have begun
+        with.
+        """
+        return self.staleness_cap + 2 if self.weights.lora == "adapter" else 0
+
+    def _check_adapters(self) -> None:
+        if self.weights.lora != "adapter":
+            return
+        require(
+            self.model.lora.is_on,
+            "weights.lora=adapter with model.lora.rank=0: there is no adapter to push; set model.lora.rank, "
+            "or weights.lora=merged",
+        )
+        if self.rollout.engine != "sglang":
+            return
+        require(
+            self.update_mode != "keep",
+            "weights.update_mode=keep with weights.lora=adapter: SGLang cannot keep the KV of a running "
+            "request under another adapter; set weights.update_mode to drain, recompute or abort_resume",
+        )
+        require(
+            not self.rollout.sglang.url,
+            f"weights.lora=adapter with rollout.sglang.url={self.rollout.sglang.url}: an engine that the "
+            "rollout server did not start may not see its folders of adapters; set weights.lora=merged, or "
+            "leave the url out",
+        )
 
     def _check_shards(self) -> None:
         num_shards = self.buffer.num_shards
@@ -497,3 +603,13 @@ class Config(Section):
             f"buffer.group_filter=single_version with weights.sync_interval={interval} needs whole groups "
             f"of one weight version: set weights.update_mode=drain, not {self.weights.update_mode}",
         )
+
+
+def _may_have_turns(task: Any) -> bool:
+    """True if the samples of this section `task` may have several turns. The rollout servers check it."""
+    if not isinstance(task, dict) or task.get("external", False):
+        return True
+    entries = task.get("tasks") if task.get("name") == "mixture" else None
+    if isinstance(entries, (list, tuple)):
+        return any(_may_have_turns(entry) for entry in entries)
+    return task.get("name") not in _TASKS_OF_ONE_TURN

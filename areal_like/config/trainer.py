@@ -20,7 +20,7 @@ from areal_like.config.common import (
 class KlConfig(Section, key="kl"):
     """A penalty on the distance from a frozen reference model.
 
-    It costs the reference model's memory and one extra forward pass per step.
+    It costs one extra forward pass per step and, except with LoRA, the reference model's memory.
     """
 
     coef: NonNegativeFloat = 0.0
@@ -32,7 +32,8 @@ class KlConfig(Section, key="kl"):
     """`loss`: added to the loss of each token. `reward`: subtracted from the reward of each sample before the
     advantages are computed; a step then waits for its last group."""
     reference: str = ""
-    """Hugging Face directory or name of the reference model; empty: the initial model of the run."""
+    """Hugging Face directory or name of the reference model; empty: the initial model of the run, and with
+    LoRA `model.path` without an adapter, which is in memory already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +78,8 @@ class TrainerConfig(Section, key="trainer"):
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradient clipping by the global norm; 0 turns it off."""
     normalizer: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] = "token_mean"
-    """How token losses are averaged over a step: the mean over tokens; the mean over sequences of each
-    sequence's mean or sum; or (`constant`, Dr. GRPO) the sum divided by sequences times the limit of sampled
+    """How token losses are averaged over a step: the mean over tokens; the mean over samples of each
+    sample's mean or sum; or (`constant`, Dr. GRPO) the sum divided by samples times the limit of sampled
     tokens."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of an entropy bonus in the loss, in 1/nats; 0: none."""
@@ -90,6 +91,9 @@ class TrainerConfig(Section, key="trainer"):
     """Attention over packed sequences. `varlen`: torch's CUDA kernel for sequences of different lengths, for
     16-bit dtypes only; `rectangles`: sequences padded to equal lengths, on any device; `auto`: varlen where
     it runs."""
+    kernels: Literal["auto", "torch"] = "auto"
+    """`auto`: FlashAttention 3 (`flash_attn_interface`, compute capability 9.0) and Liger's norms, rotary
+    embeddings and SwiGLU where they are installed, on GPUs; `torch`: only torch's own kernels."""
     compile: bool = False
     """True: norms and MLPs of policy and reference model are compiled with torch.compile, which takes time
     at the start, and needs g++ on CPUs. Refused with objectives that read gradients of single sequences

@@ -23,7 +23,13 @@ class WeightsConfig(Section, key="weights"):
     """Treatment of sequences in flight: `recompute` rebuilds their KV cache under the new weights, `keep`
     keeps the old KV cache, `abort_resume` interrupts them and resubmits the partial tokens, `drain` finishes
     them first. `auto`: `drain` with `buffer.group_filter=single_version` and a `sync_interval` above 1, as
-    `objective=oapl` sets them, `keep` with SGLang on GPUs (`rollout.engine_device`), else `recompute`."""
+    `objective=oapl` sets them, and with `lora=adapter` and SGLang on GPUs; `keep` otherwise with SGLang on
+    GPUs (`rollout.engine_device`), else `recompute`."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """What a push of a policy with a LoRA adapter carries. `merged`: all weights, with the adapter added to
+    them. `adapter`: only the adapter's matrices, a few hundredths of the bytes; engines add it to the base
+    model that they have loaded from `model.path`, and each running sequence can finish under the version
+    that it began with (`update_mode=drain`)."""
     bucket_bytes: int = 0
     """Size of one flattened broadcast, in bytes; 0: 64 MiB where the trainer runs on a CPU, 512 MiB on
     GPUs."""

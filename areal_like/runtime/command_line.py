@@ -32,11 +32,13 @@ from yaml import YAMLError
 from areal_like.config import Config, from_mapping, to_mapping
 from areal_like.config.common import NAME, NAME_RULE
 from areal_like.errors import ConfigError, first_line
-from areal_like.paths import replacing
+from areal_like.paths import RunPaths, replacing
 
 OPEN_SECTIONS = ("objective", "advantage", "task")
 GROUPS = ("model", *OPEN_SECTIONS)
 """Sections that have presets in configs/: `model=smollm2` selects one."""
+DEFAULTS_BEFORE: dict[str, dict[str, Any]] = {"model": {"fp32_head": False}, "trainer": {"kernels": "torch"}}
+"""Settings that did not exist when some runs began, and what those runs did: their numbers stay the same."""
 SCALE = "scale"
 """Presets of whole jobs: `scale=8xh100_8b` is `--config configs/scale/8xh100_8b.yaml`."""
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -137,7 +139,33 @@ def role_arguments(argv: Sequence[str], *, default_name: str) -> tuple[Config, s
     name = values.name or default_name
     if not NAME.fullmatch(name):
         raise ConfigError(f"--name {name[:80]}: {NAME_RULE}")
-    return load_config(rest), name
+    return load_role_config(rest), name
+
+
+def load_role_config(argv: Sequence[str]) -> Config:
+    """`load_config` for a daemon: with the objective of its run, or the one that `objective=auto` chooses."""
+    config = load_config(argv)
+    own = RunPaths.of(config).config
+    return with_kept_objective(config, argv, own=own).with_resolved_objective()
+
+
+def with_kept_objective(config: Config, argv: Sequence[str], *, own: Path) -> Config:
+    """The configuration, with the objective that the run's own config.yaml has if `objective=auto` is only a
+    default.
+
+    Another release, or another limit of the answers, might choose another objective, and a run keeps its own.
+    `objective=auto` in `argv` chooses again. A file that cannot be read changes nothing.
+    """
+    if not config.objective_choice or any(arg.lstrip("+").startswith("objective=") for arg in argv):
+        return config
+    if not own.is_file():
+        return config
+    try:
+        kept = load_config(["--config", os.fspath(own)]).objective
+    except ConfigError:
+        return config
+    changed = {key: value for key, value in config.objective.items() if key != "name"}
+    return dataclasses.replace(config, objective=kept | changed)
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -209,7 +237,7 @@ def _merged(file: Path | None, settings: Sequence[str]) -> dict[str, Any]:
             merged = OmegaConf.load(file)
             # A single setting of a section that the file leaves out changes that section's default.
             open_ones = {key: defaults[key] for key in OPEN_SECTIONS if key not in merged}
-            merged = OmegaConf.merge(open_ones, merged)
+            merged = OmegaConf.merge(open_ones, _with_defaults_before(merged))
         overrides = [(setting, *_parsed(setting)) for setting in settings]
         for setting, key, value in overrides:
             section = key.removesuffix("._target_")
@@ -229,6 +257,19 @@ def _merged(file: Path | None, settings: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"{where}{first_line(error)}") from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+_MODEL_BEFORE = frozenset(
+    {"path", "dtype", "warm_start_steps", "warm_start_swap_prob", "renderer", "chat_template_kwargs"}
+)
+"""Settings of `model` that every file of a run of an earlier release has."""
+
+
+def _with_defaults_before(file: Any) -> Any:
+    """The settings of a file; if a run of an earlier release wrote it, with DEFAULTS_BEFORE."""
+    # Only the file that a run has written names every setting of its release.
+    is_recorded = _MODEL_BEFORE.issubset(file.get("model") or {})
+    return OmegaConf.merge(DEFAULTS_BEFORE, file) if is_recorded else file
 
 
 def _parsed(setting: str) -> tuple[str, Any]:

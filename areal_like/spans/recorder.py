@@ -47,6 +47,9 @@ _MAX_TEXT = 200
 _NUM_KEPT = 32
 """Round trips from which the clock's offset is estimated."""
 
+_as_json = json.JSONEncoder(separators=(",", ":"), default=str).encode
+"""`json.dumps` would make an encoder for each span."""
+
 _BASE_S = time.time() - time.monotonic()
 
 
@@ -134,7 +137,7 @@ class SpanRecorder:
                     file.close()
 
     def _write(self, entry: Any) -> None:
-        line = json.dumps(entry, separators=(",", ":"), default=str) + "\n"
+        line = _as_json(entry) + "\n"
         with self._lock:
             now_s = time.monotonic()
             if self._file is None and not self._opens_again(now_s=now_s):
@@ -143,7 +146,7 @@ class SpanRecorder:
             if now_s - self._second_s >= 1:
                 if self._num_left_out:
                     at = [round(_BASE_S + self._second_s, 6), "spans left out", self._num_left_out]
-                    line = json.dumps(at, separators=(",", ":")) + "\n" + line
+                    line = _as_json(at) + "\n" + line
                 self._second_s, self._num_in_second, self._num_left_out = now_s, 0, 0
             self._num_in_second += 1
             if self._num_in_second > MAX_PER_S:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from areal_like.errors import WeightSyncError
+from areal_like.weights.adapters import AdapterHeader
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +133,8 @@ class Manifest:
 
     version: int
     buckets: tuple[Bucket, ...]
+    adapter: AdapterHeader | None = None
+    """If the buckets hold a LoRA adapter and not all weights: its header."""
 
     @property
     def num_bytes(self) -> int:
@@ -145,7 +148,8 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mapping for JSON or msgpack."""
-        return {"version": self.version, "buckets": [bucket.to_dict() for bucket in self.buckets]}
+        plain = {"version": self.version, "buckets": [bucket.to_dict() for bucket in self.buckets]}
+        return plain if self.adapter is None else plain | {"adapter": self.adapter.to_dict()}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Manifest:
@@ -157,7 +161,12 @@ class Manifest:
             or not all(isinstance(b, Mapping) for b in buckets)
         ):
             raise WeightSyncError("manifest: want an integer `version` and a list of `buckets`")
-        return cls(version=version, buckets=tuple(Bucket.from_dict(bucket) for bucket in buckets))
+        header = raw.get("adapter")
+        return cls(
+            version=version,
+            buckets=tuple(Bucket.from_dict(bucket) for bucket in buckets),
+            adapter=None if header is None else AdapterHeader.from_dict(header),
+        )
 
 
 def cut_buckets(tensors: Iterable[TensorSpec], *, bucket_bytes: int) -> tuple[Bucket, ...]:

@@ -7,7 +7,8 @@ the checkpoint.
 
 `hf_tensors` derives the map from transformers' own conversions (`core_model_loading`, from 5.17 on) and knows
 no architecture by name: it lets transformers convert parameters that hold their own positions, and finds each
-result's place from the positions in it. Left out: tensors that are not a contiguous block of rows of one
+result's place from the positions in it. The matrices of LoRA adapters are parameters, but not in the
+checkpoint (`adapter_tensors` names those). Left out: tensors that are not a contiguous block of rows of one
 parameter (transposed, interleaved, or made of several parameters). Such an architecture is refused.
 
 FSDP2 shards the first dimension of each parameter. So every rank holds some rows of a tensor that is a whole
@@ -18,14 +19,16 @@ from __future__ import annotations
 
 import bisect
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from areal_like.errors import ConfigError
+from areal_like.weights.adapters import PEFT_PREFIX
 
 _COLUMNS = 3
 """Length of the last dimension while positions are converted, instead of the real one, so that the positions
@@ -97,7 +100,9 @@ def hf_tensors(model: nn.Module, *, with_buffers: bool = True) -> list[HfTensor]
     of the model and are never trained.
     Raises ConfigError for an architecture whose checkpoint has tensors that are not parts of parameters.
     """
-    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    base = [(name, param.shape) for name, param in model.named_parameters() if not is_adapter(name)]
+    params = {_without_adapter(name): name for name, _ in base}
+    shapes = {_without_adapter(name): tuple(shape) for name, shape in base}
     if with_buffers and (buffers := list(_persistent_buffers(model))):
         raise ConfigError(
             f"{type(model).__name__} keeps {buffers[0]} in its checkpoint and does not train it: only "
@@ -105,7 +110,7 @@ def hf_tensors(model: nn.Module, *, with_buffers: bool = True) -> list[HfTensor]
         )
     conversions = _conversions(model)
     if not conversions:
-        return [HfTensor(name=name, shape=shape, param=name) for name, shape in shapes.items()]
+        return [HfTensor(name=name, shape=shape, param=params[name]) for name, shape in shapes.items()]
     positions = _Positions(model, shapes)
     places: dict[str, tuple[int, HfTensor]] = {}
     for batch in positions.batches():
@@ -120,10 +125,42 @@ def hf_tensors(model: nn.Module, *, with_buffers: bool = True) -> list[HfTensor]
             if name in places:
                 raise positions.refusal(name)
             places[name] = positions.place(name, found)
-    tensors = [tensor for _, tensor in sorted(places.values(), key=lambda place: place[0])]
+    ordered = sorted(places.values(), key=lambda place: place[0])
+    tensors = [replace(tensor, param=params[tensor.param]) for _, tensor in ordered]
     covered = sum(math.prod(tensor.shape) for tensor in tensors)
     assert covered == sum(map(math.prod, shapes.values())), "a parameter has no place in the checkpoint"
     return tensors
+
+
+ADAPTER = "default"
+"""PEFT's name of the adapter that is trained, which is part of its parameters' names."""
+_ADAPTER_NAME = re.compile(rf"\.(lora_[AB])\.{ADAPTER}\.weight$")
+
+
+def is_adapter(name: str) -> bool:
+    """True for the name of a parameter of a LoRA adapter, as PEFT gives it."""
+    return _ADAPTER_NAME.search(name) is not None
+
+
+def _without_adapter(name: str) -> str:
+    """The name that a parameter of the base had before PEFT put an adapter around its layer."""
+    return name.replace(".base_layer.", ".")
+
+
+def adapter_tensors(model: nn.Module) -> list[HfTensor]:
+    """The tensors of a model's LoRA adapter under the names of PEFT's files, in the order of the model's
+    layers, A [rank, in] before B [out, rank]; empty for a model without one.
+
+    `model`: a transformers model with an adapter; it may be on the meta device, and sharded. Each tensor is
+    one whole parameter.
+    """
+    return [
+        HfTensor(
+            name=PEFT_PREFIX + _ADAPTER_NAME.sub(r".\1.weight", name), shape=tuple(param.shape), param=name
+        )
+        for name, param in model.named_parameters()
+        if is_adapter(name)
+    ]
 
 
 class _Positions:

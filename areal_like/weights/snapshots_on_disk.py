@@ -17,6 +17,8 @@ FORMAT = 2
 """Format of a checkpoint, in its state file."""
 OLD_FORMAT = 1
 """Format of the release before: whole tensors in one file for the weights and one for the moments."""
+ADAPTER_STATE = "adapter"
+"""Key of the `AdapterHeader` of a checkpoint that has only an adapter."""
 VERSION_KEY = "weights_version"
 """Key of the version in the state file's `extra`."""
 
@@ -32,14 +34,18 @@ class DiskSnapshot:
 def newest_snapshot(checkpoints: Path) -> DiskSnapshot | None:
     """The checkpoint of the latest step.
 
-    None if this machine has no access to a checkpoint, or if the latest one contains no version.
+    None if this machine has no access to a checkpoint, or if the latest one contains no version or only an
+    adapter: the engine then starts with the base and waits for a push.
     """
     try:
         steps = find_checkpoints(checkpoints)
         if not steps:
             return None
         path = steps[max(steps)]
-        version = read_json(path / STATE_FILE)["extra"][VERSION_KEY]
+        state = read_json(path / STATE_FILE)
+        if ADAPTER_STATE in state:
+            return None
+        version = state["extra"][VERSION_KEY]
     except (OSError, ValueError, KeyError):
         return None  # unreadable, meanwhile deleted, or written before checkpoints contained versions
     return DiskSnapshot(path=path, version=int(version))

@@ -168,6 +168,6 @@ def _are_equal(recorded: RunPaths, replayed: RunPaths, step: int) -> bool:
     """Compares the weights' files and, if both runs had the same number of ranks, masters and moments."""
     ours, theirs = (paths.checkpoints / checkpoint_name(step) for paths in (recorded, replayed))
     rows = [{file.name for file in folder.glob("rows/policy-*")} for folder in (ours, theirs)]
-    return same_files(ours, theirs, "model*.safetensors") is True and all(
+    return same_files(ours, theirs, "*model*.safetensors") is True and all(
         same_files(ours, theirs, f"rows/{name}") for name in rows[0] & rows[1]
     )

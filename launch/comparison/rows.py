@@ -21,7 +21,7 @@ _NAMES = {
         *("ess_ratio", "ess_ratio_geometric", "ess_ratio_token", "ess_weights"),
     ),
     "advantages": ("zero_advantage_groups",),
-    "weights of the loss": ("clipped_fraction", "kept_fraction", "lr_scale"),
+    "weights of the loss": ("clipped_fraction", "kept_fraction", "lr_scale", "rho_ref"),
     "loss": ("loss",),
     "gradient norm": ("grad_norm",),
 }

@@ -12,8 +12,10 @@ _ROUNDING = (
     "trainer.tokens_per_microbatch",
     "trainer.balance",
     "trainer.logprob_chunk_tokens",
+    "model.fp32_head",
     "trainer.gradient_checkpointing",
     "trainer.attention",
+    "trainer.kernels",
     "trainer.compile",
     "trainer.num_threads",
 )

@@ -1,4 +1,4 @@
-"""Compares the weights of two Hugging Face directories."""
+"""Compares the weights of two Hugging Face directories, or the adapters of two PEFT directories."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from areal_like.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_WEIGHTS = "model*.safetensors"
+_WEIGHTS = "*model*.safetensors"
+"""The weights of a model, or of its adapter."""
 _CHUNK = 1 << 22
 """Number of elements that are compared at once."""
 

@@ -284,6 +284,14 @@ def _gpus(config: Config, roles: Sequence[str]) -> GpuFacts:
     may_share = "--mem-fraction-static" in config.rollout.sglang.args
     if not named:
         return GpuFacts()
+    table, reason = driver_table()
+    if reason:
+        return GpuFacts(wanted=named, error=reason, visible=visible)
+    return gpus_from(table, wanted=named, visible=visible, may_share=may_share)
+
+
+def driver_table() -> tuple[str, str]:
+    """(nvidia-smi's table of GPUs with index, name, total and used MB, driver; why there is none)"""
     query = "--query-gpu=index,name,memory.total,memory.used,driver_version"
     try:
         done = subprocess.run(
@@ -294,10 +302,10 @@ def _gpus(config: Config, roles: Sequence[str]) -> GpuFacts:
             check=True,
         )
     except FileNotFoundError:
-        return GpuFacts(wanted=named, error="nvidia-smi is not installed", visible=visible)
+        return "", "nvidia-smi is not installed"
     except (OSError, subprocess.SubprocessError) as problem:
-        return GpuFacts(wanted=named, error=f"nvidia-smi fails: {problem}", visible=visible)
-    return gpus_from(done.stdout, wanted=named, visible=visible, may_share=may_share)
+        return "", f"nvidia-smi fails: {problem}"
+    return done.stdout, ""
 
 
 def gpus_from(table: str, *, wanted: dict[int, str], visible: str | None, may_share: bool) -> GpuFacts:
@@ -329,16 +337,17 @@ def _int(text: str) -> int:
 
 def _versions(config: Config, roles: Sequence[str]) -> Iterator[Versions]:
     if "trainer" in roles or config.rollout.engine == "embedded":
-        yield _probe("trainer", sys.executable)
+        yield versions_of("trainer", sys.executable)
     if "rollout" in roles and config.rollout.engine == "sglang" and not config.rollout.sglang.url:
         built = str(cache_dir() / "sglang/bin/python")
         given = config.rollout.sglang.python
-        probes = (_probe("engine", python) for python in ([given] if given else [sys.executable, built]))
+        probes = (versions_of("engine", python) for python in ([given] if given else [sys.executable, built]))
         first = next(probes)
         yield first if first.sglang or first.error else next((each for each in probes if each.sglang), first)
 
 
-def _probe(of: str, python: str) -> Versions:
+def versions_of(of: str, python: str) -> Versions:
+    """The versions in the environment of an interpreter; `of`: `trainer` or `engine`."""
     try:
         done = subprocess.run(
             [str(Path(python).expanduser()), "-c", _PROBE],

@@ -174,6 +174,7 @@ class LocalJob:
         refusal = tried.refusal
         if refusal is None:
             settings = load_config(["--config", str(self._run.config_file), *tried.settings])
+            settings = settings.with_resolved_objective()
 
             def write() -> None:
                 keep(settings, self._paths, by="restart")

@@ -113,6 +113,17 @@ def check_resume(before: Config | None, after: Config, paths: RunPaths) -> None:
             f"cannot change ({before.model.path}): leave model.path out, or start a new run from the other "
             "model with name=..."
         )
+    if before is not None and _adapter(before) != _adapter(after):
+        raise ConfigError(
+            f"model.lora={_adapter(after)}: the adapter of a run cannot change ({_adapter(before)}): leave "
+            "model.lora out, or start a new run with name=..."
+        )
+
+
+def _adapter(config: Config) -> str:
+    """The settings of `model.lora` that a checkpoint belongs to."""
+    lora = config.model.lora
+    return f"rank {lora.rank}, alpha {lora.alpha:g}, targets {lora.targets}" if lora.is_on else "off"
 
 
 def _is_same_model(before: str, after: str) -> bool:

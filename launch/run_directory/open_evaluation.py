@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.automatic_settings import resolved
-from areal_like.config import Config, to_mapping
+from areal_like.config import Config, LoraConfig, to_mapping
 from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.config.trainer import TrainerConfig
 from areal_like.errors import ConfigError
-from areal_like.paths import BUILT_MODELS, RunPaths, find_checkpoints
+from areal_like.paths import ADAPTER_CONFIG, BUILT_MODELS, RunPaths, find_checkpoints
 from areal_like.runtime.command_line import load_config
 from launch.run_directory.open_run import OpenRun, free_directory, prepared
 from launch.run_directory.rundir import find_run, is_summarized, lock
@@ -60,7 +60,7 @@ def find_model(word: str) -> EvaluatedModel:
     if word in BUILT_MODELS:
         return EvaluatedModel(path=word, label=word)
     folder = Path(word).expanduser()
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
         return _of_directory(folder.resolve())
     if (folder / "config.yaml").is_file() or (Path("runs") / word / "config.yaml").is_file():
         run = find_run(str(folder)).resolve()
@@ -80,6 +80,11 @@ def find_model(word: str) -> EvaluatedModel:
 
 
 def _of_directory(folder: Path) -> EvaluatedModel:
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            f"{folder} is an adapter: merge it with its base, then evaluate the result: areal-like merge "
+            f"{folder} --into DIRECTORY && areal-like eval DIRECTORY"
+        )
     run = folder.parent.parent
     steps = {path: step for step, path in find_checkpoints(folder.parent).items()}
     is_of_run = folder.parent == RunPaths(run).checkpoints and RunPaths(run).config.is_file()
@@ -126,7 +131,8 @@ def open_evaluation(model: EvaluatedModel, argv: Sequence[str]) -> OpenRun:
 
 def evaluation_config(config: Config, model: EvaluatedModel) -> Config:
     """`config` for the evaluation of `model` alone. Raises ConfigError."""
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=model.path), resume="")
+    evaluated = dataclasses.replace(config.model, path=model.path, lora=LoraConfig())
+    config = dataclasses.replace(config, model=evaluated, resume="")
     config = resolved(config)  # before the devices change: model.dtype depends on them
     trainer = TrainerConfig(
         num_steps=1,

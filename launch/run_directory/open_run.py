@@ -20,7 +20,13 @@ from areal_like.config import Config
 from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.errors import ConfigError
 from areal_like.paths import BUILT_MODELS, RunPaths
-from areal_like.runtime.command_line import GROUPS, SCALE, load_config, save_config
+from areal_like.runtime.command_line import (
+    GROUPS,
+    SCALE,
+    load_config,
+    save_config,
+    with_kept_objective,
+)
 from launch.run_directory.kept_settings import check_resume, keep, left_out, stored
 from launch.run_directory.rundir import (
     InUseError,
@@ -92,9 +98,11 @@ def open_run(argv: Sequence[str], *, is_sft: bool = False, is_dry: bool = False)
     if resumes:
         run = _resume(config, argv, is_sft=is_sft, is_dry=is_dry)
     else:
-        if not is_sft:
+        if is_sft:  # no choice to announce
+            config = config.with_resolved_objective()
+        else:
             check_gpus_are_separate(config)
-        run = _start(resolved(config), is_named=is_named, is_dry=is_dry)
+        run = _start(config, is_named=is_named, is_dry=is_dry)
     return run if is_dry else prepared(run)
 
 
@@ -115,7 +123,7 @@ def open_replay(recorded: Path, argv: Sequence[str]) -> OpenRun:
     runs_dir = config.runs_dir if has_runs_dir else str(recorded.resolve().parent)
     name = config.name if is_named else f"{recorded.resolve().name}-replay"
     config = dataclasses.replace(config, name=name, runs_dir=runs_dir, resume="")
-    return prepared(_start(resolved(config), is_named=is_named))
+    return prepared(_start(config, is_named=is_named))
 
 
 def is_begun(paths: RunPaths) -> bool:
@@ -172,11 +180,14 @@ def _unlock(lock_fd: int) -> None:
 
 def _start(config: Config, *, is_named: bool, is_dry: bool = False) -> OpenRun:
     """A new run under the given name, or under the first free numbered name if none was given."""
+    choice = config.objective_choice
+    config = resolved(config)
     _check_one_machine(config)
     run = free_directory(config, is_named=is_named, is_taken=holds_run, refusal=_refusal, is_dry=is_dry)
     if not is_dry:  # a ledger left by a job that failed before its first step
         remove_ledgers(run.paths)
-    return dataclasses.replace(run, announcement=_new_run_announcement(run.paths, config))
+    lines = (*_new_run_announcement(run.paths, config), choice)
+    return dataclasses.replace(run, announcement=tuple(filter(None, lines)))
 
 
 def free_directory(
@@ -266,6 +277,9 @@ def _resume(config: Config, argv: Sequence[str], *, is_sft: bool, is_dry: bool) 
             lines += (f"settings of the last start, which was never ready, are left out: {not_kept}",)
         if "--config" not in argv:
             config = with_own_settings(config, argv, own=paths.config)
+        config = with_kept_objective(config, argv, own=paths.config)
+        if not is_sft and (choice := config.objective_choice):
+            lines += (choice,)
         config = resolved(config)
         if not is_sft:
             check_gpus_are_separate(config)

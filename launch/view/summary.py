@@ -12,7 +12,7 @@ from rich.table import Table
 
 from areal_like.config import Config
 from areal_like.config.evaluation import DEFAULT_SET
-from areal_like.paths import RunPaths
+from areal_like.paths import BUILT_MODELS, RunPaths
 from areal_like.promise import promise
 from launch.formatting import duration, fixed, short
 from launch.run_directory.open_run import OpenRun
@@ -114,7 +114,8 @@ def _closing(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def show_sft_summary(config: Config, console: Console) -> None:
-    """Prints a supervised run's results, its files, and how to go on; the last line is `model.path=PATH`."""
+    """Prints a supervised run's results, its files, and how to go on; the last line has the settings of a run
+    that starts from them: `model.path=PATH`."""
     paths = RunPaths.of(config)
     summary, facts = read_object(paths.summary), read_object(paths.rows)
     table = _table(summary, SFT_ROWS, title=config.name)
@@ -131,7 +132,23 @@ def show_sft_summary(config: Config, console: Console) -> None:
         _print(console, f"stopped before its last step; continue with: {command}")
     if "model" in summary:
         _print(console, "train it with rewards: areal-like run, with")
-        _print(console, f"model.path={summary['model']}")
+        _print(console, _settings_to_start_from(config, str(summary["model"])))
+
+
+def _settings_to_start_from(config: Config, checkpoint: str) -> str:
+    lora = config.model.lora
+    if not lora.is_on:
+        return f"model.path={checkpoint}"
+    is_built = config.model.path in BUILT_MODELS
+    words = [
+        f"model.path={RunPaths.of(config).built_model if is_built else config.model.path}",
+        f"model.lora.rank={lora.rank}",
+        f"model.lora.alpha={lora.alpha:g}",
+        f"model.lora.path={checkpoint}",
+    ]
+    if not isinstance(lora.targets, str):
+        words.append(f"model.lora.targets=[{','.join(lora.targets)}]")
+    return " ".join(words)
 
 
 def evaluation_table(sets: Mapping[str, Mapping[str, Any]], *, title: str) -> Table:

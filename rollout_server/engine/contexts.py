@@ -6,8 +6,9 @@
     anything else                  computed from its beginning: a prefill
 
 Only sequences that a later request may continue (`Sequence.keeps_prefix`) are kept when they end; for all
-others a copy would be wasted. All KV that is kept was computed under the active weights: a swap drops it, and
-a row whose KV is older than the last swap (`keep` mode) is not kept.
+others a copy would be wasted. All KV that is kept was computed under the newest weights: a swap drops it, and
+a row whose KV is older than the last swap is not kept. A sequence that goes on under an older adapter neither
+reads nor fills the caches.
 
 Shapes: B contexts, T positions.
 """
@@ -27,7 +28,7 @@ from rollout_server.engine.kept_prefixes import KeptPrefixes
 from rollout_server.engine.models.base import CausalModel
 from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.rows import RowState
-from rollout_server.engine.scheduler import Sequence
+from rollout_server.engine.scheduler import Sequence, ServedVersion
 
 PREFILL_AHEAD_TOKENS = 128
 """A prefill with fewer tokens than this is filled up with prompts of sequences that still wait for a row."""
@@ -64,13 +65,15 @@ class Contexts:
         """Sequences that started with KV kept from an earlier turn of their conversation."""
 
     def clear(self, *, serial: int | None = None) -> None:
-        """Drops all KV outside the rows; `serial`: serial number of the weights that are now active."""
+        """Drops all KV outside the rows; `serial`: of the weights that new sequences get from now on."""
         self._prefixes.clear(serial=serial)
         self.kept.clear()
 
     def num_to_compute(self, sequence: Sequence) -> int:
         """Returns the tokens that count towards a step's limit when this waiting sequence is admitted."""
         context = sequence.context
+        if not self._is_newest(sequence.served):
+            return len(context)
         if not sequence.keeps_prefix:
             return 0 if context in self._prefixes else len(context)
         num_known = self.kept.num_matched(context[:-1])
@@ -87,6 +90,21 @@ class Contexts:
 
         `waiting`: sequences whose prompts may be computed ahead, for the cache.
         """
+        groups: dict[ServedVersion, list[Sequence]] = {}  # nearly always one
+        for sequence in admitted:
+            assert sequence.served is not None, f"{sequence.seq_id} is admitted without weights"
+            groups.setdefault(sequence.served, []).append(sequence)
+        for served, group in groups.items():
+            self._fill(group, served, waiting=waiting if self._is_newest(served) else ())
+
+    def _is_newest(self, served: ServedVersion | None) -> bool:
+        return served is None or served.serial == self._prefixes.serial
+
+    def _fill(self, admitted: list[Sequence], served: ServedVersion, *, waiting: Iterable[Sequence]) -> None:
+        """Fills the rows of sequences that are sampled with the same weights."""
+        uses_caches = self._is_newest(served)
+        if self._model.adapters is not None:
+            self._model.adapters.select_one(served.slot)
         # Context -> rows that need it: each context is computed once for all its rows. A prompt computed
         # ahead has no row yet.
         missing: dict[_Context, list[int]] = {}
@@ -95,18 +113,17 @@ class Contexts:
         kept: set[_Context] = set()
         for sequence in admitted:
             self._rows.enter(sequence)
-            self._rows.kv_serial[sequence.row] = self._prefixes.serial
             context = sequence.context
-            if sequence.keeps_prefix and not sequence.output_ids:
+            if uses_caches and sequence.keeps_prefix and not sequence.output_ids:
                 kept.add(context)
             if context in missing:
                 missing[context].append(sequence.row)
                 self._count_shared(sequence)
-            elif sequence.keeps_prefix:
+            elif uses_caches and sequence.keeps_prefix:
                 known[context] = self._copy_kept(sequence)
                 if known[context] < len(context) - 1:
                     missing[context] = [sequence.row]
-            elif (prefix := self._prefixes.get(context)) is not None:
+            elif uses_caches and (prefix := self._prefixes.get(context)) is not None:
                 self._cache.write(sequence.row, prefix)
                 self._count_shared(sequence)
             elif len(context) > 1:
@@ -114,6 +131,8 @@ class Contexts:
         if not missing:
             return
         prompts = {sequence.prompt for sequence in admitted if not sequence.output_ids} - kept
+        if not uses_caches:
+            prompts.clear()
         extensions = {context: rows for context, rows in missing.items() if known.get(context)}
         whole = {context: rows for context, rows in missing.items() if context not in extensions}
         if whole:

@@ -5,8 +5,10 @@ computes or copies the KV of all but the last token of each new context, and the
 row at once. New rows are decoded together with old ones, because the last token of a new context is treated
 like the last sampled token of an old row.
 
-Weights change only in `swap_weights`, between two steps. So a forward pass never mixes two versions, and the
-version recorded for a token is that of the weights whose logits it was drawn from.
+Weights change only between two steps, and the version recorded for a token is that of the weights whose
+logits it was drawn from. `swap_weights` replaces all weights, so a forward pass never mixes two versions of
+them. `activate_adapter` adds a version of the LoRA adapter, and running sequences may finish under the one
+they have: a pass then applies to each row its own (models/adapters.py).
 
 Shapes: N rows, V vocabulary, B contexts, T positions.
 """
@@ -14,21 +16,29 @@ Shapes: N rows, V vocabulary, B contexts, T positions.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from areal_like.errors import WeightSyncError
 from areal_like.trajectory import FinishReason
+from areal_like.weights.adapters import AdapterHeader
 from rollout_server.engine.cache import KVCache
 from rollout_server.engine.contexts import PREFILL_AHEAD_TOKENS, Contexts
+from rollout_server.engine.models.adapters import NO_SLOT
 from rollout_server.engine.models.base import CausalModel, Weights
 from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.rows import RowState
 from rollout_server.engine.sampling import Filters, rng_key, sample, uniforms
-from rollout_server.engine.scheduler import Finish, Scheduler, Sequence
+from rollout_server.engine.scheduler import Finish, Scheduler, Sequence, ServedVersion
+
+Running = Literal["recompute", "keep", "finish"]
+"""What happens to sequences that have begun when the weights change: they go on under the new weights with
+their KV recomputed or kept, or finish under the old ones (adapters only)."""
 
 
 class EngineCore:
@@ -39,7 +49,6 @@ class EngineCore:
         facts = model.facts
         self.model = model
         self.options = options
-        self.version = version
         self.num_generated = 0
         """Tokens sampled."""
         self.num_steps = 0
@@ -59,8 +68,15 @@ class EngineCore:
             device=facts.device,
         )
         self.contexts = Contexts(model, self._cache, self._rows, options)
-        self._weights_serial = itertools.count(1)
+        self._serials = itertools.count()
+        self._newest = ServedVersion(version=version, serial=next(self._serials), slot=NO_SLOT)
+        """What sequences get when they begin."""
         self._sequence_index = itertools.count()
+
+    @property
+    def version(self) -> str:
+        """Version of the newest weights."""
+        return self._newest.version
 
     # Requests
 
@@ -83,9 +99,7 @@ class EngineCore:
 
         Their tokens are kept; their KV is recomputed when they are admitted again.
         """
-        for sequence in self.scheduler.rows:
-            if sequence is not None:
-                self._rows.copy_output_to(sequence, version=self.version)
+        self._copy_running_outputs()
         self.scheduler.preempt_all()
 
     @property
@@ -111,19 +125,73 @@ class EngineCore:
         """Activates a complete, verified set; the old set becomes the shadow set.
 
         Running sequences continue, with KV recomputed under the new weights if `recompute`, otherwise with
-        their existing KV.
+        their existing KV. The new weights have no adapter.
         """
-        if recompute:
-            self.preempt_all()
-        else:
-            for sequence in self.scheduler.rows:
-                if sequence is not None:
-                    self._rows.copy_output_to(sequence, version=self.version)
-                    self._rows.version_start[sequence.row] = self._rows.num_output[sequence.row]
+        self._serve(version, slot=NO_SLOT, running="recompute" if recompute else "keep")
         self.model.activate(weights)
         self._shadow_weights, self._active_weights = self._active_weights, weights
-        self.version = version
-        self.contexts.clear(serial=next(self._weights_serial))
+
+    def activate_adapter(
+        self, tensors: Mapping[str, Tensor], *, version: str, running: Running
+    ) -> list[Sequence]:
+        """Makes a verified adapter the one that new sequences get.
+
+        `tensors`: of `new_adapter`. `running`: what happens to sequences that have begun. If they finish,
+        each version in use keeps its slot; if all slots are in use, the sequences of the oldest version are
+        aborted and returned.
+        """
+        slots = self.model.adapters
+        assert slots is not None, "new_adapter allocates the slots"
+        aborted: list[Sequence] = []
+        in_use = dict[int, int]()  # slot -> serial; unless they finish, all sequences leave their slots now
+        if running == "finish":
+            begun = [
+                s.served for s in self.all_sequences if s.served is not None and s.served.slot != NO_SLOT
+            ]
+            in_use = {served.slot: served.serial for served in begun}
+            if len(in_use) == slots.num_slots:
+                oldest = min(in_use, key=lambda slot: in_use[slot])
+                del in_use[oldest]
+                aborted = self.abort(
+                    [s for s in self.all_sequences if s.served is not None and s.served.slot == oldest],
+                    message=f"its adapter makes room for another: all {slots.num_slots} slots are in use",
+                )
+        slot = min(set(range(slots.num_slots)) - in_use.keys())
+        slots.fill(slot, tensors)
+        self._serve(version, slot=slot, running=running)
+        return aborted
+
+    def new_adapter(self, header: AdapterHeader) -> dict[str, Tensor]:
+        """Returns uninitialized tensors by name, to receive an adapter with this header into. The first call
+        allocates the slots. Raises WeightSyncError if this engine or model cannot have such an adapter."""
+        if not self.options.max_adapters:
+            raise WeightSyncError(
+                "this engine takes no adapters: give trainer and rollout servers the same weights.lora"
+            )
+        if self.model.adapters is None:
+            self.model.adapters = self.model.make_slots(header, num_slots=self.options.max_adapters)
+        self.model.adapters.check(header)
+        return self.model.adapters.new_tensors()
+
+    def _serve(self, version: str, *, slot: int, running: Running) -> None:
+        """Gives new sequences other weights, and those that have begun too unless they finish as they are."""
+        served = ServedVersion(version=version, serial=next(self._serials), slot=slot)
+        if running == "recompute":
+            self.preempt_all()
+        elif running == "keep":
+            self._copy_running_outputs()
+            self._rows.version_start[:] = self._rows.num_output
+            self._rows.slot[:] = slot
+        if running != "finish":
+            for sequence in self.scheduler.by_id.values():
+                sequence.served = served if sequence.served is not None else None
+        self._newest = served
+        self.contexts.clear(serial=served.serial)
+
+    def _copy_running_outputs(self) -> None:
+        for sequence in self.scheduler.rows:
+            if sequence is not None:
+                self._rows.copy_output_to(sequence)
 
     def flush_prefix_cache(self) -> None:
         """Drops all KV that no running sequence holds."""
@@ -133,7 +201,7 @@ class EngineCore:
 
     @torch.inference_mode()
     def score(self, tokens: list[int], *, first: int) -> NDArray[np.float32]:
-        """Returns the log-probs of the tokens from index `first` (at least 1) on under the active weights at
+        """Returns the log-probs of the tokens from index `first` (at least 1) on under the newest weights at
         temperature 1: float32[len(tokens) - first].
 
         Uses a KV row of its own. The tokens before `first` are one prefill; each later token is one decode
@@ -143,6 +211,8 @@ class EngineCore:
         cache = KVCache(
             facts.kv_shapes, num_rows=1, context_length=len(tokens), dtype=facts.dtype, device=facts.device
         )
+        if self.model.adapters is not None:
+            self.model.adapters.select_one(self._newest.slot)
         tokens_1T = torch.tensor([tokens], device=facts.device)
         if first > 1:
             cache.begin_prefill(num_contexts=1, num_positions=first - 1)
@@ -172,6 +242,8 @@ class EngineCore:
             self._cache.move(sources, targets, num_positions=int(self._rows.num_tokens[sources].max()))
             self._rows.move(sources, targets)
         if admitted:
+            for sequence in admitted:
+                sequence.served = sequence.served or self._newest
             self.contexts.fill(admitted, waiting=scheduler.upcoming(PREFILL_AHEAD_TOKENS))
         self.begun = [sequence for sequence in admitted if not sequence.output_ids]
         num_rows = scheduler.num_running
@@ -182,6 +254,8 @@ class EngineCore:
         """Samples a token for each of rows 0..num_rows-1; returns (tokens int64[N], log-probs float32[N])."""
         rows = self._rows
         batch = self._cache.begin_decode(rows.num_tokens[:num_rows] - 1)
+        if self.model.adapters is not None:
+            self.model.adapters.select(rows.slot[:num_rows])
         logits_NV = self.model.decode(self._tensor(rows.last_token[:num_rows]), batch, self._cache)
         temperature_N = rows.temperature[:num_rows]
         num_greedy = num_rows - int(np.count_nonzero(temperature_N))
@@ -231,7 +305,7 @@ class EngineCore:
         reported = []
         for row in np.nonzero(due_N)[0].tolist():
             sequence = self._sequence_in(row)
-            rows.copy_output_to(sequence, version=self.version)
+            rows.copy_output_to(sequence)
             reported.append(sequence)
         for row in np.nonzero(done_N)[0].tolist():
             if broken_N[row]:
@@ -255,7 +329,7 @@ class EngineCore:
 
     def _finish(self, sequence: Sequence, finish: Finish) -> Sequence:
         if sequence.row >= 0:
-            self._rows.copy_output_to(sequence, version=self.version)
+            self._rows.copy_output_to(sequence)
             if sequence.keeps_prefix and not finish.is_error:
                 self.contexts.keep(sequence)
         self.scheduler.finish(sequence, finish)

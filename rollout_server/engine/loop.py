@@ -13,16 +13,17 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from areal_like.errors import EngineError
+from areal_like.errors import EngineError, WeightSyncError
 from areal_like.runtime.threads import NamedThread
-from rollout_server.engine.core import EngineCore
+from rollout_server.engine.core import EngineCore, Running
 from rollout_server.engine.models.base import Weights
 from rollout_server.engine.scheduler import Finish, Sequence
 
@@ -131,8 +132,8 @@ class EngineLoop:
     def call(self, command: Callable[[EngineCore], T]) -> Future[T]:
         """Runs `command` between two steps. The future gets its result or its exception.
 
-        A ValueError or EngineError that a command raises goes to its caller only; any other exception also
-        ends the loop.
+        A ValueError, EngineError or WeightSyncError that a command raises goes to its caller only; any other
+        exception also ends the loop.
         """
         future: Future[T] = Future()
         if not self.alive:
@@ -156,9 +157,28 @@ class EngineLoop:
         The future's result is the stall: seconds from stopping to the next token, KV recomputation included.
         """
 
+        def activate(core: EngineCore) -> None:
+            core.swap_weights(weights, version=version, recompute=recompute)
+
+        return self._activate(activate)
+
+    def activate_adapter(
+        self, tensors: Mapping[str, Tensor], *, version: str, running: Running
+    ) -> Future[float]:
+        """Activates an adapter between two steps; the future's result is that of `swap_weights`."""
+
+        def activate(core: EngineCore) -> None:
+            aborted = core.activate_adapter(tensors, version=version, running=running)
+            if aborted:
+                logger.warning("adapter %s: %d sequences of the oldest are aborted", version, len(aborted))
+            self._collect(aborted)
+
+        return self._activate(activate)
+
+    def _activate(self, activate: Callable[[EngineCore], None]) -> Future[float]:
         def command(core: EngineCore) -> float:
             started_s = time.perf_counter()
-            core.swap_weights(weights, version=version, recompute=recompute)
+            activate(core)
             self._step()
             stall_s = time.perf_counter() - started_s
             self._stall_s += stall_s
@@ -228,7 +248,7 @@ class EngineLoop:
                 continue
             try:
                 future.set_result(command(self._core))
-            except (ValueError, EngineError) as error:
+            except (ValueError, EngineError, WeightSyncError) as error:
                 future.set_exception(error)
             except BaseException as error:
                 future.set_exception(error)

@@ -41,6 +41,9 @@ class EngineOptions(Section):
     conversation_cache_tokens: int | None = None
     """Tokens whose KV is kept for the next turns of conversations, allocated as they are needed; 0: none;
     not given: as many as the rows hold."""
+    max_adapters: NonNegativeInt = 0
+    """Versions of a LoRA adapter that sequences can use at the same time; 0: the engine takes whole weights
+    only."""
     random_seed: int = 0
     """Seed of sequences that have none of their own."""
 

@@ -34,14 +34,17 @@ class RowState:
         self.output_ids = np.zeros((num_rows, context_length), np.int64)
         self.output_logprobs = np.zeros((num_rows, context_length), np.float32)
         self.version_start = np.zeros(num_rows, np.int64)
-        """Index of the first output token sampled under the current version."""
-
+        """Index of the first output token sampled under the sequence's current version."""
+        self.slot = np.full(num_rows, -1, np.int64)
+        """Adapter of the sequence (`ServedVersion.slot`)."""
         self.kv_serial = np.zeros(num_rows, np.int64)
-        """Serial number of the weights that the row's first KV was computed under; set by Contexts."""
+        """Serial number of the weights that the row's first KV was computed under."""
 
     def enter(self, sequence: Sequence) -> None:
         """Fills the row of a sequence; a sequence that was preempted already has output."""
         row, params, num_output = sequence.row, sequence.params, len(sequence.output_ids)
+        assert sequence.served is not None, f"{sequence.seq_id} enters a row without weights"
+        self.slot[row], self.kv_serial[row] = sequence.served.slot, sequence.served.serial
         self.num_tokens[row] = len(sequence.prompt) + num_output
         self.num_output[row] = self.version_start[row] = num_output
         self.max_new_tokens[row] = params.max_new_tokens
@@ -66,14 +69,15 @@ class RowState:
         for array in vars(self).values():
             array[targets] = array[sources]
 
-    def copy_output_to(self, sequence: Sequence, *, version: str) -> None:
-        """Updates the sequence's output from its row. `version`: version of the active weights."""
+    def copy_output_to(self, sequence: Sequence) -> None:
+        """Updates the sequence's output from its row."""
         row = sequence.row
+        assert sequence.served is not None, f"{sequence.seq_id} has a row and no weights"
         count, start = int(self.num_output[row]), int(self.version_start[row])
         sequence.output_ids = self.output_ids[row, :count].tolist()
         sequence.output_logprobs = self.output_logprobs[row, :count].tolist()
         # A span under the current version grows from one report to the next: replace it.
         spans = [span for span in sequence.version_spans if span[2] <= start]
         if count > start:
-            spans.append((version, start, count))
+            spans.append((sequence.served.version, start, count))
         sequence.version_spans = spans

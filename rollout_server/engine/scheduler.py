@@ -68,6 +68,18 @@ class Finish:
     """True if the engine aborted the sequence because of an error (logits that are not finite)."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ServedVersion:
+    """The weights with which the engine samples: those of one update, or the base with one adapter."""
+
+    version: str
+    """Version as the trainer numbers it."""
+    serial: int
+    """Distinguishes KV computed under these weights from all other KV; grows from update to update."""
+    slot: int
+    """Slot of the adapter in `AdapterSlots`; -1 without one."""
+
+
 @dataclass(eq=False, kw_only=True)
 class Sequence:
     """One sample of one prompt, and its output so far."""
@@ -93,6 +105,8 @@ class Sequence:
     status: Status = Status.WAITING
     row: int = -1
     """-1 while not RUNNING."""
+    served: ServedVersion | None = None
+    """The weights that sample its next token; None until it gets its first row."""
     output_ids: list[int] = field(default_factory=list)
     """Sampled tokens; updated only when the sequence leaves its row or is reported."""
     output_logprobs: list[float] = field(default_factory=list)

@@ -67,6 +67,8 @@ class _Pending:
     future: asyncio.Future[Generation]
     cache_salt: str = ""
     """Prefixes are shared only between requests with the same salt."""
+    lora_path: str = ""
+    """Name of the adapter that samples it; empty: none."""
     on_first_token: Callable[[], None] | None = None
     """Called once, when the prompt has been computed."""
     timeout_s: float = math.inf
@@ -116,6 +118,7 @@ class GenerateBatcher:
         rid: str | None,
         timeout_s: float = math.inf,
         cache_salt: str = "",
+        lora_path: str = "",
         on_first_token: Callable[[], None] | None = None,
     ) -> Generation:
         """Samples one continuation of `input_ids`, in a batch with the other calls of this turn of the event
@@ -136,6 +139,7 @@ class GenerateBatcher:
             params,
             future,
             cache_salt,
+            lora_path,
             on_first_token,
             timeout_s,
             loop.time() + timeout_s,
@@ -226,6 +230,7 @@ class GenerateBatcher:
             [pending.sampling for pending in batch],
             keeps_prefix=[pending.keeps_prefix for pending in batch],
             cache_salts=[pending.cache_salt for pending in batch],
+            lora_paths=[pending.lora_path for pending in batch],
             is_packed=self._is_packed,
         )
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from areal_like.errors import EngineError
+from areal_like.weights.adapters import AdapterHeader
 from areal_like.weights.buckets import Bucket
 from areal_like.weights.integrity import BucketSums
 from areal_like.wire.messages.weights import FormGroup
@@ -83,6 +84,8 @@ class EngineClient:
         self.cache_salt = ""
         """Identifies the weights that the engine holds, if its prefixes must not outlive them (SGLang). All
         turns of a sample are requested with the salt of its first one."""
+        self.lora_path = ""
+        """Name of the adapter that requests from now on use (SGLang); empty: none, or the engine chooses."""
 
     async def __aenter__(self) -> EngineClient:
         return self
@@ -131,6 +134,7 @@ class EngineClient:
             rid=rid,
             timeout_s=timeout_s,
             cache_salt=cache_salt or self.cache_salt,
+            lora_path=self.lora_path,
             on_first_token=on_first_token,
         )
 
@@ -154,6 +158,8 @@ class EngineClient:
             "return_logprob": True,
             "logprob_start_len": first - 1,
         }
+        if self.lora_path:
+            body["lora_path"] = self.lora_path
         if self.caches_prefixes:
             body["cache_salt"] = uuid.uuid4().hex  # no cached prefix may be used
         response = await self._http.call("POST", "/generate", body)
@@ -241,9 +247,9 @@ class EngineClient:
         """Embedded engine: verifies what the session received and activates it between two decode steps.
         SGLang: closes the session.
 
-        `running`: `recompute` or `keep` the KV cache of running sequences. Returns the engine's response,
-        which contains `stall_s` if it is the embedded engine. Raises EngineError if the engine refused the
-        update; the embedded engine then still has its old weights.
+        `running`: `recompute` or `keep` the KV cache of running sequences, or let them `finish` under their
+        adapter. Returns the engine's response, which contains `stall_s` if it is the embedded engine. Raises
+        EngineError if the engine refused the update; the embedded engine then still has its old weights.
         """
         body: dict[str, Any] = {"running": running}
         if weight_version is not None:
@@ -317,18 +323,26 @@ class EmbeddedClient(EngineClient):
     """Asynchronous client of one embedded engine."""
 
     async def receive_weights(
-        self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float, integrity: str = "none"
+        self,
+        buckets: Sequence[Bucket],
+        *,
+        group_name: str,
+        timeout_s: float,
+        integrity: str = "none",
+        adapter: AdapterHeader | None = None,
     ) -> BucketSums:
         """Opens a session and receives all buckets of a push, in order, in one call.
 
-        Returns the sums of the buckets, with digests if `integrity` is `sha256`. The engine enforces
-        `timeout_s`, so that the error is the engine's own.
+        `adapter`: header of the adapter that the buckets hold; None: they hold all weights. Returns the sums
+        of the buckets, with digests if `integrity` is `sha256`. The engine enforces `timeout_s`, so that the
+        error is the engine's own.
         """
         body = {
             "buckets": [bucket.to_dict() for bucket in buckets],
             "group_name": group_name,
             "timeout_s": timeout_s,
             "integrity": integrity,
+            **({} if adapter is None else {"adapter": adapter.to_dict()}),
         }
         response = await self._http.call(
             "POST", "/receive_weights", body, timeout_s=timeout_s + CONNECT_TIMEOUT_S

@@ -106,9 +106,13 @@ def encode_request(
     *,
     keeps_prefix: Sequence[bool],
     cache_salts: Sequence[str],
+    lora_paths: Sequence[str] = (),
     is_packed: bool,
 ) -> tuple[bytes, dict[str, str]]:
-    """Returns the body and headers of a streaming batch request. Each argument has one entry per prompt."""
+    """Returns the body and headers of a streaming batch request. Each argument has one entry per prompt.
+
+    `lora_paths`: names of adapters, empty for the base model; or nothing at all.
+    """
     body: dict[str, Any] = {
         "rid": rids,
         "input_ids": [_prompt(prompt, is_packed=is_packed) for prompt in prompts],
@@ -120,6 +124,8 @@ def encode_request(
         body["keep_prefix"] = keeps_prefix
     if any(cache_salts):
         body["cache_salt"] = cache_salts
+    if any(lora_paths):
+        body["lora_path"] = [name or None for name in lora_paths]
     content = msgpack.packb(body) if is_packed else json.dumps(body).encode()
     headers = {
         "Accept": f"{FRAMES}, {EVENTS}",

@@ -1,4 +1,4 @@
-"""The client for SGLang engines: EngineClient with five differences, and the calls that only SGLang has.
+"""The client for SGLang engines: EngineClient with some differences, and the calls that only SGLang has.
 
 - A token id outside the vocabulary kills the whole SGLang server, so such ids are refused before anything is
 sent.
@@ -6,6 +6,8 @@ sent.
 - SGLang reports no cumulative load, so the client counts generated tokens and busy time itself.
 - Each request has a cache salt, so that a sample never starts with a prefix computed under other weights.
 - Each request states how often its tokens are streamed, because an engine at a URL may run with the default.
+- With `weights.lora=adapter` each request names the adapter that samples it from its first token to its last.
+  The engine has one weight version for all requests, so the client gives the tokens the adapter's version.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ import contextlib
 import itertools
 import re
 import uuid
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from areal_like.errors import EngineError, PromptRefusedError
 from rollout_server.policy.client import EngineClient, EngineInfo
@@ -39,6 +44,15 @@ _PROGRESS_KEYS = (
 )
 
 
+@dataclass(frozen=True)
+class NamedAdapter:
+    """An adapter of the engine."""
+
+    name: str
+    """Its name there; empty: the base model without an adapter."""
+    version: int
+
+
 class SglangClient(EngineClient):
     """Asynchronous client of one SGLang (0.5.23 and compatible versions)."""
 
@@ -58,6 +72,12 @@ class SglangClient(EngineClient):
         self.cache_salt = next(self._salts)
         self.caches_prefixes = True
         self._num_retractions, self._retractions_due_s = 0, 0.0
+        self.adapter: NamedAdapter | None = None
+        """Samples the requests from now on; None: the engine's weights change as a whole."""
+        self._requests: defaultdict[str, list[str]] = defaultdict(list)
+        """Name of an adapter -> ids of the requests that it samples now."""
+        self.on_idle: Callable[[str], None] = lambda name: None
+        """Called with the name of an adapter that was replaced and samples no request any more."""
 
     def renew_cache_salt(self) -> None:
         """Makes later samples share no prefix with earlier ones. Call while the engine is paused, before its
@@ -75,19 +95,78 @@ class SglangClient(EngineClient):
         prompt and as stop tokens."""
         self._check_ids(input_ids, PromptRefusedError, name="input_ids")
         self._check_ids(sampling.stop_token_ids, EngineError, name="stop_token_ids")
+        adapter = self.adapter
+        rid = options.pop("rid", None) or uuid.uuid4().hex
         self._count_running(+1)
         try:
-            generation = await super().generate(input_ids, sampling=sampling, **options)
+            with self._sampling_with(adapter, rid):
+                generation = await super().generate(input_ids, sampling=sampling, rid=rid, **options)
         finally:
             self._count_running(-1)
         self._num_tokens += len(generation.output_ids)
+        if adapter is not None:
+            generation = replace(generation, versions=np.full_like(generation.versions, adapter.version))
         return generation
+
+    # Adapters
+
+    def use_adapter(self, adapter: NamedAdapter) -> None:
+        """Samples all later requests with this adapter; earlier ones finish with theirs."""
+        earlier, self.adapter = self.adapter, adapter
+        self.lora_path = adapter.name
+        self.renew_cache_salt()
+        if earlier is not None and not self.is_in_use(earlier.name):
+            self.on_idle(earlier.name)
+
+    def is_in_use(self, name: str) -> bool:
+        """True if this adapter samples a request, or will sample the next one."""
+        return bool(self._requests[name]) or (self.adapter is not None and self.adapter.name == name)
+
+    @contextlib.contextmanager
+    def _sampling_with(self, adapter: NamedAdapter | None, rid: str) -> Iterator[None]:
+        """Context of a request that an adapter samples. `rid`: empty if it cannot be aborted."""
+        if adapter is None:
+            yield
+            return
+        rids = self._requests[adapter.name]
+        rids.append(rid)
+        try:
+            yield
+        finally:
+            rids.remove(rid)
+            if not self.is_in_use(adapter.name):
+                self.on_idle(adapter.name)
+
+    async def abort_adapter(self, name: str) -> None:
+        """Aborts the requests that an adapter samples; their `generate` returns the partial tokens."""
+        for rid in filter(None, list(self._requests[name])):
+            await self.abort(rid)
+
+    async def load_adapter(self, name: str, path: str, *, timeout_s: float) -> None:
+        """Loads a PEFT folder that the engine can read; it decodes meanwhile. Raises EngineError."""
+        body = {"lora_name": name, "lora_path": path}
+        await self._http.call("POST", "/load_lora_adapter", body, timeout_s=timeout_s)
+
+    async def unload_adapter(self, name: str, *, timeout_s: float) -> None:
+        """Unloads an adapter that samples no request. Raises EngineError."""
+        await self._http.call("POST", "/unload_lora_adapter", {"lora_name": name}, timeout_s=timeout_s)
+
+    async def weight_version(self) -> int:
+        """Returns the version that samples the next request. Raises EngineError if the engine does not
+        respond."""
+        if self.adapter is None:
+            return await super().weight_version()
+        await self.model_info()
+        return self.adapter.version
 
     async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
         """Returns log-probs of the tokens from `first` on, and their version. Refuses ids outside the
         vocabulary."""
         self._check_ids(tokens, EngineError, name="tokens")
-        return await super().score(tokens, first=first)
+        adapter = self.adapter
+        with self._sampling_with(adapter, ""):
+            logprobs, version = await super().score(tokens, first=first)
+        return logprobs, version if adapter is None else adapter.version
 
     async def set_weight_version(self, version: int) -> None:
         """Sets the version of the loaded weights, which is recorded with all tokens sampled later."""

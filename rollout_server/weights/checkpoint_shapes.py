@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from areal_like.errors import ConfigError
 from areal_like.paths import read_json
 from areal_like.weights.buckets import TensorSpec, check_names
+from areal_like.weights.checkpoint_files import find_file, weight_files
 
-_INDEX = "model.safetensors.index.json"
 _TIED = "lm_head.weight"
 """The output head. Often missing in the checkpoint of a model that ties it to its embedding; every engine
 accepts it in a push. Some of these checkpoints contain it anyway (Qwen3-0.6B and 1.7B), although pushes omit
@@ -38,7 +37,7 @@ class CheckpointShapes:
         safetensors."""
         shapes: dict[str, tuple[int, ...]] = {}
         try:
-            for path in _files(model):
+            for path in weight_files(model):
                 with safe_open(path, framework="numpy") as tensors:
                     for name in tensors.keys():  # noqa: SIM118 - not a mapping
                         shapes[name] = tuple(tensors.get_slice(name).get_shape())
@@ -55,27 +54,8 @@ class CheckpointShapes:
         check_names(specs, self.shapes, tied=(_TIED,) if is_optional else ())
 
 
-def _find(model: str, name: str) -> Path | None:
-    # Imported here: it takes a second, and only rollout.engine=sglang needs it.
-    from transformers.utils.hub import cached_file
-
-    found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
-
-
 def _ties_head(model: str) -> bool:
-    config = _find(model, "config.json")
+    config = find_file(model, "config.json")
     facts = {} if config is None else read_json(config)
     text = facts.get("text_config") or {}
     return text.get("tie_word_embeddings", facts.get("tie_word_embeddings")) is not False
-
-
-def _files(model: str) -> list[Path]:
-    index = _find(model, _INDEX)
-    names = ["model.safetensors"]
-    if index is not None:
-        names = sorted(set(read_json(index)["weight_map"].values()))
-    files = [_find(model, name) for name in names]
-    if absent := [name for name, path in zip(names, files, strict=True) if path is None]:
-        raise OSError(f"{absent[0]} is missing")
-    return [path for path in files if path is not None]

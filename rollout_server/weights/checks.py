@@ -14,6 +14,7 @@ from areal_like.config.common import NAME, NAME_RULE
 from areal_like.config.weights import MAX_TIMEOUT_S
 from areal_like.errors import WeightSyncError
 from areal_like.hosts import is_loopback
+from areal_like.weights.adapters import AdapterHeader
 from areal_like.wire.messages.weights import FormGroup, PushWeights, ScoreTokens
 
 MAX_WORLD_SIZE = 1 << 14
@@ -73,6 +74,22 @@ def check_push(request: PushWeights, *, integrity: str) -> None:
         integrity == "none" or request.integrity == integrity,
         f"the trainer sends no digests, and this server requires weights.integrity={integrity}: "
         "give both the same setting",
+    )
+
+
+def check_adapter(adapter: AdapterHeader | None, *, base: str) -> None:
+    """Checks what a push carries. `base`: digest of this server's base model; empty if it takes all weights.
+
+    Raises WeightSyncError.
+    """
+    _require(
+        (adapter is not None) == bool(base),
+        f"the trainer pushes {'all weights' if adapter is None else 'an adapter'}, and this server expects "
+        f"{'an adapter' if base else 'all weights'}: give both the same weights.lora",
+    )
+    _require(
+        adapter is None or adapter.base == base,
+        "the adapter belongs to another base model: give trainer and rollout servers the same model.path",
     )
 
 

@@ -26,7 +26,6 @@ a push with `weights.integrity=sha256` is refused.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 from dataclasses import dataclass
@@ -36,7 +35,13 @@ from rollout_server.policy.client import EngineClient
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.sglang_client import SglangClient
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
-from rollout_server.weights.strategy import OnQuarantine, OnUntrusted, WeightPush
+from rollout_server.weights.strategy import (
+    EngineReceives,
+    OnQuarantine,
+    OnUntrusted,
+    WeightPush,
+    until_empty,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +51,10 @@ _RECOVERY_TIMEOUT_S = 5.0
 """The same after a failure, where the engine does not respond while stuck in a broadcast."""
 _DIGEST_ELEMENTS_PER_S = 5e9
 """Minimum rate at which an engine computes its digest, over all its ranks."""
-_ABORT_AGAIN_S = 0.1
 
 
 @dataclass(eq=False, kw_only=True)
-class SglangWeightUpdate:
+class SglangWeightUpdate(EngineReceives):
     """A `WeightUpdateStrategy` that pauses the engine, loads in place, and undoes a partial load."""
 
     shapes: CheckpointShapes
@@ -100,7 +104,8 @@ class SglangWeightUpdate:
             with push.cancellable():
                 if is_held:
                     self.gate.hold()
-                    await self._wait_empty(client, interrupting=request.update_mode == "abort_resume")
+                    is_interrupting = request.update_mode == "abort_resume"
+                    await until_empty(self.gate, client, interrupting=is_interrupting)
                 await client.pause("in_place" if request.update_mode == "keep" else "retract")
                 # Only now, because everything computed before the pause must have the salt of the old
                 # weights.
@@ -110,6 +115,7 @@ class SglangWeightUpdate:
                     # loaded on another stream: they would change under that batch.
                     await client.synchronize(timeout_s=push.left_s())
                 await client.begin_weight_update()
+                push.ready()
                 for bucket in push.manifest.buckets:
                     await client.update_weights_from_distributed(
                         bucket, group_name=request.group_name, timeout_s=push.left_s()
@@ -131,17 +137,6 @@ class SglangWeightUpdate:
                 asyncio.ensure_future(self._finish(client, is_done=is_done, is_held=is_held))
             )
         return loop.time() - started_s
-
-    async def _wait_empty(self, client: EngineClient, *, interrupting: bool) -> None:
-        """Waits until the engine has no requests of this server; aborts them if `interrupting`."""
-        if interrupting:
-            while self.gate.num_inside:
-                await client.abort()
-                # A request that was still on its way to the engine is aborted in the next round.
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_ABORT_AGAIN_S):
-                        await self.gate.wait_empty()
-        await self.gate.wait_empty()
 
     async def _finish(self, client: SglangClient, *, is_done: bool, is_held: bool) -> None:
         """Resumes the engine; after a failed push, first reloads it if part of the update was loaded."""

@@ -39,13 +39,14 @@ from areal_like.wire.messages.weights import (
     FormGroup,
     PushChecksums,
     PushWeights,
+    ReadyToReceive,
     ScoreTokens,
     TokenScores,
     WeightsFailed,
     WeightsOk,
 )
 from rollout_server.policy.client import EngineClient
-from rollout_server.weights.checks import check_score, reason_to_refuse
+from rollout_server.weights.checks import check_adapter, check_score, reason_to_refuse
 from rollout_server.weights.strategy import OnUntrusted, WeightPush, WeightUpdateStrategy
 
 log = logging.getLogger(__name__)
@@ -117,10 +118,12 @@ class WeightReceiver:
         on_untrusted: OnUntrusted,
         curve: CurveServer | None = None,
         integrity: str = "none",
+        base: str = "",
     ) -> None:
         """`on_version` is called with each activated version, `on_untrusted` with the reason if the engine's
         weights are unknown. `curve`: keys that may push weights. `integrity`: `weights.integrity` of this
-        server; `sha256` refuses a push without digests."""
+        server; `sha256` refuses a push without digests. `base`: `base_digest` of the model, if pushes are
+        LoRA adapters of it (`weights.lora=adapter`); empty if they are all weights."""
         self.listener = Listener(
             host=host,
             port=0,
@@ -146,6 +149,7 @@ class WeightReceiver:
         self._on_untrusted = on_untrusted
         self._host = host
         self._integrity = integrity
+        self._base = base
         self._group_name = ""
         self._group_peer = b""
         """Peer that formed the group."""
@@ -154,6 +158,8 @@ class WeightReceiver:
         self._work_peer = b""
         """Its sender."""
         self._is_cancellable = False
+        self._ready: ReadyToReceive | None = None
+        """The message that was sent for the push that is being received."""
         self._sent_checksums: PushChecksums | None = None
         self._checksums_arrived = asyncio.Event()
         self._repeated = RepeatedRequests()
@@ -184,6 +190,8 @@ class WeightReceiver:
     def _on_request(self, envelope: Envelope) -> None:
         if isinstance(envelope.message, AskAlive):
             self._respond(envelope, self._alive())
+            if self._ready is not None and envelope.peer == self._group_peer:
+                self.listener.send(envelope.peer, self._ready)
             return
         if isinstance(envelope.message, PushChecksums):
             if envelope.peer == self._group_peer:
@@ -333,24 +341,27 @@ class WeightReceiver:
         # Recorded before joining, because after a cancelled rendezvous the group still has to be left.
         self._group_name, self._group_peer, self._sent_checksums = request.group_name, peer, None
         with self._cancellable():
-            await engine.init_weights_group(request)
+            await self._strategy.join_group(engine, request)
 
     async def _leave_group(self, engine: EngineClient) -> None:
         group_name, self._group_name = self._group_name, ""
         try:
-            await engine.destroy_weights_group(group_name=group_name)
-        except EngineError as error:
+            await self._strategy.leave_group(engine, group_name)
+        except (EngineError, WeightSyncError) as error:
             # The engine never joined the group, or has left it already.
             log.info("leaving group %s: %s", group_name, error)
 
     async def _push(self, engine: EngineClient, request: PushWeights) -> float:
         loop = asyncio.get_running_loop()
         end_s = loop.time() + request.timeout_s
+        manifest = Manifest.from_dict(request.manifest)
+        check_adapter(manifest.adapter, base=self._base)
         push = WeightPush(
             request=request,
-            manifest=Manifest.from_dict(request.manifest),
+            manifest=manifest,
             left_s=lambda: max(_MIN_TIMEOUT_S, end_s - loop.time()),
             cancellable=self._cancellable,
+            ready=lambda: self._send_ready(request.version),
             sent_sums=lambda: self._wait_sums(request.version),
         )
         try:
@@ -367,8 +378,14 @@ class WeightReceiver:
                     ) from None
                 raise
             stall_s = 0.0  # the swap succeeded, only the engine's response was lost
+        finally:
+            self._ready = None
         self.version = request.version
         return stall_s
+
+    def _send_ready(self, version: int) -> None:
+        self._ready = ReadyToReceive(version=version)
+        self.listener.send(self._group_peer, self._ready)
 
     async def _wait_sums(self, version: int) -> BucketSums:
         """Waits for the sender's sums for this version, which may arrive before or after the buckets."""

@@ -3,6 +3,9 @@
 recompute, keep   receive while decoding continues; verify; swap between two decode steps
 abort_resume      as above, but running sequences are interrupted before the swap and resubmitted after it
 drain             as above, but new requests are held and running sequences finish before the swap
+
+A LoRA adapter (`weights.lora=adapter`) is received in the same way. With `drain` nothing has to wait for it:
+running sequences finish under the adapter that they have, and new ones get the new one.
 """
 
 from __future__ import annotations
@@ -16,14 +19,16 @@ from areal_like.errors import EngineError, WeightSyncError
 from areal_like.weights.integrity import difference
 from rollout_server.policy.client import EmbeddedClient, EngineClient
 from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.weights.strategy import OnUntrusted, WeightPush
+from rollout_server.weights.strategy import EngineReceives, OnUntrusted, WeightPush
 
-_WHILE_DECODING = ("recompute", "keep")
+_FINISH = "finish"
+"""What `drain` is for an adapter."""
+_WHILE_DECODING = ("recompute", "keep", _FINISH)
 """Update modes in which sequences keep running through the swap."""
 
 
 @dataclass(eq=False, kw_only=True)
-class ShadowWeightUpdate:
+class ShadowWeightUpdate(EngineReceives):
     """A `WeightUpdateStrategy` that activates only verified weights, so the old ones survive a failure."""
 
     gate: GenerationGate
@@ -42,11 +47,13 @@ class ShadowWeightUpdate:
         assert isinstance(client, EmbeddedClient)
         buckets, integrity = push.manifest.buckets, push.request.integrity
         with push.cancellable():
+            push.ready()
             received = await client.receive_weights(
                 buckets,
                 group_name=push.request.group_name,
                 timeout_s=push.left_s(),
                 integrity=integrity,
+                adapter=push.manifest.adapter,
             )
             sent = await push.sent_sums()
         wrong = difference(received=received, sent=sent, num_buckets=len(buckets), integrity=integrity)
@@ -58,12 +65,13 @@ class ShadowWeightUpdate:
         """Activates the received weights as the update mode requires; returns the seconds without
         decoding."""
         mode, loop = push.request.update_mode, asyncio.get_running_loop()
+        running = "keep" if mode == "keep" else "recompute"
+        if push.manifest.adapter is not None and mode == "drain":
+            mode = running = _FINISH
         started_s = loop.time()
         async with self._without_sequences(client, mode):
             response = await client.end_weight_update(
-                weight_version=push.request.version,
-                running="keep" if mode == "keep" else "recompute",
-                timeout_s=push.left_s(),
+                weight_version=push.request.version, running=running, timeout_s=push.left_s()
             )
         if mode in _WHILE_DECODING:
             return float(response.get("stall_s", 0.0))

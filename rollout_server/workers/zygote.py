@@ -17,11 +17,13 @@ Only the zygote can signal a worker without a race, because a process id can be 
 waited for it. It also reports a worker's end, because a process forked by a task's code may keep the worker's
 socket open. When a worker has ended, the rest of its session and every process that it left behind are
 killed. When the server ends, the zygote does the same with all workers, and exits. If the zygote itself is
-killed, its workers end with it (PDEATHSIG), and the server kills the processes that they started.
+killed, its workers end with it (PDEATHSIG; one that is still
+starting, when its socket closes), and the server kills the processes that they started.
 
-Neither threads nor CUDA survive a fork. So if the import of a task started threads or loaded torch, a worker
-that may import the task (`may_import`) executes a new interpreter after the fork, without the limit to one
-thread that the server added to the environment (`added`).
+Neither threads nor CUDA survive a fork, and a fork next to threads that hold locks may hang before its child
+can execute anything. So if the import of a task started threads or loaded torch, a worker that may import the
+task (`may_import`) is a new interpreter, without the limit to one thread that the server added to the
+environment (`added`).
 """
 
 from __future__ import annotations
@@ -185,22 +187,38 @@ class Zygote:
             return False
         order, worker, may_import = msgpack.unpackb(packet)
         if order == "fork":
-            self._fork(worker, descriptors[0], may_import=may_import)
+            self._start(worker, descriptors[0], may_import=may_import)
         elif worker in self._pids:
             os.kill(self._pids[worker], signal.SIGKILL)
         return True
 
-    def _fork(self, worker: int, descriptor: int, *, may_import: bool) -> None:
+    def _start(self, worker: int, descriptor: int, *, may_import: bool) -> None:
         try:
-            pid = os.fork()
+            if may_import and not self._survives_fork:
+                pid = self._spawn(descriptor)
+            elif (pid := os.fork()) == 0:
+                self._become_worker(descriptor, may_import=may_import)
         except OSError as error:
-            os.close(descriptor)
             self._report(worker, f"it could not be started: {error}")
             return
-        if pid == 0:
-            self._become_worker(descriptor, may_import=may_import)
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)
         self._pids[worker] = pid
+
+    def _spawn(self, descriptor: int) -> int:
+        """Starts a new interpreter that serves the socket, and returns its pid.
+
+        posix_spawn runs neither Python nor handlers of libraries (pthread_atfork) in the child.
+        """
+        os.set_inheritable(descriptor, False)  # the worker has it as its stdin only
+        return os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-m", "rollout_server.workers.zygote", _WORKER],
+            {name: value for name, value in os.environ.items() if name not in self._added},
+            file_actions=[(os.POSIX_SPAWN_DUP2, descriptor, 0)],
+            setsid=True,
+            setsigdef=_SIGNALS_TO_IGNORE,
+        )
 
     def _become_worker(self, descriptor: int, *, may_import: bool) -> None:
         """Runs in the forked process and does not return."""
@@ -218,10 +236,6 @@ class Zygote:
             if may_import:
                 for name in self._added:
                     os.environ.pop(name, None)
-                if not self._survives_fork:
-                    os.dup2(descriptor, 0)
-                    os.set_inheritable(descriptor, False)
-                    os.execv(sys.executable, [sys.executable, "-m", "rollout_server.workers.zygote", _WORKER])
             connection = socket.socket(fileno=descriptor)
             connection.set_inheritable(False)
             serve(connection, task=self._task)

@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
-from areal_like.automatic_settings import compute_dtype, recomputes_activations, resolved
+from areal_like.automatic_settings import (
+    compute_dtype,
+    recomputes_activations,
+    resolved,
+    uses_fp32_head,
+)
 from areal_like.config import Config, from_mapping
 from areal_like.errors import ConfigError
 from launch.run_directory.open_run import open_run
@@ -51,14 +56,22 @@ def test_explicit_settings_stay() -> None:
     for checkpointing in (True, False):
         job = from_mapping(
             {
-                "model": {"dtype": "bfloat16", "path": "some/model"},
+                "model": {"dtype": "bfloat16", "path": "some/model", "fp32_head": checkpointing},
                 "trainer": {"device": "cuda", "gradient_checkpointing": checkpointing},
+                "objective": {"name": "ppo"},
             }
         )
         assert resolved(job) == job
     on_cpu = resolved(Config())
     assert (on_cpu.model.dtype, on_cpu.trainer.gradient_checkpointing) == ("float32", False)
     assert compute_dtype(_job("tiny", trainer="cuda")) == "float32"
+
+
+def test_the_head_is_exact_where_the_model_is_narrow() -> None:
+    for dtype in ("float32", "bfloat16"):
+        job = _job("some/model", model={"dtype": dtype})
+        assert job.model.fp32_head == "auto"
+        assert uses_fp32_head(job) is resolved(job).model.fp32_head is (dtype == "bfloat16")
 
 
 def test_one_message_where_auto_cannot_work(tmp_path: Path) -> None:
@@ -97,4 +110,5 @@ def test_run_records_what_auto_was(tmp_path: Path) -> None:
     run = open_run([f"runs_dir={tmp_path}", "name=x"])
     run.close()
     assert "dtype: float32" in run.paths.config.read_text()
+    assert "fp32_head: false" in run.paths.config.read_text()
     assert run.config == dataclasses.replace(resolved(Config()), name="x", runs_dir=str(tmp_path))

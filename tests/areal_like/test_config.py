@@ -1,6 +1,7 @@
 """Configuration: settings survive a round trip, and every mistake gives one clear message."""
 
 import dataclasses
+import json
 import typing
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 import trainer.advantages.gae  # noqa: F401  (registers the advantage gae)
-from areal_like.config import BufferConfig, Config, WeightsConfig, from_mapping, to_mapping
+from areal_like.config import BufferConfig, Config, ModelConfig, WeightsConfig, from_mapping, to_mapping
 from areal_like.config.common import Section, check_choice, choices_of
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import CONFIGS, load_config, role_arguments, save_config
@@ -24,6 +25,8 @@ def test_default_job_has_the_defaults_of_the_dataclasses() -> None:
 def test_presets_state_only_what_differs_from_the_class() -> None:
     for section, registry in (("objective", OBJECTIVES), ("advantage", ADVANTAGES)):
         for file in (CONFIGS / section).glob("*.yaml"):
+            if file.stem == "auto":  # not a class
+                continue
             settings = getattr(load_config([f"{section}={file.stem}"]), section)
             default = registry.build({"name": settings["name"]})
             for key, value in settings.items():
@@ -34,7 +37,9 @@ def test_presets_state_only_what_differs_from_the_class() -> None:
 
 
 def test_config_survives_yaml_and_dicts(tmp_path: Path) -> None:
-    config = load_config(["name=x", "trainer.lr=3e-4", "objective.cap=8", "trainer.betas=[0.8,0.9]"])
+    config = load_config(
+        ["name=x", "trainer.lr=3e-4", "objective=tis", "objective.cap=8", "trainer.betas=[0.8,0.9]"]
+    )
     assert (config.trainer.lr, config.objective["cap"], config.trainer.betas) == (3e-4, 8, (0.8, 0.9))
     assert from_mapping(to_mapping(config)) == config
     save_config(config, tmp_path / "config.yaml")
@@ -98,9 +103,25 @@ def test_a_setting_of_a_section_that_a_file_leaves_out(tmp_path: Path) -> None:
     assert config.task == {"name": "sort", "num_train": 9} and config.name == "mine"
 
 
+def test_a_run_of_an_earlier_release_keeps_its_numbers(tmp_path: Path) -> None:
+    """Its file names every setting of that release and lacks later ones; a user's file is short."""
+    path = tmp_path / "config.yaml"
+    recorded = to_mapping(Config(model=ModelConfig(path="/models/x", dtype="bfloat16")))
+    del recorded["model"]["fp32_head"], recorded["trainer"]["kernels"]
+    path.write_text(json.dumps(recorded))
+    config = load_config(["--config", str(path)])
+    assert (config.model.fp32_head, config.trainer.kernels) == (False, "torch")
+    assert load_config(["--config", str(path), "model.fp32_head=true"]).model.fp32_head is True
+    path.write_text(json.dumps({"model": {"path": "/models/x", "dtype": "bfloat16"}}))
+    config = load_config(["--config", str(path)])
+    assert (config.model.fp32_head, config.trainer.kernels) == ("auto", "auto")
+    save_config(config, path)
+    assert load_config(["--config", str(path)]) == config
+
+
 def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    save_config(load_config(["objective.cap=7", "trainer.num_steps=3"]), file)
+    save_config(load_config(["objective=tis", "objective.cap=7", "trainer.num_steps=3"]), file)
 
     def read(*settings: str) -> Config:
         return load_config(["--config", str(file), *settings])

@@ -1,4 +1,4 @@
-"""A whole job whose trainer is killed and goes on with its running baseline and averaged policy."""
+"""Whole jobs whose trainer is killed and goes on with what its method remembers of earlier steps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,10 +23,6 @@ SETTINGS = (
     "name=x",
     "model.warm_start_steps=0",
     "task._target_=tests.support.rollout_tasks.Checksum",
-    "advantage=running",
-    "objective=ppo_ewma",
-    "objective.clip=0.001",
-    "objective.masks=[{name: kpop}]",
     "trainer.groups_per_step=16",
     "trainer.num_steps=12",
     "trainer.checkpoint_interval=4",
@@ -35,11 +32,24 @@ SETTINGS = (
 )
 
 
-@pytest.mark.long
-@pytest.mark.timeout(TEST_LIMIT_S)
-def test_a_killed_trainer_keeps_what_it_remembers(tmp_path: Path, cache: dict[str, str]) -> None:
+AVERAGED = (
+    "advantage=running",
+    "objective=ppo_ewma",
+    "objective.clip=0.001",
+    "objective.masks=[{name: kpop}]",
+)
+MEASURED = ("objective=vcpo", "objective.norms=proxy", "objective.rho_ref=measured", "sampling.group_size=4")
+
+
+def killed_and_replayed(
+    tmp_path: Path, cache: dict[str, str], *method: str
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Runs a job whose trainer is killed after step 5, and compares it with its replay.
+
+    Returns (the last checkpoint, the rows of the steps).
+    """
     root = tmp_path / "runs" / "x"
-    with launcher(*SETTINGS, cwd=tmp_path, environment=cache) as process:
+    with launcher(*SETTINGS, *method, cwd=tmp_path, environment=cache) as process:
         wait_for_steps(5, root, process=process)
         os.kill(
             next(pid for pid, words in processes_of(root).items() if "-m trainer" in words), signal.SIGKILL
@@ -47,14 +57,30 @@ def test_a_killed_trainer_keeps_what_it_remembers(tmp_path: Path, cache: dict[st
         code, out, err = finish(process, root)
     assert (code, err) == (0, ""), out + err
     assert "trainer ended (killed by SIGKILL): starting it again" in out
-    state = json.loads((root / "checkpoints" / "step_000012" / "trainer_state.json").read_text())["extra"]
-    total, weight = state["advantage_state"]
-    assert weight == pytest.approx(sum(0.95**i for i in range(12))) and 0 < total < weight
-    index = json.loads((root / "checkpoints" / "step_000012" / "rows" / "index.json").read_text())
-    assert index["models"]["proximal"]["num_updates"] == 12
     for words in (("replay", "x"), ("replay", "x", "--against", "x-replay")):
         run = areal_like(*words, cwd=tmp_path)
         assert run.returncode == 0, run.stdout + run.stderr
     assert "no difference" in run.stdout
     rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    return root / "checkpoints" / "step_000012", rows
+
+
+@pytest.mark.long
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_a_killed_trainer_keeps_what_it_remembers(tmp_path: Path, cache: dict[str, str]) -> None:
+    checkpoint, rows = killed_and_replayed(tmp_path, cache, *AVERAGED)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())["extra"]
+    total, weight = state["advantage_state"]
+    assert weight == pytest.approx(sum(0.95**i for i in range(12))) and 0 < total < weight
+    index = json.loads((checkpoint / "rows" / "index.json").read_text())
+    assert index["models"]["proximal"]["num_updates"] == 12
     assert max(row["clipped_fraction"] for row in rows) > 0, "the clip acts around the averaged policy"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_a_killed_trainer_keeps_its_measured_reference(tmp_path: Path, cache: dict[str, str]) -> None:
+    checkpoint, rows = killed_and_replayed(tmp_path, cache, *MEASURED)
+    mean, total = json.loads((checkpoint / "trainer_state.json").read_text())["extra"]["objective_state"]
+    assert rows[-1]["rho_ref"] == mean / total and 0 < total < 1
+    assert all(0.99 < row["rho_ref"] <= 1 for row in rows), "engine and trainer hardly differ in float32"

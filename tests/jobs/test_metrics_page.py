@@ -43,6 +43,9 @@ LEADER_COLUMNS = {
 }
 """Columns that rank 0 adds in a running job (tests/launch/test_run.py checks them)."""
 
+LORA_COLUMNS = {"lora_lost_updates"}
+"""Columns of runs with `model.lora` (tests/jobs/test_lora_job.py checks them)."""
+
 DEVICE_COLUMNS = {"mfu", "mfu_compute", "memory_reserved_peak_gb"}
 """Columns of ranks whose device has a known peak, or is a GPU (tests/trainer/test_speed.py checks them)."""
 
@@ -63,6 +66,7 @@ def test_every_column_is_on_the_page(tmp_path: Path, ranks: Ranks) -> None:
     path, groups = write_model(tmp_path / "model", "gpt2"), random_groups(3)
     jobs: list[dict[str, Any]] = [{"objective": {"name": name}} for name in OBJECTIVES.names()]
     jobs += [
+        {"objective": {"name": "vcpo", "rho_ref": "measured"}},
         {"advantage": {"name": "gae"}, "kl": {"coef": 0.1}},
         {"advantage": {"name": "grpo", "shaping": [{"name": "laconic", "budget_tokens": 2}]}},
     ]
@@ -78,7 +82,8 @@ def test_every_column_is_on_the_page(tmp_path: Path, ranks: Ranks) -> None:
         )
         rows.append(step_row(4, metrics))
     seen = {re.sub(r"_\d+$", "_I", name) for row in rows for name in row}
-    assert seen | LEADER_COLUMNS | DEVICE_COLUMNS | {"greedy_reward", "reward_baseline"} == named_columns()
+    others = LEADER_COLUMNS | DEVICE_COLUMNS | LORA_COLUMNS | {"greedy_reward", "reward_baseline"}
+    assert seen | others == named_columns()
 
 
 def series_of(registry: CollectorRegistry) -> set[str]:

@@ -153,3 +153,8 @@ def test_the_model_of_a_run_cannot_change(resume: Open, tmp_path: Path) -> None:
     resume(f"model.path={old}/../old").close()
     with pytest.raises(ConfigError, match="cannot change"):
         resume(f"model.path={tmp_path}")
+
+
+def test_the_adapter_of_a_run_cannot_change(resume: Open) -> None:
+    with pytest.raises(ConfigError, match=r"model.lora=rank 8.*cannot change \(off\): leave model.lora out"):
+        resume("model.lora.rank=8")

@@ -72,7 +72,7 @@ def test_resume_keeps_the_runs_own_settings(tmp_path: Path) -> None:
     base = [f"runs_dir={tmp_path}", "name=x"]
     with pytest.raises(ConfigError, match="there is no run in"):
         open_run([*base, "resume=latest"])
-    run = open_run([*base, "trainer.groups_per_step=3", "objective.cap=7"])
+    run = open_run([*base, "trainer.groups_per_step=3", "objective=tis", "objective.cap=7"])
     run.close()
     with pytest.raises(ConfigError, match="no checkpoint"):
         open_run([*base, "resume=latest"])
@@ -97,6 +97,33 @@ def test_resume_keeps_the_runs_own_settings(tmp_path: Path) -> None:
     ) == (3, 77, 7)
     assert run.config.resume == "step:20"
     assert "groups_per_step: 3" in run.paths.config.read_text()
+
+
+def test_a_run_keeps_the_objective_that_auto_chose(tmp_path: Path) -> None:
+    def opened(*settings: str) -> OpenRun:
+        run = open_run([f"runs_dir={tmp_path}", "name=x", *settings])
+        run.keep_settings()
+        run.close()
+        return run
+
+    long = "sampling.max_new_tokens=2048"
+    run = opened()
+    assert load_config(["--config", str(run.paths.config)]).objective == {"name": "tis"}
+    (run.paths.checkpoints / "step_000010").mkdir(parents=True)
+    file = tmp_path / "job.yaml"
+    file.write_text(f"name: x\nruns_dir: {tmp_path}\nsampling: {{max_new_tokens: 2048}}\n")
+    for settings in ((long,), ("--config", str(file))):
+        run = opened("resume=latest", *settings)
+        assert (run.config.objective, run.config.sampling.max_new_tokens) == ({"name": "tis"}, 2048)
+        assert not any("objective=auto" in line for line in run.announcement)
+    run = opened("resume=latest", "objective.cap=3")
+    assert run.config.objective == {"name": "tis", "cap": 3}
+    run = opened("resume=latest", "objective=auto")
+    assert run.config.objective["level"] == "token" and "2048" in run.announcement[-1]
+    assert load_config(["--config", str(run.paths.config)]).objective == run.config.objective
+    with pytest.raises(ConfigError, match="name the objective to change them"):
+        open_run([f"runs_dir={tmp_path}", "name=y", "objective.cap=3"])
+    assert not (tmp_path / "y").exists()
 
 
 def test_resume_auto_begins_continues_and_ends(tmp_path: Path) -> None:
@@ -134,7 +161,12 @@ def announced(*argv: str) -> str:
 
 def test_run_prints_its_choice_of_directory(tmp_path: Path) -> None:
     runs_dir, first = f"runs_dir={tmp_path}", tmp_path / "default"
-    assert announced(runs_dir) == f"new run in {first}"
+    new, choice = announced(runs_dir).split("\n")
+    assert new == f"new run in {first}"
+    assert choice == (
+        "objective=auto is {name: tis}, the method for short answers: the longest answer has 10 tokens "
+        "(sampling.max_new_tokens=10), at most 512"
+    )
     for step in (10, 20):
         (first / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
     text = announced(runs_dir)
@@ -162,7 +194,7 @@ def test_run_prints_its_choice_of_directory(tmp_path: Path) -> None:
 def test_run_prints_that_a_run_without_checkpoints_begins_again(tmp_path: Path) -> None:
     ledger = tmp_path / "x" / "ledger" / "ledger.sqlite3"
     argv = [f"runs_dir={tmp_path}", "name=x"]
-    assert announced(*argv) == f"new run in {tmp_path / 'x'}"
+    assert announced(*argv, "objective=tis") == f"new run in {tmp_path / 'x'}"
     ledger.parent.mkdir()
     ledger.touch()
     assert announced(*argv, "resume=latest").startswith(f"resume of {tmp_path / 'x'} from step 0")

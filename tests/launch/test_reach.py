@@ -55,7 +55,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_buffer_keeps_the_settings_of_roles_by_hand(buffer: BufferProcess) -> None:
-    assert load_config(["--config", str(buffer.paths.config)]) == buffer.config
+    kept = load_config(["--config", str(buffer.paths.config)])
+    assert kept == buffer.config.with_resolved_objective() and kept.objective == {"name": "tis"}
     buffer.paths.config.write_text(buffer.paths.config.read_text() + "# mine\n")
     keep_config(dataclasses.replace(buffer.config, seed=9), buffer.paths.config)
     assert buffer.paths.config.read_text().endswith("# mine\n"), "it is never overwritten"
@@ -204,7 +205,7 @@ def test_keys_and_tls_of_a_job_by_hand(tmp_path: Path, capsys: pytest.CaptureFix
         assert "buffer" in capsys.readouterr().out
         assert (
             RunningJob.at([process.http], keys=str(operator), tls_certificate=str(certificate)).config
-            == config
+            == config.with_resolved_objective()
         )
         for words, message in (
             (["status", *where], "this needs a valid token"),
@@ -248,7 +249,7 @@ def test_the_served_configuration_has_no_secrets(tmp_path: Path) -> None:
     process = by_hand(tmp_path, trackers=[{"name": "wandb", "api_key": "hidden-7"}])
     try:
         served = json.loads(process.get("/config"))
-        assert served == without_secrets(to_mapping(process.config))
+        assert served == without_secrets(to_mapping(process.config.with_resolved_objective()))
         assert served["trackers"] == [{"name": "wandb", "api_key": HIDDEN}]
         assert "hidden-7" in process.paths.config.read_text(), "the run's own file has what it needs"
         assert process.paths.config.stat().st_mode & 0o077 == 0

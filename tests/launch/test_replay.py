@@ -69,6 +69,8 @@ def test_a_replay_does_not_change_whether_groups_were_closed(tmp_path: Path) -> 
         ([], "close", ["objective=rebel"], "buffer.overdue=close: objective.name=rebel needs whole"),
         (["objective=vcpo"], "wait", ["objective.leave_one_out=true"], ""),
         (["objective=vcpo"], "wait", ["objective=tis"], ""),
+        (["objective=tis", "objective.cap=3"], "close", ["objective=auto"], ""),
+        (["objective=tis", "sampling.max_new_tokens=2048"], "close", ["objective.cap=3"], ""),
         (["max_staleness=8"], "close", ["weights.sync_interval=4"], ""),
         (["objective=vcpo"], "wait", ["staleness.beyond=cap"], "staleness.beyond=cap is for"),
     ],
@@ -89,6 +91,12 @@ def test_a_replay_keeps_the_rule_of_an_auto_run(
     run = open_replay(recorded, changed)
     run.close()
     assert run.config.buffer.overdue == rule and run.paths.root.name == "recorded-replay"
+    if not any("objective" in setting for setting in changed):
+        assert run.config.objective == config.resolved_objective, "also if it was recorded as the default"
+    elif changed == ["objective.cap=3"]:
+        assert run.config.objective == {"name": "tis", "cap": 3}, "not the method for long answers"
+    elif changed == ["objective=auto"]:
+        assert run.config.objective == {"name": "tis"}
 
 
 @pytest.mark.timeout(TEST_LIMIT_S)

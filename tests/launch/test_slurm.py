@@ -260,7 +260,9 @@ def test_a_run_that_has_begun_keeps_its_options(slurm: Path, capsys: pytest.Capt
 
     (Path("runs/x/ledger")).mkdir()
     (Path("runs/x/ledger/ledger.sqlite3")).touch()  # the run has begun
-    out = again("--partition", "other")
+    out = again("--partition", "other", "sampling.max_new_tokens=2048")
+    config = load_config(["--config", "runs/x/config.yaml"])
+    assert (config.sampling.max_new_tokens, config.objective) == (2048, {"name": "tis"}), "as it began"
     assert "--rollout-jobs=2 --trainer-nodes=2 --sbatch-args=--qos=high\n" in out, out
     trainer = Path("runs/x/slurm/trainer.sh").read_text()
     for line in ("--nodes=2", "--partition=other", "--qos=high"):

@@ -4,12 +4,22 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
 import torch
 from aiohttp import web
 
 from areal_like.weights.buckets import Manifest
 from areal_like.wire.channel import Link, tcp_address
-from areal_like.wire.messages.weights import FormGroup, PushChecksums, PushWeights, WeightsFailed, WeightsOk
+from areal_like.wire.messages.weights import (
+    Alive,
+    AskAlive,
+    FormGroup,
+    PushChecksums,
+    PushWeights,
+    ReadyToReceive,
+    WeightsFailed,
+    WeightsOk,
+)
 from rollout_server.policy.client import EmbeddedClient
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.sglang_client import SglangClient
@@ -28,6 +38,10 @@ class PlayedEngine:
     def __init__(self) -> None:
         self.version = 0
         self.silent_at = self.failing_at = ""
+        self.ready: list[ReadyToReceive] = []
+        """The messages that rank 0 got."""
+        self.num_ready = 0
+        """Number of them without which nothing is received."""
         self.called: list[str] = []
         self.digests = ["initial"]
         """Of the weights, one for each time that it is read; the last one stays."""
@@ -45,6 +59,9 @@ class PlayedEngine:
         digest = self.digests[0]
         if path == "weights_checker" and len(self.digests) > 1:
             del self.digests[0]
+        if path in ("receive_weights", "update_weights_from_distributed"):
+            while len(self.ready) < self.num_ready:
+                await asyncio.sleep(0.01)
         if path == self.silent_at:
             await asyncio.sleep(30)
         if path == self.failing_at:
@@ -99,7 +116,15 @@ def push(
             on_version=lambda _: None,
             on_untrusted=untrusted.append,
         )
-        link = Link(tcp_address("127.0.0.1", receiver.port), handler=lambda _: None)
+        asked: list[asyncio.Task[Any]] = []
+
+        def on_message(message: Any) -> None:
+            assert isinstance(message, ReadyToReceive)
+            engine.ready.append(message)
+            if len(engine.ready) < engine.num_ready:
+                asked.append(asyncio.create_task(link.call(AskAlive(), timeout_s=HANG_LIMIT_S)))
+
+        link = Link(tcp_address("127.0.0.1", receiver.port), handler=on_message)
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         async with SglangClient(url, vocab_size=1) if in_place else EmbeddedClient(url) as client:
             await strategy.engine_started(client, path="model", version=0)
@@ -129,6 +154,11 @@ def push(
             )
             link.send(PushChecksums(version=1, checksums=[], digests=[]))
             answer = await link.call(request, timeout_s=HANG_LIMIT_S)
+            for alive in await asyncio.gather(*asked):
+                assert isinstance(alive, Alive)
+            num_ready = len(engine.ready)
+            await link.call(AskAlive(), timeout_s=HANG_LIMIT_S)
+            assert len(engine.ready) == num_ready, "it no longer receives"
             await receiver.close()
         link.close()
         await runner.cleanup()
@@ -139,6 +169,16 @@ def push(
             return await work()
 
     return asyncio.run(bounded(body)), untrusted
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_rank_0_hears_that_the_engine_receives_now(in_place: bool) -> None:
+    """Before the engine is asked to receive, and again with each Alive, because a message may be lost."""
+    engine = PlayedEngine()
+    engine.num_ready, engine.digests = 3, ["initial", "new"]
+    answer, _ = push(engine, in_place=in_place)
+    assert isinstance(answer, WeightsOk)
+    assert engine.ready == [ReadyToReceive(version=1)] * 3
 
 
 def test_activated_version_counts_though_the_push_timed_out() -> None:

@@ -6,6 +6,7 @@ Every test leaves it generating.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,13 +48,13 @@ def config(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Config:
     )
 
 
-@pytest.fixture(scope="session")
-def engine(config: Config, models: Models) -> Iterator[Engine]:
-    """SGLang, started by the code that a rollout server uses."""
+@contextlib.contextmanager
+def running_sglang(config: Config, path: Path) -> Iterator[tuple[EngineClient, SglangProcess]]:
+    """An SGLang that the code of a rollout server has started, and its closed client."""
     process = SglangProcess(
         config,
         name="rollout-0",
-        model=str(models[0]),
+        model=str(path),
         context_tokens=CONTEXT,
         max_positions=CONTEXT,
         vocab_size=VOCAB,
@@ -65,9 +66,16 @@ def engine(config: Config, models: Models) -> Iterator[Engine]:
 
     client = asyncio.run(start())
     try:
-        yield Engine(
-            url=client.base_url, path=models[0], kind="sglang", pid=process.pid, api_key=process.api_key
-        )
+        yield client, process
         assert process.is_running, "SGLang died during the tests"
     finally:
         asyncio.run(process.stop())
+
+
+@pytest.fixture(scope="session")
+def engine(config: Config, models: Models) -> Iterator[Engine]:
+    """SGLang, started by the code that a rollout server uses."""
+    with running_sglang(config, models[0]) as (client, process):
+        yield Engine(
+            url=client.base_url, path=models[0], kind="sglang", pid=process.pid, api_key=process.api_key
+        )

@@ -119,6 +119,7 @@ class UpdateHarness:
                 manifest=manifest,
                 left_s=lambda: 2 * timeout_s,
                 cancellable=_nothing,
+                ready=lambda: None,
                 sent_sums=_no_sums,
             )
             stall_s = await self.update.push(self.client, push)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rollout_server.rewards.library import Rewards, make_rewards
+from rollout_server.rewards.time_limit import reward_time_left_s
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
 
 
@@ -54,6 +55,14 @@ async def misbehaves_later(completion: str) -> Any:
     if completion == "hang":
         await asyncio.sleep(3600)
     return misbehaves(completion)
+
+
+def seconds_left(completion: str) -> float:
+    return reward_time_left_s()
+
+
+async def seconds_left_later(completion: str) -> float:
+    return reward_time_left_s()
 
 
 def positional(text: str, gold: str) -> float:

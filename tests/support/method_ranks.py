@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from tests.support.part_groups import example_step
-from tests.support.trainer_helpers import flattened, random_groups, without_measured
+from tests.support.trainer_helpers import flattened, mixed_groups, random_groups, without_measured
 from tests.support.trainer_ranks import main, make_runner
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import gather, shards_of
@@ -37,6 +37,14 @@ def lagging(ranks: Ranks, out_dir: Path, path: str, settings: str) -> None:
         (out_dir / "losses.json").write_text(json.dumps(losses))
 
 
+def references(ranks: Ranks, out_dir: Path, path: str, settings: str) -> None:
+    """Runs two steps of fresh and older samples; every rank writes its state."""
+    runner = make_runner(path, ranks, settings=json.loads(settings))
+    for step in (1, 2):
+        runner.run(mixed_groups(step)[ranks.rank :: ranks.world_size], step=step)
+    (out_dir / f"reference-{ranks.rank}.json").write_text(json.dumps(runner.state()))
+
+
 def parts(ranks: Ranks, out_dir: Path, path: str, settings: str, beyond: str) -> None:
     """Trains two steps of whole groups and parts, streamed and balanced; every rank writes its state and the
     last metrics of both."""
@@ -53,4 +61,4 @@ def parts(ranks: Ranks, out_dir: Path, path: str, settings: str, beyond: str) ->
 
 
 if __name__ == "__main__":
-    main(baselines=baselines, lagging=lagging, parts=parts)
+    main(baselines=baselines, lagging=lagging, parts=parts, references=references)

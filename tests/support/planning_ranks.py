@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,16 +53,21 @@ def build_runner(config: Config, ranks: Ranks) -> StepRunner:
     return build_step_runner(config, policy, ranks)
 
 
-def run_steps(runner: StepRunner, config: Config, lengths: Lengths, *, microbatches: list[int]) -> None:
-    """Steps of so many micro-batches on each rank, all as the trace assumes them."""
+def run_steps(
+    runner: StepRunner, config: Config, lengths: Lengths, *, microbatches: list[int]
+) -> list[dict[str, Any]]:
+    """Steps of so many micro-batches on each rank, all as the trace assumes them; returns their metrics."""
     packed = worst_lengths(lengths, budget_tokens=config.trainer.tokens_per_microbatch)
     group = [
         sample(length, response=min(length - 1, lengths.max_response), reward=float(index % 2), first=index)
         for index, length in enumerate(packed)
     ]
+    found = []
     for step, number in enumerate(microbatches):
         metrics = runner.run([group] * number, step=step)
         assert metrics["num_microbatches"] == number * config.trainer.world_size, metrics
+        found.append(dict(metrics))
+    return found
 
 
 def sample(length: int, *, response: int, reward: float, first: int) -> Trajectory:

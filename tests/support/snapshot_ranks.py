@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from areal_like.config import LoraConfig
 from areal_like.weights.buckets import checksum, unflatten
 from tests.support.full_state import gather_full_state
 from tests.support.trainer_ranks import main
 from trainer.distributed.ranks import Ranks
-from trainer.distributed.sharding import local
+from trainer.distributed.sharding import gather, local
+from trainer.models.lora import adapter_shards
 from trainer.models.policy import Policy
 from trainer.weights.snapshot import BackgroundGather, BoundaryGather, Snapshot, WeightSnapshotter
 
@@ -31,8 +33,8 @@ def snapshots(ranks: Ranks, out_dir: Path, path: str) -> None:
     give the same bytes."""
     policy = Policy.load(path, ranks, master_dtype=torch.float32)
     snapshotters: list[WeightSnapshotter] = [
-        gather(policy, ranks, bucket_bytes=5000, dtype="bfloat16")
-        for gather in (BackgroundGather, BoundaryGather)
+        gathering(policy, ranks, bucket_bytes=5000, dtype="bfloat16")
+        for gathering in (BackgroundGather, BoundaryGather)
     ]
     buckets = []
     for snapshotter in snapshotters:
@@ -49,6 +51,28 @@ def snapshots(ranks: Ranks, out_dir: Path, path: str) -> None:
         assert torch.equal(one[0], other[0]) and one[1:] == other[1:]
     for snapshotter in snapshotters:
         check(snapshotter, policy, ranks)
+    check_adapter(path, ranks)
+
+
+def check_adapter(path: str, ranks: Ranks) -> None:
+    """Both ways to gather send the whole matrices of an adapter, of which some ranks hold no row, and nothing
+    else."""
+    settings = LoraConfig(rank=4, alpha=8.0)
+    policy = Policy.load(path, ranks, dtype="bfloat16", lora_settings=settings)
+    with torch.no_grad():
+        for shard in adapter_shards(policy.model):
+            shard.rows.normal_()
+    expected = {name: whole.to(torch.bfloat16) for name, whole in gather(adapter_shards(policy.model))}
+    for gathering in (BackgroundGather, BoundaryGather):
+        snapshotter = gathering(policy, ranks, bucket_bytes=1000, dtype="bfloat16", lora="adapter")
+        snapshot = snapshotter.take_snapshot()
+        if snapshot is not None:
+            assert snapshot.acquire() and snapshot.adapter == policy.adapter_header
+            found = received(snapshot)
+            assert found.keys() == expected.keys() and len(snapshot.buckets) > 3
+            assert all(torch.equal(found[name], expected[name]) for name in found)
+            snapshot.release()
+        snapshotter.close()
 
 
 def check(snapshotter: WeightSnapshotter, policy: Policy, ranks: Ranks) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from areal_like.weights.adapters import AdapterHeader
 from areal_like.weights.buckets import cut_buckets, flatten, spec_of
 from trainer.weights.snapshot import GatheredBucket, Snapshot
 
@@ -13,7 +14,15 @@ from trainer.weights.snapshot import GatheredBucket, Snapshot
 class Held(Snapshot):
     """Stands in for the snapshot that trainer.weights makes of a policy."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, bucket_bytes: int, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        bucket_bytes: int,
+        dtype: str = "float32",
+        adapter: AdapterHeader | None = None,
+    ) -> None:
+        self.adapter = adapter
         self.buckets = cut_buckets(
             [spec_of(name, tensor, dtype=dtype) for name, tensor in tensors.items()],
             bucket_bytes=bucket_bytes,

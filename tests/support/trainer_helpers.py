@@ -93,6 +93,17 @@ def random_groups(
     return groups
 
 
+def mixed_groups(step: int) -> list[list[Trajectory]]:
+    """Four groups for step 1 or later: every second sample is from its weights, the others are one older."""
+    return [
+        [
+            replace(t, versions=np.where(t.loss_mask, step - index % 2, -1).astype(np.int32))
+            for index, t in enumerate(group)
+        ]
+        for group in random_groups(4, seed=step)
+    ]
+
+
 def random_trajectory(rng: np.random.Generator, *, longest: int, reward: float) -> Trajectory:
     """3 to `longest` tokens, of which the last and others at random are sampled under version 5."""
     length = int(rng.integers(3, longest + 1))

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from areal_like.config import KlConfig
+from areal_like.config import KlConfig, LoraConfig
 from areal_like.errors import ArealError
 from areal_like.runtime.process import die_with_parent
 from areal_like.trajectory import Trajectory
@@ -32,9 +32,9 @@ from trainer.advantages.critic import Critic
 from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import IncompleteStepError, Ranks
-from trainer.distributed.sharding import MODEL_PREFIX, gather, shards_of
+from trainer.distributed.sharding import MODEL_PREFIX, gather, local, shards_of
 from trainer.metrics.named_means import KINDS
-from trainer.models.policy import Policy
+from trainer.models.policy import BaseReference, Policy
 from trainer.models.value_model import ValueModel
 from trainer.objectives import Need, build_objective
 from trainer.objectives.normalizers import Normalizer
@@ -64,36 +64,48 @@ def make_runner(
     balances: bool = False,
     beyond: str = "",
     normalizer: str = "token_mean",
+    entropy_coef: float = 0.0,
+    lora: LoraConfig | None = None,
+    has_weights: bool = True,
 ) -> StepRunner:
     """A runner over a test model: sequence TIS and token mean, unless `settings` (sections) override them.
 
-    `beyond`: `staleness.beyond` of a job with `buffer.overdue=close`; empty: of another job.
+    `beyond`: `staleness.beyond` of a job with `buffer.overdue=close`; empty: of another job. `lora`: with an
+    adapter, for policy and critic. `has_weights`: False leaves it to the caller to load a checkpoint.
     """
     sections = settings or {}
     advantage_settings = dict(sections.get("advantage", {"name": "grpo"}))
     shapings = SHAPINGS.build_list(advantage_settings.pop("shaping", None), job={"max_tokens": 12})
     kl = KlConfig(**sections["kl"]) if "kl" in sections else None
-    policy = Policy.load(
-        path, ranks, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype
-    )
+    built = {"gradient_checkpointing": checkpointing, "master_dtype": dtype, "lora_settings": lora}
+    policy = Policy.load(path, ranks, chunk_tokens=16, **built)
+    if not has_weights:
+        for param in policy.parameters():
+            if param.requires_grad:
+                local(param.detach()).fill_(math.nan)
     estimator = advantage or ADVANTAGES.build(advantage_settings)
     critic = None
     if isinstance(estimator, Gae):
-        model = ValueModel.load(path, ranks, gradient_checkpointing=checkpointing, master_dtype=dtype)
+        model = ValueModel.load(path, ranks, **built)
         adam = ShardedAdamW(model, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm)
         critic = Critic(model, adam, ranks, settings=estimator, budget_tokens=budget_tokens)
     objective_settings = {"name": "tis", "level": "sequence", "cap": 2.0, "normalize": normalize}
     objective = build_objective(
         sections.get("objective", objective_settings),
         kl=kl,
+        entropy_coef=entropy_coef,
         takes_parts=bool(beyond),
         caps_beyond=beyond == "cap",
     )
     proximal = None
     if objective.proximal:
-        proximal = ProximalPolicy(
-            Policy.load(path, ranks, master_dtype=dtype), policy, rule=objective.proximal
-        )
+        own = policy if policy.has_adapter else Policy.load(path, ranks, master_dtype=dtype)
+        proximal = ProximalPolicy(own, policy, rule=objective.proximal)
+        proximal.restart()
+    reference: Policy | BaseReference | None = None
+    if kl or Need.REF in objective.needs:
+        is_own = policy.has_adapter
+        reference = BaseReference(policy) if is_own else Policy.load(path, ranks, master_dtype=dtype)
     return StepRunner(
         policy,
         ShardedAdamW(policy, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm),
@@ -102,7 +114,7 @@ def make_runner(
         advantage=estimator,
         normalizer=Normalizer(name=normalizer, max_tokens=10),
         budget_tokens=budget_tokens,
-        reference=Policy.load(path, ranks, master_dtype=dtype) if kl or Need.REF in objective.needs else None,
+        reference=reference,
         shapings=shapings,
         kl=kl if kl and kl.place == "reward" else None,
         critic=critic,
@@ -115,7 +127,8 @@ def make_runner(
 
 def last_gradient(runner: StepRunner | Critic) -> dict[str, Tensor]:
     """The gradient of the last step: with beta1 = 0, Adam's first moment. Unsharded, on rank 0."""
-    shards = shards_of(runner.model if isinstance(runner, Critic) else runner.policy)
+    model = runner.model if isinstance(runner, Critic) else runner.policy
+    shards = shards_of(model, runner.optimizer.shards)
     moments = [runner.optimizer.moments(MODEL_PREFIX + shard.name)["exp_avg"] for shard in shards]
     return dict(gather([replace(s, rows=rows) for s, rows in zip(shards, moments, strict=True)]))
 

@@ -58,11 +58,18 @@ def make_runner(
     budget_tokens: int = 60,
     checkpointing: bool = False,
     lr: float = 0.0,
+    fp32_head: bool = False,
     **settings: Any,
 ) -> StepRunner:
     """Runs VCPO as published; `settings` may include `masks`. Adam's first moment is the last gradient."""
     policy = Policy.load(
-        path, ranks, dtype=compute, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype
+        path,
+        ranks,
+        dtype=compute,
+        chunk_tokens=16,
+        gradient_checkpointing=checkpointing,
+        master_dtype=dtype,
+        fp32_head=fp32_head,
     )
     return StepRunner(
         policy,

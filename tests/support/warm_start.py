@@ -50,6 +50,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
     "buffer",
     "launch",
+    "launch.doctor.gpu.process",
+    "launch.doctor.gpu.step",
     "rollout_server",
     "rollout_server.data_stats",
     "rollout_server.engine",
@@ -69,7 +71,7 @@ _IMPORTED = (
     "rollout_server.engine.__main__",
     "trainer.daemon",
 )
-_PARENTS = ("launch", "rollout_server", "trainer", "trainer.sft")
+_PARENTS = ("launch", "launch.doctor.gpu.process", "rollout_server", "trainer", "trainer.sft")
 _INHERITED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PADDING = "WARM_START_PADDING"
 _MOST_COMMAND_BYTES, _MOST_ENVIRONMENT_BYTES = 1 << 16, 1 << 16

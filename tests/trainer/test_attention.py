@@ -233,7 +233,7 @@ def test_torch_takes_the_call_of_the_kernel(window: int | None) -> None:
     assert out.shape == query.shape and key.grad is not None and key.grad.shape == key.shape
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's varlen kernel needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("prompts", [(), (50,), (4, 60, 20)], ids=["whole", "even", "uneven"])
 def test_the_kernel_equals_plain_attention(window: int | None, prompts: tuple[int, ...]) -> None:

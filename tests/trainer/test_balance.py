@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from areal_like.errors import ArealError, ConfigError
 from areal_like.trajectory import FinishReason, Trajectory
-from tests.support.trainer_helpers import run_ranks, write_model
+from tests.support.trainer_helpers import joined, run_ranks, write_model
 from trainer.batching.balance import Cost, SequenceSize, plan
 from trainer.batching.balancer import Balancer, _decoded, _encoded, exchange
-from trainer.batching.packing import Packer, SampleCounts, TrainingSample
+from trainer.batching.packing import Packer, TrainingSample, sequences_of
+from trainer.batching.segments import cut
 from trainer.batching.shared_prefixes import budget_size
 from trainer.distributed.ranks import Ranks
 
@@ -129,6 +130,41 @@ def test_branches_keep_to_the_budget(groups: list[list[TrainingSample]], shares_
         assert packer.add(microbatch) == [] and packer.flush() == [microbatch]
 
 
+@given(
+    st.lists(branching_groups, max_size=3),
+    st.lists(st.integers(1, 3), min_size=21, max_size=21),
+    st.booleans(),
+)
+def test_segments_of_a_sample_stay_together(
+    groups: list[list[TrainingSample]], num_segments: list[int], shares_prefixes: bool
+) -> None:
+    """Or the sample is too long, set aside and cut."""
+    counts = iter(num_segments)
+    samples: list[list[TrainingSample]] = []
+    for group in groups:
+        samples.append([])
+        while group:
+            count = next(counts)
+            whole = joined([sample.trajectory for sample in group[:count]])
+            samples[-1].append(replace(group[0], trajectory=whole, group=len(samples) - 1))
+            group = group[count:]
+    limits: dict[str, Any] = {"budget_tokens": BUDGET, "shares_prefixes": shares_prefixes}
+    for packer in (Balancer(AloneRanks(), cost=COST, **limits), Packer(**limits)):
+        microbatches = list(packer.microbatches(samples))
+        found = [*chain(*microbatches), *packer.set_aside]
+        assert sorted(map(id, found)) == sorted(map(id, chain(*samples)))
+        for microbatch in microbatches:
+            again = Packer(**limits | {"budget_tokens": BUDGET + 1})
+            assert again.add(microbatch) == [] and again.flush() == [microbatch]
+        for sample in packer.set_aside:
+            alone = Packer(**limits)
+            assert list(alone.microbatches([[sample]])) == [] and alone.set_aside == [sample]
+            parts = cut(sample, alone)
+            assert all(list(alone.microbatches([[part]])) == [(part,)] for part in parts) and len(parts) > 1
+            lengths = [len(tokens) for part in parts for tokens in sequences_of(part.trajectory)]
+            assert tuple(lengths) == sample.trajectory.segments
+
+
 def test_halves_of_the_budget_are_planned_at_once() -> None:
     """Twice the rounds that the tokens need."""
     sizes = sizes_of([(0, [33 + index % 3]) for index in range(2000)])
@@ -191,12 +227,13 @@ def test_a_sample_survives_its_journey(of_tokens: bool) -> None:
             versions=np.array([-1, 3, 4], dtype=np.int32),
             reward=0.1,
             finish_reason=FinishReason.LENGTH,
+            segments=(1, 2) if of_tokens else (),
         ),
         advantage=np.array([0.0, 1 / 3, -2.0]) if of_tokens else 1 / 3,
         lag=np.array([0, 2, 1]) if of_tokens else 2,
         group=7,
         beyond=np.array([False, True, False]) if of_tokens else None,
-        counts=SampleCounts(2, 9, 1, 3) if of_tokens else None,
+        num_masked=2 if of_tokens else 0,
     )
     back = _decoded(_encoded(sample))
     assert repr(back) == repr(sample)

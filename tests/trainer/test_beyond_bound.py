@@ -220,6 +220,50 @@ def test_divisors_keep_the_whole_length(path: str, ranks: Ranks, normalizer: str
     assert metrics["num_sequences"] == 4 and metrics["num_groups"] == 1
 
 
+@pytest.mark.parametrize("beyond", ["mask", "cap", "ratio"])
+@pytest.mark.parametrize(
+    "objective",
+    [{"name": "tis", "masks": [{"name": "opsm"}, {"name": "stapo", "max_prob": 0.03}]}, {"name": "ppo"}],
+    ids=lambda settings: str(settings["name"]),
+)
+def test_a_sample_that_is_cut_is_trained_on_alike(
+    path: str, ranks: Ranks, beyond: str, objective: dict[str, Any]
+) -> None:
+    """Samples that are too long for a micro-batch, with masks, tokens beyond the bound, KL and entropy."""
+    rng = np.random.default_rng(4)
+    samples = [
+        joined(
+            [
+                sampled_at(random_trajectory(rng, longest=9, reward=0.2 * i), age)
+                for age in ([STEP - 4], [STEP - 3, STEP - 1], [STEP])
+            ]
+        )
+        for i in range(3)
+    ]
+    found = []
+    for budget_tokens in (200, 9):
+        runner = make_runner(
+            path,
+            ranks,
+            beta1=0.0,
+            settings={"objective": objective, "kl": {"coef": 0.1, "place": "loss"}},
+            budget_tokens=budget_tokens,
+            beyond=beyond,
+            entropy_coef=0.05,
+        )
+        runs: list[bool] = []
+        runner.policy.register_forward_hook(lambda *_, runs=runs: runs.append(torch.is_grad_enabled()))
+        metrics = runner.run_served([parts_of(samples)], step=STEP, num_groups=1, max_staleness=BOUND)
+        found.append((last_gradient(runner), flattened(without_measured(metrics))))
+        assert runs.count(True) == metrics["num_microbatches"]
+    assert runs.count(False) >= 4, "parts of two samples at least, without gradient"
+    (want, of_whole), (got, of_parts) = found
+    for name, value in want.items():
+        assert float((got[name] - value).norm()) <= 1e-9 * float(value.norm()), name
+    for name in of_whole.keys() - {"num_microbatches", "shared_share"}:
+        assert of_parts[name] == pytest.approx(of_whole[name], rel=1e-9, abs=1e-12), name
+
+
 def test_the_metrics_of_a_step_by_hand(path: str, ranks: Ranks) -> None:
     """Three early parts and a late one of two groups, of which one had a single early member."""
     fresh, partly, wholly, branched = dated()

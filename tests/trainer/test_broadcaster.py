@@ -28,15 +28,16 @@ from areal_like.wire.messages.weights import (
     FormGroup,
     PushChecksums,
     PushWeights,
+    ReadyToReceive,
     WeightsFailed,
     WeightsOk,
 )
 from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.weights.backend import NcclTrial, choose_backend, refuse_mixed_nccl
-from trainer.weights.broadcaster import Broadcaster, assign_ranks
+from trainer.weights.broadcaster import ALIVE_S, Broadcaster, assign_ranks
 from trainer.weights.publisher import Publisher, PushReport
-from trainer.weights.receivers import Receiver, ReceiverBackoff, receiver_id, split_groups
+from trainer.weights.receivers import Receiver, ReceiverBackoff, ReceiverId, receiver_id, split_groups
 from trainer.weights.snapshot import GatheredBucket
 
 
@@ -45,13 +46,17 @@ class FakeServer:
 
     `misbehave` selects a fault: mute (no replies), refuse (FormGroup), decline (PushWeights, without
     receiving), protest (the same, but it receives), reject (after receiving), leave (the group), die (leave
-    and be silent), hang (silent in the group), vanish (mute after the whole broadcast).
+    and be silent), hang (silent in the group), vanish (mute after the whole broadcast), expire (mute before
+    it is ready to receive).
     """
 
     def __init__(self, name: str, *, incarnation: int = 1) -> None:
         self.name, self.incarnation = name, incarnation
         self.version = 0
         self.loads_in_place = False
+        self.may_be_ready = asyncio.Event()
+        """Cleared by a test whose server takes its time before it is ready."""
+        self.may_be_ready.set()
         self.tensors: dict[str, torch.Tensor] = {}
         self.misbehave = ""
         self.stated: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
@@ -98,12 +103,17 @@ class FakeServer:
                 case FormGroup() as form:
                     self.group = await loop.run_in_executor(self.thread, self.join, form)
                 case PushWeights() as push:
+                    if self.misbehave == "decline":
+                        raise WeightSyncError("will not have it")
+                    if self.misbehave == "expire":
+                        self.misbehave = "mute"
+                        return
+                    await self.may_be_ready.wait()
+                    self.listener.send(envelope.peer, ReadyToReceive(version=push.version))
                     if self.misbehave in ("die", "leave"):
                         self.leave()
                     if self.misbehave in ("die", "hang"):
                         return
-                    if self.misbehave == "decline":
-                        raise WeightSyncError("will not have it")
                     receiving = loop.run_in_executor(self.thread, self.receive, push)
                     if self.misbehave == "protest":
                         raise WeightSyncError("will not have it")
@@ -212,7 +222,7 @@ def test_a_group_serves_many_pushes_until_a_server_joins() -> None:
     run(body)
 
 
-@pytest.mark.parametrize("how", ["reject", "die", "refuse", "mute", "vanish"])
+@pytest.mark.parametrize("how", ["reject", "die", "refuse", "mute", "vanish", "expire"])
 def test_a_faulty_server_costs_the_others_one_push(how: str) -> None:
     async def body(broadcaster: Broadcaster) -> None:
         good, bad = FakeServer("good"), FakeServer("bad")
@@ -235,6 +245,34 @@ def test_a_faulty_server_costs_the_others_one_push(how: str) -> None:
 
     # The broadcaster notices a death or a refusal long before the deadline.
     run(body, deadline_s=120.0)
+
+
+def test_a_broadcast_begins_when_every_server_is_ready() -> None:
+    """The first bucket is read meanwhile. A server's report about another push does not count."""
+
+    async def body(broadcaster: Broadcaster) -> None:
+        fast, slow = FakeServer("fast"), FakeServer("slow")
+        servers = [fast.entry, slow.entry]
+        await broadcaster.push(snapshot(1), version=1, step=1, servers=servers)
+        slow.may_be_ready.clear()
+        fast.tensors.clear()
+        pushed, was_read = snapshot(2), threading.Event()
+        read = pushed.read
+        pushed.read = lambda index: (was_read.set(), read(index))[1]  # type: ignore[method-assign]
+        push = asyncio.create_task(broadcaster.push(pushed, version=2, step=2, servers=servers))
+        while not was_read.is_set() or fast.pushed is None or slow.pushed is None:
+            await asyncio.sleep(0.01)
+        # Longer than the interval at which a server that is not ready is asked if it is alive.
+        await asyncio.sleep(ALIVE_S + 0.5)
+        assert not fast.tensors and not push.done()
+        slow.may_be_ready.set()
+        outcome = await push
+        assert (set(outcome.activated), outcome.failed) == ({"fast", "slow"}, {})
+        assert broadcaster.num_sessions == 1
+        for receiver in (fast, slow):
+            receiver.close()
+
+    run(body)
 
 
 def test_a_push_without_servers_is_not_an_error() -> None:
@@ -673,8 +711,20 @@ def test_a_first_push_with_two_versions_of_nccl_is_refused() -> None:
 
 
 def test_auto_changes_to_gloo_after_a_failed_first_push() -> None:
-    new, proven, insisting = NcclTrial("auto"), NcclTrial("auto"), NcclTrial("nccl")
-    proven.report(broken_reason="")
-    for trial in (new, proven, insisting):
-        trial.report(broken_reason="invalid usage")
-    assert (new.wanted, proven.wanted, insisting.wanted) == ("gloo", "auto", "nccl")
+    """A push that broke is tried again with the same members before gloo is chosen."""
+    one, two, three = (frozenset({(name, 1)}) for name in "abc")
+
+    def wanted(*pushes: tuple[str, frozenset[ReceiverId]], setting: str = "auto") -> str:
+        trial = NcclTrial(setting)
+        for reason, members in pushes:
+            trial.report(broken_reason=reason, members=members)
+        return trial.wanted
+
+    assert wanted(("broke", one)) == "auto"
+    assert wanted(("broke", one), ("broke", one)) == "gloo"
+    assert wanted(("broke", one), ("broke", one), setting="nccl") == "nccl"
+    assert wanted(("broke", one), ("", one), ("broke", one), ("broke", one)) == "auto"
+    assert wanted(("broke", one), ("", two), ("broke", one), ("broke", one)) == "auto"
+    assert wanted(("broke", one), ("broke", two)) == "auto", "an engine of the first push may have died"
+    assert wanted(("broke", one), ("broke", two), ("broke", three)) == "gloo"
+    assert wanted(("broke", one), ("broke", two), ("broke", one)) == "gloo"

@@ -1,4 +1,4 @@
-"""The head in float32: both paths of the engine and the trainer agree better in bfloat16 than without it."""
+"""The head in float32: products and gradients, in chunks and on ranks, and its agreement with the engine."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,16 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from areal_like.precision import widen_head
+from areal_like.precision import Fp32Head, widen_head
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.engine.cache import KVCache
 from rollout_server.engine.models.loading import load
-from tests.support.trainer_helpers import VOCAB, write_model
+from tests.support.fp32_head_ranks import batch_of, load_policy, whole_gradient
+from tests.support.trainer_helpers import VOCAB, run_ranks, write_model
 from trainer.batching.packing import TrainingSample, collate
 from trainer.distributed.ranks import Ranks
+from trainer.distributed.sharding import local
 from trainer.models.policy import Policy
 
 LENGTH = 24
@@ -76,8 +79,110 @@ def test_mismatch_in_bfloat16_is_smaller_with_it(tmp_path: Path, fast: bool) -> 
             theirs_S = engine_logps(path, torch.from_numpy(tokens).long(), fp32_head=fp32_head, fast=fast)
             differences.append((ours_S - theirs_S).abs().mean())
         mismatch[fp32_head] = float(torch.stack(differences).mean())
-    # The layers are in bfloat16 in both cases; only the head's part of the mismatch goes.
-    assert mismatch[True] < 0.95 * mismatch[False], mismatch
+    if fast:  # the layers are in bfloat16 in both cases; only the head's part of the mismatch goes
+        assert mismatch[True] < 0.95 * mismatch[False], mismatch
+    else:  # both sides run transformers' layers
+        assert mismatch[True] < 1e-6, mismatch
+
+
+def trained_head(path: str, *, chunk_tokens: int, fp32_head: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs [S], hidden states [S, D] in bfloat16, the head's gradient) of one batch in bfloat16."""
+    policy = Policy.load(
+        path,
+        Ranks.alone(),
+        dtype="bfloat16",
+        chunk_tokens=chunk_tokens,
+        fp32_head=fp32_head,
+        temperature=0.7,
+    )
+    head = policy.model.get_output_embeddings()
+    chunks: list[Tensor] = []
+    hook = head.register_forward_hook(lambda _, inputs, out: chunks.append(inputs[0].detach()))
+    logp_S = policy(batch_of(0)).logprobs_S
+    hook.remove()
+    assert max(map(len, chunks)) <= chunk_tokens
+    (weights(logp_S) * logp_S).sum().backward()
+    assert head.weight.grad.dtype == torch.float32
+    return logp_S.detach(), torch.cat(chunks), local(head.weight.grad)
+
+
+def weights(logp_S: Tensor) -> Tensor:
+    """Coefficients of both signs, so that the gradient is not a sum of equal terms."""
+    return torch.linspace(-1.0, 1.5, len(logp_S))
+
+
+def test_any_chunks_give_the_numbers_of_float64(tmp_path: Path) -> None:
+    """The reference has the same rounded operands, and the gradient is rounded once, whatever the chunks."""
+    path = write_model(tmp_path, "qwen3", dtype=torch.float32)
+    weight_VD = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).lm_head.weight.detach()
+    batch = batch_of(0)
+    num_sampled = len(batch.sampled_S)
+    targets_S = batch.tokens_T[batch.sampled_S]
+    found = {n: trained_head(path, chunk_tokens=n) for n in (1, 7, num_sampled - 1, num_sampled, 1000)}
+    for logp_S, hidden_SD, grad_VD in found.values():
+        logits_SV = (hidden_SD.double() @ weight_VD.double().T / 0.7).requires_grad_()
+        want_S = torch.log_softmax(logits_SV, -1).gather(1, targets_S[:, None])[:, 0]
+        (logits_grad_SV,) = torch.autograd.grad((weights(want_S) * want_S).sum(), logits_SV)
+        want_VD = logits_grad_SV.T @ hidden_SD.double() / 0.7
+        torch.testing.assert_close(logp_S.double(), want_S.detach(), rtol=0, atol=2e-6)
+        # The logits' gradient and the sum are rounded to 8 bits, each of them once.
+        assert float((grad_VD - want_VD).norm() / want_VD.norm()) < 2**-8
+    for _, _, grad_VD in found.values():
+        whole_VD = found[1000][2]
+        torch.testing.assert_close(grad_VD, whole_VD, rtol=2**-7, atol=1e-6 * float(whole_VD.abs().max()))
+
+
+def test_chunks_add_no_noise_to_the_gradient(tmp_path: Path) -> None:
+    """Without it, the sum over chunks is rounded to bfloat16 after each of them."""
+    path = write_model(tmp_path, "qwen3", dtype=torch.float32)
+    noise = {}
+    for fp32_head in (False, True):
+        one, many = (trained_head(path, chunk_tokens=n, fp32_head=fp32_head)[2] for n in (1000, 1))
+        noise[fp32_head] = float((many - one).norm() / one.norm())
+    assert noise[True] < 0.3 * noise[False], noise
+
+
+def test_gradient_of_the_hidden_states() -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 300, dtype=torch.bfloat16)
+    widen_head(SimpleNamespace(get_output_embeddings=lambda: head))
+    hidden = torch.randn(2, 9, 64, dtype=torch.bfloat16, requires_grad=True)
+    out_grad = torch.randn(2, 9, 300).bfloat16()
+    logits = head(hidden)
+    logits.backward(out_grad.float())
+    assert logits.dtype == torch.float32 and hidden.grad is not None
+    want = out_grad.double() @ head.weight.detach().double()
+    torch.testing.assert_close(hidden.grad.double(), want, rtol=2**-8, atol=1e-6)
+    want = out_grad.flatten(0, 1).double().T @ hidden.detach().flatten(0, 1).double()
+    assert head.weight.grad is not None and head.bias.grad is not None
+    torch.testing.assert_close(head.weight.grad.double(), want, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(head.bias.grad.double(), out_grad.double().sum((0, 1)), rtol=2**-8, atol=1e-6)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    head = torch.nn.Linear(8, 30, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    widen_head(SimpleNamespace(get_output_embeddings=lambda: head))
+    assert isinstance(head, Fp32Head) and head.gradient_sum() is None
+    hidden = torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True)
+    head(hidden).sum().backward()
+    assert hidden.grad is not None and head.weight.grad is None
+
+
+def test_two_ranks_give_the_gradient_of_one(tmp_path: Path, ranks: Ranks) -> None:
+    """For a head of its own and for one that is tied to the embedding."""
+    for architecture in ("qwen3", "llama"):
+        out = tmp_path / architecture
+        path = write_model(out, architecture, dtype=torch.float32)
+        run_ranks("gradient", str(out), path, world_size=2, module="tests.support.fp32_head_ranks")
+        policy = load_policy(path, ranks)
+        for rank in range(2):
+            policy(batch_of(rank)).logprobs_S.sum().backward()
+        got, want = load_file(out / "gradient.safetensors"), whole_gradient(policy)
+        assert got.keys() == want.keys()
+        for name, grad in got.items():
+            # Sums of the same numbers in bfloat16, in another order.
+            assert float((grad - want[name]).norm() / want[name].norm()) < 1e-2, name
+            assert float(grad.norm()) > 0, name
 
 
 def test_values_of_the_weights_stay_rounded(tmp_path: Path) -> None:

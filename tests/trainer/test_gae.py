@@ -27,7 +27,7 @@ from trainer.advantages.critic import Critic, value_loss
 from trainer.advantages.gae import Gae, gae
 from trainer.batching.packing import TrainingSample
 from trainer.batching.positions import Position
-from trainer.batching.segments import split_sample
+from trainer.batching.segments import trained_segments
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.prometheus import TrainerSeries
@@ -176,7 +176,7 @@ def with_advantages(runner: StepRunner, groups: list[list[Trajectory]]) -> list[
     positions = [Position.plain(group, step=0) for group in groups]
     assert runner._step_advantages is not None
     scored, _ = runner._step_advantages.of_positions(positions)
-    return [part for each in scored for sample in each.samples for part in split_sample(sample)]
+    return [trained_segments(sample) for each in scored for sample in each.samples]
 
 
 def test_kl_penalty_is_subtracted_at_each_token(tmp_path: Path, ranks: Ranks) -> None:

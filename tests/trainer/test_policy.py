@@ -116,7 +116,10 @@ def test_entropy_of_some_rows_at_a_time_has_the_same_bits() -> None:
         logits = 9 * torch.randn(num_rows, vocab, generator=generator)
         logits[:2, 3] = 1e4
         logps = torch.log_softmax(logits, -1)
-        assert torch.equal(policy_module._entropy(logps), -(logps.exp() * logps).sum(-1)), (num_rows, vocab)
+        assert torch.equal(policy_module._entropy(logps, numbers=None), -(logps.exp() * logps).sum(-1)), (
+            num_rows,
+            vocab,
+        )
 
 
 def test_entropy_is_computed_once_and_not_for_a_reference(
@@ -125,7 +128,9 @@ def test_entropy_is_computed_once_and_not_for_a_reference(
     """A backward recomputes the logits of chunks, and not their entropies."""
     computed: list[int] = []
     plain = policy_module._entropy
-    monkeypatch.setattr(policy_module, "_entropy", lambda x: computed.append(len(x)) or plain(x))
+    monkeypatch.setattr(
+        policy_module, "_entropy", lambda x, **kwargs: computed.append(len(x)) or plain(x, **kwargs)
+    )
     path = write_model(tmp_path)
     batch = packed([t for group in random_groups(4) for t in group])
     policy = Policy.load(path, Ranks.alone(), chunk_tokens=9)

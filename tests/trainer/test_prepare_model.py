@@ -102,6 +102,7 @@ def test_settings_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
         "trainer",
         f"model.path={tmp_path}/nowhere",
         f"runs_dir={tmp_path}",
+        "objective=ppo",
         "objective.clpi=0.2",
     ]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -8,7 +8,8 @@ from torch import nn
 
 from areal_like.weights.buckets import flatten, unflatten
 from areal_like.weights.hf_layout import HfTensor, hf_tensors
-from trainer.weights import snapshot
+from trainer.weights import push_source
+from trainer.weights.push_source import OwnWeights
 from trainer.weights.snapshot import PushLayout
 
 EXPERTS = 5
@@ -42,7 +43,6 @@ def tensors_of(model: nn.Module) -> list[HfTensor]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_every_row_lies_on_one_rank(monkeypatch: pytest.MonkeyPatch, world_size: int) -> None:
-    monkeypatch.setattr(snapshot, "hf_tensors", tensors_of)
     model = Fused()
     expected = {"weight": model.weight, "bias": model.bias}
     expected |= {"first": model.joined[:4], "second": model.joined[4:]}
@@ -54,10 +54,19 @@ def test_every_row_lies_on_one_rank(monkeypatch: pytest.MonkeyPatch, world_size:
         num_rows = -(-len(param) // world_size)
         return param[rank * num_rows : (rank + 1) * num_rows]
 
-    monkeypatch.setattr(snapshot, "local", rows_of)
+    monkeypatch.setattr(push_source, "local", rows_of)
     layouts = []
     for rank in range(world_size):
-        layouts.append(PushLayout(model, rank=rank, world_size=world_size, bucket_bytes=50, dtype="bfloat16"))
+        layouts.append(
+            PushLayout(
+                model,
+                source=OwnWeights(model, tensors_of(model)),
+                rank=rank,
+                world_size=world_size,
+                bucket_bytes=50,
+                dtype="bfloat16",
+            )
+        )
     assert len(layouts[0].buckets) > 3
     num_bytes = 0
     for index, parts in enumerate(layouts[0].buckets):

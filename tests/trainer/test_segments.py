@@ -12,21 +12,16 @@ import torch
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
-from tests.support.objective_helpers import NORMALIZERS, evaluate, tokens_of
 from tests.support.trainer_helpers import joined, random_groups, random_trajectory
 from tests.support.trainer_ranks import last_gradient, make_runner
 from trainer.advantages import Advantage
-from trainer.batching.packing import DivisorCounts, Packer, TrainingSample, collate, is_target, num_targets
-from trainer.batching.sampled_tokens import SampledTokens
-from trainer.batching.segments import segments_of, split_sample, split_targets
+from trainer.batching.packing import Packer, TrainingSample, collate, is_target, num_targets
+from trainer.batching.segments import cut, segments_of, split_targets, trained_segments
 from trainer.distributed.ranks import Ranks
-from trainer.gradients.optimal_baseline import optimal_baseline
-from trainer.objectives import build_objective
 
 OBJECTIVES: list[dict[str, Any]] = [
-    {"name": "tis", "level": "sequence"},
-    {"name": "gspo", "clip_low": 0.05, "clip_high": 0.05},
-    {"name": "vcpo", "normalizer": "token_mean"},
+    {"name": "reinforce"},
+    {"name": "ppo"},
     {"name": "tis", "level": "token", "normalize": True},
 ]
 
@@ -52,7 +47,9 @@ def pieces(num_groups: int = 3, *, group_size: int = 4) -> list[list[list[Trajec
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda settings: f"{settings['name']}")
-def test_gradient_is_that_of_segments_as_samples(path: str, ranks: Ranks, objective: dict[str, Any]) -> None:
+def test_losses_of_tokens_are_those_of_segments_as_samples(
+    path: str, ranks: Ranks, objective: dict[str, Any]
+) -> None:
     groups, gradients = pieces(), []
     for is_joined in (True, False):
         step = [
@@ -73,7 +70,7 @@ def test_gradient_is_that_of_segments_as_samples(path: str, ranks: Ranks, object
         assert metrics["segments"] == (2 if is_joined else 1)
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
+        assert float((gradient - gradients[1][name]).norm()) <= 1e-12 * float(gradient.norm()), name
 
 
 @pytest.mark.parametrize("normalizer", ["seq_mean_token_sum", "constant", "seq_mean_token_mean"])
@@ -93,77 +90,6 @@ def test_a_sample_counts_once_in_normalizers(path: str, ranks: Ranks, normalizer
         )
         losses.append(runner.run([[whole]], step=7)["loss"])
     assert losses[1] == pytest.approx(losses[0] * (1 if normalizer == "seq_mean_token_mean" else 3), rel=1e-9)
-
-
-LOGP = [[-0.8, -1.1, -0.6, -0.2], [-1.0, -1.9], [-0.4]]
-BEHAVIOR_LOGP = [[-1.0, -2.0, -0.5, -0.3], [-0.7, -1.2], [-0.9]]
-ADVANTAGES = [0.4, -0.1, -0.3]
-
-
-def in_segments(batch: SampledTokens) -> SampledTokens:
-    """The first sample as two segments, of which the second comes last in the micro-batch."""
-    order = [0, 1, 4, 5, 6, 2, 3]
-    tensors = {
-        name: getattr(batch, name).detach()[order]
-        for name in (
-            "logp_S",
-            "behavior_logp_S",
-            "advantage_S",
-            "entropy_S",
-            "ref_logp_S",
-            "lag_S",
-            "version_S",
-        )
-    }
-    rows = [0, 1, 2, 0]
-    return replace(
-        batch,
-        **tensors | {"logp_S": tensors["logp_S"].requires_grad_()},
-        prox_logp_S=tensors["logp_S"].detach(),
-        segment_S=torch.tensor([0, 0, 1, 1, 2, 3, 3]),
-        length_N=torch.tensor([2.0, 2.0, 1.0, 2.0], dtype=torch.float64),
-        reward_N=batch.reward_N[rows],
-        group_N=batch.group_N[rows],
-        truncated_N=batch.truncated_N[rows],
-        counts=DivisorCounts(
-            num_masked_N=torch.zeros(4, dtype=torch.int64),
-            sample_length_N=torch.tensor([4, 2, 1, 4]),
-            num_samples_N=torch.tensor([1, 1, 1, 0]),
-            sample_N=torch.tensor([0, 1, 2, 0]),
-        ),
-    )
-
-
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"name": "rebel"},
-        {"name": "online_dpo", "pairs": "all"},
-        {"name": "online_dpo"},
-        {"name": "reinforce"},
-    ],
-    ids=str,
-)
-def test_a_sample_of_two_segments_is_like_one(settings: dict[str, Any], normalizer: str) -> None:
-    """Pairs compare samples, and their number is that of samples, whatever the segments."""
-    whole = tokens_of(LOGP, BEHAVIOR_LOGP, ADVANTAGES, rewards=[1.0, 0.5, 0.0])
-    objective = build_objective(settings)
-    loss, gradient = evaluate(objective, [whole], normalizer=normalizer)
-    again, of_segments = evaluate(objective, [in_segments(whole)], normalizer=normalizer)
-    assert again == pytest.approx(loss, rel=1e-12)
-    assert of_segments == pytest.approx([gradient[i] for i in (0, 1, 4, 5, 6, 2, 3)], rel=1e-12)
-
-
-def test_leaving_one_out_leaves_out_the_whole_sample() -> None:
-    squares_N = torch.tensor([0.3, 0.7, 0.2, 0.6], dtype=torch.float64)
-    returns_N = torch.tensor([1.0, -0.5, 0.25, 1.0], dtype=torch.float64)
-    group_N, sample_N = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 1, 2, 0])
-    got_N = optimal_baseline(squares_N, returns_N, group_N, leave_one_out=True, sample_N=sample_N)
-    joined_M = torch.tensor([0.9, 0.7, 0.2], dtype=torch.float64)
-    want_M = optimal_baseline(joined_M, returns_N[:3], group_N[:3], leave_one_out=True)
-    assert torch.allclose(got_N, want_M[sample_N], rtol=1e-12)
-    assert want_M[0] == pytest.approx((0.7 * -0.5 + 0.2 * 0.25) / 0.9), "without its own return"
 
 
 def test_values_and_penalties_are_those_of_segments(path: str, ranks: Ranks) -> None:
@@ -190,12 +116,18 @@ def test_values_and_penalties_are_those_of_segments(path: str, ranks: Ranks) -> 
     assert metrics["value_loss"] > 0 and metrics["num_sequences"] == 12
 
 
-def test_split_cuts_advantage_lag_and_arrays() -> None:
+def test_cutting_cuts_advantage_lag_and_arrays() -> None:
     (sample, *_), *_ = [[s for s in group if len(s) == 3] for group in pieces()]
     whole = joined(sample, arrays={"ids": np.arange(sum(t.num_tokens for t in sample)), "once": np.ones(2)})
     numbers_T = np.arange(whole.num_tokens)
-    parts = split_sample(TrainingSample(trajectory=whole, advantage=numbers_T * 0.5, lag=numbers_T, group=4))
-    assert [part.trajectory.num_tokens for part in parts] == [t.num_tokens for t in sample]
+    training = TrainingSample(
+        trajectory=whole, advantage=numbers_T * 0.5, lag=numbers_T, group=4, num_masked=6
+    )
+    assert trained_segments(training) is training
+    last, first = sample[2].num_tokens, max(sample[0].num_tokens + sample[1].num_tokens, sample[2].num_tokens)
+    parts = cut(training, Packer(budget_tokens=first, shares_prefixes=False))
+    assert [part.trajectory.num_tokens for part in parts] == [whole.num_tokens - last, last]
+    assert [len(part.trajectory.segment_slices) for part in parts] == [2, 1]
     for name in ("tokens", "loss_mask", "logprobs", "versions"):
         got = np.concatenate([getattr(part.trajectory, name) for part in parts])
         assert np.array_equal(got, getattr(whole, name))
@@ -204,13 +136,27 @@ def test_split_cuts_advantage_lag_and_arrays() -> None:
     assert np.concatenate([part.trajectory.arrays["ids"] for part in parts]).tolist() == numbers_T.tolist()
     assert all(part.trajectory.arrays["once"].tolist() == [1, 1] for part in parts)
     assert all(part.group == 4 and part.trajectory.reward == whole.reward for part in parts)
-    batch = collate(parts)
+    assert [(part.num_masked, part.is_continued) for part in parts] == [(6, True), (0, False)]
     target_T = is_target(whole)
-    assert batch.sampled_S.tolist() == np.flatnonzero(target_T).tolist()
-    assert batch.positions_T.tolist() == [p for t in sample for p in range(t.num_tokens)]
     split = split_targets(numbers_T[target_T].astype(float), whole)
     assert np.array_equal(np.concatenate(split), numbers_T[target_T])
-    assert [len(value_S) for value_S in split] == [num_targets(part.trajectory) for part in parts]
+    assert [len(value_S) for value_S in split] == [num_targets(segment) for _, segment in segments_of(whole)]
+
+
+def test_a_sample_is_several_sequences_and_one_row() -> None:
+    (sample, *_), *_ = [[s for s in group if len(s) == 3] for group in pieces()]
+    samples = [
+        TrainingSample(trajectory=t, advantage=1.0, group=g) for g, t in ((2, joined(sample)), (3, sample[0]))
+    ]
+    batch = collate(samples)
+    whole = samples[0].trajectory
+    assert batch.lengths == (*(t.num_tokens for t in sample), sample[0].num_tokens)
+    assert batch.sample_lengths == (whole.num_tokens, sample[0].num_tokens)
+    assert batch.num_sequences == 4 and batch.num_samples == 2
+    assert batch.samples_T.tolist() == [0] * whole.num_tokens + [1] * sample[0].num_tokens
+    assert batch.positions_T.tolist() == [p for t in (*sample, sample[0]) for p in range(t.num_tokens)]
+    assert batch.groups_N.tolist() == [2, 3]
+    assert batch.sampled_S.tolist()[: num_targets(whole)] == np.flatnonzero(is_target(whole)).tolist()
 
 
 def test_first_tokens_and_empty_segments_are_left_out() -> None:
@@ -234,13 +180,14 @@ def test_first_tokens_and_empty_segments_are_left_out() -> None:
     assert not is_target(whole)[kept[1].start]
     assert num_targets(whole) == num_targets(first) + second.num_tokens - 1
     assert len(segments_of(joined([shared, shared]))) == 1, "a sample has at least one sequence"
+    trained = trained_segments(TrainingSample(trajectory=whole, advantage=1.0, group=0)).trajectory
+    assert trained.segments == (first.num_tokens, no_prompt.num_tokens)
+    assert num_targets(trained) == num_targets(whole)
 
 
 def test_whole_groups_count_all_segments() -> None:
     group = [joined(sample) for sample in pieces()[0]]
-    samples = [
-        part for t in group for part in split_sample(TrainingSample(trajectory=t, advantage=1.0, group=0))
-    ]
+    samples = [TrainingSample(trajectory=t, advantage=1.0, group=0) for t in group]
     size = sum(t.num_tokens for t in group)
     packer = Packer(budget_tokens=size, whole_groups=True)
     assert [len(batch) for batch in packer.add(samples)] == [len(samples)]
@@ -250,8 +197,20 @@ def test_whole_groups_count_all_segments() -> None:
 
 def test_a_segment_may_fill_a_microbatch(path: str, ranks: Ranks) -> None:
     """A sample may be longer than a micro-batch; none of its segments is."""
-    ((sample, *_), *_) = random_groups(1, longest=12)
-    whole = joined([sample] * 5)
-    runner = make_runner(path, ranks, budget_tokens=sample.num_tokens, advantage=RewardAsAdvantage())
-    metrics = runner.run([[replace(whole, reward=1.0)]], step=7)
+    sample = random_trajectory(np.random.default_rng(5), longest=12, reward=1.0)
+    whole = joined(
+        [replace(sample, tokens=sample.tokens[::-1].copy() if i % 2 else sample.tokens) for i in range(5)]
+    )
+    runner = make_runner(
+        path,
+        ranks,
+        budget_tokens=sample.num_tokens,
+        advantage=RewardAsAdvantage(),
+        settings={"objective": {"name": "vcpo", "norms": "exact"}},  # which shares no prefixes
+    )
+    forwards: list[int] = []
+    runner.policy.register_forward_hook(lambda *_: forwards.append(1))
+    metrics = runner.run([[whole]], step=7)
     assert metrics["num_microbatches"] == 5 and metrics["num_sequences"] == 1
+    assert len(forwards) == 10, "once without gradient"
+    assert runner.run([[sample]], step=8)["num_microbatches"] == 1 and len(forwards) == 11

@@ -121,7 +121,7 @@ def test_phases_of_a_gpu_are_read_at_the_end_only() -> None:
     assert seconds == {"wait_s": 2.5, "compute_s": 4.5, "update_s": 0.0}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="its memory is read")
+@pytest.mark.gpu
 def test_the_page_has_the_memory_of_a_gpu() -> None:
     device = torch.device("cuda")
     (family,) = GpuMemory(device).collect()
@@ -133,7 +133,7 @@ def test_the_page_has_the_memory_of_a_gpu() -> None:
     assert after["free"] < after["total"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA events need a GPU")
+@pytest.mark.gpu
 def test_cuda_events_time_kernels_and_not_their_launch() -> None:
     device = torch.device("cuda")
     matrix = torch.randn(8192, 8192, device=device)

@@ -3,9 +3,10 @@
     values(trajectories) -> [the policy's update] -> learn(targets): `critic_updates` AdamW updates
 
 The critic is a separate model that starts from the policy's initial weights and is sharded and packed like
-the policy. Its losses are summed and divided once by the step's number of sampled tokens, so the result does
-not depend on the cuts into micro-batches or the number of ranks. The critic cuts its own micro-batches: they
-contain every sequence, including those with zero advantage, which the policy skips.
+the policy. With `model.lora` it has a frozen base and an adapter of its own, and a head that is trained. Its
+losses are summed and divided once by the step's number of sampled tokens, so the result does not depend on
+the cuts into micro-batches or the number of ranks. The critic cuts its own micro-batches: they contain every
+sequence, including those with zero advantage, which the policy skips.
 
 Shape suffix: S sampled tokens (of one trajectory in numpy arrays, of a micro-batch in tensors).
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -79,11 +80,18 @@ class Critic:
         `with_weights`: False leaves the weights undefined, for a caller that reads a checkpoint into them.
         """
         trainer = config.trainer
-        model = ValueModel.build(initial, gradient_checkpointing=recomputes_activations(config))
+        model = ValueModel.build(
+            initial,
+            gradient_checkpointing=recomputes_activations(config),
+            lora_settings=replace(config.model.lora, path=""),
+            seed=config.seed,
+        )
         model.attention = trainer.attention
         model.shard(ranks, dtype=compute_dtype(config), reshard_after_forward=trainer.reshard_after_forward)
         if with_weights:
             model.read_initial_weights()
+        elif model.has_adapter:
+            model.read_base()  # a checkpoint does not have it
         optimizer = ShardedAdamW.of(trainer, model, ranks, lr=settings.critic_lr or _LR_RATIO * trainer.lr)
         return cls(model, optimizer, ranks, settings=settings, budget_tokens=trainer.tokens_per_microbatch)
 

@@ -140,11 +140,12 @@ class PartContext:
         prior = max(0, _FEWEST_MEMBERS - num) if self.running.is_known else 0
         if not num:
             return self.running.mean if prior else 0.0
-        mean = float(self.rewards_E.mean())
         if are_equal_rewards(self.rewards_E.tolist()):
             mean = float(self.rewards_E[0])  # so that equal rewards have an advantage of exactly zero
         elif weights_E is not None and (weight := float(weights_E.sum())) > 0:
             mean = float(weights_E @ self.rewards_E) / weight
+        else:
+            mean = float(self.rewards_E.mean())
         return (num * mean + prior * self.running.mean) / (num + prior) if prior else mean
 
 

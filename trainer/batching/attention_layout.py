@@ -137,17 +137,16 @@ class Rectangle:
             place = (*place, keys.start)
         if (kept := self._masks.get((window, dtype, place))) is not None:
             return kept
-        key_M = torch.arange(keys.start, keys.stop, device=device)
-        query_L1 = torch.arange(column, self.longest_prefix + queries.stop, device=device)[:, None]
-        allowed_LM = key_M <= query_L1
+        size = (1, queries.stop - queries.start, keys.stop - keys.start)
+        diagonal = column - keys.start  # of each query's own key
+        mask_NLM = torch.full(size, -torch.inf, dtype=dtype, device=device).triu_(diagonal + 1)
         if window is not None:
-            allowed_LM &= key_M > query_L1 - window
-        allowed_NLM = allowed_LM[None]
+            mask_NLM += torch.full_like(mask_NLM, -torch.inf).tril_(diagonal - window)
         if self.prefix_N is not None:
-            is_key_NM = key_M >= self.longest_prefix - self.prefix_N[:, None]
-            allowed_NLM = allowed_NLM & is_key_NM[:, None]
-        mask_NLM = torch.zeros(allowed_NLM.shape, dtype=dtype, device=device)
-        mask_N1LM = mask_NLM.masked_fill_(~allowed_NLM, -torch.inf)[:, None]
+            padding_N1 = (self.longest_prefix - self.prefix_N)[:, None]
+            is_padding_NM = torch.arange(keys.start, keys.stop, device=device) < padding_N1
+            mask_NLM = mask_NLM.masked_fill(is_padding_NM[:, None], -torch.inf)
+        mask_N1LM = mask_NLM[:, None]
         self._masks[window, dtype, place] = mask_N1LM
         return mask_N1LM
 

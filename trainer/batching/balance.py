@@ -5,7 +5,8 @@ micro-batch. Therefore the rounds are balanced, not only the ranks:
 
     groups -> units -> bins of about equal cost, under the token budget -> sorted by cost -> rounds
 
-A unit is a part of a group that stays together, because sequences of one micro-batch share their prefix.
+A unit is a part of a group that stays together, because sequences of one micro-batch share their prefix, and
+a sample's sequences are trained on together.
 Finer units balance the bins better, coarser ones share more prefixes: several granularities are tried, and
 the plan with the least time is taken. Units go into bins by longest processing time first (Graham 1969): the
 most expensive unit first, each into the cheapest bin with room. This is tried with the bins of all rounds at
@@ -59,6 +60,8 @@ class SequenceSize(NamedTuple):
     """Distance to that earlier sequence: 1 is the sequence before it, 2 the one before that."""
     prefix_of_last: int = 0
     """With a distance above 1: tokens that it shares with the sequence before it."""
+    continues: bool = False
+    """It belongs to the same sample as the sequence before it, and stays with it."""
 
     def prefix_after(self, num_before: int) -> int:
         """Tokens that it shares if only `num_before` sequences before it are in its micro-batch."""
@@ -89,15 +92,18 @@ class _Unit:
     cost: int = 0
     size: int = 0
 
-    def with_next(self, sequence: SequenceSize, cost: Cost) -> _Unit:
-        """The unit and the sequence after it. The first sequence has no other to share a prefix with."""
-        prefix = sequence.prefix_after(self.stop - self.start)
-        return _Unit(
-            start=self.start,
-            stop=self.stop + 1,
-            cost=self.cost + cost.of(sequence.num_tokens, prefix=prefix),
-            size=self.size + budget_size(sequence.num_tokens, prefix=prefix),
-        )
+    def extended(self, sequences: Sequence[SequenceSize], cost: Cost) -> _Unit:
+        """The unit and the sequences after it. The first sequence has no other to share a prefix with."""
+        unit = self
+        for sequence in sequences:
+            prefix = sequence.prefix_after(unit.stop - unit.start)
+            unit = _Unit(
+                start=unit.start,
+                stop=unit.stop + 1,
+                cost=unit.cost + cost.of(sequence.num_tokens, prefix=prefix),
+                size=unit.size + budget_size(sequence.num_tokens, prefix=prefix),
+            )
+        return unit
 
 
 def plan(
@@ -160,17 +166,18 @@ def _cut(
     most_size: int | None = None,
     most_cost: int | None = None,
 ) -> list[_Unit]:
-    """Cuts a group into units of consecutive sequences; units of several sequences keep to the limits."""
+    """Cuts a group into units of consecutive sequences; units of several samples keep to the limits."""
     units: list[_Unit] = []
-    for index in group:
+    starts = [index for index in group if index == group.start or not sizes[index].continues]
+    for start, stop in pairwise([*starts, group.stop]):
         if units:
-            longer = units[-1].with_next(sizes[index], cost)
+            longer = units[-1].extended(sizes[start:stop], cost)
             if (most_size is None or longer.size <= most_size) and (
                 most_cost is None or longer.cost <= most_cost
             ):
                 units[-1] = longer
                 continue
-        units.append(_Unit(start=index, stop=index).with_next(sizes[index], cost))
+        units.append(_Unit(start=start, stop=start).extended(sizes[start:stop], cost))
     return units
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from areal_like.errors import ArealError
 from areal_like.trajectory import FinishReason, Trajectory
 from trainer.batching.balance import Cost, MicrobatchPlan, SequenceSize, plan
-from trainer.batching.packing import MicroBatch, SampleCounts, TrainingSample
+from trainer.batching.packing import MicroBatch, TrainingSample, sequences_of, too_long_of
 from trainer.batching.shared_prefixes import Prefix, PrefixFinder
 from trainer.distributed.ranks import Ranks
 
@@ -45,16 +45,32 @@ class Balancer:
         self._shares_prefixes = shares_prefixes
         self.busy_share = 1.0
         """Balance of the last plan, see `MicrobatchPlan`."""
+        self.set_aside: list[TrainingSample] = []
+        """This rank's samples that are in no micro-batch of the last plan, because they are too long."""
 
     def microbatches(self, groups: Iterable[Sequence[TrainingSample]]) -> Iterator[MicroBatch]:
         """Yields this rank's micro-batches, one for each round, once the last group is there. Collective.
 
+        The sequences of a sample stay together.
+
         Raises ConfigError on every rank if a sequence of any of them is longer than the budget.
         """
-        yield from self._divided(list(groups))
+        self.set_aside = []
+        yield from self._divided([self._fitting(group) for group in groups])
+
+    def _fitting(self, group: Sequence[TrainingSample]) -> list[TrainingSample]:
+        """The samples without those that it sets aside."""
+        if self._whole_groups:
+            return list(group)
+        too_long = too_long_of(
+            group, budget_tokens=self._budget_tokens, shares_prefixes=self._shares_prefixes
+        )
+        self.set_aside += too_long
+        return [sample for sample in group if sample not in too_long]
 
     def _divided(self, groups: Sequence[Sequence[TrainingSample]]) -> list[MicroBatch]:
-        own = [sample for group in groups for sample in group]
+        # A row for each sequence; the sample is held at its first.
+        own = [s for group in groups for s in group for _ in s.trajectory.segment_slices]
         rows = [
             (self._ranks.rank, place, *size)
             for group in groups
@@ -84,38 +100,47 @@ class Balancer:
         of_rounds = placed(made, sizes, owner_N, num_ranks=self._ranks.world_size)
         leaving: list[dict[int, TrainingSample]] = [{} for _ in range(self._ranks.world_size)]
         arriving: list[dict[int, int]] = [{} for _ in range(self._ranks.world_size)]
+        first = 0
         for of_ranks in of_rounds:
             for rank, members in enumerate(of_ranks):
                 for index in members:
+                    first = first if sizes[index].continues else index
                     if rank == self._ranks.rank and index not in held:
-                        arriving[owner_N[index]][index] = sizes[index].num_tokens
+                        expected = arriving[owner_N[index]]
+                        expected[first] = expected.get(first, 0) + sizes[index].num_tokens
                     elif rank != self._ranks.rank and index in held:
-                        leaving[rank][index] = held[index]
+                        leaving[rank][first] = held[index]
         held |= exchange(leaving, arriving, self._ranks)
         return [
-            tuple(held[index] for index in of_ranks[self._ranks.rank])
+            tuple(held[index] for index in of_ranks[self._ranks.rank] if not sizes[index].continues)
             for of_ranks in of_rounds
             if of_ranks[self._ranks.rank]
         ]
 
     def _sizes(self, group: Sequence[TrainingSample]) -> list[SequenceSize]:
-        finder, sizes = PrefixFinder(), []
-        for place, sample in enumerate(group):
-            tokens = sample.trajectory.tokens
-            found, of_last = Prefix(), PrefixFinder()
-            if place and self._shares_prefixes:
-                found = finder.find(tokens)
-                of_last.append(group[place - 1].trajectory.tokens)
-            sizes.append(
-                SequenceSize(
-                    group=sample.group,
-                    num_tokens=len(tokens),
-                    prefix=found.length,
-                    distance=place - found.source if found.length else 1,
-                    prefix_of_last=of_last.find(tokens).length,
+        finder, sizes, last = PrefixFinder(), list[SequenceSize](), None
+        for sample in group:
+            first, of_sample = len(sizes), PrefixFinder()
+            for place, tokens in enumerate(sequences_of(sample.trajectory), start=first):
+                found, of_last = Prefix(), PrefixFinder()
+                # A sample's later sequences share with its earlier ones, which are always in the same unit.
+                earlier, start = (of_sample, first) if place > first else (finder, 0)
+                if last is not None and self._shares_prefixes:
+                    found = earlier.find(tokens)
+                    of_last.append(last)
+                sizes.append(
+                    SequenceSize(
+                        group=sample.group,
+                        num_tokens=len(tokens),
+                        prefix=found.length,
+                        distance=place - start - found.source if found.length else 1,
+                        prefix_of_last=of_last.find(tokens).length,
+                        continues=place > first,
+                    )
                 )
-            )
-            finder.append(tokens)
+                finder.append(tokens)
+                of_sample.append(tokens)
+                last = tokens
         return sizes
 
 
@@ -145,8 +170,9 @@ def placed(
 _TOKEN_ARRAYS = {"tokens": "<i4", "loss_mask": "u1", "logprobs": "<f4", "versions": "<i4"}
 _ADDED = {"advantage": "<f8", "lag": "<i8", "beyond": "?"}
 """Values of a `TrainingSample`: an array with an entry for each token, one number for all, or None."""
-_BYTES_PER_TOKEN = 30
-"""Bytes of the arrays above, and of an advantage, a lag and a flag for each token."""
+_BYTES_PER_TOKEN = 34
+"""Bytes of the arrays above, of an advantage, a lag and a flag for each token, and of the length of a
+segment."""
 _BYTES_PER_SAMPLE = 256
 """Most bytes of a sample in addition to its tokens, and of the list that it is in."""
 
@@ -189,8 +215,9 @@ def _encoded(sample: TrainingSample) -> dict[str, Any]:
         **{name: None if value is None else _bytes(value, _ADDED[name]) for name, value in values.items()},
         "reward": float(trajectory.reward),
         "finish_reason": trajectory.finish_reason.value,
+        "segments": _bytes(trajectory.segments, "<i4"),
         "group": sample.group,
-        "counts": sample.counts,
+        "num_masked": sample.num_masked,
     }
 
 
@@ -209,9 +236,10 @@ def _decoded(fields: dict[str, Any]) -> TrainingSample:
             **arrays,
             reward=fields["reward"],
             finish_reason=FinishReason(fields["finish_reason"]),
+            segments=tuple(_array(fields["segments"], "<i4").tolist()),
         ),
         group=int(fields["group"]),
-        counts=None if fields["counts"] is None else SampleCounts(*fields["counts"]),
+        num_masked=int(fields["num_masked"]),
         **added,
     )
 

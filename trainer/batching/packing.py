@@ -1,9 +1,10 @@
 """Lays sequences of different lengths end to end and cuts them into micro-batches under a token budget.
 
-The cuts are a pure function of recorded order and budget (next fit; a sequence is never split), never of when
-a group arrived, so a step that is served again gives bitwise the same gradient. Next fit also streams: a
-micro-batch is complete as soon as the next sequence does not fit. With several ranks the whole step is
-divided by cost instead (`balancer.py`).
+The cuts are a pure function of recorded order and budget (next fit; a sample is never split), never of when
+a group arrived, so a step that is served again has the same sums: on a CPU its gradient is bitwise the same,
+while some CUDA kernels add up in an order of their own. Next fit also streams: a micro-batch is complete as
+soon as the next sample does not fit. With several ranks the whole step is divided by cost instead
+(`balancer.py`).
 
 All ranks run equal numbers of micro-batches (`in_lockstep`), because FSDP2's collectives hang if one rank
 runs fewer. Before each micro-batch an all-reduce tells every rank if any rank has one left. A rank that has
@@ -15,8 +16,11 @@ nevertheless prepared and copied while the previous one runs (`device_copies.py`
 The budget stands for memory: a prefix that sequences of a micro-batch have in common is computed once, and
 its shared tokens count one eighth (`shared_prefixes.py`).
 
+A sample of several segments is several sequences for the model and one sample for everything else
+(`segments.py`). If it alone exceeds the budget, it is set aside.
+
 Shape suffixes: T tokens of a micro-batch, U rows that the model computes for them, S sampled tokens (loss
-mask 1), N sequences.
+mask 1), N samples.
 
 Alignment: entry t of a per-token quantity belongs to token t given the tokens before it in its own sequence.
 A sequence's first token has no prefix, so it is never in the loss mask, even if a policy sampled it from an
@@ -43,26 +47,9 @@ from trainer.batching.shared_prefixes import PrefixFinder, SharedRows, budget_si
 from trainer.distributed.ranks import Ranks
 
 
-class SampleCounts(NamedTuple):
-    """What a sequence counts for in the divisors of normalizers, where that is not its trained tokens."""
-
-    num_masked: int
-    """Sampled tokens that are context only, because they are beyond the staleness bound; those of a sample of
-    several sequences count with the first."""
-    sample_length: int
-    """Tokens of its whole sample: trained and masked ones of all of the sample's sequences."""
-    num_samples: int
-    """1 for the first sequence of a sample, else 0."""
-    sample_index: int
-    """Of the sample in its group."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingSample:
-    """One trajectory with its advantage, its group's position in the step, and its lag.
-
-    Only trajectories of one segment are packed (`segments.py` splits the others).
-    """
+    """One trajectory with its advantage, its group's position in the step, and its lag."""
 
     trajectory: Trajectory
     advantage: float | NDArray[np.float64]
@@ -71,16 +58,13 @@ class TrainingSample:
     """Position of its group in the step, counted over all ranks."""
     lag: int | NDArray[np.int64] = 0
     """Optimizer steps since the weights that sampled its tokens: a number, or an int64 array [num_tokens]."""
-    index: int = 0
-    """Of the sample in its group; read if the sample has several segments."""
     beyond: NDArray[np.bool_] | None = None
     """bool [num_tokens]: trained tokens that are beyond the staleness bound; None: none."""
-    counts: SampleCounts | None = None
-    """None: the trajectory is a whole sample, all of whose sampled tokens are trained on."""
-
-    @property
-    def resolved_counts(self) -> SampleCounts:
-        return self.counts or SampleCounts(0, num_targets(self.trajectory), 1, self.index)
+    num_masked: int = 0
+    """Sampled tokens that are context only, because they are beyond the staleness bound; they count in the
+    divisors of normalizers."""
+    is_continued: bool = False
+    """It is a part of a sample that is too long for a micro-batch, and the next part follows."""
 
 
 MicroBatch = tuple[TrainingSample, ...]
@@ -97,6 +81,39 @@ def is_target(trajectory: Trajectory) -> NDArray[np.bool_]:
 
 def num_targets(trajectory: Trajectory) -> int:
     return int(np.count_nonzero(is_target(trajectory)))
+
+
+def sequences_of(trajectory: Trajectory) -> list[NDArray[np.int32]]:
+    """The tokens of each sequence that the model gets."""
+    return [trajectory.tokens[part] for part in trajectory.segment_slices]
+
+
+def is_too_long(sample: TrainingSample, *, budget_tokens: int, shares_prefixes: bool) -> bool:
+    """The sample does not fit into a micro-batch, but its segments may."""
+    segments = sample.trajectory.segments
+    if len(segments) <= 1 or max(segments) > budget_tokens or sample.trajectory.num_tokens <= budget_tokens:
+        return False
+    return not shares_prefixes or _size(sequences_of(sample.trajectory), PrefixFinder()) > budget_tokens
+
+
+def too_long_of(
+    samples: Sequence[TrainingSample], *, budget_tokens: int, shares_prefixes: bool
+) -> list[TrainingSample]:
+    """Those of the samples that are too long for a micro-batch."""
+    return [
+        s for s in samples if is_too_long(s, budget_tokens=budget_tokens, shares_prefixes=shares_prefixes)
+    ]
+
+
+def _size(sequences: Sequence[NDArray[np.int32]], finder: PrefixFinder) -> int:
+    """The part of a micro-batch's budget that these sequences need; more than one are appended to
+    `finder`."""
+    size = 0
+    for tokens in sequences:
+        size += budget_size(len(tokens), prefix=finder.find(tokens).length)
+        if len(sequences) > 1:
+            finder.append(tokens)
+    return size
 
 
 class Packer:
@@ -117,7 +134,7 @@ class Packer:
 
         `whole_groups`: never split a group over two micro-batches.
 
-        `one_sequence_per_microbatch`: every micro-batch is a single sequence.
+        `one_sequence_per_microbatch`: every micro-batch is a single sample.
 
         `shares_prefixes`: a prefix that sequences have in common is computed once (as in `collate`).
         """
@@ -126,6 +143,8 @@ class Packer:
         self._whole_groups = whole_groups
         self._one_sequence = one_sequence_per_microbatch
         self._shares_prefixes = shares_prefixes
+        self.set_aside: list[TrainingSample] = []
+        """Samples of the last `microbatches` that are in none of them, because they are too long."""
         self._begin()
 
     def _begin(self) -> None:
@@ -135,6 +154,7 @@ class Packer:
 
     def microbatches(self, groups: Iterable[Sequence[TrainingSample]]) -> Iterator[MicroBatch]:
         """Yields each micro-batch as soon as it is full, and the rest at the end. Raises like `add`."""
+        self.set_aside = []
         self._begin()
         for group in groups:
             yield from self.add(group)
@@ -146,7 +166,7 @@ class Packer:
         Raises ConfigError if a sequence (with `whole_groups`: a group) is longer than the budget.
         """
         done: list[MicroBatch] = []
-        units = [list(group)] if self._whole_groups else [[sample] for sample in group]
+        units = [list(group)] if self._whole_groups else self._fitting(group)
         for unit in units:
             size = self._size(unit)
             if self._used + size > self._budget:
@@ -162,7 +182,8 @@ class Packer:
             self._used += size
             if self._shares_prefixes:
                 for sample in unit:
-                    self._finder.append(sample.trajectory.tokens)
+                    for tokens in sequences_of(sample.trajectory):
+                        self._finder.append(tokens)
             if self._used == self._budget or self._one_sequence:
                 done += self.flush()
         return done
@@ -173,27 +194,20 @@ class Packer:
         self._begin()
         return rest
 
+    def _fitting(self, group: Sequence[TrainingSample]) -> list[list[TrainingSample]]:
+        """The samples as units of one, without those that it sets aside."""
+        too_long = too_long_of(group, budget_tokens=self._budget, shares_prefixes=self._shares_prefixes)
+        if too_long and self._one_sequence:  # for a baseline of the group, its samples follow one another
+            too_long = list(group)
+        self.set_aside += too_long
+        return [[sample] for sample in group if sample not in too_long]
+
     def _size(self, unit: Sequence[TrainingSample]) -> int:
         """The part of the open micro-batch's budget that these samples need."""
         if not self._shares_prefixes:
             return sum(sample.trajectory.num_tokens for sample in unit)
-        size, finder = 0, self._finder if len(unit) == 1 else self._finder.copy()
-        for sample in unit:
-            tokens = sample.trajectory.tokens
-            size += budget_size(len(tokens), prefix=finder.find(tokens).length)
-            if len(unit) > 1:
-                finder.append(tokens)
-        return size
-
-
-class DivisorCounts(NamedTuple):
-    """`SampleCounts` of the sequences of a micro-batch: int64 [N] each."""
-
-    num_masked_N: Tensor
-    sample_length_N: Tensor
-    num_samples_N: Tensor
-    sample_N: Tensor
-    """A number for each sample, which its sequences in this micro-batch share."""
+        sequences = [tokens for sample in unit for tokens in sequences_of(sample.trajectory)]
+        return _size(sequences, self._finder if len(sequences) == 1 else self._finder.copy())
 
 
 class DeviceRows(NamedTuple):
@@ -211,8 +225,8 @@ class PackedBatch:
     """int64 token ids."""
     positions_T: Tensor
     """int64, from 0 in each sequence."""
-    segments_T: Tensor
-    """int64 index in 0..N-1 of each token's sequence."""
+    samples_T: Tensor
+    """int64 index in 0..N-1 of each token's sample."""
     behavior_logp_T: Tensor
     """float32 log-prob under the policy that sampled the token; 0 outside the loss mask."""
     versions_T: Tensor
@@ -222,24 +236,28 @@ class PackedBatch:
     advantages_T: Tensor
     """float64 advantage of each token."""
     cu_seqlens: Tensor
-    """int32 [N + 1]: start of each sequence, then the end of the last."""
+    """int32: start of each sequence, then the end of the last."""
     rewards_N: Tensor
-    """float64 reward of each sequence."""
+    """float64 reward of each sample."""
     groups_N: Tensor
-    """int64 position of each sequence's group in the step."""
+    """int64 position of each sample's group in the step."""
     truncated_N: Tensor
-    """bool: the sequence ended at the length limit."""
+    """bool: the sample ended at the length limit."""
     sampled_S: Tensor
     """int64 [S] indices into T of the tokens that are trained on."""
     lengths: tuple[int, ...]
     """Number of tokens of each sequence; Python ints, so reading them does not synchronize with the
     device."""
+    sample_lengths: tuple[int, ...]
+    """Number of tokens of each sample, which is one sequence or several that follow one another."""
     shared: SharedRows | None = None
     """The rows that the model computes; None: one for each token."""
     beyond_T: Tensor | None = None
     """bool: trained tokens that are beyond the staleness bound; None: none."""
-    counts: DivisorCounts | None = None
-    """None: each sequence is a sample, all of whose sampled tokens are trained on."""
+    num_masked_N: Tensor | None = None
+    """int64: `TrainingSample.num_masked`; None: none is masked."""
+    is_continued: bool = False
+    """It ends with a part of a sample whose next part is in the next micro-batch."""
 
     @cached_property
     def rows(self) -> DeviceRows | None:
@@ -262,6 +280,10 @@ class PackedBatch:
         return len(self.lengths)
 
     @property
+    def num_samples(self) -> int:
+        return len(self.sample_lengths)
+
+    @property
     def num_tokens(self) -> int:
         return len(self.tokens_T)
 
@@ -270,10 +292,14 @@ class PackedBatch:
         """Number of rows that the model computes (U): tokens, but a shared prefix counts once."""
         return self.num_tokens if self.shared is None else len(self.shared.token_U)
 
+    def sum_N(self, value_S: Tensor) -> Tensor:
+        """[N] sum of a value [S] over each sample's sampled tokens."""
+        return value_S.new_zeros(self.num_samples).index_add(0, self.samples_T[self.sampled_S], value_S)
 
-def split_by_sequence(value_S: Tensor, batch: PackedBatch) -> list[NDArray[np.float64]]:
-    """Splits a value [S] per sampled token into one float64 array per sequence, on the host."""
-    length_N = torch.bincount(batch.segments_T[batch.sampled_S], minlength=batch.num_sequences)
+
+def split_by_sample(value_S: Tensor, batch: PackedBatch) -> list[NDArray[np.float64]]:
+    """Splits a value [S] per sampled token into one float64 array per sample, on the host."""
+    length_N = batch.sum_N(torch.ones_like(batch.sampled_S))
     return np.split(value_S.double().cpu().numpy(), length_N.cumsum(0)[:-1].cpu().numpy())
 
 
@@ -284,20 +310,20 @@ def collate(
 
     `shares_prefixes`: False computes every token of every sequence, for gradients of single sequences.
     """
-    assert all(len(sample.trajectory.segments) <= 1 for sample in samples)
     trajectories = [sample.trajectory for sample in samples]
-    lengths = [t.num_tokens for t in trajectories]
+    sequences = [tokens for trajectory in trajectories for tokens in sequences_of(trajectory)]
+    lengths, sample_lengths = [len(tokens) for tokens in sequences], [t.num_tokens for t in trajectories]
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     starts, total = bounds[:-1], int(bounds[-1])
 
     def of_tokens(values: Sequence[Any], dtype: type) -> NDArray[Any]:
         """One number for each token, from one number or one array for each sample."""
         if not any(isinstance(value, np.ndarray) for value in values):
-            return np.repeat(np.asarray(values, dtype=dtype), lengths)
+            return np.repeat(np.asarray(values, dtype=dtype), sample_lengths)
         return np.concatenate(
             [
                 np.broadcast_to(value, (n,)) if np.ndim(value) == 0 else value
-                for value, n in zip(values, lengths, strict=True)
+                for value, n in zip(values, sample_lengths, strict=True)
             ],
             dtype=dtype,
         )
@@ -305,7 +331,7 @@ def collate(
     arrays = {
         "tokens_T": np.concatenate([t.tokens for t in trajectories]).astype(np.int64),
         "positions_T": np.arange(total) - np.repeat(starts, lengths),
-        "segments_T": np.repeat(np.arange(len(lengths)), lengths),
+        "samples_T": np.repeat(np.arange(len(samples)), sample_lengths),
         "behavior_logp_T": np.concatenate([t.logprobs for t in trajectories]),
         "versions_T": np.concatenate([t.versions for t in trajectories]),
         "lags_T": of_tokens([s.lag for s in samples], np.int64),
@@ -319,19 +345,16 @@ def collate(
     if any(sample.beyond is not None for sample in samples):
         arrays["beyond_T"] = of_tokens([False if s.beyond is None else s.beyond for s in samples], bool)
     tensors = dict(zip(arrays, copied([*arrays.values()], device), strict=True))
-    counts = None
-    if any(sample.counts is not None for sample in samples):
-        table_N = np.array([sample.resolved_counts for sample in samples], dtype=np.int64)
-        known: dict[tuple[int, int], int] = {}
-        for number, sample in enumerate(samples):
-            place = (sample.group, sample.counts.sample_index) if sample.counts else (-1, number)
-            table_N[number, -1] = known.setdefault(place, len(known))
-        counts = DivisorCounts(*copied([*np.ascontiguousarray(table_N.T)], device))
+    num_masked_N = None
+    if any(sample.num_masked for sample in samples):
+        (num_masked_N,) = copied([np.array([sample.num_masked for sample in samples])], device)
     return PackedBatch(
         **tensors,
         lengths=tuple(lengths),
-        shared=SharedRows.of([t.tokens for t in trajectories]) if shares_prefixes else None,
-        counts=counts,
+        sample_lengths=tuple(sample_lengths),
+        shared=SharedRows.of(sequences) if shares_prefixes else None,
+        num_masked_N=num_masked_N,
+        is_continued=samples[-1].is_continued,
     )
 
 

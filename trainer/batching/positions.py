@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.trajectory import NOT_SAMPLED, Trajectory
 from areal_like.wire.messages.consumer import EarlyMember, Group
+from areal_like.wire.records import sampled_versions
 
 Lags = NDArray[np.int64]
 """Lag of each token of a trajectory, [num_tokens], in optimizer steps; 0 where not sampled."""
@@ -67,7 +69,7 @@ class Position:
                 for trajectory, version_step in zip(trajectories, group.version_steps, strict=True)
             ]
         else:
-            lags = [_exact_lags(trajectory, group) for trajectory in trajectories]
+            lags = _exact_lags(group)
         position = cls(trajectories=trajectories, lags=lags, max_staleness=group.max_staleness)
         if group.closed:
             return replace(position, origins=_origins_of_parts(group))
@@ -113,9 +115,14 @@ class Position:
         """True if the samples are parts of closed groups."""
         return any(origin.is_closed for origin in self.origins or ())
 
+    @cached_property
+    def _has_beyond(self) -> bool:
+        """True if a token is beyond the bound."""
+        return bool(0 <= self.max_staleness < np.concatenate(self.lags).max())
+
     def beyond(self, index: int) -> NDArray[np.bool_] | None:
         """bool [T] of a trajectory: sampled tokens beyond the bound; None if there are none."""
-        if self.max_staleness < 0:
+        if not self._has_beyond:
             return None
         beyond_T = (self.lags[index] > self.max_staleness) & (self.trajectories[index].loss_mask == 1)
         return beyond_T if beyond_T.any() else None
@@ -143,17 +150,18 @@ def _guessed_lags(trajectory: Trajectory, *, oldest_lag: int) -> Lags:
     return lag_T
 
 
-def _exact_lags(trajectory: Trajectory, group: Group) -> Lags:
-    sampled_T = trajectory.loss_mask == 1
-    version_S = trajectory.versions[sampled_T]
-    versions = np.asarray(group.versions, dtype=np.int64)
-    at_S = np.searchsorted(versions, version_S)
-    assert np.array_equal(versions[np.minimum(at_S, len(versions) - 1)], version_S), (
+def _exact_lags(group: Group) -> list[Lags]:
+    lag_of = {
+        version: max(group.step - step, 0) for version, step in zip(group.versions, group.steps, strict=True)
+    }
+    assert lag_of.keys() >= {*sampled_versions(group.records)}, (
         f"ticket {group.ticket_id}: a token has a version whose step the buffer has not sent"
     )
-    lag_T = np.zeros(trajectory.num_tokens, dtype=np.int64)
-    lag_T[sampled_T] = np.maximum(group.step - np.asarray(group.steps, dtype=np.int64)[at_S], 0)
-    return lag_T
+    lag_of[NOT_SAMPLED] = 0
+    return [
+        np.repeat([lag_of[version] for version, _ in record.runs], [length for _, length in record.runs])
+        for record in group.records
+    ]
 
 
 def _origins_of_parts(group: Group) -> list[Origin]:

@@ -13,12 +13,15 @@ from the data to the loss:
 | `kept_S` | not dropped by a mask of the objective: the others have no loss | `masks.py` |
 | `counted_S` | in the normalizer | `masks.py`, objective |
 
-Shape suffixes: S sampled tokens of a micro-batch, N its sequences.
+A row N is a sample, even if it is several sequences for the model (`segments.py`).
+
+Shape suffixes: S sampled tokens of a micro-batch, N its samples.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -26,7 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainer.batching.packing import DivisorCounts, PackedBatch
+from trainer.batching.packing import PackedBatch
 
 _RENAMED = {
     "pi_S": "logp_S",
@@ -39,7 +42,7 @@ _RENAMED = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampledTokens:
-    """Sampled tokens of whole sequences, in packed order.
+    """Sampled tokens of whole samples, in packed order.
 
     All float tensors share one dtype, float32 or wider.
     """
@@ -51,15 +54,15 @@ class SampledTokens:
     advantage_S: Tensor
     """Advantage of each token."""
     segment_S: Tensor
-    """int64 in 0..N-1: the sequence of each token."""
+    """int64 in 0..N-1: the sample of each token. All segments of a sample have the same number."""
     length_N: Tensor
-    """Number of sampled tokens of each sequence, as floats."""
+    """Number of sampled tokens of each sample, as floats."""
     reward_N: Tensor
-    """Reward of each sequence, after reward shaping."""
+    """Reward of each sample, after reward shaping."""
     group_N: Tensor
-    """int64: position in the step of each sequence's group."""
+    """int64: position in the step of each sample's group."""
     truncated_N: Tensor
-    """bool: the sequence ended at the length limit."""
+    """bool: the sample ended at the length limit."""
     version_S: Tensor
     """int32: version of the weights that sampled the token."""
     lag_S: Tensor
@@ -81,8 +84,8 @@ class SampledTokens:
     """bool: tokens that masks leave in the normalizer. None: all."""
     beyond_S: Tensor | None = None
     """bool: tokens beyond the staleness bound (`staleness.beyond=cap`). None: none."""
-    counts: DivisorCounts | None = None
-    """For divisors: tokens and samples that the sequences stand for. None: each is a whole sample."""
+    num_masked_N: Tensor | None = None
+    """int64: tokens of each sample that are left out here and count in divisors. None: none."""
 
     @classmethod
     def of(
@@ -97,14 +100,12 @@ class SampledTokens:
     ) -> SampledTokens:
         """The sampled tokens of a packed batch, with the results [S] of the forward passes over it."""
         dtype, at = logp_S.dtype, batch.sampled_S
-        segment_S = batch.segments_T[at]
-        ones_S = torch.ones_like(entropy_S)
         return cls(
             logp_S=logp_S,
             behavior_logp_S=batch.behavior_logp_T[at].to(dtype),
             advantage_S=batch.advantages_T[at].to(dtype),
-            segment_S=segment_S,
-            length_N=ones_S.new_zeros(batch.num_sequences).index_add(0, segment_S, ones_S),
+            segment_S=batch.samples_T[at],
+            length_N=batch.sum_N(torch.ones_like(entropy_S)),
             reward_N=batch.rewards_N.to(dtype),
             group_N=batch.groups_N,
             truncated_N=batch.truncated_N,
@@ -115,8 +116,24 @@ class SampledTokens:
             ref_logp_S=ref_logp_S,
             collision_S=collision_S,
             beyond_S=None if batch.beyond_T is None else batch.beyond_T[at],
-            counts=batch.counts,
+            num_masked_N=batch.num_masked_N,
         )
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[SampledTokens]) -> SampledTokens:
+        """The tokens of one sample, from micro-batches that each have a part of it; without gradient."""
+        first = parts[0]
+        assert all(len(part.length_N) == 1 for part in parts)
+        tensors = {
+            name: torch.cat([getattr(part, name) for part in parts]).detach() for name in first._of_tokens
+        }
+        return replace(first, **tensors, length_N=torch.stack([part.length_N for part in parts]).sum(0))
+
+    @property
+    def _of_tokens(self) -> list[str]:
+        """Names of the tensors [S] that are not None."""
+        names = [each.name for each in fields(self) if each.name.endswith("_S")]
+        return [name for name in names if getattr(self, name) is not None]
 
     @property
     def is_extreme_S(self) -> Tensor:
@@ -125,60 +142,36 @@ class SampledTokens:
         return self.beyond_S & (self.log_ratio_S.abs() > math.log(2))
 
     def only(self, kept_S: Tensor) -> SampledTokens:
-        """The same sequences with these sampled tokens only (bool [S]); the others count in divisors only."""
-        of_tokens = [each.name for each in fields(self) if each.name.endswith("_S")]
-        tensors = {name: value[kept_S] for name in of_tokens if (value := getattr(self, name)) is not None}
+        """The same samples with these sampled tokens only (bool [S]); the others count in divisors only."""
+        tensors = {name: getattr(self, name)[kept_S] for name in self._of_tokens}
         length_N = torch.zeros_like(self.length_N).index_add(
             0, tensors["segment_S"], torch.ones_like(tensors["entropy_S"])
         )
-        num_dropped_N = (self.length_N - length_N).long()
-        counts = self.counts or DivisorCounts(
-            num_masked_N=torch.zeros_like(num_dropped_N),
-            sample_length_N=self.length_N.long(),
-            num_samples_N=torch.ones_like(num_dropped_N),
-            sample_N=torch.arange(len(num_dropped_N), device=num_dropped_N.device),
-        )
-        counts = counts._replace(num_masked_N=counts.num_masked_N + num_dropped_N)
-        return replace(self, **tensors, length_N=length_N, counts=counts)
+        num_masked_N = (self.length_N - length_N).long()
+        if self.num_masked_N is not None:
+            num_masked_N = self.num_masked_N + num_masked_N
+        return replace(self, **tensors, length_N=length_N, num_masked_N=num_masked_N)
 
     def counted_N(self, counted_S: Tensor | None) -> Tensor:
-        """[N] number of the sequence's tokens that count in the normalizer, from `counted_S`, bool [S] or
+        """[N] number of the sample's tokens that count in the normalizer, from `counted_S`, bool [S] or
         None (all). Masked tokens beyond the bound count too, or a suffix would gain weight."""
-        counted_N = self._num_N(counted_S)
-        return counted_N if self.counts is None else counted_N + self.counts.num_masked_N
-
-    def counted_of_sample_N(self, counted_S: Tensor | None) -> Tensor:
-        """[N] `counted_N` of the whole sample that the sequence belongs to: the divisor of its mean.
-
-        Tokens of the sample's other sequences, which may be in another micro-batch, all count.
-        """
-        counted_N = self._num_N(counted_S)
-        if self.counts is None:
-            return counted_N
-        return counted_N + (self.counts.sample_length_N - self.length_N)
-
-    def _num_N(self, counted_S: Tensor | None) -> Tensor:
-        return self.length_N if counted_S is None else self.sum_N(counted_S.to(self.length_N.dtype))
-
-    @property
-    def sample_N(self) -> Tensor | None:
-        """int64: a number for each sample, which its sequences share. None: each sequence is a sample."""
-        return None if self.counts is None else self.counts.sample_N
+        counted_N = self.length_N if counted_S is None else self.sum_N(counted_S.to(self.length_N.dtype))
+        return counted_N if self.num_masked_N is None else counted_N + self.num_masked_N
 
     def of_trained(self, value_N: Tensor) -> Tensor:
-        """The values [N] of sequences with tokens: one whose tokens are all masked has no weight."""
-        return value_N if self.counts is None else value_N[self.length_N > 0]
+        """The values [N] of samples with tokens: one whose tokens are all masked has no weight."""
+        return value_N if self.num_masked_N is None else value_N[self.length_N > 0]
 
     def sum_N(self, value_S: Tensor) -> Tensor:
-        """[N] sum of a value [S] over each sequence's sampled tokens."""
+        """[N] sum of a value [S] over each sample's sampled tokens."""
         return torch.zeros_like(self.length_N).index_add(0, self.segment_S, value_S)
 
     def mean_N(self, value_S: Tensor) -> Tensor:
-        """[N] mean of a value [S] over each sequence's sampled tokens; 0 for a sequence without any."""
+        """[N] mean of a value [S] over each sample's sampled tokens; 0 for a sample without any."""
         return self.sum_N(value_S) / self.length_N.clamp(min=1)
 
     def spread_S(self, value_N: Tensor) -> Tensor:
-        """[S] each sequence's value [N], repeated at each of its sampled tokens."""
+        """[S] each sample's value [N], repeated at each of its sampled tokens."""
         return value_N.index_select(0, self.segment_S)
 
     @cached_property
@@ -188,7 +181,7 @@ class SampledTokens:
 
     @cached_property
     def log_w_N(self) -> Tensor:
-        """[N] log W, W = prod_t pi_t / mu_t of the sequence: the sum (not mean) of log-ratios; detached."""
+        """[N] log W, W = prod_t pi_t / mu_t of the sample: the sum (not mean) of log-ratios; detached."""
         return self.sum_N(self.log_ratio_S)
 
     if not TYPE_CHECKING:  # a type checker that saw __getattr__ would accept any misspelled attribute

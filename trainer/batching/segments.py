@@ -1,10 +1,15 @@
-"""Cuts a trajectory of several segments into the sequences that the model gets.
+"""Samples of several segments: which segments are trained on, and where a sample is cut that is too long.
 
-A segment is a separate sequence: it has its own positions, and its tokens do not attend to other segments.
-The samples of the segments belong to the same group and have the trajectory's reward; in the divisors of
-normalizers they count as one sample. The importance weight W of a segment is the product over its own tokens,
-because the segments of a sample need not be in one micro-batch. A segment without tokens to train on (all its
-sampled tokens belong to an earlier branch, or are beyond the staleness bound) is left out.
+A segment is a separate sequence: it has its own positions, and its tokens do not attend to other segments. To
+an objective the segments of a sample are one sample all the same: `SampledTokens` has one row for each
+sample, so ratios, masks, norms, baselines and divisors of "a sequence" are over the tokens of all segments of
+the sample, and each sample has one vote. For that, the segments of a sample stay in one micro-batch
+(`packing.py`, `balancer.py`). A sample that does not fit is set aside and cut between segments, and the step
+computes its losses from all parts together (`trainer/step/long_samples.py`). Losses of single tokens
+(`level=token`, PPO's clip) are the same however a sample is cut.
+
+A segment without tokens to train on (all its sampled tokens belong to an earlier branch, or are beyond the
+staleness bound) is left out.
 
 Shape suffixes: T tokens of a trajectory, S its tokens that are trained on.
 """
@@ -27,19 +32,14 @@ from trainer.batching.packing import (
     TrainingSample,
     in_lockstep,
     is_target,
-    split_by_sequence,
+    split_by_sample,
 )
 from trainer.distributed.ranks import Ranks
 
 
 def segments_of(trajectory: Trajectory) -> list[tuple[slice, Trajectory]]:
     """(position, its own trajectory) of each segment that is trained on; at least one."""
-    if len(trajectory.segments) <= 1:
-        return [(slice(0, trajectory.num_tokens), trajectory)]
-    target_T = is_target(trajectory)
-    slices = trajectory.segment_slices
-    kept = [part for part in slices if target_T[part].any()] or slices[:1]
-    return [(part, _cut(trajectory, part)) for part in kept]
+    return [(part, _taken(trajectory, [part])) for part in _trained_slices(trajectory)]
 
 
 def values_of_targets(
@@ -61,28 +61,33 @@ def values_of_targets(
         with torch.no_grad():
             value_S = compute(batch)
         if live:
-            values += split_by_sequence(value_S, batch)
+            values += split_by_sample(value_S, batch)
     remaining = iter(values)
     return [np.concatenate([next(remaining) for _ in each]) for each in segments]
 
 
-def split_sample(sample: TrainingSample) -> list[TrainingSample]:
-    """A sample for each segment, with its part of advantage and lag; the sample itself if it has only one."""
-    if len(sample.trajectory.segments) <= 1:
-        return [sample]
-    segments = segments_of(sample.trajectory)
-    counts = sample.resolved_counts
-    of_others = counts._replace(num_masked=0, num_samples=0)
+def trained_segments(sample: TrainingSample) -> TrainingSample:
+    """The sample without the segments that have no token to train on; at least one stays."""
+    kept = _trained_slices(sample.trajectory)
+    return sample if len(kept) == len(sample.trajectory.segment_slices) else _part(sample, kept)
+
+
+def cut(sample: TrainingSample, packer: Packer) -> list[TrainingSample]:
+    """The sample as parts of consecutive segments, each of which fits into a micro-batch of a packer.
+
+    Raises ConfigError if a segment does not fit.
+    """
+    slices = sample.trajectory.segment_slices
+    remaining = iter(slices)
+    whole = [_part(sample, [part]) for part in slices]
+    parts = [[next(remaining) for _ in microbatch] for microbatch in packer.microbatches([whole])]
     return [
         replace(
-            sample,
-            trajectory=trajectory,
-            advantage=_part(sample.advantage, part),
-            lag=_part(sample.lag, part),
-            beyond=_part(sample.beyond, part),
-            counts=(of_others if index else counts) if len(segments) > 1 else sample.counts,
+            _part(sample, part),
+            num_masked=0 if number else sample.num_masked,
+            is_continued=number < len(parts) - 1,
         )
-        for index, (part, trajectory) in enumerate(segments)
+        for number, part in enumerate(parts)
     ]
 
 
@@ -91,25 +96,46 @@ def split_targets(value_S: NDArray[np.float64], trajectory: Trajectory) -> list[
     if len(trajectory.segments) <= 1:
         return [value_S]
     target_T = is_target(trajectory)
-    counts = [int(target_T[part].sum()) for part, _ in segments_of(trajectory)]
+    counts = [int(target_T[part].sum()) for part in _trained_slices(trajectory)]
     return np.split(value_S, np.cumsum(counts)[:-1])
 
 
-def _cut(trajectory: Trajectory, part: slice) -> Trajectory:
+def _trained_slices(trajectory: Trajectory) -> list[slice]:
+    slices = list(trajectory.segment_slices)
+    if len(slices) == 1:
+        return slices
+    target_T = is_target(trajectory)
+    return [part for part in slices if target_T[part].any()] or slices[:1]
+
+
+def _part(sample: TrainingSample, slices: Sequence[slice]) -> TrainingSample:
+    """The sample with these segments only."""
+    return replace(
+        sample,
+        trajectory=_taken(sample.trajectory, slices),
+        advantage=_at(sample.advantage, slices),
+        lag=_at(sample.lag, slices),
+        beyond=_at(sample.beyond, slices),
+    )
+
+
+def _taken(trajectory: Trajectory, slices: Sequence[slice]) -> Trajectory:
+    if len(trajectory.segments) <= 1:
+        return trajectory
+    of_tokens = ("tokens", "loss_mask", "logprobs", "versions")
+    lengths = tuple(part.stop - part.start for part in slices)
     return replace(
         trajectory,
-        tokens=trajectory.tokens[part],
-        loss_mask=trajectory.loss_mask[part],
-        logprobs=trajectory.logprobs[part],
-        versions=trajectory.versions[part],
-        segments=(),
+        **{name: _at(getattr(trajectory, name), slices) for name in of_tokens},
+        segments=lengths if len(lengths) > 1 else (),
         turns=(),
         arrays={
-            name: array[part] if array.shape[:1] == (trajectory.num_tokens,) else array
+            name: _at(array, slices) if array.shape[:1] == (trajectory.num_tokens,) else array
             for name, array in trajectory.arrays.items()
         },
     )
 
 
-def _part(value: Any, part: slice) -> Any:
-    return value[part] if isinstance(value, np.ndarray) else value
+def _at(value: Any, slices: Sequence[slice]) -> Any:
+    """The entries of these tokens, if the value has one for each token."""
+    return np.concatenate([value[part] for part in slices]) if isinstance(value, np.ndarray) else value

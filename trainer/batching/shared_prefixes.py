@@ -66,9 +66,8 @@ class PrefixFinder:
             end = min(last, len(other))
             if end <= best or other[best] != tokens[best]:
                 continue
-            is_equal = other[:end] == tokens[:end]
-            length = int(is_equal.argmin())
-            if is_equal[length]:
+            length = (other[:end] != tokens[:end]).tobytes().find(1)
+            if length < 0:
                 length = end
             if length > best:
                 best, source = length, index

@@ -1,11 +1,14 @@
 """The checkpoints of a run: directories that transformers can load, and from which a run resumes.
 
     step_000100/  model*.safetensors config.json tokenizer*    the policy, for `from_pretrained` and engines
+                  or adapter_model.safetensors adapter_config.json tokenizer*    its adapter, for PEFT
                   rows/                                        masters, moments, random state (`writing`)
                   trainer_state.json                           format, step, `extra`
 
 Each rank writes and reads its own rows, so no rank ever holds the whole state. The weights' files have the
 dtype of `model.dtype`. If that is the masters' dtype, they hold the masters, which are not written twice.
+
+With an adapter neither weights nor config.json of the base are written, only its digest.
 
 A directory gets its final name only after every rank has written and synced its part, so every checkpoint
 that exists is complete. There is no pickle in it: torch.distributed.checkpoint was left out because its
@@ -14,7 +17,6 @@ metadata is a pickle.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import shutil
@@ -25,13 +27,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from transformers import AutoTokenizer
 
 from areal_like.automatic_settings import compute_dtype
 from areal_like.config import Config, TrainerConfig
-from areal_like.errors import ConfigError, DiskFullError
+from areal_like.errors import ConfigError, DiskFullError, WeightSyncError
 from areal_like.paths import RunPaths, checkpoint_name, find_checkpoints, model_path, read_json
-from areal_like.weights.snapshots_on_disk import FORMAT, OLD_FORMAT, STATE_FILE
+from areal_like.weights.snapshots_on_disk import ADAPTER_STATE, FORMAT, OLD_FORMAT, STATE_FILE
 from trainer.advantages.critic import Critic
 from trainer.checkpoints.directory import (
     Peers,
@@ -42,9 +43,19 @@ from trainer.checkpoints.directory import (
     write_directory,
 )
 from trainer.checkpoints.reading import CRITIC, POLICY, PROXIMAL, StateReader
-from trainer.checkpoints.writing import FOLDER, MAX_FILE_BYTES, ModelFiles, ModelRows, ModelState, write_index
+from trainer.checkpoints.writing import (
+    FOLDER,
+    MAX_FILE_BYTES,
+    ModelFiles,
+    ModelRows,
+    ModelState,
+    write_index,
+    write_model_files,
+    write_tokenizer,
+)
 from trainer.distributed.ranks import Ranks
 from trainer.models.packed_model import DTYPES, PackedModel
+from trainer.models.peft_folder import CONFIG_FILE, check_same_adapter, write_config
 from trainer.models.policy import Policy
 from trainer.optimizer import ShardedAdamW
 from trainer.step.proximal import ProximalPolicy
@@ -185,7 +196,11 @@ class Checkpoints:
         # A step itself draws no random numbers, but a user's objective may.
         random_state = torch.get_rng_state()
         # Serialized now: `extra` may change while the thread writes.
-        state_json = json.dumps({"format": FORMAT, "step": step, "extra": extra}, indent=2) + "\n"
+        state = {"format": FORMAT, "step": step, "extra": extra}
+        header = policy.adapter_header if policy.has_adapter else None
+        if header is not None:
+            state[ADAPTER_STATE] = header.to_dict()
+        state_json = json.dumps(state, indent=2) + "\n"
         final, peers = self.path(step), self._peers
 
         def create(partial: Path) -> None:
@@ -205,13 +220,11 @@ class Checkpoints:
                 partial / FOLDER, rows, step=step, world_size=ranks.world_size, random_state=random_state
             )
             (partial / STATE_FILE).write_text(state_json)
-            config = copy.deepcopy(policy.model.config)
-            config.dtype = self._dtype
-            config.save_pretrained(partial)
-            if policy.model.generation_config is not None:
-                policy.model.generation_config.save_pretrained(partial)
-            tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_path, trust_remote_code=False)
-            tokenizer.save_pretrained(partial)
+            if header is not None:
+                write_config(partial, header, base=policy.base_path)
+            else:
+                write_model_files(policy.model, partial, dtype=self._dtype)
+            write_tokenizer(partial, self._tokenizer_path)
 
         def write() -> DiskFullError | None:
             if (full := write_directory(final, peers, create=create, fill=fill)) is not None:
@@ -273,7 +286,9 @@ class Checkpoints:
             )
         try:
             state = _read_json(path / STATE_FILE)
-            for file in sorted({path / "config.json", *path.glob("*.json")}):
+            check_same_adapter(path, state, policy.adapter_header if policy.has_adapter else None)
+            main_file = CONFIG_FILE if policy.has_adapter else "config.json"
+            for file in sorted({path / main_file, *path.glob("*.json")}):
                 _read_json(file)  # engines and users load them; the trainer does not
             if state["format"] not in (OLD_FORMAT, FORMAT):
                 raise ConfigError(
@@ -282,7 +297,7 @@ class Checkpoints:
             extra: dict[str, Any] = state["extra"]
             reader = StateReader(path, ranks)
             self._read(reader, state, path, _models(policy, optimizer, critic, proximal))
-        except (OSError, KeyError, TypeError) as error:
+        except (OSError, KeyError, TypeError, WeightSyncError) as error:
             raise ConfigError(f"{path} cannot be read ({error!r}): resume from another step") from error
         ranks.any(True)  # waits until every rank has found and read it
         self.saved_step, self._saved_s = step, time.monotonic()

@@ -32,6 +32,7 @@ from trainer.checkpoints.writing import (
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import MODEL_PREFIX, row_range, shards_of
 from trainer.models.packed_model import PackedModel
+from trainer.models.peft_folder import copy_adapter
 from trainer.models.row_loading import read_rows
 from trainer.models.safetensors_rows import SafetensorsRows
 
@@ -71,7 +72,7 @@ class StateReader:
 
     def read(self, rows: ModelRows, model: PackedModel, optimizer: ModelState) -> None:
         """Reads masters and moments; the state is incomplete after an error."""
-        self._check(rows, model)
+        self._check(rows, model, optimizer)
         reads: dict[str, list[_Read]] = defaultdict(list)
         for kind, name, into in self._wanted(model, optimizer, rows.num_updates):
             if kind == MASTER and rows.masters:
@@ -90,7 +91,10 @@ class StateReader:
         self._read_files(reads)
         if rows.masters:
             source = SafetensorsRows([self._path / file for file in rows.masters], remedy=_REMEDY)
-            read_rows(model.model, source, rank=self._rank, world_size=self._world_size, tied={})
+            if model.has_adapter:
+                copy_adapter(model.model, source, rank=self._rank, world_size=self._world_size)
+            else:
+                read_rows(model.model, source, rank=self._rank, world_size=self._world_size, tied={})
 
     def read_old(self, kind: str, model: PackedModel, optimizer: ModelState, *, num_updates: int) -> None:
         """Like `read`, from the previous release's whole tensors. `kind`: a key of OLD_FILES."""
@@ -116,10 +120,10 @@ class StateReader:
                 raise ConfigError(f"{path} has no {RANDOM_STATE}: {_REMEDY}")
             return file.tensor(RANDOM_STATE)
 
-    def _check(self, rows: ModelRows, model: PackedModel) -> None:
+    def _check(self, rows: ModelRows, model: PackedModel, optimizer: ModelState) -> None:
         """Raises ConfigError if the index belongs to another model."""
         index = self._path / FOLDER / ROWS_INDEX
-        shards = {shard.name: shard for shard in shards_of(model)}
+        shards = {shard.name: shard for shard in shards_of(model, optimizer.shards)}
         if others := rows.tensors.keys() ^ shards.keys():
             name = min(others)
             where = "not in this model" if name in rows.tensors else "not in it"
@@ -138,7 +142,7 @@ class StateReader:
     ) -> Iterator[tuple[str, str, Tensor]]:
         """(kind, Hugging Face name, this rank's rows to fill) of all masters and moments."""
         moments = optimizer.new_moments(num_updates=num_updates)
-        for shard in shards_of(model):
+        for shard in shards_of(model, optimizer.shards):
             if shard.rows.numel():
                 yield MASTER, shard.name, shard.rows
                 for kind, into in moments.get(MODEL_PREFIX + shard.name, {}).items():

@@ -6,8 +6,10 @@
     rows/critic-00000-of-00004.safetensors      the same for the critic, if there is one
     rows/proximal-00000-of-00004.safetensors    `master.NAME` of the proximal policy, if there is one
     rows/random_state.safetensors               rank 0's random state
-    model.safetensors                           the policy's weights for engines and users, if all fit into
-                                                one file
+    adapter_model.safetensors                   the policy's adapter, of which it is the master, if there is
+                                                one; the base is not written
+    model.safetensors                           else the policy's weights for engines and users, if all fit
+                                                into one file
     model-00001-of-00002.safetensors ...        else, with
     model.safetensors.index.json                the file of each tensor
 
@@ -23,6 +25,7 @@ process.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -35,11 +38,13 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from areal_like.weights.hf_layout import HfTensor, hf_tensors
+from areal_like.weights.hf_layout import HfTensor, adapter_tensors, hf_tensors
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import MODEL_PREFIX, row_range, shards_of
 from trainer.models.packed_model import PackedModel
+from trainer.models.peft_folder import WEIGHTS_FILE
 from trainer.models.safetensors_rows import INDEX_FILE, SINGLE_FILE
 
 MASTER = "master"
@@ -96,18 +101,21 @@ class ModelFiles:
         none."""
         self._optimizer = optimizer
         self._rank, world_size = ranks.rank, ranks.world_size
-        self._copy = HostCopy(model, optimizer)
+        self._copy = HostCopy(optimizer)
         self._weights: HfFiles | None = None
-        if dtype is not None:
+        if dtype is not None and model.has_adapter:
+            tensors = adapter_tensors(model.model)
+            self._weights = HfFiles(tensors, self._copy.dtype, single_file=WEIGHTS_FILE, max_file_bytes=None)
+        elif dtype is not None:
             self._weights = HfFiles(hf_tensors(model.model), dtype, max_file_bytes=max_file_bytes)
         masters: Sequence[str] = ()
-        if self._weights is not None and dtype == self._copy.dtype:
+        if self._weights is not None and self._weights.dtype == self._copy.dtype:
             masters = self._weights.names
         ranges = {
             shard.name: [
                 row_range(shard.shape, rank=rank, world_size=world_size) for rank in range(world_size)
             ]
-            for shard in shards_of(model)
+            for shard in shards_of(model, optimizer.shards)
         }
         self._first_rows = {name: of_ranks[self._rank][0] for name, of_ranks in ranges.items()}
         self.rows = ModelRows(
@@ -117,7 +125,7 @@ class ModelFiles:
             files=[f"{name}-{rank:05d}-of-{world_size:05d}.safetensors" for rank in range(world_size)],
             tensors={
                 shard.name: TensorRows(shape=tuple(shard.shape), rows=ranges[shard.name])
-                for shard in shards_of(model)
+                for shard in shards_of(model, optimizer.shards)
             },
         )
         """Index of the row files that all ranks write."""
@@ -162,7 +170,7 @@ class ModelState(Protocol):
 
     @property
     def shards(self) -> Mapping[str, Tensor]:
-        """This rank's part of each parameter, by the model's own names."""
+        """This rank's part of each parameter that is trained, by the model's own names."""
 
     @property
     def num_updates(self) -> int:
@@ -185,11 +193,11 @@ class HostCopy:
     a GPU.
     """
 
-    def __init__(self, model: PackedModel, optimizer: ModelState) -> None:
+    def __init__(self, optimizer: ModelState) -> None:
         self._optimizer = optimizer
         self.kinds = (MASTER, *optimizer.kinds)
         """The kinds of values that are kept for each parameter."""
-        self._names = {name.removeprefix(MODEL_PREFIX): name for name, _ in model.named_parameters()}
+        self._names = {name.removeprefix(MODEL_PREFIX): name for name in optimizer.shards}
         shards = {name: optimizer.shards[own] for name, own in self._names.items()}
         dtypes = {shard.dtype for shard in shards.values()}
         assert len(dtypes) == 1, f"masters of several dtypes: {dtypes}"
@@ -246,6 +254,20 @@ def write_index(
     (folder / RANDOM_STATE_FILE).write_bytes(layout.header + bytes(random_state.tolist()))
 
 
+def write_model_files(model: Any, directory: Path, *, dtype: torch.dtype) -> None:
+    """Writes config.json and generation_config.json. `dtype`: dtype of the weights' files."""
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.save_pretrained(directory)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+
+
+def write_tokenizer(directory: Path, path: str) -> None:
+    """Writes the files of the tokenizer in `path`, a directory or hub name."""
+    AutoTokenizer.from_pretrained(path, trust_remote_code=False).save_pretrained(directory)
+
+
 MAX_FILE_BYTES = 5_000_000_000
 """Largest file; a tensor that is larger than this gets a file of its own."""
 
@@ -254,16 +276,22 @@ class HfFiles:
     """The files of one model's weights."""
 
     def __init__(
-        self, tensors: Sequence[HfTensor], dtype: torch.dtype, *, max_file_bytes: int = MAX_FILE_BYTES
+        self,
+        tensors: Sequence[HfTensor],
+        dtype: torch.dtype,
+        *,
+        single_file: str = SINGLE_FILE,
+        max_file_bytes: int | None = MAX_FILE_BYTES,
     ) -> None:
-        """`tensors`: all tensors of the checkpoint. `dtype`: their dtype in the files."""
-        self._dtype = dtype
+        """`tensors`: all tensors of the checkpoint. `dtype`: their dtype in the files. `single_file`: name of
+        the file if there is one; `max_file_bytes`: size from which on there are several, None: never."""
+        self.dtype = dtype
         self._layouts: dict[str, FileLayout] = {}
         self._tensors: dict[str, list[HfTensor]] = {}
         """File name -> its tensors."""
-        groups = _cut(tensors, dtype, max_file_bytes)
+        groups = [list(tensors)] if max_file_bytes is None else _cut(tensors, dtype, max_file_bytes)
         for number, group in enumerate(groups, 1):
-            name = SINGLE_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            name = single_file if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
             shapes = {tensor.name: tensor.shape for tensor in sorted(group, key=lambda tensor: tensor.name)}
             self._layouts[name] = FileLayout.of(shapes, dtype)
             self._tensors[name] = group
@@ -296,7 +324,7 @@ class HfFiles:
                     if part is not None:
                         place = layout.places[tensor.name]
                         offset = place.offset + part[1] * place.row_bytes
-                        write_at(file, part[0], dtype=self._dtype, offset=offset)
+                        write_at(file, part[0], dtype=self.dtype, offset=offset)
 
 
 def _cut(tensors: Sequence[HfTensor], dtype: torch.dtype, max_file_bytes: int) -> list[list[HfTensor]]:
@@ -313,7 +341,13 @@ def _cut(tensors: Sequence[HfTensor], dtype: torch.dtype, max_file_bytes: int) -
     return groups
 
 
-CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+}
 """Dtypes in headers."""
 _CHUNK_ELEMENTS = 4 << 20
 """Number of elements that are cast at once."""

@@ -7,7 +7,7 @@ those of the Hugging Face model; tied weights appear once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -73,11 +73,19 @@ class RowShard:
     """Shape of the whole tensor."""
 
 
-def shards_of(model: nn.Module) -> list[RowShard]:
-    """This rank's shards of a `PackedModel` under their Hugging Face names, sharing memory."""
+def shards_of(model: nn.Module, shards: Mapping[str, Tensor] | None = None) -> list[RowShard]:
+    """This rank's shards of a `PackedModel` under their Hugging Face names, sharing memory.
+
+    `shards`: by the model's own names, only these, which may be copies; None: the model's parameters.
+    """
     return [
-        RowShard(name=name.removeprefix(MODEL_PREFIX), rows=local(param.detach()), shape=param.shape)
+        RowShard(
+            name=name.removeprefix(MODEL_PREFIX),
+            rows=local(param.detach()) if shards is None else shards[name].detach(),
+            shape=param.shape,
+        )
         for name, param in model.named_parameters()
+        if shards is None or name in shards
     ]
 
 
@@ -99,6 +107,30 @@ def gather(shards: list[RowShard]) -> Iterator[tuple[str, Tensor]]:
         dist.gather(padded, parts, dst=0)
         if parts is not None:
             yield shard.name, torch.cat(parts)[: shard.shape[0]].cpu()
+
+
+def gather_everywhere(shards: list[RowShard]) -> dict[str, Tensor]:
+    """Name -> whole tensor, on every rank's device. All of one dtype. Collective: one exchange.
+
+    With one rank the tensors share memory with the shards.
+    """
+    world_size = dist.get_world_size()
+    if world_size == 1 or not shards:
+        return {shard.name: shard.rows for shard in shards}
+    padded = []
+    for shard in shards:
+        rows = shard.rows.new_zeros((rows_per_rank(shard.shape, world_size), *shard.shape[1:]))
+        rows[: len(shard.rows)] = shard.rows
+        padded.append(rows)
+    own = torch.cat([rows.flatten() for rows in padded])
+    gathered = own.new_empty(world_size * len(own))
+    dist.all_gather_into_tensor(gathered, own)
+    sizes = [rows.numel() for rows in padded]
+    of_ranks = [torch.split(part, sizes) for part in torch.split(gathered, len(own))]
+    return {
+        shard.name: torch.cat([parts[at].view(padded[at].shape) for parts in of_ranks])[: shard.shape[0]]
+        for at, shard in enumerate(shards)
+    }
 
 
 def rows_per_rank(shape: torch.Size, world_size: int) -> int:

@@ -6,8 +6,12 @@ With one baseline for the whole step, b* is known only after the last micro-batc
 accumulated in the shards' `.grad`, `sum w_i g_i` in a second set of shards, and b* times the second is
 subtracted at the end.
 
-Notation: A_i advantage, g_i gradient of sequence i at advantage 1, w_i weight (1, or outside of the norms).
-Shape suffixes: S sampled tokens of a micro-batch, N its sequences.
+g_i is the gradient of a whole sample, so its norm includes the products of its segments' gradients: to the
+tape, all rows of a sample are one sequence. One approximation: with one baseline for the step, a sample that
+is too long for a micro-batch counts with the sum of its parts' squared norms.
+
+Notation: A_i advantage, g_i gradient of sample i at advantage 1, w_i weight (1, or outside of the norms).
+Shape suffixes: S sampled tokens of a micro-batch, N its samples.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class GhostGradients(Gradients):
-    """Takes losses at advantage 1, in micro-batches of whole groups (with `over_batch`: of any sequences)."""
+    """Takes losses at advantage 1, in micro-batches of whole groups (with `over_batch`: of any samples)."""
 
     def __init__(
         self,
@@ -44,9 +48,9 @@ class GhostGradients(Gradients):
         leave_one_out: bool = False,
         weights: WeightsN | None = None,
     ) -> None:
-        """`over_batch`: one baseline for all sequences of the step and all ranks.
+        """`over_batch`: one baseline for all samples of the step and all ranks.
 
-        `weights`: weights of the sequences' gradients, which do not apply to their norms; None: 1.
+        `weights`: weights of the samples' gradients, which do not apply to their norms; None: 1.
         Raises ConfigError for a model with layers that GhostTape does not support.
         """
         self._policy = policy
@@ -79,9 +83,9 @@ class GhostGradients(Gradients):
         """Runs one backward, then forms each parameter's gradient from what the tape recorded."""
         loss_S.sum().backward()  # type: ignore[no-untyped-call]
         device = loss_S.device
-        rows = SegmentRows.of(batch.lengths, device=device)
+        rows = SegmentRows.of(batch.sample_lengths, device=device)
         head_rows = SegmentRows.of(
-            [int(length) for length in tokens.length_N.tolist()], device=device, like=batch.lengths
+            batch.sum_N(torch.ones_like(batch.sampled_S)).tolist(), device=device, like=batch.sample_lengths
         )
         with torch.no_grad():
             squares_N = self._tape.squares(rows, head_rows, read_S=batch.sampled_S - 1)
@@ -89,7 +93,7 @@ class GhostGradients(Gradients):
             weight_N = torch.ones_like(advantage_N)
             if self._weights is not None:
                 weight_N = self._weights(tokens).to(advantage_N)
-            loss_N = tokens.sum_N(loss_S.detach())
+            loss_N = batch.sum_N(loss_S.detach())
             if self._over_batch:
                 self._sums += torch.stack([squares_N.sum(), (squares_N * advantage_N).sum()]).cpu()
                 self._add(weight_N * advantage_N, loss_N)
@@ -105,7 +109,6 @@ class GhostGradients(Gradients):
                     advantage_N,
                     tokens.group_N,
                     leave_one_out=self._leave_one_out,
-                    sample_N=tokens.sample_N,
                 )
                 self._add(weight_N * (advantage_N - baseline_N), loss_N)
                 self._baselines += (baseline_N * (squares_N > 0)).sum()

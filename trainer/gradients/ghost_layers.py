@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from areal_like.errors import ConfigError
+from areal_like.precision import Fp32Head, fp32_logits
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,7 +106,7 @@ def layer_of(module: nn.Module) -> Layer | None:
     A module class that overrides the `forward` of a supported class is not supported.
     """
     forward = type(module).forward
-    if forward in (nn.Linear.forward, Conv1D.forward):
+    if forward in (nn.Linear.forward, Fp32Head.forward, Conv1D.forward):
         return Matrix(module)
     if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward:
         return Embedding(module) if module.max_norm is None and not module.scale_grad_by_freq else None
@@ -162,11 +163,11 @@ class Layer:
 
 
 class Matrix(Layer):
-    """A matrix multiplication: Linear, `x W^T + b`, or transformers' Conv1D, `x W + b`."""
+    """A matrix multiplication: Linear and Fp32Head, `x W^T + b`, or transformers' Conv1D, `x W + b`."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.module.weight.t() if isinstance(self.module, Conv1D) else self.module.weight
-        return _apply(_Linear, x, weight, self.module.bias, self.record)
+        return _apply(_Linear, x, weight, self.module.bias, self.record, isinstance(self.module, Fp32Head))
 
     def squares(self, grams: dict[int, list[Tensor]]) -> Tensor:
         x_TI, e_TO = wide(self.x_TI), wide(self.e_TO)
@@ -294,6 +295,7 @@ def _is_scale(module: nn.Module) -> bool:
     x_TD = torch.linspace(-1.0, 2.0, 4 * size, device=params["weight"].device).reshape(4, size)
     weight_D = torch.linspace(0.5, 1.5, size, device=x_TD.device)
     twin = copy.copy(module)
+    twin.__dict__.pop("forward", None)  # a kernel's, put in place of the class's, is bound to `module`
     try:
         twin._parameters = {"weight": nn.Parameter(weight_D, requires_grad=False)}
         scaled_TD = twin(x_TD)
@@ -320,20 +322,23 @@ def _without_parameters(module: Any) -> Any:
 
 
 class _Linear(torch.autograd.Function):
-    """F.linear whose backward records (x [T, I], e [T, O]) and computes no parameter gradient."""
+    """F.linear, or that of Fp32Head, whose backward records (x [T, I], e [T, O]) and computes no parameter
+    gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, record: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, record: Any, is_fp32_head: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.record = record
-        return F.linear(x, weight, bias)
+        return fp32_logits(x, weight, bias) if is_fp32_head else F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (e,) = grads
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         x, weight = ctx.saved_tensors
+        e = grads[0].to(weight.dtype)
         ctx.record(x.reshape(-1, x.shape[-1]), e.reshape(-1, e.shape[-1]))
-        return (e @ weight if ctx.needs_input_grad[0] else None), None, None, None
+        return (e @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
 
 
 class _Lookup(torch.autograd.Function):

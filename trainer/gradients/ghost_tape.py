@@ -77,12 +77,15 @@ class GhostTape:
         self._tied = list(_tied(self._layers))
 
     def attach(self) -> None:
+        self._replaced = [layer.module.__dict__.get("forward") for layer in self._layers]
         for layer in self._layers:
             layer.module.forward = layer.forward
 
     def detach(self) -> None:
-        for layer in self._layers:
+        for layer, forward in zip(self._layers, self._replaced, strict=True):
             del layer.module.forward
+            if forward is not None:  # a module may have had a forward of its own
+                layer.module.forward = forward
         self.clear()
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ b* is computed from the differences to one of the group's returns. If all return
 exactly this return, so the group's advantages are exactly zero and not rounding errors that would be trained
 on.
 
-Shape suffixes: N sequences, G groups.
+Shape suffixes: N samples, G groups.
 """
 
 from __future__ import annotations
@@ -19,18 +19,12 @@ _LEAST_SHARE = 1e-12
 
 
 def optimal_baseline(
-    squares_N: Tensor,
-    returns_N: Tensor,
-    group_N: Tensor,
-    *,
-    leave_one_out: bool = False,
-    sample_N: Tensor | None = None,
+    squares_N: Tensor, returns_N: Tensor, group_N: Tensor, *, leave_one_out: bool = False
 ) -> Tensor:
-    """[N] float64: b* of each sequence's group, with m_i = `squares_N` and R_i = `returns_N`.
+    """[N] float64: b* of each sample's group, with m_i = `squares_N` and R_i = `returns_N`.
 
-    `group_N`: any integer per group. `leave_one_out`: each sequence's b* is computed from the other samples
-    of its group. `sample_N`: a number per sample that its sequences share; None: each is a sample. Where no m
-    is left (weights that underflow, a group of one), b* is the mean return.
+    `group_N`: any integer per group. `leave_one_out`: each sample's b* is computed from the others of its
+    group. Where no m is left (weights that underflow, a group of one), b* is the mean return.
     """
     _, index_N = torch.unique(group_N, return_inverse=True)
     squares_N, returns_N = squares_N.double(), returns_N.double()
@@ -41,13 +35,9 @@ def optimal_baseline(
     def summed(value_N: Tensor) -> Tensor:
         return zeros_G.index_add(0, index_N, value_N)[index_N]
 
-    def of_sample(value_N: Tensor) -> Tensor:
-        return value_N if sample_N is None else zeros_G.index_add(0, sample_N, value_N)[sample_N]
-
     total_N, numerator_N = summed(squares_N), summed(squares_N * returns_N)
     denominator_N = total_N
     if leave_one_out:
-        denominator_N = denominator_N - of_sample(squares_N)
-        numerator_N = numerator_N - of_sample(squares_N * returns_N)
+        denominator_N, numerator_N = denominator_N - squares_N, numerator_N - squares_N * returns_N
     mean_N = summed(returns_N) / summed(torch.ones_like(returns_N))
     return origin_N + torch.where(denominator_N > _LEAST_SHARE * total_N, numerator_N / denominator_N, mean_N)

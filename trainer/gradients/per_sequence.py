@@ -1,15 +1,16 @@
-"""Per-sequence gradients by autograd, with a variance-minimizing baseline, in one backward per sequence.
+"""Per-sample gradients by autograd, with a variance-minimizing baseline, in one backward per sample.
 
     G_R = sum_i w_i A_i g_i    G_S = sum_i w_i g_i    gradient of a group = G_R - b* G_S
 
 b* is known once the group's last norm is known, so two accumulators suffice: no pass is run twice and no g_i
-is kept. Micro-batches are single sequences. Parameters stay unsharded on every rank during the step, since
-FSDP2's reduce-scatter would mix the sequences of several ranks; groups are added up locally, and the step's
-sum is reduced once. This supports any architecture, at the price of the full model, two accumulators and one
-gradient of its size on every rank.
+is kept. Micro-batches are single samples, or parts of one that is too long, whose gradients are added up
+before the norm is taken. Parameters stay unsharded on every rank during the step, since FSDP2's
+reduce-scatter would mix the samples of several ranks; groups are added up locally, and the step's sum is
+reduced once. This supports any architecture, at the price of the full model, two accumulators and one
+gradient of its size on every rank (two while a sample is cut).
 
-Notation: A_i advantage, g_i gradient of sequence i at advantage 1, w_i weight (1, or outside of the norms).
-Shape suffixes: S sampled tokens, N sequences.
+Notation: A_i advantage, g_i gradient of sample i at advantage 1, w_i weight (1, or outside of the norms).
+Shape suffixes: S sampled tokens, N samples.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class SequenceGradients(Gradients):
     def __enter__(self) -> SequenceGradients:
         super().__enter__()
         self._group = -1
+        self._begun: list[Tensor] | None = None
         self._squares: list[Tensor] = []
         self._advantages: list[float] = []
         self._loss_sum = self._baselines = 0.0
@@ -78,7 +80,7 @@ class SequenceGradients(Gradients):
         del self._shards, self._total, self._scores
 
     def add(self, loss_S: Tensor, *, tokens: SampledTokens, batch: PackedBatch) -> None:
-        """Adds one sequence; the first of a group finishes the group before it."""
+        """Adds one sample, or a part of it; the first of a group finishes the group before it."""
         assert len(tokens.length_N) == 1
         group = int(tokens.group_N)
         if group != self._group and not self._over_batch:
@@ -88,15 +90,20 @@ class SequenceGradients(Gradients):
         params = [param for param in self._policy.parameters() if param.requires_grad]
         computed = torch.autograd.grad(loss_S.sum(), params, allow_unused=True, materialize_grads=True)
         grads = [grad.to(total.dtype) for grad, total in zip(computed, self._total, strict=True)]
+        if self._begun is not None:
+            torch._foreach_add_(grads, self._begun)
+        self._begun = grads if batch.is_continued else None
         advantage = float(tokens.mean_N(tokens.advantage_S))
         weight = 1.0 if self._weights is None else float(self._weights(tokens))
+        loss = weight * float(loss_S.detach().sum())
+        self._loss += advantage * loss
+        self._loss_sum += loss
+        if batch.is_continued:
+            return
         torch._foreach_add_(self._total, grads, alpha=weight * advantage)
         torch._foreach_add_(self._scores, grads, alpha=weight)
         self._squares.append(torch.stack(torch._foreach_norm(grads)).double().square().sum())
         self._advantages.append(advantage)
-        loss = weight * float(loss_S.detach().sum())
-        self._loss += advantage * loss
-        self._loss_sum += loss
 
     def finish(self) -> dict[str, tuple[Tensor | float, Tensor | float]]:
         if self._over_batch:

@@ -86,16 +86,16 @@ class PartRow(NamedTuple):
     """Of the task."""
     num_sampled: int
     """Sampled tokens that have a prefix."""
-    num_beyond: int
-    """Those beyond the staleness bound."""
-    num_masked: int
-    """Those that are masked whatever their ratio."""
-    is_first_beyond: bool
-    """The first of them is beyond the bound."""
-    advantage_beyond: float
-    """Sum of the advantages of those beyond the bound."""
     lag: int
-    """Of the oldest token that is trained on; -1: none is."""
+    """Lag of the oldest token that is trained on; -1: none is."""
+    num_beyond: int = 0
+    """Those beyond the bound."""
+    num_masked: int = 0
+    """Those that are masked whatever their ratio."""
+    is_first_beyond: bool = False
+    """The first of them is beyond the bound."""
+    advantage_beyond: float = 0.0
+    """Sum of the advantages of those beyond the bound."""
 
 
 class PartTable:
@@ -108,28 +108,30 @@ class PartTable:
         """Adds the samples of a position, in its order."""
         assert position.origins is not None
         for index, (sample, origin) in enumerate(zip(samples, position.origins, strict=True)):
-            trajectory, trained = position.trajectories[index], is_target(sample.trajectory)
-            sampled = is_target(trajectory)
-            found = position.beyond(index)
-            beyond = np.zeros_like(sampled) if found is None else found & sampled
-            advantage = np.broadcast_to(sample.advantage, sampled.shape)
+            trajectory, found = position.trajectories[index], position.beyond(index)
+            sampled = trained = is_target(trajectory)
+            if found is not None:
+                trained = is_target(sample.trajectory)
             lags = position.lags[index][trained]
-            self._rows.append(
-                PartRow(
-                    ticket_id=origin.ticket_id,
-                    sample_index=origin.sample_index,
-                    num_early=len(origin.early) if origin.is_closed else -1,
-                    is_late=origin.is_late,
-                    has_others=any(each.sample_index != origin.sample_index for each in origin.early),
-                    reward=trajectory.reward,
-                    num_sampled=int(sampled.sum()),
+            row = PartRow(
+                ticket_id=origin.ticket_id,
+                sample_index=origin.sample_index,
+                num_early=len(origin.early) if origin.is_closed else -1,
+                is_late=origin.is_late,
+                has_others=any(each.sample_index != origin.sample_index for each in origin.early),
+                reward=trajectory.reward,
+                num_sampled=int(np.count_nonzero(sampled)),
+                lag=int(lags.max()) if len(lags) else -1,
+            )
+            if found is not None:
+                beyond = found & sampled
+                row = row._replace(
                     num_beyond=int(beyond.sum()),
                     num_masked=int((sampled & ~trained).sum()),
                     is_first_beyond=bool(beyond[sampled][:1].any()),
-                    advantage_beyond=float(advantage[beyond].sum()),
-                    lag=int(lags.max()) if len(lags) else -1,
+                    advantage_beyond=float(np.broadcast_to(sample.advantage, sampled.shape)[beyond].sum()),
                 )
-            )
+            self._rows.append(row)
 
     def metrics(self, ranks: Ranks) -> dict[str, Any]:
         """The metrics over all ranks. Collective.

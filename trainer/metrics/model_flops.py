@@ -1,6 +1,7 @@
 """Counts the FLOPs that a model's arithmetic needs for a micro-batch, without a kernel's additional work.
 
-A product of a row with a matrix is 2 FLOPs for each of the matrix's numbers; a backward is twice its forward.
+A product of a row with a matrix is 2 FLOPs for each of the matrix's numbers; a backward is twice its forward,
+or once where the matrix is frozen and has no gradient of its own.
 The count includes the matrices that a token uses (of experts only those that it is routed to; not the
 embedding, which is a lookup), the head only at the positions that are trained on, and attention over the
 pairs of positions that see each other. A shared prefix counts once. Not counted: recomputation, padding,
@@ -20,9 +21,8 @@ from torch import nn
 
 from trainer.batching.balance import Cost
 
-FORWARD = 1
 FORWARD_AND_BACKWARD = 3
-"""Cost of passes, in units of a forward."""
+"""Cost of a forward and its backward in units of a forward, where all weights are trained."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -33,6 +33,9 @@ class ModelFlops:
     body_weights: float
     """Numbers in the matrices that each row uses, without the head."""
     head_weights: float
+    frozen_body_weights: float = 0.0
+    """The part of `body_weights` that is not trained."""
+    is_head_frozen: bool = False
     heads_size: int
     """Query heads times head size."""
     num_layers_of: dict[int, int]
@@ -45,16 +48,18 @@ class ModelFlops:
         head = model.get_output_embeddings()
         looked_up = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
         apart = looked_up if head is None else looked_up | {id(head.weight)}
-        weights = sum(
-            param.numel() * _used_share(name, config)
+        used = [
+            (param.numel() * _used_share(name, config), param.requires_grad)
             for name, param in model.named_parameters()
             if param.ndim >= 2 and id(param) not in apart
-        )
+        ]
         heads = int(config.num_attention_heads)
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         return cls(
-            body_weights=weights,
+            body_weights=sum(num for num, _ in used),
             head_weights=0.0 if head is None else float(head.weight.numel()),
+            frozen_body_weights=sum(num for num, is_trained in used if not is_trained),
+            is_head_frozen=head is not None and not head.weight.requires_grad,
             heads_size=heads * head_dim,
             num_layers_of=dict(_windows(config)),
         )
@@ -76,6 +81,15 @@ class ModelFlops:
         )
         return linear + 4.0 * self.heads_size * pairs
 
+    def of_step(
+        self, lengths: Sequence[int], *, num_targets: int, own_lengths: Sequence[int] | None = None
+    ) -> float:
+        """FLOPs of a forward and its backward; the arguments are those of `of_forward`."""
+        num_rows = sum(lengths if own_lengths is None else own_lengths)
+        forward = self.of_forward(lengths, num_targets=num_targets, own_lengths=own_lengths)
+        head = self.head_weights * num_targets if self.is_head_frozen else 0.0
+        return FORWARD_AND_BACKWARD * forward - 2.0 * (self.frozen_body_weights * num_rows + head)
+
 
 def cost_of(flops: ModelFlops) -> Cost:
     """FLOPs of forward and backward by rows and pairs, for the balance over ranks.
@@ -83,8 +97,9 @@ def cost_of(flops: ModelFlops) -> Cost:
     The head is counted at every row, and windows are ignored.
     """
     layers = sum(flops.num_layers_of.values())
+    frozen = flops.frozen_body_weights + (flops.head_weights if flops.is_head_frozen else 0.0)
     return Cost(
-        per_row=round(FORWARD_AND_BACKWARD * 2 * (flops.body_weights + flops.head_weights)),
+        per_row=round(FORWARD_AND_BACKWARD * 2 * (flops.body_weights + flops.head_weights) - 2 * frozen),
         per_pair=FORWARD_AND_BACKWARD * 4 * flops.heads_size * layers,
     )
 

@@ -26,12 +26,12 @@ _GAUGES = {
     "lr": "Learning rate of the last step, as applied",
     "lr_scale": "The objective's factor on the scheduled learning rate",
     "reward": "Mean reward of the last step",
-    "ess_ratio": "Effective sample size over the sequences, by the products of their tokens' ratios",
+    "ess_ratio": "Effective sample size over the samples, by the products of their tokens' ratios",
     "ess_ratio_geometric": "The same by the geometric means of their tokens' ratios",
     "ess_ratio_token": "Effective sample size over the number of tokens, by the ratios of single tokens",
     "ess_weights": "That of the three at the level of the objective's weights: max_staleness=auto follows it",
-    "log_w_mean": "Mean of the sequences' summed log-ratio of policy and behavior",
-    "log_w_std": "Standard deviation of the sequences' summed log-ratio",
+    "log_w_mean": "Mean of the samples' summed log-ratio of policy and behavior",
+    "log_w_std": "Standard deviation of the samples' summed log-ratio",
     "kl_k3": "KL(mu || pi), k3 estimator",
     "entropy": "Mean entropy of sampled tokens in nats",
     "mismatch_abs": "Mean |log pi/mu| of tokens sampled by the current weights, the last time there were "
@@ -52,10 +52,13 @@ _GAUGES = {
     "shared_share": "Share of the last step's tokens that were not computed: prefixes shared with others",
     "zero_advantage_groups": "Groups of the last step without any advantage",
     "reward_baseline": "Running mean of the rewards of earlier steps (advantage=running)",
+    "rho_ref": "Measured ESS ratio at which the step size is not reduced (objective.rho_ref=measured)",
     "greedy_reward": "Mean reward of the last step's greedy samples (advantage=remax)",
     "value_loss": "Half the critic's mean squared error in the last step, before its update (advantage=gae)",
     "explained_variance": "Share of the variance of its targets that the critic explains; 0 is a constant",
     "critic_grad_norm": "Gradient norm of the critic before clipping",
+    "lora_lost_updates": "Share of the merged weights' numbers that changed in float32 from one push to the "
+    "next and not in the dtype of the push (model.lora)",
     "lag_mean": "Mean lag of the last step's samples in optimizer steps",
     "max_staleness": "Bound on lag that tickets were admitted under in the last step",
     "lag_max": "Largest lag of the last step's samples in optimizer steps",
@@ -201,6 +204,9 @@ class TrainerSeries:
             ("set", "k"),
             [(name, str(k)) for name, one in sets.items() for k in one.ks],
         )
+        self._entropy_fallen = metrics.gauge(
+            "trainer_entropy_fallen", "1 once the entropy has fallen without a gain in reward, else 0"
+        )
         self._tracked = metrics.counter(
             "trainer_tracker_rows", "Rows for trackers by outcome", label="outcome", values=TRACKER_OUTCOMES
         )
@@ -208,6 +214,10 @@ class TrainerSeries:
     def tracked(self, outcome: str) -> None:
         """Counts a row for a tracker by its outcome. From any thread."""
         self._tracked.labels(outcome).inc()
+
+    def entropy_fell(self) -> None:
+        """Notes the warning of `EntropyWatch`."""
+        self._entropy_fallen.set(1)
 
     def checked(self, report: CheckReport) -> None:
         self._checks.labels("jump" if report.is_jump else "ok").inc()

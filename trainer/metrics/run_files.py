@@ -23,6 +23,7 @@ from areal_like.selection import selection_report
 from areal_like.spans.recorder import unix_now
 from areal_like.wire.messages.consumer import RunCounters
 from areal_like.wire.messages.evaluation import EvalResult, SampleOutcome
+from trainer.metrics.entropy_watch import EntropyWatch
 
 WARM_UP_STEPS = 10
 """Number of first steps that the idle fractions leave out: the pipeline is still filling."""
@@ -117,6 +118,7 @@ class MetricsFile(RowsFile):
     def __init__(self, path: Path, *, start_step: int) -> None:
         self.last: dict[str, Any] = {}
         """The newest row; empty before the first."""
+        self.entropy = EntropyWatch()
         super().__init__(path, keeps=lambda row: row["step"] < start_step)
 
     def totals(self) -> RunTotals:
@@ -147,6 +149,7 @@ class MetricsFile(RowsFile):
 
     def _note(self, row: dict[str, Any]) -> None:
         self.last = row
+        self.entropy.observe(row)
 
 
 class _Mean:

@@ -20,7 +20,7 @@ import torch
 from areal_like.gpus import peak_flops
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import RankPhase, Ranks
-from trainer.metrics.model_flops import FORWARD, FORWARD_AND_BACKWARD, ModelFlops
+from trainer.metrics.model_flops import ModelFlops
 from trainer.models.packed_model import PackedModel
 from trainer.profiling.ranges import named_range
 
@@ -141,11 +141,11 @@ class StepSpeed:
 
     def flops_of(self, batch: PackedBatch) -> float:
         """Model FLOPs of a pass over a micro-batch, including a backward if gradients are enabled."""
-        passes = FORWARD_AND_BACKWARD if torch.is_grad_enabled() else FORWARD
+        policy = self._policy.of_step if torch.is_grad_enabled() else self._policy.of_forward
         own_lengths = None if batch.shared is None else batch.shared.own_lengths
         return sum(
-            times * model.of_forward(batch.lengths, num_targets=len(batch.sampled_S), own_lengths=own_lengths)
-            for model, times in ((self._policy, passes), *((model, FORWARD) for model in self._others))
+            count(batch.lengths, num_targets=len(batch.sampled_S), own_lengths=own_lengths)
+            for count in (policy, *(model.of_forward for model in self._others))
         )
 
     def metrics(self, timer: PhaseTimer, *, num_tokens: float, flops: float) -> dict[str, float]:

@@ -8,7 +8,7 @@ micro-batches.
 Lengths of samples are few and are gathered for their distribution. There may be millions of tokens:
 |log pi / mu| is counted in fixed buckets on the device, and the counts are summed with the other totals.
 
-Shape suffixes: S sampled tokens, K buckets, N sequences, B sequences (or samples) of the whole step.
+Shape suffixes: S sampled tokens, K buckets, N samples, B samples of the whole step.
 """
 
 from __future__ import annotations
@@ -184,30 +184,26 @@ class StepTotals:
     def skipped(self, samples: Iterable[TrainingSample]) -> None:
         """Counts samples that are not run in the normalizer."""
         for sample in samples:
-            counts = sample.resolved_counts
-            self.add("counted_tokens", float(num_targets(sample.trajectory) + counts.num_masked))
-            self.add("counted_seqs", float(counts.num_samples))
+            self.add("counted_tokens", float(num_targets(sample.trajectory) + sample.num_masked))
+            self.add("counted_seqs", 1.0)
+
+    def trained(self, batch: PackedBatch, *, live: bool) -> None:
+        """Records the size of a micro-batch. A dummy (not `live`) adds zeros."""
+        self.add("num_tokens", float(batch.num_tokens if live else 0))
+        self.add("num_rows", float(batch.num_rows if live else 0))
+        self.add("num_microbatches", float(live))
 
     @torch.no_grad()
     def observe(
-        self,
-        batch: PackedBatch,
-        tokens: SampledTokens,
-        losses: TokenLosses,
-        *,
-        counted: Sequence[Tensor],
-        live: bool,
+        self, tokens: SampledTokens, losses: TokenLosses, *, counted: Sequence[Tensor], live: bool
     ) -> None:
-        """Records a micro-batch: its size, the diagnostics of every objective and the objective's own.
+        """Records the diagnostics of every objective and the objective's own.
 
-        `counted`: tokens and sequences that count in the normalizer. A dummy (not `live`) adds zeros.
+        `counted`: tokens and samples that count in the normalizer. A dummy (not `live`) adds zeros.
         """
         num_tokens, num_seqs = counted
         self.add("counted_tokens", num_tokens if live else 0.0)
         self.add("counted_seqs", num_seqs if live else 0.0)
-        self.add("num_tokens", float(batch.num_tokens if live else 0))
-        self.add("num_rows", float(batch.num_rows if live else 0))
-        self.add("num_microbatches", float(live))
         log_ratio_S = tokens.log_ratio_S
         # k3: exp(x) - 1 - x with x the log-ratio of policy to behavior policy. It estimates KL(behavior ||
         # policy) and is never negative.
@@ -266,7 +262,7 @@ class StepTotals:
         """Sums over ranks. Collective; call once."""
         names = sorted(self._sums)
         values = [self._sums[n] for n in names] + [self._counts[n] for n in names]
-        sums = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values])
+        sums = torch.tensor([float(value) for value in values], dtype=torch.float64)
         totals = ranks.sum(torch.cat([sums, self._mismatch.on_host_K])).tolist()
         self._sums = dict(zip(names, totals[: len(names)], strict=True))
         self._counts = dict(zip(names, totals[len(names) : 2 * len(names)], strict=True))
@@ -280,7 +276,7 @@ class StepTotals:
         self.log_w_B, self._mean_log_w_B, self._response_B, self._prompt_B, self._largest = joined_parts(
             ranks.gather(parts), num_vectors=5
         )
-        """Summed log-ratio of every sequence of the step, float64, the same on all ranks."""
+        """Summed log-ratio of every sample of the step, float64, the same on all ranks."""
 
     def total(self, name: str) -> float:
         """The sum; 0 if nothing was recorded."""
@@ -295,7 +291,7 @@ class StepTotals:
         return float(self._counts.get(name, 0.0))
 
     def ess_ratios(self) -> dict[str, float]:
-        """Level -> effective sample size over the number of weights: of sequences (products, and geometric
+        """Level -> effective sample size over the number of weights: of samples (products, and geometric
         means over their tokens) and of tokens; 1 without tokens."""
         total, square = self.total("token_w"), self.total("token_w_square")
         return {
@@ -305,7 +301,7 @@ class StepTotals:
         }
 
     def metrics(self) -> dict[str, Any]:
-        """The metrics of the step: means, counts, and statistics of the sequences' importance weights.
+        """The metrics of the step: means, counts, and statistics of the samples' importance weights.
 
         Numbers, and by name in dicts: `finish_reasons`, `reward_parts`, `sample_metrics`, `by_label`.
         """

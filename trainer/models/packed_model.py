@@ -7,9 +7,10 @@ Buffers (rotary frequencies and the like) are real from the start and computed b
 initialization, as `from_pretrained` does. They are never read from a file: `hf_tensors` refuses models whose
 checkpoints store buffers.
 
-No rank ever holds the whole model. The master weights are float32; the forward runs in `dtype` through
-FSDP2's mixed precision. Dropout is always off: the trained policy has to be the one that the engine samples
-from.
+No rank ever holds the whole model. The weights that are trained are float32 (masters), the forward runs in
+`dtype` through FSDP2's mixed precision. With an adapter (`lora.py`) the weights of the base are frozen and
+kept in `dtype`. Dropout is off, because the trained policy has to be the one that the engine samples from;
+only supervised training turns on that of an adapter (`lora.use_dropout`).
 
 Left out: tensor and pipeline parallelism; separate FSDP groups for heads, which run once for each chunk of
 tokens: every chunk would gather the weight and reduce its gradient again.
@@ -20,6 +21,7 @@ Shape suffixes: T packed tokens, U rows that the model computes for them, S samp
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -29,13 +31,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from areal_like.config import LoraConfig
 from areal_like.errors import ConfigError, first_line
 from areal_like.precision import route_in_float32, routers
+from areal_like.weights.adapters import AdapterHeader, base_digest
 from areal_like.weights.hf_layout import hf_tensors
 from trainer.attention.packed_attention import ATTENTION_NAME, Kind
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
+from trainer.models import lora, peft_folder
+from trainer.models.kernels import apply_liger
 from trainer.models.row_loading import read_rows, stored_names
 from trainer.models.safetensors_rows import SafetensorsRows
 
@@ -55,6 +61,7 @@ class PackedModel(nn.Module):
         self.model = model
         self._path = ""
         self._tied: Mapping[str, str] = {}
+        self._lora, self._seed = LoraConfig(), 0
         self._ranks: Ranks | None = None
         self.reshard_after_forward = True
         """Dtype of the layers; see `shard`."""
@@ -75,25 +82,39 @@ class PackedModel(nn.Module):
         *,
         gradient_checkpointing: bool = False,
         compiles: bool = False,
+        liger: bool = False,
         master_dtype: torch.dtype = torch.float32,
+        lora_settings: LoraConfig | None = None,
+        seed: int = 0,
         **settings: Any,
     ) -> Self:
         """The model of a Hugging Face directory or name on the meta device: call `shard`, then read weights.
 
-        `compiles`: norms and MLPs run by torch.compile. `settings`: the settings of the subclass. Raises
-        ConfigError for an architecture that cannot be trained.
+        `compiles`: norms and MLPs run by torch.compile. `liger`: norms, rotary embeddings and SwiGLU are
+        Liger's, where it supports the model. `lora_settings`: with a rank, an adapter is trained and the rest
+        is frozen; `seed`: of a new adapter. `settings`: the settings of the subclass. Raises ConfigError for
+        an architecture that cannot be trained.
         """
         model = build_skeleton(path, dtype=master_dtype)
         tied = tied_names(model)
         built = cls(model, **settings)
-        built._path, built._tied = path, tied
+        built._path, built._tied, built._seed = path, tied, seed
+        if lora_settings is not None and lora_settings.is_on:
+            built._lora = lora_settings
+            lora.add_adapter(model, lora_settings)
+            for name, param in model.named_parameters():
+                if name in built.fresh_parameters():
+                    param.requires_grad_(True)
         decoder_layers(model)  # both may raise, before memory is allocated
         hf_tensors(model)
         if compiles:
             _compile_layers(model)
+        if liger:
+            apply_liger(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             built.train()  # transformers recomputes only in training mode; dropout stays zero
+            lora.use_dropout(model, False)
         return built
 
     @classmethod
@@ -136,11 +157,11 @@ class PackedModel(nn.Module):
         )
         if frozen:
             self.requires_grad_(False)
-            if compute != torch.float32:
-                for param in self.parameters():
-                    # Parameters only: `self.to` would also round the rotary frequencies.
-                    if param.dtype != compute:
-                        param.data = param.data.to(compute)
+        if compute != torch.float32:
+            for param in self.parameters():
+                # Parameters only: `self.to` would also round the rotary frequencies.
+                if not param.requires_grad and param.dtype != compute:
+                    param.data = param.data.to(compute)
         self.reshard_after_forward = reshards = reshard_after_forward or frozen
         num_bytes = sum(param.numel() * param.itemsize for param in self.parameters())
         apart = [*decoder_layers(self.model), *self._embeddings_apart()]
@@ -169,10 +190,45 @@ class PackedModel(nn.Module):
 
     @torch.no_grad()
     def read_initial_weights(self) -> Self:
-        """Reads this rank's rows of the model that `build` named; parameters that it lacks become zero.
+        """Reads this rank's rows of the model that `build` named, and of the adapter of `model.lora.path`.
 
-        Returns itself. Raises ConfigError if the files do not fit the model.
+        Parameters that they lack become zero, a new adapter `lora.initialize`. Returns itself. Raises
+        ConfigError if the files do not fit the model.
         """
+        self.read_base()
+        if not self._lora.is_on:
+            return self
+        assert self._ranks is not None
+        place = {"rank": self._ranks.rank, "world_size": self._ranks.world_size}
+        if self._lora.path:
+            peft_folder.read_adapter(self.model, self._lora, base=self.adapter_header.base, **place)
+        else:
+            lora.initialize(self.model, seed=self._seed, **place)
+        return self
+
+    @property
+    def has_adapter(self) -> bool:
+        """True if an adapter is trained, and the rest of the model is frozen."""
+        return self._lora.is_on
+
+    @functools.cached_property
+    def adapter_header(self) -> AdapterHeader:
+        """What identifies the adapter and its base. Raises ConfigError if the base's files cannot be read."""
+        return AdapterHeader(
+            rank=self._lora.rank,
+            alpha=self._lora.alpha,
+            targets=lora.targets_of(self.model),
+            base=base_digest(SafetensorsRows.of_model(self._path).files),
+        )
+
+    @property
+    def base_path(self) -> str:
+        """Directory or name of the model that `build` named."""
+        return self._path
+
+    @torch.no_grad()
+    def read_base(self) -> None:
+        """Reads this rank's rows of everything except the adapter. Raises ConfigError."""
         assert self._ranks is not None, "shard() first"
         fresh = self.fresh_parameters()
         for name, param in self.model.named_parameters():
@@ -186,7 +242,6 @@ class PackedModel(nn.Module):
             tied=self._tied,
             fresh=fresh,
         )
-        return self
 
     def fresh_parameters(self) -> frozenset[str]:
         """Parameters of `model` that no checkpoint of a language model has: they start at zero."""

@@ -3,7 +3,8 @@
 The transformer runs over all tokens, its head only over positions whose next token is trained on,
 `chunk_tokens` rows at a time, so that the logits of a whole batch never exist. A chunk's logits are
 recomputed in the backward (checkpointing). If there is only one chunk its logits are kept: recomputing them
-would save no memory.
+would save no memory. With `model.fp32_head` the chunks' gradients of the head's weight are added up in
+float32 (`areal_like/precision.py`).
 
 Shape suffixes: S sampled tokens, C rows of a chunk, D hidden size, V vocabulary.
 """
@@ -16,14 +17,18 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from areal_like.automatic_settings import compute_dtype, recomputes_activations
+from areal_like.automatic_settings import compute_dtype, recomputes_activations, uses_fp32_head
 from areal_like.config import Config
 from areal_like.errors import ConfigError
-from areal_like.precision import widen_head
+from areal_like.precision import Fp32Head, widen_head
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
+from trainer.models.kernels import use_kernels
+from trainer.models.lora import adapter_off
 from trainer.models.packed_model import PackedModel
 from trainer.profiling.ranges import ranged
+
+ENTROPY_NUMBERS_ON_CPU, ENTROPY_NUMBERS_ON_GPU = 1 << 16, 1 << 24
 
 
 class TokenLogProbs(NamedTuple):
@@ -63,6 +68,8 @@ class Policy(PackedModel):
         self.with_entropy = True
         self.with_collision = False
         self.with_entropy_gradient = False
+        self.entropy_numbers: int | None = None
+        """Log-probs whose entropy is computed at a time; None: the number that suits the device."""
 
     def forward(self, batch: PackedBatch) -> TokenLogProbs:
         hidden_SD = self.hidden(batch)
@@ -72,17 +79,34 @@ class Policy(PackedModel):
         chunks = zip(
             torch.split(hidden_SD, self.chunk_tokens), torch.split(targets_S, self.chunk_tokens), strict=True
         )
+        head = self.model.get_output_embeddings()
+        gradient_VD = head.gradient_sum() if isinstance(head, Fp32Head) else None
         parts = [
-            checkpoint(self._head, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks
+            checkpoint(self._head, h, t, gradient_VD, use_reentrant=False, preserve_rng_state=False)
+            for h, t in chunks
         ]
         logprobs, entropies, collisions = zip(*parts, strict=True)
         return TokenLogProbs(
             torch.cat(logprobs), torch.cat(entropies), torch.cat(collisions) if self.with_collision else None
         )
 
+    @torch.no_grad()
+    def scored(self, batch: PackedBatch) -> TokenLogProbs:
+        """Log-probs alone, without gradient, for the policy in another's role. Collective."""
+        wanted = self.with_entropy, self.with_collision
+        self.with_entropy = self.with_collision = False
+        try:
+            output: TokenLogProbs = self(batch)
+            return output
+        finally:
+            self.with_entropy, self.with_collision = wanted
+
     @ranged("head")
-    def _head(self, hidden_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        logits_CV = self.model.get_output_embeddings()(hidden_CD)
+    def _head(
+        self, hidden_CD: Tensor, targets_C: Tensor, gradient_VD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        head = self.model.get_output_embeddings()
+        logits_CV = head(hidden_CD) if gradient_VD is None else head(hidden_CD, gradient_VD)
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
         if self.temperature != 1.0:
             logits_CV = logits_CV / self.temperature
@@ -95,21 +119,23 @@ class Policy(PackedModel):
         elif self.with_entropy_gradient:
             entropy_C = -(logps_CV.exp() * logps_CV).sum(-1)
         else:
-            entropy_C = _entropy(logps_CV.detach())
+            entropy_C = _entropy(logps_CV.detach(), numbers=self.entropy_numbers)
         collision_C = None
         if self.with_collision:
             collision_C = torch.linalg.vector_norm(logps_CV.detach().exp(), dim=-1).square()
         return logps_C, entropy_C, collision_C
 
 
-def _entropy(logps_CV: Tensor) -> Tensor:
+def _entropy(logps_CV: Tensor, *, numbers: int | None) -> Tensor:
     """[C] entropy of log-probs without gradient.
 
     It computes a few rows at a time: their probabilities then fit into a CPU's cache, and need little GPU
     memory.
     """
     num_rows, vocab = logps_CV.shape
-    rows = max((1 << 16 if logps_CV.device.type == "cpu" else 1 << 24) // vocab, num_rows >> 8, 1)
+    if numbers is None:
+        numbers = ENTROPY_NUMBERS_ON_CPU if logps_CV.device.type == "cpu" else ENTROPY_NUMBERS_ON_GPU
+    rows = max(numbers // vocab, num_rows >> 8, 1)
     return torch.cat([-logps_RV.exp().mul_(logps_RV).sum(-1) for logps_RV in torch.split(logps_CV, rows)])
 
 
@@ -118,23 +144,44 @@ def build_policy(
 ) -> Policy:
     """The sharded policy of a configuration, loaded from `path` (see `areal_like.paths.model_path`).
 
-    `frozen`: a reference model. `with_weights`: False leaves the weights undefined, for a caller that reads a
-    checkpoint into them.
+    `frozen`: a reference model, without an adapter. `with_weights`: False leaves the weights that are trained
+    undefined, for a caller that reads a checkpoint into them.
     """
+    dtype = compute_dtype(config)
+    kernels = use_kernels(config, ranks.device, dtype=dtype)
     policy = Policy.build(
         path,
         temperature=config.sampling.temperature,
         chunk_tokens=config.trainer.logprob_chunk_tokens,
-        fp32_head=config.model.fp32_head,
+        fp32_head=uses_fp32_head(config),
         compiles=config.trainer.compile,
+        liger=not kernels.liger,
         gradient_checkpointing=recomputes_activations(config) and not frozen,
+        lora_settings=None if frozen else config.model.lora,
+        seed=config.seed,
     )
     policy.attention = config.trainer.attention
     policy.with_entropy = not frozen
     policy.shard(
         ranks,
-        dtype=compute_dtype(config),
+        dtype=dtype,
         frozen=frozen,
         reshard_after_forward=config.trainer.reshard_after_forward,
     )
-    return policy.read_initial_weights() if with_weights else policy
+    if with_weights:
+        policy.read_initial_weights()
+    elif policy.has_adapter:
+        policy.read_base()  # a checkpoint does not have it
+    return policy
+
+
+class BaseReference:
+    """The base of a policy with an adapter as the reference model: no second model is in memory."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def __call__(self, batch: PackedBatch) -> TokenLogProbs:
+        """Log-probs of the base alone, without gradient. Collective."""
+        with adapter_off(self.policy.model):
+            return self.policy.scored(batch)

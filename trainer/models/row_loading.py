@@ -38,6 +38,20 @@ def read_rows(
     Raises ConfigError, before anything is copied, if names or shapes do not match the model.
     """
     tensors, stored = stored_names(model, source, tied=tied, fresh=fresh)
+    copy_rows(model, source, tensors, stored, rank=rank, world_size=world_size)
+
+
+@torch.no_grad()
+def copy_rows(
+    model: Any,
+    source: SafetensorsRows,
+    tensors: Sequence[HfTensor],
+    stored: Mapping[str, Sequence[str]],
+    *,
+    rank: int,
+    world_size: int,
+) -> None:
+    """Copies this rank's rows of `tensors` out of `source`. `stored`: as `stored_names` returns it."""
     params = {name: param.detach() for name, param in model.named_parameters()}
     order = {name: place for place, name in enumerate(source.names)}
     for tensor in sorted(tensors, key=lambda tensor: order[stored[tensor.name][0]]):
@@ -119,12 +133,12 @@ def _check(
     kind = type(model).__name__
     if missing := [tensor.name for tensor in tensors if not stored[tensor.name]]:
         raise ConfigError(
-            f"{source.folder}: the safetensors files lack {_listed(missing)} of {kind}: download the model "
+            f"{source.folder}: the safetensors files lack {listed(missing)} of {kind}: download the model "
             "again, or name one whose files fit its config.json"
         )
     if unknown:
         raise ConfigError(
-            f"{source.folder}: the safetensors files hold {_listed(unknown)}, which {kind} does not have: "
+            f"{source.folder}: the safetensors files hold {listed(unknown)}, which {kind} does not have: "
             "name a model whose files fit its config.json"
         )
     for tensor in tensors:
@@ -141,6 +155,7 @@ def _check(
                 )
 
 
-def _listed(names: Sequence[str], *, most: int = 3) -> str:
+def listed(names: Sequence[str], *, most: int = 3) -> str:
+    """The first names, and the number of the others, for a message."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

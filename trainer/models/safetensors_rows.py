@@ -57,17 +57,17 @@ class SafetensorsRows:
     @classmethod
     def of_model(cls, model: str) -> SafetensorsRows:
         """The files of a Hugging Face directory or hub name (downloaded if they are not in the cache)."""
-        if (single := _find(model, SINGLE_FILE)) is not None:
+        if (single := find_file(model, SINGLE_FILE)) is not None:
             return cls([single])
-        if (index := _find(model, INDEX_FILE)) is None:
-            if any(_find(model, name) for name in _PICKLES):
+        if (index := find_file(model, INDEX_FILE)) is None:
+            if any(find_file(model, name) for name in _PICKLES):
                 raise ConfigError(
                     f"{model}: its weights are pickles ({_PICKLES[0]}), which are not read here: convert them"
                     " with AutoModelForCausalLM.from_pretrained(...).save_pretrained(DIRECTORY) and name that"
                 )
             raise ConfigError(f"{model}: no {SINGLE_FILE} and no {INDEX_FILE} there: name another model")
         file_of = _read_index(index)
-        files = {name: _find(model, name) for name in sorted(set(file_of.values()))}
+        files = {name: find_file(model, name) for name in sorted(set(file_of.values()))}
         for name, file in files.items():
             if file is None:
                 raise ConfigError(f"{index}: it names {name}, which does not exist: download the model again")
@@ -83,6 +83,11 @@ class SafetensorsRows:
     def names(self) -> list[str]:
         """Names of all tensors, file by file. Reading in this order opens each file once."""
         return list(self._where)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files, each once."""
+        return list(dict.fromkeys(self._where.values()))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
@@ -139,7 +144,7 @@ class SafetensorsRows:
             yield self._open
 
 
-def _find(model: str, name: str) -> Path | None:
+def find_file(model: str, name: str) -> Path | None:
     """A file of the model on this machine; None if the model has no such file."""
     try:
         found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)

@@ -1,14 +1,14 @@
 """Objectives by name. Importing this package registers all of them.
 
-Notation of the formulas in these modules, for token t of a sequence:
+Notation of the formulas in these modules, for token t of a sample, with all of its segments:
 
     pi_t     its probability under the current weights
     mu_t     under the behavior policy, which sampled it
     prox_t   under the weights at the start of the step
     ref_t    under the frozen reference model
     r        pi_t / mu_t, unless a module defines it otherwise
-    W        prod_t pi_t / mu_t over the sampled tokens of the sequence
-    A, R, L  advantage; reward and number of sampled tokens of the sequence
+    W        prod_t pi_t / mu_t over the sampled tokens of the sample
+    A, R, L  advantage; reward and number of sampled tokens of the sample
     sg(x)    x without gradient
 """
 

@@ -1,7 +1,8 @@
 """Base class and registry of objectives: per-token losses computed from the sampled tokens of a micro-batch.
 
 The step handles masks, packing, micro-batches, ranks, normalization, clipping and the optimizer. An objective
-gets sampled tokens only, so prompt tokens cannot contribute. It returns losses that are neither averaged nor
+gets sampled tokens only, so prompt tokens cannot contribute. What a paper calls a sequence or a trajectory is
+a whole sample here, with all of its segments. It returns losses that are neither averaged nor
 normalized, so the result does not depend on how a step is cut into micro-batches. An objective that depends
 on the whole step declares `scope = Scope.BATCH` and computes statistics with three methods, of which the
 first two are optional:
@@ -11,6 +12,9 @@ first two are optional:
     losses(batch, stats)          stats are empty under scope GROUP
 
 Under scope GROUP, `observe` runs along with the gradient, and its stats are used only by `lr_scale`.
+
+An objective that remembers earlier steps overrides `initial_state` and `next_state`. Its state is a few
+numbers, the same on every rank, which checkpoints store, and `lr_scale` finds it in its stats as `state`.
 
 A complete custom objective (`objective._target_=my_module.SoftReinforce objective.power=0.5`):
 
@@ -22,13 +26,13 @@ A complete custom objective (`objective._target_=my_module.SoftReinforce objecti
             weight_S = torch.exp(self.power * (batch.logp_S - batch.behavior_logp_S).clamp(max=1.0)).detach()
             return TokenLosses(loss_S=-weight_S * batch.advantage_S * batch.logp_S)
 
-Shape suffixes: S sampled tokens of a micro-batch, N its sequences.
+Shape suffixes: S sampled tokens of a micro-batch, N its samples.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -90,7 +94,7 @@ class TokenLosses:
     counted_S: Tensor | None = None
     """bool: tokens that count in the normalizer. None: all, also those whose loss was masked to zero."""
     means: dict[str, Tensor] = field(default_factory=dict)
-    """Vectors, over tokens or sequences, whose mean over the step becomes a metric of that name."""
+    """Vectors, over tokens or samples, whose mean over the step becomes a metric of that name."""
 
 
 StepStats = Mapping[str, Tensor]
@@ -112,12 +116,12 @@ class Objective(Section, ABC, key="objective"):
     whole_groups: bool = False
     """True: a group is never split over micro-batches (for baselines and gradients of a whole group)."""
     one_sequence_per_microbatch: bool = False
-    """True: every micro-batch is a single sequence (for autograd's gradient of each sequence)."""
+    """True: every micro-batch is a single sample (for autograd's gradient of each sample)."""
     late_coefficients: bool = False
     """True: `gradients` scales the losses after the backward, so no other term may be added to them."""
     shares_prefixes: bool = True
     """True: a prefix that sequences of a micro-batch have in common is computed once. False: `gradients`
-    needs separate rows for each sequence. With `late_coefficients` it counts as False."""
+    needs separate rows for each sample. With `late_coefficients` it counts as False."""
     skips_zero_advantage: bool = True
     """True: a group whose advantages are all zero has no gradient, so it is counted but not run."""
     single_version: bool = False
@@ -177,15 +181,27 @@ class Objective(Section, ABC, key="objective"):
         """Statistics of the whole step from each vector's concatenation (float64, on the CPU)."""
         return {}
 
+    def initial_state(self) -> tuple[float, ...]:
+        """The state before the first step; empty: none."""
+        return ()
+
+    def next_state(self, state: Sequence[float], stats: StepStats) -> tuple[float, ...]:
+        """The state with the statistics of this step, for its `lr_scale` and for the next step."""
+        return tuple(state)
+
     def lr_scale(self, stats: StepStats) -> float:
-        """Factor on this step's learning rate."""
+        """Factor on this step's learning rate. `stats["state"]`: the result of `next_state`."""
         return 1.0
+
+    def step_metrics(self, stats: StepStats) -> dict[str, float]:
+        """Metrics of the step from the argument of `lr_scale`."""
+        return {}
 
     def gradients(self, policy: Policy, ranks: Ranks) -> Gradients:
         """The accumulator of the step's gradient. Called once, with the sharded policy.
 
         Objectives that need more than a sum override it, for instance for a baseline from the norms of each
-        sequence's gradient.
+        sample's gradient.
         """
         return Gradients()
 

@@ -164,8 +164,17 @@ class Composed(Objective):
                 counted_S = mask_S if counted_S is None else counted_S & mask_S
         return replace(batch, kept_S=kept_S, counted_S=counted_S)
 
+    def initial_state(self) -> tuple[float, ...]:
+        return self.inner.initial_state()
+
+    def next_state(self, state: Sequence[float], stats: StepStats) -> tuple[float, ...]:
+        return self.inner.next_state(state, _part(stats, ""))
+
     def lr_scale(self, stats: StepStats) -> float:
         return self.inner.lr_scale(_part(stats, ""))
+
+    def step_metrics(self, stats: StepStats) -> dict[str, float]:
+        return self.inner.step_metrics(_part(stats, ""))
 
     def gradients(self, policy: Policy, ranks: Ranks) -> Gradients:
         return self.inner.gradients(policy, ranks)

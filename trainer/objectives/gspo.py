@@ -1,16 +1,17 @@
-"""GSPO (arXiv 2507.18071): PPO's clip on the geometric mean ratio of the whole sequence.
+"""GSPO (arXiv 2507.18071): PPO's clip on the geometric mean ratio of the whole sample.
 
     loss = max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)),  s = exp(mean_t log(pi_t / mu_t))
 
 Each token has the ratio `sg(s) pi_t / sg(pi_t)`, whose value is s and whose gradient reaches only its own
-log-prob (GSPO-token); with the paper's `trainer.normalizer=seq_mean_token_mean`, the sum over tokens is the
-sequence's clipped s. The bounds are tiny because s is a mean. A mean log-ratio above 10 counts as 10 and has
+log-prob (GSPO-token); with the normalizer of the paper, `seq_mean_token_mean`, the sum over tokens is the
+sample's clipped s. The bounds are tiny because s is a mean. A mean log-ratio above 10 counts as 10 and has
 no gradient, as in verl.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -36,6 +37,8 @@ class Gspo(Objective):
     """
     clip_high: PositiveFloat = 4e-4
     """A ratio s above 1 + clip_high is not raised further."""
+    normalizer: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] | None = None
+    """Normalizer of the loss, which replaces `trainer.normalizer`; null: that one."""
 
     def check(self) -> None:
         if not 0 < self.clip_low < 1:

@@ -1,9 +1,9 @@
-"""Importance ratios of two policies: per token, per sequence (product), or as the geometric mean.
+"""Importance ratios of two policies: per token, per sample (product), or as the geometric mean.
 
 All are computed in log space with the exponent clamped to +-20, so a log-ratio of a thousand gives a large
 weight and not infinity.
 
-Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
+Shape suffixes: S sampled tokens, N samples, B samples of the whole step.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from trainer.objectives.base import SampledTokens
 
 Level = Literal["token", "sequence", "geometric"]
-"""Level of a ratio or weight."""
+"""Level of a ratio or weight. A sequence is a whole sample: product and mean are over all of its segments."""
 MAX_EXPONENT = 20.0
 """Bound of exponents; exp(20) is 4.9e8."""
 
 
 def ratio_S(batch: SampledTokens, log_ratio_S: Tensor, *, level: Level) -> Tensor:
-    """[S] detached exp of log-ratios [S]: of each token, of its sequence's sum, or of its sequence's mean."""
+    """[S] detached exp of log-ratios [S]: of each token, of its sample's sum, or of its sample's mean."""
     log_ratio_S = log_ratio_S.detach()
     if level == "sequence":
         log_ratio_S = batch.spread_S(batch.sum_N(log_ratio_S))

@@ -10,8 +10,8 @@ log(2) / 2 and behaves like log W - u for small W. On-policy that is REINFORCE w
 (softplus(u) - log 2) / 2, whose slope at A = 0 is 1 / (4 eta).
 
 No clip and no cap, as published. Addition: the levels `geometric` and `token`, for long completions; the
-paper's W is the `sequence` product. Checked against the paper's practical objective (lemma 3.2) as others
-quote it; not compared with the authors' code.
+paper's W is the `sequence` product. The loss is the paper's practical objective (lemma 3.2) as others quote
+it; not compared with the authors' code or paper.
 """
 
 from __future__ import annotations

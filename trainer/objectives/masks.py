@@ -4,10 +4,11 @@
 
 A mask gets the same input as an objective and may depend on the whole step through the same methods
 (`observe`, `summarize`, then `kept_S`). A token that any mask drops has no loss and no gradient; with
-`denominator=kept` it also leaves the normalizer. Quantities of whole sequences (W, V*) still include dropped
-tokens: a sequence's importance weight does not change because one of its tokens is not trained on.
+`denominator=kept` it also leaves the normalizer. Quantities of whole samples (W, V*) still include dropped
+tokens: a sample's importance weight does not change because one of its tokens is not trained on. A mask that
+drops sequences drops whole samples, with all of their segments.
 
-Shape suffixes: S sampled tokens, N sequences.
+Shape suffixes: S sampled tokens, N samples.
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ MASKS = Registry[Mask]("objective.masks", Mask)  # type: ignore[type-abstract]
 @MASKS.register("band")
 @dataclass(frozen=True, kw_only=True)
 class Band(Mask):
-    """Rejection sampling: drops tokens, or whole sequences, whose ratio pi / mu is outside [low, high]."""
+    """Rejection sampling: drops tokens, or whole samples, whose ratio pi / mu is outside [low, high]."""
 
     level: Level = "geometric"
-    """Level of the ratio: `token`, or `sequence` | `geometric`, which drop whole sequences."""
+    """Level of the ratio: `token`, or `sequence` | `geometric`, which drop whole samples."""
     low: float = 0.5
     """Lower end, inclusive."""
     high: float = 2.0
@@ -82,10 +83,10 @@ class Band(Mask):
 @MASKS.register("opsm")
 @dataclass(frozen=True, kw_only=True)
 class Opsm(Mask):
-    """Off-policy sequence masking (DeepSeek-V3.2): drops sequences with A < 0 that have become unlikely."""
+    """Off-policy sequence masking (DeepSeek-V3.2): drops samples with A < 0 that have become unlikely."""
 
     delta: float = 0.05
-    """Largest mean of log(mu / pi), in nats per token, of a sequence with A < 0.
+    """Largest mean of log(mu / pi), in nats per token, of a sample with A < 0.
 
     Keep it above the engine's mismatch.
     """

@@ -9,11 +9,11 @@ once by the global divisor. A mean of micro-batch means would depend on the cuts
     seq_mean_token_sum    sum of losses / samples
     constant              sum of losses / (samples * max_tokens), as in Dr. GRPO
 
-A sample of several segments is several sequences, and counts once. Tokens that are beyond the staleness bound
-and therefore masked count like trained ones: divided by the trained tokens alone, the rest of a sample would
-gain weight.
+A sample counts once, whatever the number of its segments. Tokens that are beyond the staleness bound and
+therefore masked count like trained ones: divided by the trained tokens alone, the rest of a sample would gain
+weight.
 
-Shape suffixes: S sampled tokens, N sequences.
+Shape suffixes: S sampled tokens, N samples.
 """
 
 from __future__ import annotations
@@ -37,16 +37,13 @@ class Normalizer:
     def weigh(self, losses: TokenLosses, batch: SampledTokens) -> tuple[Tensor, Tensor, Tensor]:
         """(weighted losses [S], tokens that count, samples that count); the counts as scalar tensors."""
         counted_N = batch.counted_N(losses.counted_S)
-        of_sample_N = batch.counted_of_sample_N(losses.counted_S)
-        if losses.counted_S is None and batch.counts is None:
+        if losses.counted_S is None and batch.num_masked_N is None:
             num_seqs = counted_N.new_full((), len(counted_N))  # `new_tensor` synchronizes with the GPU
-        elif batch.counts is None:
-            num_seqs = (of_sample_N > 0).sum().to(counted_N.dtype)
         else:
-            num_seqs = (batch.counts.num_samples_N * (of_sample_N > 0)).sum().to(counted_N.dtype)
+            num_seqs = (counted_N > 0).sum().to(counted_N.dtype)
         loss_S = losses.loss_S
         if self.name == "seq_mean_token_mean":
-            loss_S = loss_S / batch.spread_S(of_sample_N.clamp(min=1))
+            loss_S = loss_S / batch.spread_S(counted_N.clamp(min=1))
         return loss_S, counted_N.sum(), num_seqs
 
     def divisor(self, *, num_tokens: float, num_seqs: float) -> float:

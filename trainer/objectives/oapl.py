@@ -1,25 +1,24 @@
-"""OAPL (arXiv 2602.19362): regresses the sequence's log-ratio on its advantage, without importance weights.
+"""OAPL (arXiv 2602.19362): regresses the sample's log-ratio on its advantage, without importance weights.
 
-    loss = mean over sequences of [ beta2 sum_t log(pi_t / mu_t) - (R - V*) ]^2
+    loss = mean over samples of [ beta2 sum_t log(pi_t / mu_t) - (R - V*) ]^2
     V*   = beta1 log mean_j exp(R_j / beta1)   over the group
 
 The optimum of reward with a KL penalty towards the behavior policy satisfies `beta2 log(pi / mu) = R - V*`.
 No factor 1/2, no division by length, no clip. A group with equal rewards still pulls pi back to mu.
 
 `R - V*` is implemented as an advantage estimator, which gets whole groups; a group may be cut over
-micro-batches afterwards. The value of a token's loss is an equal share of its sequence's squared residual;
+micro-batches afterwards. The value of a token's loss is an equal share of its sample's squared residual;
 the gradient of a token's loss reaches only its own log-prob, so masks compose.
 
-A sample of several turns is regressed as a whole, on its whole reward. If it has several segments, each of
-them is a separate sequence that is regressed on the sample's advantage, and counts by its share of the
-sample's tokens. A sample of several versions is never
-trained on: `buffer.group_filter=single_version`, which the objective requires, drops its group.
+A sample of several turns or segments is regressed as a whole, on its whole reward. A sample of several
+versions is never trained on: `buffer.group_filter=single_version`, which the objective requires, drops its
+group.
 
-Addition: a default for beta2. It is the weight of the sequence's log-ratio, which grows with length, so beta2
+Addition: a default for beta2. It is the weight of the sample's log-ratio, which grows with length, so beta2
 must shrink with length: 1e-3 for thousands of tokens, .25 at 64, .3 at about ten. The default is a power law
 through the first two, capped at the third, and never below 1e-3, which the authors use at 32,000 tokens.
 
-Shape suffixes: S sampled tokens, N sequences, G samples of a group.
+Shape suffixes: S sampled tokens, N samples, G samples of a group.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class SoftAdvantage(Advantage):
 @OBJECTIVES.register("oapl")
 @dataclass(frozen=True, kw_only=True)
 class Oapl(Objective):
-    """`[beta2 sum_t log(pi / mu) - (R - V*)]^2`, mean over sequences"""
+    """`[beta2 sum_t log(pi / mu) - (R - V*)]^2`, mean over samples"""
 
     normalizer = "seq_mean_token_sum"
     skips_zero_advantage = False
@@ -83,12 +82,11 @@ class Oapl(Objective):
         return SoftAdvantage(beta1=self.beta1)
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The squared residual, spread over the sequence's tokens; `residual_abs` is the mean |residual|."""
+        """The squared residual, spread over the sample's tokens; `residual_abs` is the mean |residual|."""
         beta2 = self.beta2 or default_beta2(self.max_tokens)
         residual_N = beta2 * batch.log_w_N - batch.mean_N(batch.advantage_S)
-        count_N = batch.length_N / batch.counted_of_sample_N(None).clamp(min=1)
-        share_S = batch.spread_S(count_N * residual_N.square() / batch.length_N.clamp(min=1))
-        slope_S = batch.spread_S(2 * beta2 * residual_N * count_N)
+        share_S = batch.spread_S(residual_N.square() / batch.length_N.clamp(min=1))
+        slope_S = batch.spread_S(2 * beta2 * residual_N)
         return TokenLosses(
             loss_S=share_S + slope_S * (batch.logp_S - batch.logp_S.detach()),
             means={"residual_abs": torch.abs(residual_N)},

@@ -23,9 +23,9 @@ is OAPL's loss with the best constant in place of V*.
 Additions: the anchor is a setting; REBEL's beta has a default, the one of OAPL's beta2.
 
 The value of a token's loss is an equal share of half of each of its sample's pairs; its gradient reaches only
-its own log-prob, so masks compose. The log-ratio of a sample of several segments is the sum over all of them.
+its own log-prob, so masks compose.
 
-Shape suffixes: S sampled tokens, N sequences, M samples (in two dimensions: pairs).
+Shape suffixes: S sampled tokens, N samples (in two dimensions: pairs).
 """
 
 from __future__ import annotations
@@ -86,34 +86,21 @@ class _OnPairs(Objective):
         anchor_S = batch.ref_logp_S if self.anchor == "reference" else batch.behavior_logp_S
         assert anchor_S is not None
         score_N = batch.sum_N(batch.logp_S.detach() - anchor_S)
-        # Whole groups are in one micro-batch, and so are all segments of a sample.
-        index_N = torch.arange(len(score_N), device=score_N.device)
-        sample_N = index_N if batch.sample_N is None else batch.sample_N
-        first_M = index_N
-        if batch.sample_N is not None:
-            num_samples = len(torch.unique(sample_N))
-            first_M = index_N.new_full((num_samples,), len(index_N)).scatter_reduce(
-                0, sample_N, index_N, "amin"
-            )
-        reward_M, group_M = batch.reward_N[first_M], batch.group_N[first_M]
-        score_M = score_N.new_zeros(len(first_M)).index_add(0, sample_N, score_N)
-        length_M = score_M.new_zeros(len(first_M)).index_add(0, sample_N, batch.length_N)
-        paired_MM = pairs_of(reward_M, group_M, only_extremes=self.pairs != "all", ties=with_ties)
-        same_MM = group_M[:, None] == group_M
+        paired_NN = pairs_of(batch.reward_N, batch.group_N, only_extremes=self.pairs != "all", ties=with_ties)
+        same_NN = batch.group_N[:, None] == batch.group_N
         # Multiplied by the size of the group: the normalizer divides by the number of samples, not of groups.
-        num_pairs_M = same_MM.to(score_M) @ paired_MM.to(score_M).sum(1)
-        weight_MM = paired_MM * (same_MM.sum(1) / num_pairs_M.clamp(min=1))[:, None]
+        num_pairs_N = same_NN.to(score_N) @ paired_NN.to(score_N).sum(1)
+        weight_NN = paired_NN * (same_NN.sum(1) / num_pairs_N.clamp(min=1))[:, None]
         with torch.enable_grad():
-            leaf_M = score_M.detach().requires_grad_()
-            distance_MM = leaf_M[:, None] - leaf_M
-            margin_MM = reward_M[:, None] - reward_M
-            loss_MM = torch.where(paired_MM, value(distance_MM, margin_MM), 0.0) * weight_MM
-            (slope_M,) = torch.autograd.grad(loss_MM.sum(), leaf_M)
-        loss_MM = loss_MM.detach()
-        share_M = 0.5 * (loss_MM.sum(0) + loss_MM.sum(1)) / length_M.clamp(min=1)
-        share_S, slope_S = batch.spread_S(share_M[sample_N]), batch.spread_S(slope_M[sample_N])
-        loss_S = share_S + slope_S * (batch.logp_S - batch.logp_S.detach())
-        return loss_S, distance_MM.detach()[paired_MM], margin_MM[paired_MM]
+            leaf_N = score_N.detach().requires_grad_()
+            distance_NN = leaf_N[:, None] - leaf_N
+            margin_NN = batch.reward_N[:, None] - batch.reward_N
+            loss_NN = torch.where(paired_NN, value(distance_NN, margin_NN), 0.0) * weight_NN
+            (slope_N,) = torch.autograd.grad(loss_NN.sum(), leaf_N)
+        loss_NN = loss_NN.detach()
+        share_N = 0.5 * (loss_NN.sum(0) + loss_NN.sum(1)) / batch.length_N.clamp(min=1)
+        loss_S = batch.spread_S(share_N) + batch.spread_S(slope_N) * (batch.logp_S - batch.logp_S.detach())
+        return loss_S, distance_NN.detach()[paired_NN], margin_NN[paired_NN]
 
 
 def pairs_of(reward_N: Tensor, group_N: Tensor, *, only_extremes: bool, ties: bool) -> Tensor:

@@ -9,8 +9,8 @@
 At r = 1, SAPO's loss has the slope of the unclipped surrogate -A r; further away on either side the slope
 decreases. tau is larger for A < 0, because lowering a token's probability raises the logits of the whole
 vocabulary. MASPO gates only the side that PPO would clip; its gate is wider for tokens that the behavior
-policy found unlikely and for large positive advantages. Addition: sigma_t is capped at `max_sigma`. MASPO was
-checked against its paper's formulas as others quote them; it has not been compared with its authors' code.
+policy found unlikely and for large positive advantages. Addition: sigma_t is capped at `max_sigma`. MASPO's
+formulas are those that others quote from the paper; not compared with the authors' code or paper.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class TruncatedIS(Objective):
     denominator: Literal["original", "kept"] = "original"
     """Tokens that count in the normalizer: `original` (all) | `kept` (those that are not masked)."""
     normalize: bool = False
-    """Divide weights by their mean over the step's tokens (sequences for the other levels). Scope BATCH.
+    """Divide weights by their mean over the step's tokens (samples for the other levels). Scope BATCH.
 
     A mean below 1e-8 leaves them as they are: a step so far off-policy is not learned from as if it were not.
     """

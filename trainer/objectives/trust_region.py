@@ -1,7 +1,7 @@
-"""Masks that drop tokens or sequences outside a trust region around the behavior policy, by a divergence.
+"""Masks that drop tokens or samples outside a trust region around the behavior policy, by a divergence.
 
     kpop           a token, where max(KL_bern(pi_t || mu_t), KL_bern(mu_t || pi_t)) > max_kl
-    trust_region   a sequence, where max_t k2_t > max_kl or mean_t k3_t > mean_kl
+    trust_region   a sample, where max_t k2_t > max_kl or mean_t k3_t > mean_kl, over all of its tokens
                    (with `level=token`: a token, where k2_t > max_kl)
 
     KL_bern(p || q) = p log(p / q) + (1 - p) log((1 - p) / (1 - q))
@@ -15,13 +15,13 @@ report on Ling and Ring 2.6; not compared with their code.
 
 `trust_region` (Trust Region Masking, arXiv 2512.23075): the error of the surrogate over a long sequence is
 bounded by the largest divergence of any of its tokens, which no weight or clip of single tokens controls. So
-a sequence with a token outside the region is dropped whole, and leaves the normalizer. k2 is symmetric in pi
+a sample with a token outside the region is dropped whole, and leaves the normalizer. k2 is symmetric in pi
 and mu; the mean of k3 over samples of mu is an unbiased estimate of KL(mu || pi).
 
 Rejection and weight are separate: both are masks, and the objective around them has the importance weight.
 The defaults are ours (the sources choose thresholds for their own engines).
 
-Shape suffixes: S sampled tokens, N sequences.
+Shape suffixes: S sampled tokens, N samples.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Kpop(Mask):
 @MASKS.register("trust_region")
 @dataclass(frozen=True, kw_only=True)
 class TrustRegion(Mask):
-    """Trust Region Masking: drops whole sequences by their largest and their mean divergence."""
+    """Trust Region Masking: drops whole samples by their largest and their mean divergence."""
 
     denominator: Denominator = "kept"
     level: Literal["sequence", "token"] = "sequence"
@@ -74,7 +74,7 @@ class TrustRegion(Mask):
     max_kl: NonNegativeFloat = 2.0
     """Largest k2 of any token, in nats; 2 allows ratios from exp(-2) to exp(2). 0: no such limit."""
     mean_kl: NonNegativeFloat = 0.05
-    """Largest mean of k3 over a sequence's tokens, in nats; unused with `level=token`. 0: no such limit."""
+    """Largest mean of k3 over a sample's tokens, in nats; unused with `level=token`. 0: no such limit."""
 
     def check(self) -> None:
         if self.max_kl + self.mean_kl * (self.level == "sequence") == 0:
@@ -83,7 +83,7 @@ class TrustRegion(Mask):
             )
 
     def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
-        """Tokens inside the region; with `level=sequence`, those of sequences that are inside."""
+        """Tokens inside the region; with `level=sequence`, those of samples that are inside."""
         log_r_S = batch.log_ratio_S
         outside_S = torch.zeros_like(log_r_S, dtype=torch.bool)
         if self.max_kl:

@@ -1,8 +1,8 @@
 """VCPO (arXiv 2602.17616): variance control for stale batches, in three parts that can be used separately.
 
     loss_i     = -sg(w_i) (A_i - b*) sum_t log pi_t / L_i
-    weight     w_i = min(W_i, cap),  W_i = prod_t pi_t / mu_t of the sequence
-    step size  lr * sqrt(min(1, rho / rho_ref)),  rho = ESS / B of the untruncated W of the step's B sequences
+    weight     w_i = min(W_i, cap),  W_i = prod_t pi_t / mu_t of the sample
+    step size  lr * sqrt(min(1, rho / rho_ref)),  rho = ESS / B of the untruncated W of the step's B samples
     baseline   b* = sum_i m_i A_i / sum_i m_i,  m_i = ||grad log pi_i / L_i||^2
 
 The paper's m_i = ||w_i grad log pi_i / L_i||^2 minimizes the variance of the gradient that is used, and is
@@ -15,17 +15,20 @@ computed from R, the b* of A is (b*_R - mean) / std, so A - b* is the paper's (R
 configured advantage sets the scale (`grpo` divides by the population standard deviation, `dr_grpo` does not
 divide), and the advantages of a group with equal rewards stay exactly zero. m_i includes masks and the
 normalizer's 1 / L_i, like the gradient that is used. A per-token advantage enters by its mean over the
-sequence.
+sample. The gradient of a sample of several segments is the sum of theirs.
 
 A rho above rho_ref does not raise the step size. The method scales the learning rate and not the gradient,
 because Adam cancels the scale of a gradient.
 
-Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
+Shape suffixes: S sampled tokens, N samples, B samples of the whole step.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -46,7 +49,11 @@ if TYPE_CHECKING:
     from trainer.distributed.ranks import Ranks
     from trainer.models.policy import Policy
 
+log = logging.getLogger(__name__)
+
 _MOST_PARAMS_OF_GHOST = 10**9
+_REF_RATE = 1 / 20
+"""Weight in a measured rho_ref of a step whose samples are all fresh."""
 
 
 @OBJECTIVES.register("vcpo")
@@ -55,11 +62,12 @@ class Vcpo(Objective):
     """`-sg(w) (A - b*) log pi`, with a learning rate scaled by the effective sample size"""
 
     cap: NonNegativeFloat = 8.0
-    """Largest weight of a sequence; 0: no weights (all are 1)."""
+    """Largest weight of a sample; 0: no weights (all are 1)."""
     step_size: Literal["sqrt", "linear", "none"] = "sqrt"
     """Factor on the learning rate, with x = min(1, rho / rho_ref): `sqrt` of x | `linear`, x | `none`, 1."""
-    rho_ref: float = 1.0
-    """ESS ratio of a full step size: 1, or the job's on-policy value (.55 for several turns in the paper)."""
+    rho_ref: float | Literal["measured"] = 1.0
+    """ESS ratio of a full step size: 1, the job's on-policy value (.55 for several turns in the paper), or
+    `measured`: a running mean of the ESS ratio of samples from their step's own weights (`next_state`)."""
     baseline: Literal["group", "batch", "none"] = "group"
     """Samples that share one b*: `group` (of a prompt) | `batch` (of the step) | `none` (no baseline)."""
     baseline_weights: Literal["score", "gradient"] = "score"
@@ -73,7 +81,7 @@ class Vcpo(Objective):
 
     `auto`: `proxy` for models above a billion parameters, else `ghost`, whose memory grows with the layers
     (6 MB a token with 8B parameters). `ghost`: exact, from activations and their gradients. `exact`: by
-    autograd, one backward per sequence; slow, but for any architecture. `proxy`: norm of the gradient of the
+    autograd, one backward per sample; slow, but for any architecture. `proxy`: norm of the gradient of the
     logits only; one pass over the logits.
     """
     leave_one_out: bool = False
@@ -87,8 +95,8 @@ class Vcpo(Objective):
     """Normalizer of the loss; replaces `trainer.normalizer`."""
 
     def check(self) -> None:
-        if not 0 < self.rho_ref <= 1:
-            raise ConfigError("objective: use rho_ref above 0 and at most 1")
+        if not isinstance(self.rho_ref, str) and not 0 < self.rho_ref <= 1:
+            raise ConfigError("objective: use rho_ref above 0 and at most 1, or measured")
         if self.leave_one_out and (self.baseline != "group" or self.norms == "exact"):
             raise ConfigError(
                 "objective.leave_one_out needs objective.baseline=group, and not objective.norms=exact"
@@ -176,7 +184,6 @@ class Vcpo(Objective):
                 advantage_N.double(),
                 batch.group_N,
                 leave_one_out=self.leave_one_out,
-                sample_N=batch.sample_N,
             ).to(advantage_N)
         means["baseline"] = baseline_N
         return TokenLosses(
@@ -184,26 +191,64 @@ class Vcpo(Objective):
         )
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
-        """Every sequence's log W, and for a proxy b* of the whole step, squared norms and advantages."""
+        """Every sample's log W; for a measured rho_ref whether it is fresh; and for a proxy b* of the whole
+        step, squared norms and advantages."""
         observed = {"log_w": batch.of_trained(batch.log_w_N)}
+        if self._measures:
+            observed["is_fresh"] = batch.of_trained(batch.sum_N(batch.lag_S.abs()) == 0)
         if self.scope is Scope.BATCH:
             observed |= {"squares": self._proxy_squares(batch), "advantage": batch.mean_N(batch.advantage_S)}
         return observed
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
-        stats = {"rho": torch.tensor(ess_ratio(observed["log_w"]), dtype=torch.float64)}
+        log_w_B = observed["log_w"]
+        stats = {"rho": torch.tensor(ess_ratio(log_w_B), dtype=torch.float64)}
+        if self._measures:
+            fresh_B = log_w_B[observed["is_fresh"] > 0]
+            numbers = (ess_ratio(fresh_B), len(fresh_B) / max(1, len(log_w_B)))
+            stats["fresh"] = torch.tensor(numbers, dtype=torch.float64)
         if self.scope is Scope.BATCH:
             squares_B = observed["squares"]
             one_group_B = torch.zeros(len(squares_B), dtype=torch.int64)
             stats["baseline"] = optimal_baseline(squares_B, observed["advantage"], one_group_B)[:1].sum()
         return stats
 
+    def initial_state(self) -> tuple[float, ...]:
+        """(m, n) of a measured rho_ref."""
+        return (0.0, 0.0) if self._measures else ()
+
+    def next_state(self, state: Sequence[float], stats: StepStats) -> tuple[float, ...]:
+        """(m, n) of `rho_ref=measured`, which is m / n, and 1 while n = 0.
+
+        The tokens of a fresh sample were all sampled by the weights at the start of its step (lag 0), so only
+        the numerical mismatch of engine and trainer moves its W. With rho_f the ESS ratio of a step's fresh
+        samples, and s their share of its samples:
+
+            a = s / 20;   m <- (1 - a) m + a rho_f,   n <- (1 - a) n + a
+
+        All samples of step 0 are fresh. An ESS ratio is higher for fewer and for shorter samples, and both
+        bias those of a later step towards a larger rho_ref and so towards a smaller step size; s limits what
+        a few of them can change.
+        """
+        if not self._measures or "fresh" not in stats:
+            return tuple(state)
+        mean, total = state
+        rho, share = stats["fresh"].tolist()
+        if not share and not total:
+            _log_unmeasured()
+        weight = _REF_RATE * share
+        return (1 - weight) * mean + weight * rho, (1 - weight) * total + weight
+
     def lr_scale(self, stats: StepStats) -> float:
         """sqrt(x), x or 1 by `step_size`; 1 for a step without data."""
         if self.step_size == "none" or "rho" not in stats:
             return 1.0
-        x = min(1.0, float(stats["rho"]) / self.rho_ref)
+        x = min(1.0, float(stats["rho"]) / self._reference(stats))
         return math.sqrt(x) if self.step_size == "sqrt" else x
+
+    def step_metrics(self, stats: StepStats) -> dict[str, float]:
+        """`rho_ref`, if it is measured."""
+        return {"rho_ref": self._reference(stats)} if self._measures else {}
 
     def gradients(self, policy: Policy, ranks: Ranks) -> Gradients:
         if not self.late_coefficients:
@@ -215,6 +260,18 @@ class Vcpo(Objective):
         return GhostGradients(
             policy, ranks, over_batch=over_batch, leave_one_out=self.leave_one_out, weights=weights
         )
+
+    @property
+    def _measures(self) -> bool:
+        """True if a rho_ref is measured and used."""
+        return self.rho_ref == "measured" and self.step_size != "none"
+
+    def _reference(self, stats: StepStats) -> float:
+        """rho_ref of this step."""
+        if isinstance(self.rho_ref, float | int):
+            return self.rho_ref
+        mean, total = stats["state"].tolist()
+        return mean / total if total else 1.0
 
     @property
     def _is_proxy(self) -> bool:
@@ -239,6 +296,14 @@ class Vcpo(Objective):
         weight_N = self._weights(batch).double()
         scale_N = weight_N if self.baseline_weights == "gradient" else torch.ones_like(weight_N)
         if self.normalizer == "seq_mean_token_mean":
-            counted_N = batch.counted_of_sample_N(batch.counted_S)
-            scale_N = scale_N / counted_N.clamp(min=1).double()
+            scale_N = scale_N / batch.counted_N(batch.counted_S).clamp(min=1).double()
         return squares_N * scale_N.square()
+
+
+@functools.cache
+def _log_unmeasured() -> None:
+    """Once in a process."""
+    log.warning(
+        "objective.rho_ref=measured: no step has had a sample that its own weights sampled: rho_ref "
+        "stays 1 until there is one"
+    )

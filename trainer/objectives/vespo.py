@@ -4,8 +4,8 @@
     phi(W) = W^k exp(lambda (1 - W)),  W = prod_t pi_t / mu_t
     (k, lambda) = (2, 3) for A >= 0,  (3, 2) for A < 0
 
-phi(1) = 1; phi peaks at W = k / lambda and falls off on both sides, so neither a sequence that has become
-unlikely nor one that has become much likelier dominates. W is the product over the sequence: its
+phi(1) = 1; phi peaks at W = k / lambda and falls off on both sides, so neither a sample that has become
+unlikely nor one that has become much likelier dominates. W is the product over the sample: its
 length-normalized form, or one (k, lambda) for both signs, breaks the method.
 """
 
@@ -40,16 +40,16 @@ class Vespo(Objective):
     """lambda for A < 0."""
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The weighted log-probs; the metric `phi` is the mean weight of a sequence."""
+        """The weighted log-probs; the metric `phi` is the mean weight of a sample."""
         log_w_N = batch.sum_N(batch.log_ratio_S.clamp(-MAX_EXPONENT, MAX_EXPONENT))
-        # A sequence has one sign, even if the advantage varies over its tokens.
+        # A sample has one sign, even if the advantage varies over its tokens.
         phi_N = self.phi_N(log_w_N, positive_N=batch.sum_N(batch.advantage_S) >= 0)
         return TokenLosses(
             loss_S=-batch.spread_S(phi_N) * batch.advantage_S * batch.logp_S, means={"phi": phi_N}
         )
 
     def phi_N(self, log_w_N: Tensor, *, positive_N: Tensor) -> Tensor:
-        """[N] phi(W) of each sequence, from log W [N] and the sign of its advantage [N] (bool: A >= 0)."""
+        """[N] phi(W) of each sample, from log W [N] and the sign of its advantage [N] (bool: A >= 0)."""
         log_w_N = log_w_N.clamp(-MAX_EXPONENT, MAX_EXPONENT)
         k_N = torch.where(positive_N, self.k_positive, self.k_negative).to(log_w_N)
         lambda_N = torch.where(positive_N, self.lambda_positive, self.lambda_negative).to(log_w_N)

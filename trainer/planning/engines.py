@@ -1,7 +1,7 @@
-"""The memory of one GPU of an engine: weights, KV cache, and how many sequences that cache holds.
+"""The memory of one GPU of an engine: weights, adapters, KV cache, and how many sequences that cache holds.
 
 SGLang's rule (0.5.23, `_profile_available_bytes`): the share `--mem-fraction-static` of the memory that is
-free before it loads is for weights and KV cache, the rest for activations and CUDA graphs.
+free before it loads is for weights, adapters and KV cache, the rest for activations and CUDA graphs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ DEFAULT_STATIC_FRACTION = 0.85
 """Assumed if `rollout.sglang.args` names none: SGLang then computes it from the GPU."""
 SHARED_OTHER_BYTES = 4 * GIB
 """Assumed activations and CUDA graphs of an engine that shares its GPU with a trainer rank."""
+_FUSED = 3
+"""The embedded engine multiplies by query, key and value at once, and pads each layer's B to all three."""
 
 
 def _number(words: list[str], names: tuple[str, ...]) -> float | None:
@@ -36,6 +38,8 @@ class EngineMemory:
     """One GPU of an engine, in bytes."""
 
     weights: float
+    adapters: float
+    """Slots for the versions of an adapter; 0 unless pushes carry adapters."""
     kv_cache: float
     """Most memory of keys and values; below zero if the weights alone do not fit."""
     kv_at_least: float
@@ -48,7 +52,7 @@ class EngineMemory:
     @property
     def total(self) -> float:
         """Memory that the engine takes."""
-        return self.weights + max(self.kv_cache, 0.0) + self.other
+        return self.weights + self.adapters + max(self.kv_cache, 0.0) + self.other
 
     @property
     def num_tokens(self) -> int:
@@ -67,23 +71,33 @@ def engine_memory(job: PlannedJob, *, trainer_bytes: float = 0.0) -> EngineMemor
     parallel = rollout.gpus_per_engine
     # With more GPUs than KV heads, SGLang keeps a copy of a head on several of them.
     heads = max(1, shape.num_kv_heads // parallel)
-    per_token = float(shape.kv_values_per_token // shape.num_kv_heads * heads * job.param_bytes)
+    words = words_of(rollout.sglang.args) if rollout.engine == "sglang" else []
+    is_fp8 = (option(words, ("--kv-cache-dtype",)) or "").startswith("fp8")
+    value_bytes = 1 if is_fp8 else job.param_bytes
+    per_token = float(shape.kv_values_per_token // shape.num_kv_heads * heads * value_bytes)
     weights = job.weights_bytes / parallel
+    # Of an adapter some matrices are divided over an engine's GPUs; all are counted whole.
+    adapters = (job.config.num_adapters + 1) * job.pushed_bytes if job.config.num_adapters else 0.0
     if rollout.engine == "embedded":
-        # A second set of weights receives a push while the first one decodes.
+        # A second set of weights receives a push while the first one decodes; of adapters only a slot more.
         rows = rollout.max_running * job.lengths.context * per_token
         return EngineMemory(
-            weights=2 * weights, kv_cache=rows, kv_at_least=rows, other=1 * GIB, kv_per_token=per_token
+            weights=weights if adapters else 2 * weights,
+            adapters=_FUSED * adapters,
+            kv_cache=rows,
+            kv_at_least=rows,
+            other=1 * GIB,
+            kv_per_token=per_token,
         )
-    words = words_of(rollout.sglang.args)
     static = _number(words, STATIC_MEMORY) or DEFAULT_STATIC_FRACTION
     limit = _number(words, ("--max-total-tokens",))
     limit_bytes = float("inf") if limit is None else int(limit) * per_token
     rest = (1 - static) * gpu_bytes
     return EngineMemory(
         weights=weights,
-        kv_cache=min(static * gpu_bytes - weights, limit_bytes),
-        kv_at_least=min(static * (gpu_bytes - trainer_bytes) - weights, limit_bytes),
+        adapters=adapters,
+        kv_cache=min(static * gpu_bytes - weights - adapters, limit_bytes),
+        kv_at_least=min(static * (gpu_bytes - trainer_bytes) - weights - adapters, limit_bytes),
         other=min(rest, SHARED_OTHER_BYTES) if trainer_bytes else rest,
         kv_per_token=per_token,
     )

@@ -19,7 +19,7 @@ HOST_PROCESS_BYTES = 4 * GIB
 _SENT_BUCKETS = 2
 """Buckets on rank 0's GPU during a push: the one that is sent, and the next."""
 _SNAPSHOTS = 2
-"""Copies of the weights that pushes hold on the host: the one that is sent, and the newest."""
+"""Copies of what is pushed, on the host: the one that is sent, and the newest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def plan_memory(job: PlannedJob) -> MemoryPlan:
     """The memory of the job on its GPUs."""
     placement, trace = job.placement, job.trace
     largest = trace.largest_param_bytes / 4 * job.param_bytes
-    bucket = max(float(job.config.weights.bucket_bytes_on("cuda")), largest)
+    bucket = min(max(float(job.config.weights.bucket_bytes_on("cuda")), largest), job.pushed_bytes)
     return MemoryPlan(
         trainer={
             **{name: float(size) for name, size in trace.peak_bytes.items()},
@@ -117,10 +117,10 @@ def _host(job: PlannedJob) -> dict[str, float]:
     """The host memory of rank 0, which needs the most."""
     ranks = min(job.placement.trainer_gpus, GPUS_PER_HOST)
     engines = job.config.rollout.num_servers if job.placement.is_one_host else 0
-    rows = 12.0 * job.trace.num_params * ranks / job.trace.world_size
+    rows = 12.0 * job.trace.num_trained * ranks / job.trace.world_size
     return {
         "trainer processes": ranks * HOST_PROCESS_BYTES,
-        "snapshots for pushes (two, on rank 0)": _SNAPSHOTS * job.weights_bytes,
+        "snapshots for pushes (two, on rank 0)": _SNAPSHOTS * job.pushed_bytes,
         "rows of a checkpoint that is being written": rows,
         "engine processes": engines * HOST_PROCESS_BYTES,
     }

@@ -22,6 +22,8 @@ class Plan(PlannedJob):
 
     model_path: str
     """The setting `model.path`."""
+    objective_choice: str
+    """The objective that `objective=auto` chooses, and why; empty if the job names one."""
     memory: MemoryPlan
     estimate: Estimate | None
     """None if the job does not fit."""
@@ -59,7 +61,7 @@ def make_plan(
     lengths = lengths_of(local, max_positions=shape.max_positions, prompt=prompt, response=response)
     trace = trace_step(local, shape, lengths)
     job = PlannedJob(config=local, shape=shape, lengths=lengths, placement=placement, trace=trace)
-    return _plan(job, model_path=model_path)
+    return _plan(job, model_path=model_path, objective_choice=config.objective_choice)
 
 
 def planned_again(plan: Plan, config: Config, placement: Placement) -> Plan:
@@ -68,10 +70,16 @@ def planned_again(plan: Plan, config: Config, placement: Placement) -> Plan:
     if config.trainer != plan.config.trainer or config.model != plan.config.model:
         trace = trace_step(config, plan.shape, plan.lengths)
     job = PlannedJob(config=config, shape=plan.shape, lengths=plan.lengths, placement=placement, trace=trace)
-    return _plan(job, model_path=plan.model_path)
+    return _plan(job, model_path=plan.model_path, objective_choice=plan.objective_choice)
 
 
-def _plan(job: PlannedJob, *, model_path: str) -> Plan:
+def _plan(job: PlannedJob, *, model_path: str, objective_choice: str) -> Plan:
     memory = plan_memory(job)
     expected = None if memory.problems else estimate(job, memory.engine)
-    return Plan(**vars(job), model_path=model_path, memory=memory, estimate=expected)
+    return Plan(
+        **vars(job),
+        model_path=model_path,
+        objective_choice=objective_choice,
+        memory=memory,
+        estimate=expected,
+    )

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from areal_like.config.default_objective import as_setting
 from trainer.planning.advice import AdvisedChange
 from trainer.planning.estimate import ASSUMED
 from trainer.planning.gpus import GIB
@@ -59,7 +60,10 @@ def json_of(plan: Plan, changes: Sequence[AdvisedChange]) -> dict[str, Any]:
             "path": plan.model_path,
             "shape_from": plan.shape.source,
             "num_params": plan.trace.num_params,
+            "num_trained": plan.trace.num_trained,
         },
+        "objective": plan.config.objective,
+        "objective_choice": plan.objective_choice,
         "lengths": dataclasses.asdict(plan.lengths),
         "memory": {
             "gpu": plan.memory.gpu_bytes,
@@ -82,6 +86,7 @@ def _job_lines(plan: Plan) -> list[str]:
     lengths = plan.lengths
     return [
         f"model      {plan.trace.num_params / 1e9:.2f} B parameters, {plan.shape.source}",
+        *_adapter_lines(plan),
         f"GPUs       {placement.num_gpus} {placement.gpu.name} with {placement.gpu.memory_bytes / 1e9:g} GB: "
         f"{config.rollout.num_servers} engines of {parallel} GPU{'s' * (parallel > 1)}, "
         f"{placement.trainer_gpus} trainer ranks, {where}",
@@ -91,6 +96,20 @@ def _job_lines(plan: Plan) -> list[str]:
         f"logprob_chunk_tokens={config.trainer.logprob_chunk_tokens}",
         f"sequences  up to {lengths.context} tokens; assumed means: prompt {lengths.prompt:.0f}, response "
         f"{lengths.response:.0f} (--prompt-tokens, --response-tokens)",
+        f"objective  {plan.objective_choice or as_setting(plan.config.objective)}",
+    ]
+
+
+def _adapter_lines(plan: Plan) -> list[str]:
+    lora, trace = plan.config.model.lora, plan.trace
+    if not lora.is_on:
+        return []
+    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    share = trace.num_adapter / trace.num_params
+    pushed = "the adapter alone" if plan.config.num_adapters else "all weights, merged with the adapter"
+    return [
+        f"adapter    {trace.num_adapter / 1e6:.1f} M parameters ({share:.2%}), rank {lora.rank}, {targets}",
+        f"push       {pushed}: {plan.pushed_bytes / 1e9:.3g} GB",
     ]
 
 
@@ -107,6 +126,7 @@ def _memory_table(plan: Plan) -> Table:
         ("  total", memory.trainer_total),
         ("one engine GPU", None),
         ("  weights", engine.weights),
+        *[(f"  adapters: {plan.config.num_adapters + 1} slots", engine.adapters)] * bool(engine.adapters),
         (cache, engine.kv_at_least),
         ("  activations, CUDA graphs", engine.other),
         (f"one GPU ({plan.placement.gpu.name})", memory.gpu_bytes),
@@ -219,13 +239,13 @@ def _explanations(plan: Plan) -> list[str]:
         "formulas",
         "  a rank's memory = the largest total of the tensors of a traced step (fake tensors, the job's",
         f"    world size, the full micro-batch whose attention pads most) x {margin}",
-        "  KV cache = static share x GPU memory - weights / tp",
+        "  KV cache = static share x GPU memory - weights / tp - slots of adapters",
         "  KV of a token = 2 x layers x KV heads x head size x bytes / tp",
     ]
     if plan.estimate is not None:
         lines += [f"  {formula}" for formula in plan.estimate.formulas]
     lines += [
-        "assumptions",
+        "assumptions, not measured on GPUs",
         f"  CUDA context, cuBLAS and NCCL {gib(CONTEXT_BYTES)} a GPU, fragmentation {FRAGMENTATION:.0%}, "
         f"host memory {gib(HOST_PROCESS_BYTES)} a process",
     ]

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,20 @@ _WORKING = (ACTIVATIONS, LOGITS)
 _FSDP_OPS = ("fsdp", "c10d")
 
 
+class Stage(NamedTuple):
+    """A part of the step in which the live tensors of all layers but one stay the same."""
+
+    phase: str
+    """`policy`, `reference`, `proximal`, `critic`; empty before the first of them."""
+    part: str
+    """`forward`, `backward`, `update`."""
+    layer: int | None
+    """Index of the decoder layer that began last; None before the first one."""
+
+
+_BEFORE = Stage("", "", None)
+
+
 @dataclass(kw_only=True, eq=False)
 class _Storage:
     """One allocation. `purpose` may change until the trace has ended."""
@@ -55,9 +69,9 @@ class TensorMemory:
     flops: Counter[str] = field(default_factory=Counter)
     """FLOPs by phase; those of attention have the phase's name with a suffix."""
     purpose: str = ACTIVATIONS
-    phase: str = ""
+    stage: Stage = _BEFORE
     _live: dict[int, _Storage] = field(default_factory=dict)
-    _events: list[tuple[_Storage, int]] = field(default_factory=list)
+    _events: list[tuple[_Storage, int, Stage]] = field(default_factory=list)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -78,13 +92,20 @@ class TensorMemory:
 
     @contextmanager
     def as_(self, purpose: str, *, phase: str | None = None) -> Iterator[None]:
-        """Tensors created in the body have this purpose, and its FLOPs belong to `phase`."""
-        before = self.purpose, self.phase
-        self.purpose, self.phase = purpose, self.phase if phase is None else phase
+        """Tensors created in the body have this purpose. `phase`: the body begins this phase's forward, and
+        its FLOPs belong to the phase."""
+        before = self.purpose, self.stage
+        self.purpose = purpose
+        if phase is not None:
+            self.stage = Stage(phase, "forward", None)
         try:
             yield
         finally:
-            self.purpose, self.phase = before
+            self.purpose, self.stage = before
+
+    def begin(self, part: str, *, layer: int | None = None) -> None:
+        """The current phase enters another part of the step, or another layer in it."""
+        self.stage = self.stage._replace(part=part, layer=layer)
 
     def now_bytes(self) -> dict[str, int]:
         """Bytes by purpose at this moment."""
@@ -93,17 +114,18 @@ class TensorMemory:
             totals[storage.purpose] += storage.num_bytes
         return {purpose: size for purpose, size in totals.items() if size}
 
-    def peak_bytes(self) -> dict[str, int]:
-        """Bytes by purpose at the moment of the largest total."""
+    def peaks(self) -> dict[Stage, dict[str, int]]:
+        """Bytes by purpose at the moment of the largest total of each stage."""
         totals: Counter[str] = Counter()
-        now = most = 0
-        peak: dict[str, int] = {}
-        for storage, change in self._events:
+        now = 0
+        most: Counter[Stage] = Counter()
+        peaks: dict[Stage, dict[str, int]] = {}
+        for storage, change, stage in self._events:
             totals[storage.purpose] += change
             now += change
-            if now > most:
-                most, peak = now, dict(totals)
-        return {purpose: size for purpose, size in peak.items() if size}
+            if now > most[stage]:
+                most[stage], peaks[stage] = now, dict(totals)
+        return peaks
 
     def made(self, tensor: Tensor) -> _Storage:
         """The record of a tensor's storage, created for a new storage."""
@@ -138,7 +160,7 @@ class TensorMemory:
 
     def _change(self, record: _Storage, change: int) -> None:
         if change:
-            self._events.append((record, change))
+            self._events.append((record, change, self.stage))
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -168,7 +190,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count_flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = str(func)
-        phase = self._memory.phase
+        phase = self._memory.stage.phase
         if "_scaled_dot_product" in name:
             is_backward = "backward" in name
             query = args[1] if is_backward else args[0]

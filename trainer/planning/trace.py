@@ -1,9 +1,9 @@
 """Traces a rank's optimizer step on fake tensors: its memory and FLOPs, without weights, GPU or time.
 
-The model, its sharding, the packed batch, the chunked head, the backward and the optimizer are those of a
-real job, under torch's FakeTensorMode and a process group that transfers nothing. The second of two
-micro-batches is traced, when Adam's moments and the gradients of the first exist: it has the peak of every
-step but the first.
+The model, its adapter, its sharding, the packed batch, the chunked head, the backward and the optimizer are
+those of a real job, under torch's FakeTensorMode and a process group that transfers nothing. The second of
+two micro-batches is traced, when Adam's moments and the gradients of the first exist: it has the peak of
+every step but the first. With LoRA the merging of two pushes is traced too.
 
 Fake CPU tensors stand for those of a GPU. There are two differences. Attention keeps the same tensors on both
 (the output, and one float32 number for each head and position), but on a GPU it needs a workspace, or keeps
@@ -16,13 +16,17 @@ replace autograd's accumulation (VCPO with per-sequence norms), which are refuse
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -30,26 +34,38 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from areal_like.config import Config
+from areal_like.automatic_settings import uses_fp32_head
+from areal_like.config import Config, LoraConfig
 from areal_like.errors import ConfigError
+from areal_like.weights.hf_layout import is_adapter
 from trainer.advantages.gae import Gae
 from trainer.batching.attention_layout import RectangleLayout
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
-from trainer.models.packed_model import DTYPES, PackedModel
-from trainer.models.policy import Policy
+from trainer.distributed.sharding import local
+from trainer.models.packed_model import DTYPES, PackedModel, decoder_layers
+from trainer.models.policy import ENTROPY_NUMBERS_ON_GPU, BaseReference, Policy
 from trainer.models.value_model import ValueModel
 from trainer.objectives import Need
 from trainer.optimizer import ShardedAdamW
 from trainer.planning.gpus import Placement
+from trainer.planning.layers import FEW, Traced, extended, has_equal_layers, with_layers
 from trainer.planning.lengths import Lengths, worst_lengths
 from trainer.planning.shapes import ModelShape
 from trainer.planning.tensor_memory import ACTIVATIONS, ATTENTION, TensorMemory
+from trainer.step.proximal import ProximalPolicy
 from trainer.step.recipe import StepRecipe
+from trainer.weights.push_source import MergedWeights
 
 BYTES = {"float32": 4, "bfloat16": 2}
 """`model.dtype` -> bytes of a number."""
+POLICY = "policy"
+FORWARDS = (POLICY, "reference", "proximal", "critic")
+"""Phases whose FLOPs are the time of a step."""
+BASE = "base model (frozen)"
 MASTERS = "weights (float32 masters)"
+ADAPTERS = "adapter (float32 masters)"
+PUSH = "merging for pushes (float32)"
 MOMENTS = "Adam's moments"
 GRADIENTS = "gradients"
 REFERENCE = "reference model"
@@ -57,6 +73,7 @@ PROXIMAL = "proximal policy (float32)"
 CRITIC = "critic: weights, moments, gradients"
 SCORES = "attention scores (float32)"
 WORKSPACE = "workspace of attention's backward"
+PARAMETERS, TRAINED, ADAPTER, LARGEST = "parameters", "trained", "adapter", "largest parameter"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +82,11 @@ class StepTrace:
 
     world_size: int
     num_params: int
+    """Parameters of the model, without an adapter."""
+    num_trained: int
+    """Parameters that are trained: all, or those of the adapter."""
+    num_adapter: int
+    """Parameters of the adapter; 0: none."""
     largest_param_bytes: int
     """Size of the largest parameter, float32."""
     num_tokens: int
@@ -117,16 +139,26 @@ class PlannedJob:
         return float(self.trace.num_params * self.param_bytes)
 
     @property
+    def pushed_bytes(self) -> float:
+        """Bytes of a push: all weights, or the adapter alone, in `model.dtype`."""
+        if self.config.num_adapters:
+            return float(self.trace.num_adapter * self.param_bytes)
+        return self.weights_bytes
+
+    @property
     def peak(self) -> float:
         """FLOP/s of one GPU in `model.dtype`."""
         return self.placement.gpu.flops(str(self.config.model.dtype))
 
 
-def trace_step(config: Config, shape: ModelShape, lengths: Lengths) -> StepTrace:
+def trace_step(
+    config: Config, shape: ModelShape, lengths: Lengths, *, every_layer: bool = False
+) -> StepTrace:
     """Traces rank 0 of `trainer.world_size` ranks. `config`: resolved, as `with_local_model` returns it.
 
-    It must be the only user of the default process group. Raises ConfigError for an objective that the trace
-    does not cover, and for a model that cannot be trained.
+    `every_layer`: traces all layers even if a few of them give the same result. The trace must be the only
+    user of the default process group. Raises ConfigError for an objective that it does not cover, and for a
+    model that cannot be trained.
     """
     recipe = StepRecipe.of(config)
     if recipe.objective.late_coefficients:
@@ -135,14 +167,57 @@ def trace_step(config: Config, shape: ModelShape, lengths: Lengths) -> StepTrace
             "layer: set objective.norms=proxy, which `auto` chooses above a billion parameters"
         )
     packed = worst_lengths(lengths, budget_tokens=config.trainer.tokens_per_microbatch)
+
+    def trace(some: ModelShape) -> Traced:
+        return _Trace(config, some, recipe, packed, max_response=lengths.max_response).run()
+
     with _fake_group(config.trainer.world_size):
         try:
-            return _Trace(config, shape, recipe, packed, max_response=lengths.max_response).run()
+            few = not every_layer and has_equal_layers(shape)
+            traced = _of_few_layers(shape, trace) if few else None
+            return _step_trace(config, shape, packed, traced or trace(shape))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ConfigError(
                 f"plan cannot trace {shape.source}: its shapes depend on values of tensors, as in some "
                 f"mixtures of experts ({error.func})"
             ) from None
+
+
+def _of_few_layers(shape: ModelShape, trace: Callable[[ModelShape], Traced]) -> Traced | None:
+    with tempfile.TemporaryDirectory() as folder:
+        few, more = (trace(with_layers(shape, n, Path(folder, str(n)))) for n in (FEW, FEW + 1))
+    return extended(few, more, num_layers=shape.num_layers)
+
+
+def _step_trace(config: Config, shape: ModelShape, lengths: tuple[int, ...], traced: Traced) -> StepTrace:
+    rectangles = [(r.num_sequences, r.num_queries) for r in RectangleLayout.of(lengths).rectangles]
+    squares = sum(num_seqs * longest**2 for num_seqs, longest in rectangles)
+    flops = traced.flops
+    phases = [phase for phase in FORWARDS if phase in flops]
+    peak = max((dict(parts) for parts in traced.peaks.values()), key=lambda parts: sum(parts.values()))
+    is_grouped = shape.num_kv_heads != shape.num_heads
+    on_cuda = config.trainer.device != "cpu"
+    if on_cuda and is_grouped and config.model.dtype == "float32":
+        # torch has no fused CUDA kernel: scores once before and once after the softmax.
+        peak[SCORES] = max(2 * 4 * n * shape.num_heads * length**2 for n, length in rectangles)
+    elif on_cuda:
+        # torch's flash_api.cpp, mha_bwd: the queries' gradients in float32, and for grouped queries those
+        # of keys and values for every query head, in bfloat16.
+        bytes_each = 4 + (2 * 2 if is_grouped else 0)
+        positions = max(num_seqs * longest for num_seqs, longest in rectangles)
+        peak[WORKSPACE] = bytes_each * positions * shape.num_heads * shape.head_dim
+    return StepTrace(
+        world_size=config.trainer.world_size,
+        num_params=traced.sizes[PARAMETERS],
+        num_trained=traced.sizes[TRAINED],
+        num_adapter=traced.sizes[ADAPTER],
+        largest_param_bytes=4 * traced.sizes[LARGEST],
+        num_tokens=sum(lengths),
+        peak_bytes={purpose: size for purpose, size in peak.items() if size},
+        resident_bytes={purpose: size for purpose, size in traced.resident.items() if size},
+        linear_flops={phase: float(flops[phase]) for phase in phases},
+        attention_flops={phase: flops[phase + ATTENTION] / squares for phase in phases},
+    )
 
 
 @contextmanager
@@ -155,11 +230,10 @@ def _fake_group(world_size: int) -> Iterator[None]:
 
 
 class _FakeRanks(Ranks):
-    """Rank 0. The optimizer reads a sum over ranks as a number, which a fake tensor does not have: it is
-    1."""
+    """Rank 0. Sums over ranks are read as numbers, which a fake tensor does not have: all are 1."""
 
     def sum(self, values: Tensor) -> Tensor:
-        return 1.0  # type: ignore[return-value]
+        return np.ones(values.shape)  # type: ignore[return-value]
 
 
 class _Trace:
@@ -180,31 +254,50 @@ class _Trace:
         self._memory = TensorMemory(vocab_size=shape.vocab_size)
         self._ranks = _FakeRanks()
 
-    def run(self) -> StepTrace:
+    def run(self) -> Traced:
         # Built outside the mode: rotary frequencies are real tensors, which `allow_non_fake_inputs` permits.
         config, recipe = self._config, self._recipe
         dtype, reshards = config.model.dtype, config.trainer.reshard_after_forward
-        policy = self._build_policy()
-        reference = self._build_policy(DTYPES[dtype]) if recipe.needs_reference else None
-        proximal = self._build_policy() if recipe.objective.proximal else None
+        policy = self._build_policy(lora=config.model.lora)
+        reference: Policy | BaseReference | None = None
+        proximal_model = None
+        if recipe.needs_reference:
+            is_base = policy.has_adapter and not config.kl.reference
+            reference = BaseReference(policy) if is_base else self._build_policy(DTYPES[dtype])
+        if recipe.objective.proximal:
+            proximal_model = policy if policy.has_adapter else self._build_policy()
         critic = self._build_critic() if isinstance(recipe.estimator, Gae) else None
+        found = {POLICY: policy, REFERENCE: reference, PROXIMAL: proximal_model, CRITIC: critic}
+        models = {name: model for name, model in found.items() if isinstance(model, PackedModel)}
+        for model in set(models.values()):
+            self._watch_layers(model)
+            for param in model.parameters():
+                if not param.requires_grad:  # `shard` does this too, but cannot with fake tensors
+                    param.data = param.data.to(DTYPES[str(dtype)])
         with FakeTensorMode(allow_non_fake_inputs=True), self._memory.recording():
-            with self._memory.as_(MASTERS):
+            with self._memory.as_(ADAPTERS if policy.has_adapter else MASTERS):
                 policy.shard(self._ranks, dtype=dtype, reshard_after_forward=reshards)
+            for param in policy.parameters():
+                if not param.requires_grad:
+                    self._memory.made(local(param)).purpose = BASE
             with self._memory.as_(MOMENTS):
                 optimizer = self._optimizer(policy)
-            if reference is not None:
+            if isinstance(reference, Policy):
                 reference.with_entropy = False
                 with self._memory.as_(REFERENCE):
                     reference.shard(self._ranks, dtype=dtype, frozen=True)
-            if proximal is not None:
-                proximal.requires_grad_(False).with_entropy = False
+            proximal = None
+            if proximal_model is not None and recipe.objective.proximal:
                 with self._memory.as_(PROXIMAL):
-                    proximal.shard(self._ranks, dtype=dtype, reshard_after_forward=reshards)
+                    if proximal_model is not policy:
+                        proximal_model.shard(self._ranks, dtype=dtype, reshard_after_forward=reshards)
+                    proximal = ProximalPolicy(proximal_model, policy, rule=recipe.objective.proximal)
             if critic is not None:
                 with self._memory.as_(CRITIC):
                     critic.shard(self._ranks, dtype=dtype, reshard_after_forward=reshards)
                     critic_optimizer = self._optimizer(critic)
+            is_merged = policy.has_adapter and config.weights.lora == "merged"
+            pushed = self._merged(policy) if is_merged else None  # keeps what the next push is compared with
             resident = self._memory.now_bytes()
             batch = self._batch()
             if reference is not None:
@@ -216,44 +309,47 @@ class _Trace:
             self._train_policy(policy, optimizer, batch)
             if critic is not None:
                 self._train_critic(critic, critic_optimizer, batch)
-        return self._result(policy, resident)
+            del pushed
+        return self._traced(models, resident)
 
-    def _result(self, policy: Policy, resident: dict[str, int]) -> StepTrace:
-        rectangles = [(r.num_sequences, r.num_queries) for r in RectangleLayout.of(self._lengths).rectangles]
-        squares = sum(num_seqs * longest**2 for num_seqs, longest in rectangles)
-        flops = self._memory.flops
-        phases = [phase for phase in flops if not phase.endswith(ATTENTION)]
-        peak = self._memory.peak_bytes()
-        if self._keeps_scores:
-            # Once before and once after the softmax.
-            peak[SCORES] = max(2 * 4 * n * self._shape.num_heads * length**2 for n, length in rectangles)
-        elif self._config.trainer.device != "cpu":
-            # torch's flash_api.cpp, mha_bwd: the queries' gradients in float32, and for grouped queries those
-            # of keys and values for every query head, in bfloat16.
-            bytes_each = 4 + (2 * 2 if self._is_grouped else 0)
-            positions = max(num_seqs * longest for num_seqs, longest in rectangles)
-            peak[WORKSPACE] = bytes_each * positions * self._shape.num_heads * self._shape.head_dim
-        params = list(policy.parameters())
-        return StepTrace(
-            world_size=self._config.trainer.world_size,
-            num_params=sum(param.numel() for param in params),
-            largest_param_bytes=max(param.numel() * param.itemsize for param in params),
-            num_tokens=sum(self._lengths),
-            peak_bytes=peak,
-            resident_bytes=resident,
-            linear_flops={phase: float(flops[phase]) for phase in phases},
-            attention_flops={phase: flops[phase + ATTENTION] / squares for phase in phases},
+    def _traced(self, models: Mapping[str, PackedModel], resident: dict[str, int]) -> Traced:
+        params = list(models[POLICY].named_parameters())
+        adapter = sum(param.numel() for name, param in params if is_adapter(name))
+        return Traced(
+            num_layers=self._shape.num_layers,
+            peaks=self._memory.peaks(),
+            resident=resident,
+            flops=self._memory.flops,
+            sizes={
+                PARAMETERS: sum(param.numel() for _, param in params) - adapter,
+                TRAINED: sum(param.numel() for _, param in params if param.requires_grad),
+                ADAPTER: adapter,
+                LARGEST: max(param.numel() for _, param in params),
+            },
+            model_bytes={
+                name: sum(param.numel() * param.itemsize for param in model.parameters())
+                for name, model in models.items()
+            },
         )
 
-    @property
-    def _keeps_scores(self) -> bool:
-        """True if torch has no fused CUDA kernel for the attention: float32 with grouped queries."""
-        on_cuda = self._config.trainer.device != "cpu"
-        return on_cuda and self._is_grouped and self._config.model.dtype == "float32"
+    def _watch_layers(self, model: PackedModel) -> None:
+        """Tells the record of memory when a layer's forward or backward begins."""
 
-    @property
-    def _is_grouped(self) -> bool:
-        return self._shape.num_kv_heads != self._shape.num_heads
+        def watch(layer: nn.Module, index: int) -> None:
+            def before(*_: object) -> None:
+                if self._memory.stage.part == "forward":  # else it is recomputed
+                    self._memory.begin("forward", layer=index)
+
+            def after(_module: nn.Module, _inputs: object, output: Any) -> None:
+                hidden: Any = output if isinstance(output, Tensor) else output[0]
+                if hidden.requires_grad:
+                    hidden.register_hook(lambda _: self._memory.begin("backward", layer=index))
+
+            layer.register_forward_pre_hook(before)
+            layer.register_forward_hook(after)
+
+        for index, layer in enumerate(decoder_layers(model.model)):
+            watch(layer, index)
 
     def _train_policy(self, policy: Policy, optimizer: ShardedAdamW, batch: PackedBatch) -> None:
         needs = self._recipe.objective.needs
@@ -265,21 +361,38 @@ class _Trace:
             loss = out.logprobs_S.sum()
             if policy.with_entropy_gradient:
                 loss = loss + out.entropy_S.sum()
+            self._memory.begin("backward")
             loss.backward()
             del out, loss
+            self._memory.begin("update")
             optimizer.step(divisor=1.0, lr=0.0)
 
     def _train_critic(self, critic: ValueModel, optimizer: ShardedAdamW, batch: PackedBatch) -> None:
         self._add_gradients(critic, CRITIC)
         with self._memory.as_(ACTIVATIONS, phase="critic"):
-            critic(batch).sum().backward()
+            loss = critic(batch).sum()
+            self._memory.begin("backward")
+            loss.backward()
+            self._memory.begin("update")
             optimizer.step(divisor=1.0, lr=0.0)
+
+    def _merged(self, policy: Policy) -> MergedWeights:
+        """The source of the pushes, after two of them: the second one is compared with the first."""
+        with self._memory.as_(PUSH, phase="push"):
+            merged = MergedWeights(policy.model, self._ranks, dtype=DTYPES[str(self._config.model.dtype)])
+            for _ in range(2):
+                merged.begin()
+                for tensor in merged.tensors:
+                    merged.rows(tensor.param)
+                merged.end()
+        return merged
 
     def _add_gradients(self, model: PackedModel, purpose: str) -> None:
         """Adds the gradients of an earlier micro-batch."""
         with self._memory.as_(purpose):
             for param in model.parameters():
-                param.grad = torch.zeros_like(param)
+                if param.requires_grad:
+                    param.grad = torch.zeros_like(param)
 
     def _optimizer(self, model: PackedModel) -> ShardedAdamW:
         """An optimizer that already has moments, which the first step creates."""
@@ -287,20 +400,27 @@ class _Trace:
         optimizer.step(divisor=1.0, lr=0.0)
         return optimizer
 
-    def _build_policy(self, dtype: torch.dtype = torch.float32) -> Policy:
+    def _build_policy(self, dtype: torch.dtype = torch.float32, *, lora: LoraConfig | None = None) -> Policy:
         trainer = self._config.trainer
-        return Policy.build(
+        policy = Policy.build(
             self._shape.directory,
             temperature=self._config.sampling.temperature,
             chunk_tokens=trainer.logprob_chunk_tokens,
-            fp32_head=self._config.model.fp32_head,
+            fp32_head=uses_fp32_head(self._config),
             gradient_checkpointing=bool(trainer.gradient_checkpointing),
             master_dtype=dtype,
+            lora_settings=lora,
         )
+        if trainer.device != "cpu":
+            policy.entropy_numbers = ENTROPY_NUMBERS_ON_GPU  # fake tensors are a CPU's
+        return policy
 
     def _build_critic(self) -> ValueModel:
         checkpointing = bool(self._config.trainer.gradient_checkpointing)
-        return ValueModel.build(self._shape.directory, gradient_checkpointing=checkpointing)
+        lora = replace(self._config.model.lora, path="")
+        return ValueModel.build(
+            self._shape.directory, gradient_checkpointing=checkpointing, lora_settings=lora
+        )
 
     def _batch(self) -> PackedBatch:
         lengths = self._lengths
@@ -314,7 +434,7 @@ class _Trace:
             return PackedBatch(
                 tokens_T=zeros(total, torch.int64),
                 positions_T=zeros(total, torch.int64),
-                segments_T=zeros(total, torch.int64),
+                samples_T=zeros(total, torch.int64),
                 behavior_logp_T=zeros(total, torch.float32),
                 versions_T=zeros(total, torch.int32),
                 lags_T=zeros(total, torch.int64),
@@ -325,4 +445,5 @@ class _Trace:
                 truncated_N=zeros(num_seqs, torch.bool),
                 sampled_S=zeros(num_sampled, torch.int64),
                 lengths=lengths,
+                sample_lengths=lengths,
             )

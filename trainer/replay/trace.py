@@ -5,8 +5,8 @@
     newest checkpoint that is not after step K, or the initial weights -> steps up to K -> DIR
 
 `name` and `runs_dir` of the configuration choose the checkpoints; nothing is written there. DIR gets
-`tokens.npz` (arrays over the sequences of step K in recorded order, and over their trained tokens) and
-`step.json`. One rank trains all, so the order of the sequences and of sums does not depend on the run's.
+`tokens.npz` (arrays over the samples of step K in recorded order, and over their trained tokens) and
+`step.json`. One rank trains all, so the order of the samples and of sums does not depend on the run's.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TokenTrace:
         at = batch.sampled_S
         found = {
             "group_N": batch.groups_N,
-            "length_N": torch.bincount(batch.segments_T[at], minlength=batch.num_sequences),
+            "length_N": batch.sum_N(torch.ones_like(at)),
             "logp_S": logp_S,
             "advantage_S": batch.advantages_T[at],
             "weight_S": torch.zeros_like(logp_S),

@@ -154,6 +154,7 @@ class SupervisedRun:
             ranks,
             budget_tokens=config.trainer.tokens_per_microbatch,
             peak_tflops=config.trainer.peak_tflops,
+            dropout_seed=config.seed if config.model.lora.dropout else None,
         )
         self._eval_before = self._resume(step) if step is not None else None
         self._step = step or 0

@@ -11,6 +11,7 @@ Shape suffix: S learned tokens of a micro-batch.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -23,6 +24,7 @@ from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSa
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.speed import StepSpeed
 from trainer.metrics.step_totals import shared_share
+from trainer.models.lora import use_dropout
 from trainer.models.policy import Policy
 from trainer.optimizer import ShardedAdamW
 
@@ -40,11 +42,14 @@ class SupervisedStep:
         *,
         budget_tokens: int,
         peak_tflops: float = 0.0,
+        dropout_seed: int | None = None,
     ) -> None:
         """`policy` is sharded and has temperature 1. `budget_tokens`: most tokens of a micro-batch.
 
-        `peak_tflops`: peak of one rank's device, for MFU; 0: looked up by its name.
+        `peak_tflops`: peak of one rank's device, for MFU; 0: looked up by its name. `dropout_seed`: of the
+        dropout of the policy's adapter in training; None: no dropout.
         """
+        self._dropout_seed = dropout_seed
         assert policy.temperature == 1.0
         self.policy = policy
         self.optimizer = optimizer
@@ -63,15 +68,17 @@ class SupervisedStep:
         """
         timer = self._speed.begin(step)
         sums = self._sums()
-        for microbatch, live in in_lockstep(self._cut(timer.timed("wait_s", sequences)), self._ranks):
-            with timer.span("compute_s"):
-                logp_S, entropy_S, _ = self.policy(microbatch)
-                nll = -logp_S.sum()
-                # Multiplied by zero on a rank without work: the backward keeps FSDP2's collectives in step.
-                (nll if live else nll * 0.0).backward()
-                if live:
-                    self._count(sums, logp_S, entropy_S, microbatch)
-                    sums[_FLOPS] += self._speed.flops_of(microbatch)
+        with self._dropout(step):
+            for microbatch, live in in_lockstep(self._cut(timer.timed("wait_s", sequences)), self._ranks):
+                with timer.span("compute_s"):
+                    logp_S, entropy_S, _ = self.policy(microbatch)
+                    nll = -logp_S.sum()
+                    # Multiplied by zero on a rank without work: the backward keeps FSDP2's collectives in
+                    # step.
+                    (nll if live else nll * 0.0).backward()
+                    if live:
+                        self._count(sums, logp_S, entropy_S, microbatch)
+                        sums[_FLOPS] += self._speed.flops_of(microbatch)
         with timer.span("reduce_s"):
             totals = self._ranks.sum(sums.cpu()).tolist()
         num_learned = max(totals[_LEARNED], 1.0)
@@ -104,6 +111,23 @@ class SupervisedStep:
                 self._count(sums, logp_S, entropy_S, microbatch)
         totals = self._ranks.sum(sums.cpu()).tolist()
         return float(totals[_NLL] / totals[_LEARNED])
+
+    @contextlib.contextmanager
+    def _dropout(self, step: int) -> Iterator[None]:
+        """Dropout is on within the block. Its draws depend on seed, step and rank alone, so a resumed run
+        draws what it would have drawn."""
+        if self._dropout_seed is None:
+            yield
+            return
+        device, model = self._ranks.device, self.policy.model
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            place = step * self._ranks.world_size + self._ranks.rank
+            torch.manual_seed(int(np.random.SeedSequence([self._dropout_seed, place]).generate_state(1)[0]))
+            use_dropout(model, True)
+            try:
+                yield
+            finally:
+                use_dropout(model, False)
 
     def _sums(self) -> Tensor:
         # On the device until the end of the step: reading a number during the step would stall a GPU.

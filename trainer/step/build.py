@@ -7,7 +7,7 @@ from areal_like.errors import ConfigError
 from trainer.advantages.critic import Critic
 from trainer.advantages.gae import Gae
 from trainer.distributed.ranks import Ranks
-from trainer.models.policy import Policy, build_policy
+from trainer.models.policy import BaseReference, Policy, build_policy
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.step.proximal import ProximalPolicy
@@ -21,12 +21,15 @@ def build_step_runner(
     """Returns a runner with a fresh optimizer. `policy` is sharded. Raises ConfigError.
 
     `initial`: the model that the run started from. The critic starts from it, and it is the reference model
-    if one is needed and `kl.reference` names none. `with_weights`: False leaves the weights of critic and
-    proximal policy undefined, for a caller that reads a checkpoint into them.
+    if one is needed and `kl.reference` names none. With an adapter that reference is the policy without it.
+    `with_weights`: False leaves the weights of critic and proximal policy that are trained undefined, for a
+    caller that reads a checkpoint into them.
     """
     trainer, recipe = config.trainer, StepRecipe.of(config)
-    reference = None
-    if recipe.needs_reference and (config.kl.reference or initial):
+    reference: Policy | BaseReference | None = None
+    if recipe.needs_reference and policy.has_adapter and not config.kl.reference:
+        reference = BaseReference(policy)
+    elif recipe.needs_reference and (config.kl.reference or initial):
         reference = _build_reference(config, ranks, initial=initial)
     critic = None
     if isinstance(recipe.estimator, Gae) and initial:

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 from areal_like.wire.messages.consumer import EarlyMember
 from trainer.advantages.base import Advantage, Estimator, FloatArray
-from trainer.advantages.parts import RewardHistory, context_of
+from trainer.advantages.parts import RewardHistory, RewardStatistics, context_of
 from trainer.advantages.turns import group_advantages
-from trainer.batching.packing import SampleCounts, TrainingSample, num_targets
+from trainer.batching.packing import TrainingSample, num_targets
 from trainer.batching.positions import Position, as_context
 from trainer.batching.scope import Scope
 from trainer.metrics.step_totals import StepTotals
@@ -126,19 +126,18 @@ class GroupAdvantages:
         for index, (trajectory, advantage) in enumerate(zip(shaped, advantages, strict=True)):
             if trajectory.is_greedy:
                 continue
-            beyond_T, counts = position.beyond(index), None
+            beyond_T, num_masked = position.beyond(index), 0
             if beyond_T is not None and self.masks_beyond:
-                length = num_targets(trajectory)
+                num_masked = num_targets(trajectory)
                 trajectory = as_context(trajectory, beyond_T)
-                counts = SampleCounts(length - num_targets(trajectory), length, 1, index)
+                num_masked -= num_targets(trajectory)
             sample = TrainingSample(
                 trajectory=trajectory,
                 advantage=advantage,
                 group=position.place,
-                index=index,
                 lag=position.lags[index],
                 beyond=None if self.masks_beyond else beyond_T,
-                counts=counts,
+                num_masked=num_masked,
             )
             samples.append(sample)
         return ScoredPosition(position=position, shaped=shaped, samples=samples)
@@ -171,14 +170,16 @@ class GroupAdvantages:
         """Compares each sample with the early members of its own group."""
         assert isinstance(self.estimator, Advantage) and position.origins is not None
         shaped, advantages = [], []
-        members_of: dict[int, Sequence[EarlyMember]] = {}
+        of_group: dict[int, tuple[RewardStatistics, list[EarlyMember]]] = {}
         self.history.begin(step, duals=self.rewards.duals)
         for trajectory, origin in zip(position.trajectories, position.origins, strict=True):
-            running = self.history.as_of(origin.begin_step, step=step)
-            if origin.ticket_id not in members_of:
-                members_of[origin.ticket_id] = self.rewards.shape_members(origin.early, duals=running.duals)
+            if origin.ticket_id not in of_group:
+                running = self.history.as_of(origin.begin_step, step=step)
+                members = self.rewards.shape_members(origin.early, duals=running.duals)
+                of_group[origin.ticket_id] = running, members
+            running, members = of_group[origin.ticket_id]
             (own,) = self.rewards.shape_group([trajectory], duals=running.duals)
-            context = context_of(members_of[origin.ticket_id], without=origin.sample_index, running=running)
+            context = context_of(members, without=origin.sample_index, running=running)
             shaped.append(own)
             advantages.append(self.estimator.of_part(own.reward, context))
         return self.scored(position, shaped, advantages)

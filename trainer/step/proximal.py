@@ -7,9 +7,12 @@ The average and its correction for the first steps are those of PPO-EWMA (arXiv 
 is updated in place after each step, in the masters' dtype: in bfloat16 a relative change below 1/256 would be
 lost.
 
-Memory of each rank: its rows of the weights once more, in the masters' dtype (4 bytes for each parameter of
-the rank, without moments and gradients), and as much host memory for checkpoints. Time: one more forward of
-every micro-batch, without gradient. Checkpoints contain the rows, so a resumed run is equal to the last bit.
+Memory of each rank: its rows of the weights that are trained once more, in the masters' dtype (4 bytes for
+each parameter of the rank, without moments and gradients), and as much host memory for checkpoints. Time: one
+more forward of every micro-batch, without gradient. Checkpoints contain the rows, so a resumed run is equal
+to the last bit.
+
+With an adapter only the adapter is copied: for the forward, its rows change places with the policy's.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ import torch
 from torch import Tensor
 
 from areal_like.config import Config
+from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local, reshard
-from trainer.models.policy import Policy, build_policy
+from trainer.models.policy import Policy, TokenLogProbs, build_policy
 from trainer.objectives import ProximalRule
 
 
@@ -36,15 +40,23 @@ class ProximalPolicy:
     """No moments."""
 
     def __init__(self, model: Policy, policy: Policy, *, rule: ProximalRule) -> None:
-        """`model`: sharded like `policy`, with any weights; it is never trained."""
-        self.model = model.requires_grad_(False)
-        self.model.with_entropy = False
+        """`model`: sharded like `policy`, with any weights; it is never trained. A policy with an adapter is
+        its own `model`."""
+        self.model = model
         self.num_updates = 0
         """Number of steps that it has followed."""
         self._policy = policy
         self._rule = rule
-        self.shards = {name: local(param.detach()) for name, param in model.named_parameters()}
-        """This rank's part of each parameter, by name; memory shared with the model."""
+        self._trained = {name: param for name, param in policy.named_parameters() if param.requires_grad}
+        self.shards: dict[str, Tensor]
+        """This rank's part of each parameter that is trained, by name; memory shared with a model of its
+        own."""
+        if model is policy:
+            self.shards = {name: local(param.detach()).clone() for name, param in self._trained.items()}
+        else:
+            model.requires_grad_(False)
+            model.with_entropy = False
+            self.shards = {name: local(param.detach()) for name, param in model.named_parameters()}
 
     @classmethod
     def of(
@@ -61,10 +73,32 @@ class ProximalPolicy:
 
         `with_weights`: False leaves the weights undefined, for a caller that reads a checkpoint into them.
         """
-        proximal = cls(build_policy(config, path, ranks, with_weights=False), policy, rule=rule)
+        model = policy if policy.has_adapter else build_policy(config, path, ranks, with_weights=False)
+        proximal = cls(model, policy, rule=rule)
         if with_weights:
             proximal.restart()
         return proximal
+
+    @torch.no_grad()
+    def __call__(self, batch: PackedBatch) -> TokenLogProbs:
+        """Log-probs under the copy. Not between a forward of the policy and its backward. Collective."""
+        if self.model is not self._policy:
+            output: TokenLogProbs = self.model(batch)
+            return output
+        self._exchange()
+        try:
+            return self._policy.scored(batch)
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Swaps the copy's rows and the policy's."""
+        reshard(self._policy)  # its last forward left gathered copies
+        for name, param in self._trained.items():
+            here, there = self.shards[name], local(param.detach())
+            kept = here.clone()
+            here.copy_(there)
+            there.copy_(kept)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -93,7 +127,7 @@ class ProximalPolicy:
     def _move(self, share: float) -> None:
         """Moves the weights by this share of the way to the policy's; 1 copies them exactly."""
         reshard(self.model)  # its last forward left gathered copies of the old weights
-        for name, param in self._policy.named_parameters():
+        for name, param in self._trained.items():
             here, there = self.shards[name], local(param.detach())
             if share == 1.0:
                 here.copy_(there)

@@ -37,6 +37,12 @@ class StepRecipe:
     def of(cls, config: Config) -> Self:
         """Raises ConfigError for an unknown name, a wrong type, or parts that do not go together."""
         max_tokens, kl = config.sampling.max_new_tokens, config.kl
+        if config.model.lora.dropout:
+            raise ConfigError(
+                f"model.lora.dropout={config.model.lora.dropout:g}: with dropout the probabilities of tokens "
+                "would be random, in the importance ratios and in a replay: set model.lora.dropout=0 (only "
+                "`areal-like sft` can use it)"
+            )
         settings = dict(config.advantage)
         shapings, turn_discount = settings.pop("shaping", None), settings.pop("turn_discount", 1.0)
         if type(turn_discount) not in (int, float) or not 0 < turn_discount <= 1:
@@ -44,7 +50,7 @@ class StepRecipe:
         closes = config.overdue == "close"
         recipe = cls(
             objective=build_objective(
-                config.objective,
+                config.resolved_objective,
                 max_tokens=max_tokens,
                 kl=kl,
                 entropy_coef=config.trainer.entropy_coef,

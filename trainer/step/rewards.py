@@ -33,7 +33,7 @@ from trainer.batching.packing import PackedBatch, num_targets
 from trainer.batching.scope import Scope
 from trainer.batching.segments import values_of_targets
 from trainer.distributed.ranks import Ranks
-from trainer.models.policy import Policy
+from trainer.models.policy import BaseReference, Policy
 from trainer.objectives.composed import kl_estimate
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class RewardTerms:
         ranks: Ranks,
         *,
         kl: KlConfig | None,
-        reference: Policy | None,
+        reference: Policy | BaseReference | None,
         budget_tokens: int,
     ) -> None:
         """`kl`: the penalty; None: none.

@@ -9,9 +9,11 @@ by global counts, so the result depends neither on the cuts nor on the number of
 arrival. An objective of scope BATCH waits for the whole step and gets a pass without gradient first. All
 ranks run equal numbers of micro-batches (see `batching/packing.py`).
 
+Samples of several segments that are too long for one micro-batch come last (`long_samples.py`).
+
 A group whose advantages are all zero counts in the normalizer but is not run, unless the objective needs it.
 
-Shape suffixes: S sampled tokens of a micro-batch, N its sequences.
+Shape suffix: S sampled tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -35,19 +37,20 @@ from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSa
 from trainer.batching.positions import Position
 from trainer.batching.sampled_tokens import SampledTokens
 from trainer.batching.scope import Scope
-from trainer.batching.segments import split_sample
+from trainer.batching.segments import cut, trained_segments
 from trainer.distributed.ranks import IncompleteStepError, Ranks
 from trainer.gradients.base import Gradients
 from trainer.metrics.lag import LagTally
 from trainer.metrics.model_flops import ModelFlops, cost_of
 from trainer.metrics.speed import PhaseTimer, StepSpeed
 from trainer.metrics.step_totals import OF_BEYOND, StepTotals
-from trainer.models.policy import Policy
+from trainer.models.policy import BaseReference, Policy
 from trainer.objectives import Need, Objective, StepStats
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.profiling.ranges import named_range, ranged
 from trainer.step.group_advantages import GroupAdvantages, ScoredPosition
+from trainer.step.long_samples import LongSample, PartLosses
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.rewards import RewardTerms, TrajectoryGroup
 from trainer.step.step_advantages import StepAdvantages
@@ -66,7 +69,7 @@ class StepRunner:
         advantage: Estimator,
         normalizer: Normalizer,
         budget_tokens: int,
-        reference: Policy | None = None,
+        reference: Policy | BaseReference | None = None,
         shapings: Sequence[Shaping] = (),
         kl: KlConfig | None = None,
         critic: Critic | None = None,
@@ -111,6 +114,7 @@ class StepRunner:
         self._beyond = beyond
         self._normalizer = replace(normalizer, name=objective.normalizer or normalizer.name)
         self._gradients = objective.gradients(policy, ranks)
+        self._objective_state = objective.initial_state()
         self.rewards = RewardTerms(shapings, ranks, kl=kl, reference=reference, budget_tokens=budget_tokens)
         self.advantages = GroupAdvantages(
             objective.advantage or advantage,
@@ -128,13 +132,16 @@ class StepRunner:
             "whole_groups": objective.whole_groups,
             "shares_prefixes": self._shares_prefixes,
         }
+        self._cutter = Packer(budget_tokens=budget_tokens, shares_prefixes=self._shares_prefixes)
         is_single = objective.one_sequence_per_microbatch
         self._packer: Packer | Balancer
         if balances and not is_single:
             self._packer = Balancer(ranks, cost=cost_of(ModelFlops.of(policy.model)), **limits)
         else:
             self._packer = Packer(one_sequence_per_microbatch=is_single, **limits)
-        others = [reference] if reference is not None and Need.REF in objective.needs else []
+        others = []
+        if reference is not None and Need.REF in objective.needs:
+            others.append(reference.policy if isinstance(reference, BaseReference) else reference)
         if proximal is not None:
             others.append(proximal.model)
         self._speed = StepSpeed(policy, ranks, others=others, peak_tflops=peak_tflops)
@@ -170,11 +177,20 @@ class StepRunner:
             microbatches: Iterable[MicroBatch] = self._packer.microbatches(self._trained(scored, totals))
             del scored  # its samples are freed once they are in micro-batches
             with self._gradients as gradients:
-                stats: StepStats = {}
                 if self._objective.scope is Scope.BATCH:
                     microbatches = list(microbatches)  # waits for the last group
-                    stats = self._statistics(microbatches, totals, timer)
-                stats = self._accumulate(gradients, microbatches, stats, totals, timer)
+                    observed = self._observations(microbatches, totals, timer)
+                    long_samples = self._long_samples(totals, timer)
+                    stats = of_losses = self._summarize(observed, long_samples)
+                    self._accumulate(gradients, microbatches, stats, totals, timer)
+                else:
+                    of_losses = {}
+                    observed = self._accumulate(gradients, microbatches, of_losses, totals, timer)
+                    long_samples = self._long_samples(totals, timer)
+                    stats = self._summarize(observed, long_samples)  # only for `lr_scale`
+                self._accumulate_long(gradients, long_samples, of_losses, totals, timer)
+                with timer.span("reduce_s"):
+                    totals.add_all(gradients.finish())
         with timer.span("reduce_s"):
             totals.reduce(self._ranks)
         if num_groups is not None and totals.total("num_groups") < num_groups:
@@ -219,34 +235,32 @@ class StepRunner:
     def _trained(
         self, scored: Iterable[ScoredPosition], totals: StepTotals
     ) -> Iterator[list[TrainingSample]]:
-        """Yields the samples of each position that need a gradient, cut into segments. The others are only
-        counted."""
+        """Yields the samples of each position that need a gradient. The others are only counted."""
         for each in scored:
             shaped = () if self.rewards.is_identity else each.shaped
             totals.recorded(each.position.trajectories, shaped=shaped)
             if self._beyond:
                 totals.parts.note(each.position, each.samples)
-            samples = [part for sample in each.samples for part in split_sample(sample)]
+            samples = [trained_segments(sample) for sample in each.samples]
             is_zero = all(not np.any(sample.advantage) for sample in samples)
             totals.add("zero_advantage_groups", float(is_zero))
             skipped = samples
             if not (is_zero and self._objective.skips_zero_advantage):
-                skipped = [s for s in samples if s.counts and not is_target(s.trajectory).any()]
+                skipped = [s for s in samples if s.num_masked and not is_target(s.trajectory).any()]
             totals.skipped(skipped)
             yield [sample for sample in samples if sample not in skipped]
 
-    def _statistics(
+    def _observations(
         self, microbatches: Iterable[MicroBatch], totals: StepTotals, timer: PhaseTimer
-    ) -> StepStats:
-        """The objective's statistics of the whole step, from a pass without gradient. Collective."""
+    ) -> list[dict[str, Tensor]]:
+        """The objective's vectors of each micro-batch, from a pass without gradient. Collective."""
         with torch.no_grad(), timer.span("compute_s"):
-            observed = [
-                self._observe(self._forward(batch, totals, live=live), live=live)
+            return [
+                self._observe(self._within(self._forward(batch, totals, live=live)), live=live)
                 for batch, live in in_lockstep(
                     microbatches, self._ranks, shares_prefixes=self._shares_prefixes
                 )
             ]
-        return self._summarize(observed)
 
     def _accumulate(
         self,
@@ -255,16 +269,15 @@ class StepRunner:
         stats: StepStats,
         totals: StepTotals,
         timer: PhaseTimer,
-    ) -> StepStats:
+    ) -> list[dict[str, Tensor]]:
         """Forward -> losses -> backward of every micro-batch. Collective.
 
-        Returns `stats`; with an objective of scope GROUP those of this pass, which are only for `lr_scale`.
+        Returns the vectors of an objective of scope GROUP.
         """
-        is_batch = self._objective.scope is Scope.BATCH
         observed: list[dict[str, Tensor]] = []
         for batch, live in in_lockstep(microbatches, self._ranks, shares_prefixes=self._shares_prefixes):
             with timer.span("compute_s"):
-                tokens = self._forward(batch, totals, live=live)
+                tokens = self._within(self._forward(batch, totals, live=live))
                 with named_range("objective"):
                     losses = self._objective.losses(tokens, stats)
                     loss_S, *counted = self._normalizer.weigh(losses, tokens)
@@ -272,13 +285,62 @@ class StepRunner:
                 # FSDP2's collectives in step with the other ranks.
                 with named_range("backward"):
                     gradients.add(loss_S if live else loss_S * 0.0, tokens=tokens, batch=batch)
-                totals.observe(batch, tokens, losses, counted=counted, live=live)
-                if not is_batch:
+                totals.trained(batch, live=live)
+                totals.observe(tokens, losses, counted=counted, live=live)
+                if self._objective.scope is Scope.GROUP:
                     observed.append(self._observe(tokens, live=live))
-        stats = stats if is_batch else self._summarize(observed)
-        with timer.span("reduce_s"):
-            totals.add_all(gradients.finish())
-        return stats
+        return observed
+
+    def _long_samples(self, totals: StepTotals, timer: PhaseTimer) -> list[LongSample]:
+        """The samples that are too long for a micro-batch, from a pass without gradient. Collective.
+
+        If another rank has some, one that has none returns a dummy.
+        """
+        samples = [cut(sample, self._cutter) for sample in self._packer.set_aside]
+        microbatches = [(part,) for parts in samples for part in parts]
+        found: list[tuple[SampledTokens, bool]] = []
+        for batch, live in in_lockstep(microbatches, self._ranks, shares_prefixes=self._shares_prefixes):
+            with torch.no_grad(), timer.span("compute_s"):
+                found.append((self._forward(batch, totals, live=live), live))
+        own, dummies = ([tokens for tokens, live in found if live is wanted] for wanted in (True, False))
+        remaining = iter(own)
+        return [
+            LongSample(parts=parts, tokens=SampledTokens.of_parts([next(remaining) for _ in parts]))
+            for parts in samples
+        ] + [LongSample(parts=(), tokens=tokens) for tokens in dummies[:1]]
+
+    def _accumulate_long(
+        self,
+        gradients: Gradients,
+        long_samples: Sequence[LongSample],
+        stats: StepStats,
+        totals: StepTotals,
+        timer: PhaseTimer,
+    ) -> None:
+        """Losses of each whole sample -> forward and backward of its parts. Collective."""
+        if not long_samples:  # on no rank
+            return
+        of_parts: list[PartLosses] = []
+        with timer.span("compute_s"):
+            for sample in long_samples:
+                leaves = sample.with_leaves(entropy=Need.ENTROPY in self._objective.needs)
+                tokens = self._within(leaves)
+                losses = self._objective.losses(tokens, stats)
+                loss_S, *counted = self._normalizer.weigh(losses, tokens)
+                totals.observe(tokens, losses, counted=counted, live=sample.is_live)
+                if sample.is_live:
+                    of_parts += sample.losses_of_parts(loss_S, leaves=leaves, tokens=tokens)
+        microbatches = [(part,) for sample in long_samples for part in sample.parts]
+        remaining = iter(of_parts)
+        for batch, live in in_lockstep(microbatches, self._ranks, shares_prefixes=self._shares_prefixes):
+            with timer.span("compute_s"):
+                tokens = self._forward(batch, totals, live=live)
+                loss_S = tokens.logp_S * 0.0
+                if live:
+                    of_part = next(remaining)
+                    tokens, loss_S = of_part.tokens, of_part.of(tokens)
+                gradients.add(loss_S, tokens=tokens, batch=batch)
+                totals.trained(batch, live=live)
 
     @ranged("forward")
     def _forward(self, batch: PackedBatch, totals: StepTotals, *, live: bool) -> SampledTokens:
@@ -287,39 +349,48 @@ class StepRunner:
         Collective under FSDP2.
         """
         needs = self._objective.needs
-        output = self.policy(batch)
-        # One optimizer step per batch: the weights at the start of the step are the current ones.
-        prox_logp_S = output.logprobs_S.detach() if Need.PROX in needs else None
-        ref_logp_S = None
+        prox_logp_S = ref_logp_S = None
+        # Before the policy's forward: with an adapter these are forwards of the same model.
         with torch.no_grad():
             if Need.PROX in needs and self.proximal is not None:
-                prox_logp_S = self.proximal.model(batch).logprobs_S
+                prox_logp_S = self.proximal(batch).logprobs_S
             if Need.REF in needs:
                 assert self._reference is not None
                 ref_logp_S = self._reference(batch).logprobs_S
+        output = self.policy(batch)
+        if Need.PROX in needs and self.proximal is None:
+            # One optimizer step per batch: the weights at the start of the step are the current ones.
+            prox_logp_S = output.logprobs_S.detach()
         totals.add("model_flops", self._speed.flops_of(batch) if live else 0.0)
         if self._is_first_forward:
             self._is_first_forward = False
             self.on_first_forward(batch, output.logprobs_S)
         tokens = SampledTokens.of(batch, *output, prox_logp_S=prox_logp_S, ref_logp_S=ref_logp_S)
-        if tokens.beyond_S is None:
-            return tokens
-        if torch.is_grad_enabled():  # not in the pass for the statistics of the step
+        if tokens.beyond_S is not None and torch.is_grad_enabled():  # not in a pass for statistics
             totals.observe_beyond(tokens)
-        return tokens.only(~tokens.is_extreme_S) if self._beyond == "ratio" else tokens
+        return tokens
+
+    def _within(self, tokens: SampledTokens) -> SampledTokens:
+        """With `staleness.beyond=ratio`: without the tokens beyond the bound that have an extreme ratio."""
+        if self._beyond != "ratio" or tokens.beyond_S is None:
+            return tokens
+        return tokens.only(~tokens.is_extreme_S)
 
     @torch.no_grad()
     def _observe(self, tokens: SampledTokens, *, live: bool) -> dict[str, Tensor]:
-        """The objective's vectors of one micro-batch, by name; for a dummy (not `live`) they have length
-        0."""
+        """The objective's vectors of these tokens, by name; for a dummy (not `live`) they have length 0."""
         observed = self._objective.observe(tokens)
         return observed if live else {name: vector[:0] for name, vector in observed.items()}
 
-    def _summarize(self, observed: Sequence[dict[str, Tensor]]) -> StepStats:
+    def _summarize(
+        self, observed: Sequence[dict[str, Tensor]], long_samples: Sequence[LongSample]
+    ) -> StepStats:
         """The objective's statistics of the step, from its vectors in all micro-batches of all ranks.
 
         Collective if it observes anything.
         """
+        of_long = [self._observe(self._within(each.tokens), live=each.is_live) for each in long_samples]
+        observed = [*observed, *of_long]
         names = sorted(observed[0]) if observed else []
         gathered = {
             name: self._ranks.gather(torch.cat([vectors[name].double().cpu() for vectors in observed]))
@@ -335,6 +406,9 @@ class StepRunner:
         divisor = self._normalizer.divisor(
             num_tokens=totals.total("counted_tokens"), num_seqs=totals.total("counted_seqs")
         )
+        if self._objective_state:
+            self._objective_state = self._objective.next_state(self._objective_state, stats)
+            stats = {**stats, "state": torch.tensor(self._objective_state, dtype=torch.float64)}
         lr_scale = self._objective.lr_scale(stats)
         is_critic_warmup = self.critic is not None and step < self.critic.settings.critic_warmup_steps
         lr = 0.0 if is_critic_warmup else self.optimizer.learning_rate(step) * lr_scale
@@ -343,7 +417,7 @@ class StepRunner:
             if self.proximal is not None:
                 self.proximal.follow(step)
         metrics = {} if self.critic is None else self.critic.learn(value_targets, step=step)
-        metrics |= self.advantages.learn(totals, step=step)
+        metrics |= self.advantages.learn(totals, step=step) | self._objective.step_metrics(stats)
         loss = totals.total("loss") / divisor
         return metrics | {"loss": loss, "grad_norm": grad_norm, "lr": lr, "lr_scale": lr_scale}
 
@@ -357,11 +431,11 @@ class StepRunner:
         kept_fraction, mismatch_abs (mean |log(pi / mu)| of tokens that the current weights sampled, if there
         are any: the numerical mismatch of engine and trainer), the objective's own, shaped_reward (where
         advantages are not computed from `reward`), shaping_dual_I (of a shaping with a dual variable),
-        reward_baseline (of advantage=running), the critic's, wait_s, compute_s, reduce_s, update_s, step_s,
-        and those of `StepSpeed`. With buffer.overdue=close also those of `PartTable` (tokens beyond the
-        staleness bound, early and late samples, lags by each sample's oldest trained token) and, if such
-        tokens are not all masked, beyond_log_ratio_abs and beyond_ess_ratio: masked ones have no log-probs,
-        because their logits are not computed.
+        reward_baseline (of advantage=running), rho_ref (of vcpo, if it is measured), the critic's, wait_s,
+        compute_s, reduce_s, update_s, step_s, and those of `StepSpeed`. With buffer.overdue=close also those
+        of `PartTable` (tokens beyond the staleness bound, early and late samples, lags by each sample's
+        oldest trained token) and, if such tokens are not all masked, beyond_log_ratio_abs and
+        beyond_ess_ratio: masked ones have no log-probs, because their logits are not computed.
         """
         metrics = totals.metrics() | update | {"lr_base": self.optimizer.lr}
         if self._beyond:
@@ -411,12 +485,17 @@ class StepRunner:
     def state(self) -> dict[str, Any]:
         """The state that a checkpoint stores in addition to weights and moments, for `restore`; JSON."""
         state = {"shaping_duals": self.rewards.duals, "advantage_state": list(self.advantages.state)}
+        if self._objective_state:
+            state["objective_state"] = list(self._objective_state)
         history = self.advantages.history.dump()
         return state | ({"reward_history": history} if history else {})
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restores the result of `state`; a checkpoint of an earlier version has only `shaping_duals`, and
-        one of a run without `buffer.overdue=close` has no `reward_history`."""
+        one of a run without `buffer.overdue=close` has no `reward_history`, and one of an objective without a
+        state no `objective_state`."""
         self.rewards.restore(state["shaping_duals"])
         self.advantages.restore(state.get("advantage_state", []))
         self.advantages.history.restore(state.get("reward_history", []), num_duals=len(self.rewards.duals))
+        if len(kept := state.get("objective_state", [])) == len(self._objective_state):
+            self._objective_state = tuple(kept)  # else another objective's: this one begins to measure

@@ -12,6 +12,7 @@ from areal_like.errors import ConfigError
 from areal_like.weights.foreign_torch import NCCL_REMEDY, TorchVersions, check_engine_nccl
 from areal_like.weights.weight_group import device_facts
 from areal_like.wire.messages.weights import Alive
+from trainer.weights.receivers import ReceiverId
 
 log = logging.getLogger(__name__)
 
@@ -57,29 +58,48 @@ def check_nccl(config: Config, device: torch.device) -> None:
         check_engine_nccl(config, ours=TorchVersions(torch=torch.__version__, nccl=nccl))
 
 
+_MOST_BREAKS = 3
+"""Pushes that may break before one has succeeded, whatever their members."""
+
+
 class NcclTrial:
-    """Falls back to gloo when the first push over NCCL breaks. Pure.
+    """Falls back to gloo when the first pushes over NCCL break. Pure.
 
     `choose_backend` cannot see every reason why NCCL fails (SGLang does not report its GPU, nor at a URL its
-    NCCL version), so the first push is the test.
+    NCCL version), so the first pushes are the test. A broken push alone proves little, because an engine may
+    have died in it: NCCL has failed if the next push to the same members breaks too, or any
+    `_MOST_BREAKS` pushes do.
 
-        UNTRIED -> a push succeeded -> PROVEN: later failures do not change the backend
-                -> a push broke     -> FAILED: `auto` means gloo from now on; `nccl` stays NCCL
+        UNTRIED     -> a push succeeded -> PROVEN: later failures do not change the backend
+                    -> a push broke     -> TRIED AGAIN
+        TRIED AGAIN -> a push succeeded -> PROVEN
+                    -> a push broke     -> FAILED: `auto` means gloo from now on; `nccl` stays NCCL
     """
 
     def __init__(self, wanted: str) -> None:
         self.wanted = wanted
         """The value of `weights.backend`, replaced by gloo after a failed trial."""
         self._is_proven = False
+        self._broken: list[frozenset[ReceiverId]] = []
+        """Members of each push that broke before one had succeeded."""
 
-    def report(self, *, broken_reason: str) -> None:
+    def report(self, *, broken_reason: str, members: frozenset[ReceiverId]) -> None:
         """Records the outcome of a push over NCCL; `broken_reason` is empty if it succeeded."""
         if not broken_reason:
             self._is_proven = True
-        elif self.wanted == "auto" and not self._is_proven:
+        if self._is_proven or self.wanted != "auto":
+            return
+        has_failed = members in self._broken or len(self._broken) + 1 == _MOST_BREAKS
+        self._broken.append(members)
+        if has_failed:
             self.wanted = "gloo"
             log.warning(
-                "weights travel over gloo from now on: the first push over NCCL broke (%s); "
+                "weights travel over gloo from now on: no push over NCCL has succeeded, and %d broke (%s); "
                 "set weights.backend=nccl to keep NCCL",
+                len(self._broken),
                 broken_reason,
+            )
+        else:
+            log.warning(
+                "a push over NCCL broke (%s), and none has succeeded yet: NCCL is tried again", broken_reason
             )

@@ -34,6 +34,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -113,7 +114,8 @@ class Broadcaster:
         session = WeightGroupSession(group=WeightGroup.create(backend=...), ...)    # an NCCL or gloo group
         await session.form()                                # FormGroup to each receiver, then the rendezvous
         await session.stage(snapshot, ...)                  # only if an engine loads in place
-        await session.push(PushWeights(...), snapshot)      # buckets, PushChecksums; each replies WeightsOk
+        await session.push(PushWeights(...), snapshot)      # each is ReadyToReceive; buckets, PushChecksums;
+                                                            # each replies WeightsOk
         await session.dissolve()                            # only after a failure or a change of receivers
 
     The next push to the same servers reuses a session that has not failed.
@@ -211,7 +213,7 @@ class Broadcaster:
         session = await self._session_of(group, outcome)
         if session is None:
             return
-        manifest = Manifest(version=version, buckets=snapshot.buckets)
+        manifest = Manifest(version=version, buckets=snapshot.buckets, adapter=snapshot.adapter)
         integrity, limit_s = self._config.integrity, self._config.deadline_s(manifest.num_bytes)
         if session.loads_in_place:
             started_s = time.monotonic()
@@ -233,8 +235,8 @@ class Broadcaster:
             timeout_s=limit_s,
         )
         pushed = await session.push(request, snapshot)
-        if session.group.backend == "nccl":
-            self._nccl.report(broken_reason=pushed.broken_reason)
+        if session.group.backend == "nccl" and pushed.has_begun:
+            self._nccl.report(broken_reason=pushed.broken_reason, members=session.receiver_ids)
         outcome.recovery_s |= pushed.recovery_s
         outcome.broadcast_s = max(outcome.broadcast_s, pushed.broadcast_s)
         if pushed.broken_reason:
@@ -385,7 +387,8 @@ T = TypeVar("T")
 
 ALIVE_S = 2.0
 """Time in which a healthy control socket replies. Also the grace period for survivors of a broken broadcast,
-and for a broadcast after a receiver has failed."""
+and for a broadcast after a receiver has failed, and the interval at which a receiver that is not ready yet is
+asked if it is alive."""
 _REPLY_GRACE_S = 5.0
 """Time after a push's deadline in which a receiver may ask its engine which weights it has."""
 
@@ -411,6 +414,8 @@ class GroupOutcome:
     """Why the group broke; empty if it did not."""
     recovery_s: dict[str, float] = field(default_factory=dict)
     """Name of each survivor of a broken broadcast -> seconds until it had left the group."""
+    has_begun: bool = False
+    """True if the broadcast of a push began: before, a failure says nothing about the group's backend."""
     broadcast_s: float = 0.0
     """Seconds from the request to the end of the last broadcast, at rank 0."""
 
@@ -418,7 +423,7 @@ class GroupOutcome:
 class WeightGroupSession:
     """A process group for pushes. All methods run in one event loop.
 
-    form() -> FORMED -> push() -> push() -> ... -> dissolve()
+    form() -> FORMED -> push(): wait until all are ready, broadcast -> push() -> ... -> dissolve()
       |                   +-> broken, or a receiver failed: dissolve() and form another session
       +-> not formed (a receiver refused or did not arrive): dissolve()
     """
@@ -462,7 +467,7 @@ class WeightGroupSession:
         not_at_fault: set[ReceiverId] = set()
         broken_reason = ""
         try:
-            await _wait_unless_refused(connecting, requests, timeout_s=timeout_s + ALIVE_S)
+            await _wait_unless_refused(connecting, requests, limit=_Limit.of(timeout_s + ALIVE_S))
         except WeightSyncError as error:
             log.warning("weight session %d was not formed: %s", self.number, error)
             broken_reason = str(error)
@@ -494,12 +499,13 @@ class WeightGroupSession:
         staging = in_thread(
             lambda: snapshot.stage(integrity=integrity), name=f"weight-session-{self.number}-stage"
         )
-        await _wait_unless_refused(staging, (), timeout_s=timeout_s)
+        await _wait_unless_refused(staging, (), limit=_Limit.of(timeout_s))
 
     async def push(self, request: PushWeights, snapshot: Snapshot) -> GroupOutcome:
-        """Broadcasts the snapshot's buckets and waits for activation.
+        """Broadcasts the snapshot's buckets when every receiver is ready, and waits for activation.
 
-        On return every receiver has replied or its request was cancelled, even if the broadcast broke.
+        The first bucket is read and copied to the group's device in the meantime. On return every receiver
+        has replied or its request was cancelled, even if the broadcast broke.
         """
         requests = [
             asyncio.create_task(
@@ -511,17 +517,32 @@ class WeightGroupSession:
         broken_reason = ""
         started_s = time.monotonic()
         broadcast_s = 0.0
+        has_begun = False
+        limit, may_begin = _Limit.of(request.timeout_s), threading.Event()
+        waiting = [
+            asyncio.create_task(_wait_until_ready(receiver, request.version)) for receiver in self.receivers
+        ]
+        sending = in_thread(
+            lambda: self._sender.send(
+                snapshot,
+                integrity=request.integrity,
+                timeout_s=request.timeout_s,
+                may_begin=may_begin,
+            ),
+            name=f"weight-session-{self.number}",
+        )
         try:
-            sending = in_thread(
-                lambda: self._sender.send(snapshot, integrity=request.integrity, timeout_s=request.timeout_s),
-                name=f"weight-session-{self.number}",
-            )
+            await _wait_unless_refused(asyncio.gather(*waiting), requests, limit=limit)
+            may_begin.set()
+            has_begun = True
             # A receiver that failed may still take part in the broadcast, or may have received all of it
             # already. The broadcast may then succeed for the other receivers, hence the grace period.
-            sums = await _wait_unless_refused(sending, requests, timeout_s=request.timeout_s, grace_s=ALIVE_S)
+            sums = await _wait_unless_refused(sending, requests, limit=limit, grace_s=ALIVE_S)
         except WeightSyncError as error:
             broken_reason = str(error)
             await self._leave_group()
+            may_begin.set()  # without a group, the sender's thread ends at once
+            sending.cancel()
             # Survivors may be blocked in the broadcast that the dead peer broke: DissolveGroup makes them
             # reply.
             recovery_s, _ = await asyncio.gather(
@@ -533,7 +554,7 @@ class WeightGroupSession:
             for receiver in self.receivers:
                 receiver.link.send(sent)
             await _wait_for_replies_while_alive(self.receivers, requests, sent=sent)
-        for task in requests:
+        for task in (*requests, *waiting):
             task.cancel()
         replies = [
             WeightsFailed(version=-1, reason="silent") if isinstance(reply, BaseException) else reply
@@ -552,6 +573,7 @@ class WeightGroupSession:
             not_at_fault=survivors,
             broken_reason=broken_reason,
             recovery_s=recovery_s,
+            has_begun=has_begun,
             broadcast_s=broadcast_s,
         )
 
@@ -597,19 +619,50 @@ class WeightGroupSession:
         return left_after_s
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Limit:
+    """A deadline of the event loop's clock."""
+
+    timeout_s: float
+    end_s: float
+
+    @classmethod
+    def of(cls, timeout_s: float) -> _Limit:
+        """The limit that ends `timeout_s` from now."""
+        return cls(timeout_s=timeout_s, end_s=asyncio.get_running_loop().time() + timeout_s)
+
+
+async def _wait_until_ready(receiver: Receiver, version: int) -> None:
+    """Waits until a receiver is ready for the broadcast of this version.
+
+    Raises WeightSyncError if it no longer replies to AskAlive; has no time limit as long as it does.
+    """
+    while True:
+        try:
+            async with asyncio.timeout(ALIVE_S):
+                await receiver.readiness.wait(version)
+                return
+        except TimeoutError:
+            alive = await receiver.request(AskAlive(), Alive, timeout_s=ALIVE_S)
+        if isinstance(alive, WeightsFailed):
+            raise WeightSyncError(
+                f"{receiver.entry.name} stopped responding before the broadcast: {alive.reason}"
+            )
+
+
 async def _wait_unless_refused(
     work: asyncio.Future[T],
     requests: Sequence[asyncio.Task[WeightsOk | WeightsFailed]],
     *,
-    timeout_s: float,
+    limit: _Limit,
     grace_s: float = 0.0,
 ) -> T:
-    """Waits for rank 0's own part and returns its result.
+    """Waits for a part of a session's work and returns its result.
 
-    Raises WeightSyncError at the timeout, or `grace_s` after a receiver has replied WeightsFailed.
+    Raises WeightSyncError at the limit, or `grace_s` after a receiver has replied WeightsFailed.
     """
     loop = asyncio.get_running_loop()
-    end_s, reason = loop.time() + timeout_s, f"rank 0 was not done within {timeout_s:.4g} s"
+    end_s, reason = limit.end_s, f"rank 0 was not done within {limit.timeout_s:.4g} s"
     pending: set[asyncio.Future[Any]] = set(requests)
     while not work.done() and (left_s := end_s - loop.time()) > 0:
         done, _ = await asyncio.wait({work, *pending}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
@@ -667,14 +720,17 @@ class BucketSender:
             max_workers=1, thread_name_prefix=f"{name}-read", initializer=self._choose_device
         )
 
-    def send(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> BucketSums:
+    def send(
+        self, snapshot: Snapshot, *, integrity: str, timeout_s: float, may_begin: threading.Event
+    ) -> BucketSums:
         """Broadcasts every bucket and returns their sums. Blocks.
 
-        `timeout_s`: time limit of each broadcast. Raises WeightSyncError; the group is then broken.
+        `timeout_s`: time limit of each broadcast. `may_begin`: the first broadcast waits for it. Raises
+        WeightSyncError; the group is then broken.
         """
         self._choose_device()
         with torch.cuda.stream(self._stream):
-            return self._send(snapshot, integrity=integrity, timeout_s=timeout_s)
+            return self._send(snapshot, integrity=integrity, timeout_s=timeout_s, may_begin=may_begin)
 
     def close(self) -> None:
         """Ends the reading thread, without waiting for it."""
@@ -687,7 +743,9 @@ class BucketSender:
         if self._stream is not None:
             torch.cuda.set_device(self._device)
 
-    def _send(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> BucketSums:
+    def _send(
+        self, snapshot: Snapshot, *, integrity: str, timeout_s: float, may_begin: threading.Event
+    ) -> BucketSums:
         sums = BucketSums(checksums=[], digests=[])
         next_read = self._reader.submit(self._read, snapshot, 0)
         for index in range(len(snapshot.buckets)):
@@ -695,6 +753,8 @@ class BucketSender:
             if index + 1 < len(snapshot.buckets):
                 next_read = self._reader.submit(self._read, snapshot, index + 1)
             summing = self._reader.submit(bucket.sums, integrity=integrity)
+            if not may_begin.wait(timeout_s):
+                raise WeightSyncError(f"the receivers were not ready within {timeout_s:.4g} s")
             self._group.broadcast(on_wire, timeout_s=timeout_s)
             found, digest = summing.result()
             sums.checksums.append(found)

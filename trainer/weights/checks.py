@@ -44,6 +44,12 @@ _FACTOR = 3.0
 NOISE = {"float32": 1e-3, "bfloat16": 0.05}
 """`model.dtype` -> mean difference, in nats, that is never a jump. In bfloat16 one check of a few nearly
 certain tokens may differ by a few thousandths, and the next one by some hundredths."""
+MERGED_HINT = (
+    "; the push had the base merged with the adapter and rounded to {dtype}, which the trainer's own forward "
+    "does not do (lora_lost_updates is the share of updates that rounding undoes)"
+)
+"""End of the message about a jump with `model.lora` and `weights.lora=merged`. The limit needs no value of
+its own for merged weights: it follows the differences of earlier checks, which include this rounding."""
 _UNKNOWN_LIMIT = 0.5
 """Limit before there is a history: above the noise of any correct engine, including bfloat16 and 8 bits."""
 
@@ -164,12 +170,15 @@ class WeightChecks:
         on_report: Callable[[CheckReport], None],
         on_repush: Callable[[ReceiverId], None],
         noise: float = NOISE["float32"],
+        hint: str = "",
     ) -> None:
         """`score_at`: sends a request to a server. `interval_s`: shortest time between two checks of a
         server.
 
-        `on_repush`: called with a server that needs the weights again. `noise`: see JumpDetector.
+        `on_repush`: called with a server that needs the weights again. `noise`: see JumpDetector. `hint`: end
+        of the message about a jump: how the pushed weights differ from those that the trainer computes with.
         """
+        self._hint = hint
         self._score_at = score_at
         self._interval_s = interval_s
         self._on_report = on_report
@@ -248,12 +257,13 @@ class WeightChecks:
         pushes_again = self._repush.jumped(receiver)
         log.error(
             "%s reports version %d and does not have its weights: its log-probs of %d tokens differ from the "
-            "trainer's by %.3g on average, and at most %.3g is numerical noise%s",
+            "trainer's by %.3g on average, and at most %.3g is numerical noise%s%s",
             name,
             version,
             len(tokens.logprobs),
             difference,
             limit,
+            self._hint,
             "; the weights are pushed again" if pushes_again else "",
         )
         self._set_due(receiver, 0.0)  # the next version is checked at once

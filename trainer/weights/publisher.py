@@ -78,13 +78,14 @@ class Publisher:
         on_check: Callable[[CheckReport], None] = lambda report: None,
         check_interval_s: float | None = None,
         check_noise: float = NOISE["float32"],
+        check_hint: str = "",
     ) -> None:
         """`call`: sends a request to the buffer. `servers`: the buffer's directory of rollout servers.
 
         `on_failure`: called with the error when the task fails, because nothing awaits the task until the
         end of training. `on_check`: called with each comparison of log-probs (`checks.py`).
         `check_interval_s`: shortest time between two checks of a server; None: no checks. `check_noise`: see
-        JumpDetector.
+        JumpDetector; `check_hint`: see WeightChecks.
         """
         self._broadcaster = broadcaster
         self._call = call
@@ -112,6 +113,7 @@ class Publisher:
                 on_report=on_check,
                 on_repush=self._push_again,
                 noise=check_noise,
+                hint=check_hint,
             )
         self._task = asyncio.create_task(self._run(), name="publisher")
 

@@ -8,6 +8,7 @@ deadline, and a healthy server that was slow once is tried again.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from areal_like.wire.messages.weights import (
     DissolveGroup,
     FormGroup,
     PushWeights,
+    ReadyToReceive,
     ScoreTokens,
     TokenScores,
     WeightsFailed,
@@ -70,12 +72,33 @@ def split_groups(
     return groups + [rest[start : start + size] for start in range(0, len(rest), size)]
 
 
+class Readiness:
+    """The push for whose broadcast a server is ready, as it has reported."""
+
+    def __init__(self) -> None:
+        self._version = -1
+        self._is_reported = asyncio.Event()
+
+    def record(self, message: object) -> None:
+        """Handles a message of the server that is not a reply."""
+        if isinstance(message, ReadyToReceive):
+            self._version = message.version
+            self._is_reported.set()
+
+    async def wait(self, version: int) -> None:
+        """Waits until the server is ready for the push of this version. No timeout."""
+        while self._version != version:
+            self._is_reported.clear()
+            await self._is_reported.wait()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Receiver:
     """One server and the link to its weight socket."""
 
     entry: ServerEntry
     link: Link
+    readiness: Readiness
     waits: PendingWaits = field(default_factory=PendingWaits)
 
     @classmethod
@@ -94,11 +117,12 @@ class Receiver:
             if (key := _key_of(entry, keyring)) is None:
                 raise WeightSyncError(f"the key of {entry.name} is revoked or has expired")
             curve = CurveClient(keyring, role=KeyRole.ROLLOUT, name=key.name)
+        readiness = Readiness()
         try:
-            link = Link(entry.weights_address, handler=lambda _: None, curve=curve)
+            link = Link(entry.weights_address, handler=readiness.record, curve=curve)
         except ConfigError as error:
             raise WeightSyncError(str(error)) from None
-        return cls(entry=entry, link=link, waits=waits or PendingWaits())
+        return cls(entry=entry, link=link, readiness=readiness, waits=waits or PendingWaits())
 
     @property
     def id(self) -> ReceiverId:

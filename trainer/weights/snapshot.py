@@ -34,11 +34,12 @@ from torch import Tensor, nn
 from areal_like.errors import WeightSyncError
 from areal_like.runtime.threads import NamedThread
 from areal_like.weights.buckets import Bucket, TensorSpec, checksum, cut_buckets, spec_of, unflatten
-from areal_like.weights.hf_layout import HfTensor, hf_tensors
+from areal_like.weights.hf_layout import HfTensor
 from areal_like.weights.integrity import sha256
 from trainer.distributed.ranks import Ranks
-from trainer.distributed.sharding import local, row_range
+from trainer.distributed.sharding import row_range
 from trainer.models.policy import Policy
+from trainer.weights.push_source import PushSource, push_source
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class Snapshot:
         """This rank's data of each bucket, uint8; the content depends on the snapshotter."""
         self.buckets = snapshotter.buckets
         """The buckets in the order of sending, without checksums."""
+        self.adapter = snapshotter.adapter
+        """Header of the adapter that the buckets hold; None if they hold all weights."""
         self.is_acquired = self.is_freed = False
         self._snapshotter = snapshotter
 
@@ -119,11 +122,17 @@ class Snapshot:
 class WeightSnapshotter(ABC):
     """Takes the snapshots of one rank. Create and `close` it on all ranks at the same time."""
 
-    def __init__(self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str) -> None:
-        """`dtype`: dtype of floating-point weights on the wire. Collective."""
+    def __init__(
+        self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str, lora: str = "merged"
+    ) -> None:
+        """`dtype`: dtype of floating-point weights on the wire. `lora`: `weights.lora`. Collective."""
         self._ranks = ranks
+        self._source = push_source(policy, ranks, dtype=dtype, lora=lora)
+        self.adapter = self._source.adapter
+        """Header of the adapter that is pushed; None if all weights are."""
         self._layout = PushLayout(
             policy.model,
+            source=self._source,
             rank=ranks.rank,
             world_size=ranks.world_size,
             bucket_bytes=bucket_bytes,
@@ -139,6 +148,8 @@ class WeightSnapshotter(ABC):
         """The newest snapshot, and the snapshot that is being pushed."""
         self._free_buffers: list[list[Tensor]] = []
         self._num_taken = 0
+        self.metrics: dict[str, float] = {}
+        """Figures of the newest snapshot, equal on all ranks."""
 
     @property
     def num_bytes(self) -> int:
@@ -150,7 +161,9 @@ class WeightSnapshotter(ABC):
         """Copies the current weights; returns the snapshot on rank 0. Collective; for the training thread."""
         self._free_superseded()
         buffers = self._free_buffers.pop() if self._free_buffers else self._new_buffers()
+        self._source.begin()
         self._copy_weights(buffers, number=self._num_taken + 1)
+        self.metrics = self._source.end()
         with self.lock:
             self._num_taken += 1
             snapshot = Snapshot(self, number=self._num_taken, buffers=buffers)
@@ -223,9 +236,11 @@ class BackgroundGather(WeightSnapshotter):
     for hours, and if a rank dies the group breaks at once.
     """
 
-    def __init__(self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str) -> None:
+    def __init__(
+        self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str, lora: str = "merged"
+    ) -> None:
         """The arguments are those of WeightSnapshotter."""
-        super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype)
+        super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype, lora=lora)
         self._gather_lock = threading.Lock()
         self._gathered: OrderedDict[int, tuple[int, GatheredBucket]] = OrderedDict()
         """Index of a bucket -> (number of the snapshot, bucket), on rank 0, oldest first."""
@@ -329,9 +344,11 @@ class BoundaryGather(WeightSnapshotter):
     buckets with `BackgroundGather`'s on gloo.
     """
 
-    def __init__(self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str) -> None:
+    def __init__(
+        self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str, lora: str = "merged"
+    ) -> None:
         """The arguments are those of WeightSnapshotter."""
-        super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype)
+        super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype, lora=lora)
         self._gathered: dict[int, list[GatheredBucket]] = {}
         """Number of a snapshot -> its buckets, on rank 0."""
         self._copier = _HostCopier(ranks.device)
@@ -486,11 +503,19 @@ class PushLayout:
     """
 
     def __init__(
-        self, model: nn.Module, *, rank: int, world_size: int, bucket_bytes: int, dtype: str
+        self,
+        model: nn.Module,
+        *,
+        source: PushSource,
+        rank: int,
+        world_size: int,
+        bucket_bytes: int,
+        dtype: str,
     ) -> None:
-        """`model`: a sharded transformers model. `dtype`: dtype of floating-point weights on the wire."""
+        """`model`: a sharded transformers model. `source`: what is pushed of it. `dtype`: dtype of
+        floating-point weights on the wire."""
         params = dict(model.named_parameters())
-        tensors = {tensor.name: tensor for tensor in hf_tensors(model)}
+        tensors = {tensor.name: tensor for tensor in source.tensors}
         specs = [_spec_on_wire(tensor, params[tensor.param], dtype) for tensor in tensors.values()]
         num_rows = {name: param.shape[0] for name, param in params.items()}
         self.buckets = tuple(
@@ -505,25 +530,21 @@ class PushLayout:
         )
         self.own = tuple(bucket.of_rank[rank] for bucket in self.buckets)
         """This rank's part of each bucket."""
-        rows = {name: local(param.detach()) for name, param in params.items()}
-        first = {
+        self._source = source
+        self._tensors = tensors
+        self._first_rows = {
             name: row_range(param.shape, rank=rank, world_size=world_size)[0]
             for name, param in params.items()
         }
 
-        def source(name: str) -> Tensor:
-            tensor = tensors[name]
-            found = tensor.part_in(rows[tensor.param], first_row=first[tensor.param])
-            assert found is not None
-            return found[0]
-
-        self._sources = [[source(spec.name) for spec in part.specs] for part in self.own]
-        """Views of the parameters, which share their memory."""
-
     def copy_own(self, index: int, into: Tensor) -> None:
         """Copies this rank's part of a bucket, cast to the dtypes on the wire. `into`: uint8[num_bytes]."""
-        for view, rows in zip(self.own[index].views(into), self._sources[index], strict=True):
-            view.copy_(rows)
+        part = self.own[index]
+        for spec, view in zip(part.specs, part.views(into), strict=True):
+            tensor = self._tensors[spec.name]
+            found = tensor.part_in(self._source.rows(tensor.param), first_row=self._first_rows[tensor.param])
+            assert found is not None
+            view.copy_(found[0])
 
 
 def _part_of(

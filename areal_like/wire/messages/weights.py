@@ -7,14 +7,15 @@ One push, in order:
     3. rank 0 -> each server  FormGroup -> WeightsOk: all members have joined the weight group
        rank 0                 with an engine that loads in place: every bucket is gathered and summed up first
     4. rank 0 -> each server  PushWeights: version, update mode, names, shapes and buckets of the tensors
-    5. rank 0 -> engines      every bucket, by torch.distributed over the weight group
-    6. rank 0 -> each server  PushChecksums: checksums (and digests) of the buckets that were sent
-    7. server -> rank 0       received, checksums compared, swapped in: WeightsOk, the reply to PushWeights
+    5. server -> rank 0       ReadyToReceive: its engine is paused if it has to be, and takes part now
+    6. rank 0 -> engines      when all are ready: every bucket, by torch.distributed over the weight group
+    7. rank 0 -> each server  PushChecksums: checksums (and digests) of the buckets that were sent
+    8. server -> rank 0       received, checksums compared, swapped in: WeightsOk, the reply to PushWeights
 
-Steps 2 and 3 are left out if the weight group of an earlier push still has the right members. Step 7
-describes the embedded engine, which decodes while it receives; SGLang is paused at step 4, loads each bucket
-in place and does not compare checksums. DissolveGroup ends a weight group after a failure or when its members
-change. The life of one group is a session; the field `epoch` is its number.
+Steps 2 and 3 are left out if the weight group of an earlier push still has the right members. Step 8
+describes the embedded engine, which decodes while it receives; SGLang is paused after step 4, loads each
+bucket in place and does not compare checksums. DissolveGroup ends a weight group after a failure or when its
+members change. The life of one group is a session; the field `epoch` is its number.
 
 Rank 0 connects a DEALER to the ROUTER at the `weights_address` of each server's hello. Tensors never travel
 over this socket. Unless stated otherwise, the reply to a request is `WeightsOk` or `WeightsFailed`, and a
@@ -105,6 +106,19 @@ class PushWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadyToReceive:
+    """Server -> rank 0, after `PushWeights`: the engine takes part in the broadcast from now on; no reply.
+
+    Rank 0 sends the first bucket when every server is ready. Over NCCL a broadcast that began earlier would
+    occupy a part of its GPU until the last engine has paused. The server sends this message again with each
+    `Alive` while it receives, because a renewed key may have interrupted the connection.
+    """
+
+    version: int
+    """Version of the push."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushChecksums:
     """Rank 0 -> server, after the last bucket of a push; no reply.
 
@@ -177,6 +191,6 @@ class TokenScores:
 
 TO_SERVER = (AskAlive, FormGroup, PushWeights, PushChecksums, DissolveGroup, ScoreTokens)
 """The messages that rank 0 sends."""
-TO_TRAINER = (Alive, WeightsOk, WeightsFailed, TokenScores)
+TO_TRAINER = (Alive, ReadyToReceive, WeightsOk, WeightsFailed, TokenScores)
 """The messages that servers send."""
 MESSAGES = (*TO_SERVER, *TO_TRAINER)

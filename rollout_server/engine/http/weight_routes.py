@@ -10,7 +10,7 @@
 
 All but `/receive_weights` are SGLang's endpoints. SGLang changes its active weights bucket by bucket; this
 engine activates an update as a whole at its end. `/receive_weights` replaces one request per bucket by a
-single request.
+single request; with the header of a LoRA adapter (`adapter`) it receives the adapter's tensors only.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from starlette.responses import Response
 
 from areal_like.errors import UserError
 from areal_like.http.bodies import ParamError, one_of, required_integer, text
+from areal_like.weights.adapters import AdapterHeader
 from areal_like.weights.buckets import Bucket
+from rollout_server.engine.core import Running
 from rollout_server.engine.http.protocol import success
 from rollout_server.engine.options import ProcessOptions
 from rollout_server.engine.weights.updater import WeightUpdater
@@ -44,7 +46,7 @@ class WeightRoutes:
 
     async def init_group(self, body: dict[str, Any]) -> Response:
         """/init_weights_update_group."""
-        await self._updater.init_group(
+        await self._updater.groups.join(
             master_address=text(body, "master_address"),
             master_port=required_integer(body, "master_port", high=65535),
             rank=required_integer(body, "rank_offset"),
@@ -58,7 +60,7 @@ class WeightRoutes:
 
     async def destroy_group(self, body: dict[str, Any]) -> Response:
         """/destroy_weights_update_group."""
-        await self._updater.destroy_group(text(body, "group_name", DEFAULT_GROUP))
+        await self._updater.groups.leave(text(body, "group_name", DEFAULT_GROUP))
         return success("left the weight group")
 
     async def begin(self, body: dict[str, Any]) -> Response:
@@ -89,7 +91,8 @@ class WeightRoutes:
         group_name = text(body, "group_name", DEFAULT_GROUP)
         timeout_s = _timeout(body, self._default_timeout_s)
         integrity = one_of(body, "integrity", ("none", "sha256"))
-        await self._updater.begin()
+        header = body.get("adapter")
+        await self._updater.begin(None if header is None else AdapterHeader.from_dict(header))
         sums = await self._updater.receive(
             parsed, group_name=group_name, timeout_s=timeout_s, integrity=integrity
         )
@@ -97,14 +100,14 @@ class WeightRoutes:
 
     async def end(self, body: dict[str, Any]) -> Response:
         """/end_weight_update."""
-        stall_s = await self._updater.end(version=_weight_version(body), recompute=_recomputes(body))
+        stall_s = await self._updater.end(version=_weight_version(body), running=_running(body))
         return success("active", stall_s=stall_s)
 
     async def load_from_disk(self, body: dict[str, Any]) -> Response:
         """/update_weights_from_disk."""
         path, version = text(body, "model_path"), _weight_version(body)
         self._check_source(path)
-        stall_s = await self._updater.load_from_disk(path, version=version, recompute=_recomputes(body))
+        stall_s = await self._updater.load_from_disk(path, version=version, running=_running(body))
         return success("active", stall_s=stall_s)
 
     def _check_source(self, path: str) -> None:
@@ -156,6 +159,7 @@ def _secret(body: Mapping[str, Any]) -> str:
     return value
 
 
-def _recomputes(body: Mapping[str, Any]) -> bool:
-    """Parses `running`; returns True if the KV of running sequences is to be recomputed (the default)."""
-    return one_of(body, "running", ("recompute", "keep")) == "recompute"
+def _running(body: Mapping[str, Any]) -> Running:
+    """Returns `running`: `recompute` (the default), `keep`, or `finish` for adapters."""
+    found: Running = one_of(body, "running", get_args(Running))  # type: ignore[assignment]
+    return found

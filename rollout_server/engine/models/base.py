@@ -14,8 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from areal_like.weights.adapters import AdapterHeader
 from areal_like.weights.hf_layout import HfTensor
 from rollout_server.engine.cache import DecodeBatch, Extension, KVCache, KVShape
+from rollout_server.engine.models.adapters import AdapterSlots
 
 _ALIGNMENT = 64
 """Bytes; the alignment of torch's own allocator."""
@@ -80,6 +82,12 @@ class CausalModel(Protocol):
     """A decoder-only model over KV rows."""
 
     facts: ModelFacts
+    adapters: AdapterSlots | None
+    """LoRA adapters over the active weights; None before the first one. Select rows' slots before a pass."""
+
+    def make_slots(self, header: AdapterHeader, *, num_slots: int) -> AdapterSlots:
+        """Allocates slots for adapters of this model. Raises WeightSyncError for an unknown target."""
+        ...
 
     def new_weights(self) -> Weights:
         """An uninitialized set."""

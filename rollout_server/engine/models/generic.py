@@ -10,13 +10,16 @@ Shapes: N rows, B contexts, T positions, V vocabulary.
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from areal_like.weights.adapters import AdapterHeader, linear_layers
 from rollout_server.engine.cache import DecodeBatch, Extension, KVCache, KVShape
+from rollout_server.engine.models.adapters import AdapterSlots
 from rollout_server.engine.models.base import ModelFacts, Weights, new_arena
 
 
@@ -60,6 +63,7 @@ class GenericModel:
 
     def __init__(self, module: Any, facts: ModelFacts) -> None:
         self.facts = facts
+        self.adapters: AdapterSlots | None = None
         self._module = module
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         self._cache = RowCache()
@@ -76,6 +80,34 @@ class GenericModel:
         params = {name: part.view(self._shapes[name]) for name, part in zip(in_param, parts, strict=True)}
         named = {tensor.name: tensor.whole_in(params[tensor.param]) for tensor in facts.layout}
         return Weights(named=named, arena=arena, plan=params)
+
+    def make_slots(self, header: AdapterHeader, *, num_slots: int) -> AdapterSlots:
+        """Allocates slots for adapters of the module's linear layers.
+
+        Raises WeightSyncError for a target that is not among them.
+        """
+        modules = {
+            name: module for name, module in self._module.named_modules() if isinstance(module, nn.Linear)
+        }
+        layers = linear_layers(self.facts.parameter_shapes)
+        layers = {name: size for name, size in layers.items() if name in modules}
+        slots = AdapterSlots(
+            header,
+            [(name,) for name in layers],
+            layers,
+            num_slots=num_slots,
+            dtype=self.facts.dtype,
+            device=self.facts.device,
+        )
+        for name in filter(header.adapts, layers):
+            modules[name].register_forward_hook(partial(self._adapted, name))
+        return slots
+
+    def _adapted(self, layer: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """A forward hook: adds the adapters to a linear layer's output."""
+        if self.adapters is None:
+            return out
+        return self.adapters.add(layer, args[0].flatten(0, -2), out.flatten(0, -2)).view_as(out)
 
     def activate(self, weights: Weights) -> None:
         """Makes the module's parameters use this set's memory; tied parameters are one object."""

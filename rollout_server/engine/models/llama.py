@@ -15,20 +15,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from areal_like.precision import fp32_linear, fp32_operand
+from areal_like.weights.adapters import AdapterHeader, linear_layers
 from rollout_server.engine.cache import DecodeBatch, Extension, KVCache
+from rollout_server.engine.models.adapters import AdapterSlots
 from rollout_server.engine.models.base import ModelFacts, Weights, new_arena
+
+
+class _MatrixNames(NamedTuple):
+    """The first linear layer of each matrix of a decoder layer, by which adapters are found."""
+
+    qkv: str
+    output: str
+    gate_up: str
+    down: str
+
+    @classmethod
+    def below(cls, prefix: str) -> _MatrixNames:
+        """`prefix`: `model.layers.N.`."""
+        names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+        return cls(*(prefix + name for name in names))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Layer:
     """One decoder layer's tensors, fused as the forward passes use them."""
 
+    names: _MatrixNames
     input_norm_C: Tensor
     qkv: Tensor
     """[(H + 2K) D, C]"""
@@ -121,8 +140,9 @@ class LlamaModel:
         """`rotary`: (cos, sin) float32[T, D], for all positions that the engine may use. `fp32_head`: the
         logits are computed in float32."""
         self.facts = facts
+        self.adapters: AdapterSlots | None = None
         self._config = config
-        self._head_dtype = torch.float32 if fp32_head else facts.dtype
+        self._has_fp32_head = fp32_head and facts.dtype.itemsize < torch.float32.itemsize
         self._num_heads = config.num_attention_heads
         self._num_kv_heads = config.num_key_value_heads
         self._group = self._num_heads // self._num_kv_heads
@@ -163,6 +183,7 @@ class LlamaModel:
             prefix = f"model.layers.{i}."
             layers.append(
                 _Layer(
+                    names=_MatrixNames.below(prefix),
                     input_norm_C=named[f"{prefix}input_layernorm.weight"],
                     qkv=flat[_fused_with(f"{prefix}self_attn.q_proj.weight")].view(-1, config.hidden_size),
                     qkv_bias=flat.get(_fused_with(f"{prefix}self_attn.q_proj.bias")),
@@ -184,12 +205,26 @@ class LlamaModel:
         assert named.keys() == facts.parameter_shapes.keys()
         return Weights(named=named, arena=arena, plan=plan)
 
+    def make_slots(self, header: AdapterHeader, *, num_slots: int) -> AdapterSlots:
+        """Allocates slots for adapters of this model. Raises WeightSyncError for an unknown target."""
+        layers = linear_layers(self.facts.parameter_shapes)
+        groups = _fused_groups(f"{layer}.weight" for layer in layers)
+        return AdapterSlots(
+            header,
+            [tuple(name.removesuffix(".weight") for name in group) for group in groups],
+            layers,
+            num_slots=num_slots,
+            dtype=self.facts.dtype,
+            device=self.facts.device,
+        )
+
     def activate(self, weights: Weights) -> None:
         """Makes all later forward passes use this set."""
         assert isinstance(weights.plan, _Plan)
         self._plan = weights.plan
-        # The set is complete here, so the wider copy of the head is made once, not for each token.
-        self._head_VC = weights.plan.head_VC.to(self._head_dtype)
+        # The set is complete here, so a CPU's float32 copy of the head is made once, not for each token.
+        head_VC = weights.plan.head_VC
+        self._head_VC = fp32_operand(head_VC) if self._has_fp32_head else head_VC
 
     def decode(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> Tensor:
         """Returns the logits [N, V] after one more token in each of rows 0..N-1."""
@@ -203,14 +238,14 @@ class LlamaModel:
         bias_N11T = batch.bias_N1T.unsqueeze(1)
         for i, layer in enumerate(plan.layers):
             h_NC = self._rms_norm(x_NC, layer.input_norm_C)
-            qkv_NHD = F.linear(h_NC, layer.qkv, layer.qkv_bias).view(num_rows, -1, head_dim)
+            qkv_NHD = self._qkv(h_NC, layer).view(num_rows, -1, head_dim)
             qk_NHD = self._rotate(self._normed(qkv_NHD[:, :rotated_heads], layer), cos_N1D, sin_N1D)
             key_NKTD, value_NKTD = cache.append(i, qk_NHD[:, self._num_heads :], qkv_NHD[:, rotated_heads:])
             query_NKGD = qk_NHD[:, : self._num_heads].reshape(num_rows, kv_heads, self._group, head_dim)
             attended = self._attend(query_NKGD, key_NKTD, value_NKTD, bias_N11T)
-            x_NC = torch.addmm(x_NC, attended.reshape(num_rows, -1), layer.output_CO.t())
-            x_NC = self._mlp(x_NC, layer)
-        return F.linear(self._rms_norm(x_NC, plan.norm_C).to(self._head_dtype), self._head_VC)
+            x_NC = self._mlp(self._output(x_NC, attended.reshape(num_rows, -1), layer), layer)
+        h_NC = self._rms_norm(x_NC, plan.norm_C)
+        return fp32_linear(h_NC, self._head_VC) if self._has_fp32_head else F.linear(h_NC, self._head_VC)
 
     def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
         """Computes the KV of right-padded contexts.
@@ -251,7 +286,7 @@ class LlamaModel:
         x = F.embedding(tokens_BT.reshape(-1), plan.embed_VC)
         for i, layer in enumerate(plan.layers):
             h = self._rms_norm(x, layer.input_norm_C)
-            qkv = F.linear(h, layer.qkv, layer.qkv_bias).view(num_contexts, length, -1, self._head_dim)
+            qkv = self._qkv(h, layer).view(num_contexts, length, -1, self._head_dim)
             qk = self._rotate(self._normed(qkv[:, :, :rotated_heads], layer), cos, sin)
             query = qk[:, :, : self._num_heads].transpose(1, 2)
             key, value = store(
@@ -270,7 +305,7 @@ class LlamaModel:
                 enable_gqa=self._group > 1,
             )
             attended = attended.transpose(1, 2).reshape(num_contexts * length, -1)
-            x = self._mlp(torch.addmm(x, attended, layer.output_CO.t()), layer)
+            x = self._mlp(self._output(x, attended, layer), layer)
 
     def _rms_norm(self, x: Tensor, weight_C: Tensor) -> Tensor:
         """Divides x [rows, C] by its root mean square.
@@ -310,7 +345,18 @@ class LlamaModel:
         scores_NKGT = torch.add(bias_N11T, scores_NKGT, alpha=self._scale)
         return torch.matmul(torch.softmax(scores_NKGT, -1), value_NKTD)
 
+    def _qkv(self, h: Tensor, layer: _Layer) -> Tensor:
+        return self._adapted(layer.names.qkv, h, F.linear(h, layer.qkv, layer.qkv_bias))
+
+    def _output(self, x: Tensor, attended: Tensor, layer: _Layer) -> Tensor:
+        x = torch.addmm(x, attended, layer.output_CO.t())
+        return self._adapted(layer.names.output, attended, x)
+
     def _mlp(self, x: Tensor, layer: _Layer) -> Tensor:
         h = self._rms_norm(x, layer.post_norm_C)
-        gate, up = F.linear(h, layer.gate_up).chunk(2, -1)
-        return torch.addmm(x, F.silu(gate) * up, layer.down_CF.t())
+        gate, up = self._adapted(layer.names.gate_up, h, F.linear(h, layer.gate_up)).chunk(2, -1)
+        h = F.silu(gate) * up
+        return self._adapted(layer.names.down, h, torch.addmm(x, h, layer.down_CF.t()))
+
+    def _adapted(self, matrix: str, x: Tensor, out: Tensor) -> Tensor:
+        return out if self.adapters is None else self.adapters.add(matrix, x, out)

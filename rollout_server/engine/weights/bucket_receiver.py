@@ -9,7 +9,8 @@ finite.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -34,10 +35,30 @@ _WORD_BYTES = 8
 _MIN_TIMEOUT_S = 0.001
 
 
-class BucketReceiver:
-    """Fills one set of shadow weights. Its methods block and run in threads, one at a time."""
+@dataclass(frozen=True, kw_only=True)
+class AdapterFacts:
+    """What a receiver checks the tensors of an adapter against, as `ModelFacts` for those of a model."""
 
-    def __init__(self, weights: Weights, facts: ModelFacts, buffers: list[Tensor]) -> None:
+    parameter_shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+    """Dtype in which the adapter is computed."""
+    device: torch.device
+    tied_names: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, named: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device) -> AdapterFacts:
+        """The facts of tensors that an adapter is received into."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+        return cls(parameter_shapes=shapes, dtype=dtype, device=device)
+
+
+class BucketReceiver:
+    """Fills one set of shadow weights, or the tensors of an adapter.
+
+    Its methods block and run in threads, one at a time.
+    """
+
+    def __init__(self, weights: Weights, facts: ModelFacts | AdapterFacts, buffers: list[Tensor]) -> None:
         """`buffers`: receive buffers of an earlier update, to be reused; this object takes ownership of the
         list."""
         self.weights = weights
@@ -51,7 +72,8 @@ class BucketReceiver:
         time, so they must not be used again."""
         self.buffers = buffers
         """Receive buffers that are not in use."""
-        self._facts = facts
+        self.facts = facts
+        """Shapes, dtype and tied names of the tensors that have to arrive."""
         self._stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -123,9 +145,9 @@ class BucketReceiver:
         Raises WeightSyncError for an unknown name, a wrong shape, or values that are not finite. A name that
         aliases another parameter is skipped: its values come under the other name.
         """
-        shapes = self._facts.parameter_shapes
+        shapes = self.facts.parameter_shapes
         for name, tensor in tensors.items():
-            if name in self._facts.tied_names:
+            if name in self.facts.tied_names:
                 continue
             if name not in shapes:
                 raise WeightSyncError(f"tensor {name} is unknown to the model")
@@ -148,7 +170,7 @@ class BucketReceiver:
         arena, named = self.weights.arena, self.weights.named
         if arena is None or arena.device != device:
             return None
-        dtype = str(self._facts.dtype).removeprefix("torch.")
+        dtype = str(self.facts.dtype).removeprefix("torch.")
         if any(
             s.name not in named or s.dtype != dtype or tuple(named[s.name].shape) != s.shape
             for s in bucket.tensors
@@ -183,7 +205,7 @@ class BucketReceiver:
         """
         is_in_place = buffer is None
         found, all_finite = (
-            checksum_and_finiteness(flat, dtype=self._facts.dtype) if is_in_place else (checksum(flat), True)
+            checksum_and_finiteness(flat, dtype=self.facts.dtype) if is_in_place else (checksum(flat), True)
         )
         try:
             if bucket.checksum not in (None, found):
@@ -202,4 +224,4 @@ class BucketReceiver:
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         if not is_finite(tensor):
-            raise WeightSyncError(f"tensor {name} has values that are not finite in {self._facts.dtype}")
+            raise WeightSyncError(f"tensor {name} has values that are not finite in {self.facts.dtype}")

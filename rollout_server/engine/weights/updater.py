@@ -4,20 +4,21 @@ Two sets of weights exist. Forward passes read the active set; an update fills t
 the update swaps the two sets between two decode steps. An error before the swap leaves the active weights
 unchanged.
 
-Each blocking call runs in a separate thread. A broadcast whose sender hangs blocks only its own thread, until
-the group's timeout. The shadow weights that it may still write into are then never used again.
+A LoRA adapter needs no second set of weights: it is received into tensors of its own, and activating it
+copies them into a slot of the running model.
+
+Each blocking call runs in a separate thread (groups.py). A broadcast whose sender hangs blocks only its own
+thread, until the group's timeout. The shadow weights that it may still write into are then never used again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,21 +26,17 @@ from torch import Tensor
 
 from areal_like.errors import WeightSyncError
 from areal_like.paths import read_json
-from areal_like.runtime.threads import in_thread
+from areal_like.weights.adapters import AdapterHeader
 from areal_like.weights.buckets import Bucket, check_names
 from areal_like.weights.integrity import BucketSums
-from areal_like.weights.weight_group import WeightGroup, device_facts
+from areal_like.weights.weight_group import device_facts
+from rollout_server.engine.core import Running
 from rollout_server.engine.loop import EngineLoop
-from rollout_server.engine.models.base import ModelFacts
-from rollout_server.engine.weights.bucket_receiver import BucketReceiver
+from rollout_server.engine.models.base import ModelFacts, Weights
+from rollout_server.engine.weights.bucket_receiver import AdapterFacts, BucketReceiver
+from rollout_server.engine.weights.groups import JoinedGroups
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-_MAX_JOINS = 8
-"""Maximum number of threads that wait to join a group at the same time, including abandoned ones."""
-_JOIN_GRACE_S = 1.0
-"""Time after a join's time limit in which torch can still report its own error."""
 
 
 @dataclass(eq=False)
@@ -47,6 +44,7 @@ class _OpenUpdate:
     """The update between `begin` and `end`."""
 
     receiver: BucketReceiver
+    is_adapter: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by the call that is receiving, because a group's broadcasts must run in the order of the
     requests."""
@@ -56,50 +54,6 @@ class _OpenUpdate:
     version: str = ""
     is_discarded: bool = False
     started_s: float = field(default_factory=time.perf_counter)
-
-
-@dataclass(eq=False)
-class _Join:
-    """One attempt to join a group, in a thread that cannot be interrupted."""
-
-    group_name: str
-    is_abandoned: bool = False
-    """True once no caller waits for its result; if it still joins a group, it leaves that group at once."""
-
-
-class _AbandonableThreads:
-    """Threads for blocking work (broadcasts, group set-up, file reads) that can all be abandoned at once.
-
-    All methods must be called on the event loop.
-    """
-
-    def __init__(self) -> None:
-        self._pending: set[asyncio.Future[Any]] = set()
-
-    async def run(self, work: Callable[[], T]) -> T:
-        """Returns the result of `work`.
-
-        Raises its exception, or WeightSyncError if `abandon` is called first.
-        """
-
-        def main() -> T:
-            with torch.inference_mode():
-                return work()
-
-        future = in_thread(main, name="weights")
-        self._pending.add(future)
-        future.add_done_callback(self._pending.discard)
-        return await future
-
-    def abandon(self, reason: str) -> None:
-        """Fails every pending `run` with WeightSyncError.
-
-        The threads run to their end, and their results are discarded.
-        """
-        for future in list(self._pending):
-            # The set may still contain a future that is done: the callback that removes it runs later.
-            if not future.done():
-                future.set_exception(WeightSyncError(reason))
 
 
 class WeightUpdater:
@@ -116,13 +70,9 @@ class WeightUpdater:
     def __init__(self, loop: EngineLoop, facts: ModelFacts) -> None:
         self._loop = loop
         self._facts = facts
-        self._groups: dict[str, WeightGroup] = {}
-        """The group that this engine is in, by name; more than one only while one is being left."""
-        self._join: _Join | None = None
-        """The join that is waiting for the other ranks."""
-        self._join_slots = threading.BoundedSemaphore(_MAX_JOINS)
+        self.groups = JoinedGroups(facts.device)
+        """The weight groups of this engine."""
         self._update: _OpenUpdate | None = None
-        self._threads = _AbandonableThreads()
         self._buffers: list[Tensor] = []
         """Receive buffers for buckets that cannot be received in place, at most two. They are kept between
         updates, because receiving into memory that the kernel has to map first takes twice as long."""
@@ -138,88 +88,23 @@ class WeightUpdater:
             torch.Size(shape).numel() for shape in facts.parameter_shapes.values()
         )
 
-    async def init_group(
-        self,
-        *,
-        master_address: str,
-        master_port: int,
-        rank: int,
-        world_size: int,
-        group_name: str,
-        backend: str,
-        timeout_s: float,
-        secret: str = "",
-    ) -> None:
-        """Joins a weight group; first leaves any other group and abandons a pending join.
+    async def begin(self, adapter: AdapterHeader | None = None) -> None:
+        """Opens an update; discards an update that is still open.
 
-        Raises WeightSyncError, also when torch does not return within `timeout_s` (it waits without a time
-        limit for a store that accepts the connection and never responds).
+        `adapter`: its header, if the update is a LoRA adapter and not all weights. Raises WeightSyncError if
+        this engine cannot have such an adapter.
         """
-        if backend == "nccl" and self._facts.device.type != "cuda":
-            raise WeightSyncError(
-                f"backend nccl needs a CUDA engine, this one runs on {self._facts.device}: use gloo"
-            )
-        for name in list(self._groups):
-            await self.destroy_group(name)
-        if not self._join_slots.acquire(blocking=False):
-            raise WeightSyncError(
-                f"{_MAX_JOINS} earlier attempts to join a weight group wait for stores that do not reply"
-            )
-        self._abandon_join()
-        join = self._join = _Join(group_name)
-
-        def work() -> WeightGroup:
-            try:
-                group = WeightGroup.join(
-                    master_address=master_address,
-                    master_port=master_port,
-                    rank=rank,
-                    world_size=world_size,
-                    group_name=group_name,
-                    backend=backend,
-                    timeout_s=timeout_s,
-                    secret=secret,
-                )
-            finally:
-                self._join_slots.release()
-            if join.is_abandoned:
-                group.close()
-                raise WeightSyncError(f"weight group {group_name}: this engine has left it while joining")
-            return group
-
-        try:
-            async with asyncio.timeout(timeout_s + _JOIN_GRACE_S):
-                group = await self._threads.run(work)
-        except TimeoutError:
-            join.is_abandoned = True
-            raise WeightSyncError(
-                f"weight group {group_name}: {master_address}:{master_port} timed out after {timeout_s:g} s"
-            ) from None
-        finally:
-            if self._join is join:
-                self._join = None
-        if join.is_abandoned:
-            in_thread(group.close, name="weights")
-            raise WeightSyncError(f"weight group {group_name}: this engine has left it while joining")
-        self._groups[group_name] = group
-
-    async def destroy_group(self, group_name: str) -> None:
-        """Leaves a group. Raises WeightSyncError if no group has that name."""
-        group = self._groups.pop(group_name, None)
-        if group is None and self._join is not None and self._join.group_name == group_name:
-            self._abandon_join()
-            return
-        if group is None:
-            raise WeightSyncError(f"weight group {group_name!r} does not exist")
-        # In a thread: NCCL's abort may wait for a peer that hangs.
-        await self._threads.run(group.close)
-
-    async def begin(self) -> None:
-        """Opens an update; discards an update that is still open."""
         self._discard()
-        weights = await asyncio.wrap_future(self._loop.call(lambda core: core.take_shadow_weights()))
+        if adapter is None:
+            weights = await asyncio.wrap_future(self._loop.call(lambda core: core.take_shadow_weights()))
+            facts: ModelFacts | AdapterFacts = self._facts
+        else:
+            header = adapter
+            named = await asyncio.wrap_future(self._loop.call(lambda core: core.new_adapter(header)))
+            weights = Weights(named=named)
+            facts = AdapterFacts.of(named, dtype=self._facts.dtype, device=self._facts.device)
         buffers, self._buffers = self._buffers, []
-        self._update = _OpenUpdate(BucketReceiver(weights, self._facts, buffers))
+        self._update = _OpenUpdate(BucketReceiver(weights, facts, buffers), is_adapter=adapter is not None)
 
     async def receive(
         self,
@@ -240,11 +125,7 @@ class WeightUpdater:
         """
         update = self._open_update()
         receiver = update.receiver
-        group = self._groups.get(group_name)
-        if group is None:
-            raise WeightSyncError(
-                f"weight group {group_name!r} does not exist: call /init_weights_update_group first"
-            )
+        group = self.groups.find(group_name)
 
         def work() -> BucketSums:
             if flattened:
@@ -259,9 +140,9 @@ class WeightUpdater:
                     raise WeightSyncError("the weight update was discarded")
                 if any(bucket.num_bytes > self._max_bucket_bytes for bucket in buckets):
                     # Leaving the group makes the broadcast of this bucket fail at the sender at once.
-                    await self.destroy_group(group_name)
+                    await self.groups.leave(group_name)
                     raise WeightSyncError("a bucket is larger than all of this model's tensors together")
-                sums = await self._threads.run(lambda: receiver.on_own_stream(work))
+                sums = await self.groups.threads.run(lambda: receiver.on_own_stream(work))
             if receiver.error:
                 raise WeightSyncError(receiver.error)
         except WeightSyncError as error:
@@ -273,11 +154,11 @@ class WeightUpdater:
         update.version = version or update.version
         return sums
 
-    async def end(self, *, version: str, recompute: bool) -> float:
+    async def end(self, *, version: str, running: Running) -> float:
         """Checks that the update is complete and activates it; returns the stall of decoding in seconds.
 
-        `recompute`: recompute the KV of running sequences under the new weights; otherwise they keep their
-        KV. Raises WeightSyncError if the update is incomplete or had an error; the old weights stay active.
+        `running`: what happens to sequences that have begun. Raises WeightSyncError if the update is
+        incomplete or had an error; the old weights stay active.
         """
         update = self._open_update()
         if update.num_receiving:
@@ -286,7 +167,12 @@ class WeightUpdater:
         try:
             if receiver.error:
                 raise WeightSyncError(receiver.error)
-            check_names(receiver.received, self._facts.parameter_shapes, tied=self._facts.tied_names)
+            facts = receiver.facts
+            check_names(receiver.received, facts.parameter_shapes, tied=facts.tied_names)
+            if running == "finish" and not update.is_adapter:
+                raise WeightSyncError(
+                    "running=finish needs an adapter: all weights change for every sequence"
+                )
             if not version:
                 raise WeightSyncError("no weight_version was given: pass it to /end_weight_update")
         except WeightSyncError:
@@ -294,29 +180,33 @@ class WeightUpdater:
             self._discard()
             raise
         self._update, self._buffers = None, receiver.buffers
-        stall_s = await asyncio.wrap_future(
-            self._loop.swap_weights(receiver.weights, version=version, recompute=recompute)
-        )
+        if update.is_adapter:
+            activating = self._loop.activate_adapter(receiver.weights.named, version=version, running=running)
+        else:
+            activating = self._loop.swap_weights(
+                receiver.weights, version=version, recompute=running == "recompute"
+            )
+        stall_s = await asyncio.wrap_future(activating)
         self.num_updates += 1
         self.update_s += time.perf_counter() - update.started_s
         logger.debug("weight version %s is active, decoding stalled for %.1f ms", version, stall_s * 1e3)
         return stall_s
 
-    async def load_from_disk(self, path: str, *, version: str, recompute: bool) -> float:
+    async def load_from_disk(self, path: str, *, version: str, running: Running) -> float:
         """Loads a Hugging Face directory as one update; returns and raises as `end` does."""
         await self.begin()
         update = self._open_update()
         receiver = update.receiver
         update.num_receiving += 1
         try:
-            await self._threads.run(
+            await self.groups.threads.run(
                 lambda: receiver.on_own_stream(lambda: _store_checkpoint(Path(path), receiver))
             )
         except WeightSyncError as error:
             receiver.error = str(error)
         finally:
             update.num_receiving -= 1
-        return await self.end(version=version, recompute=recompute)
+        return await self.end(version=version, running=running)
 
     def device_facts(self) -> dict[str, str]:
         """Returns device and NCCL version of this engine, which rank 0 compares before it chooses a
@@ -325,15 +215,7 @@ class WeightUpdater:
 
     def close(self) -> None:
         """Fails every call that is receiving, and leaves all groups without waiting."""
-        self._threads.abandon("the engine is shutting down")
-        for group in self._groups.values():
-            in_thread(group.close, name="weights")
-        self._groups.clear()
-
-    def _abandon_join(self) -> None:
-        if self._join is not None:
-            self._join.is_abandoned = True
-            self._join = None
+        self.groups.close()
 
     def _open_update(self) -> _OpenUpdate:
         if self._update is None:
@@ -352,7 +234,7 @@ class WeightUpdater:
         if update.is_discarded and not update.num_receiving:
             receiver = update.receiver
             self._buffers = receiver.buffers
-            if not receiver.is_tainted:
+            if not receiver.is_tainted and not update.is_adapter:
                 self._loop.call(lambda core: core.return_shadow_weights(receiver.weights))
 
 

@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
-from areal_like.automatic_settings import compute_dtype, start_limit_s
+from areal_like.automatic_settings import compute_dtype, start_limit_s, uses_fp32_head
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
 from areal_like.hosts import LOOPBACK
@@ -246,7 +246,7 @@ class EmbeddedProcess(EngineProcess):
             port_file=str(self._port_file),
             device=rollout.engine_device,
             dtype=compute_dtype(self._config),
-            enable_fp32_lm_head=self._config.model.fp32_head,
+            enable_fp32_lm_head=uses_fp32_head(self._config),
             max_running_requests=rollout.max_running,
             context_length=self._context_tokens,
             weights_from=(str(RunPaths.of(self._config).checkpoints),),
@@ -254,6 +254,7 @@ class EmbeddedProcess(EngineProcess):
             max_connections=_SPARE_CONNECTIONS + 4 * (rollout.max_running + rollout.queue_samples),
             weight_version=str(version),
             random_seed=self._config.seed,
+            max_adapters=self._config.num_adapters,
             num_threads=rollout.num_threads,
         ).to_json()
 

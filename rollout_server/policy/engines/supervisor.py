@@ -4,7 +4,8 @@
                                           `-> too many deaths in a row -> EngineError
 
 An engine starts with the run's newest checkpoint if this machine can see it, under the version that the
-trainer gave it; otherwise with the weights at `model.path`.
+trainer gave it; otherwise with the weights at `model.path`. The checkpoints of a run with a LoRA adapter have
+only the adapter, so its engines always start with `model.path`, the base.
 
 An engine is stalled when it does not respond, or when it has requests and none of the counts in its load
 change. The limit applies to the engine and not to each request: a request advances with the engine, and
@@ -22,9 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from areal_like.automatic_settings import start_limit_s
+from areal_like.automatic_settings import compute_dtype, start_limit_s
 from areal_like.config import Config
 from areal_like.errors import EngineError
+from areal_like.paths import RunPaths
 from areal_like.runtime.progress import ProgressClock
 from areal_like.runtime.restarts import RestartLimits, Restarts, RestartState
 from areal_like.weights.snapshots_on_disk import newest_snapshot
@@ -80,15 +82,29 @@ def make_engine(
 def make_update_strategy(
     config: Config,
     *,
+    name: str,
     model: str,
     gate: GenerationGate,
     on_quarantine: OnQuarantine,
     on_untrusted: OnUntrusted,
 ) -> WeightUpdateStrategy:
     """Creates the strategy that updates the engine's weights: the embedded engine receives into shadow
-    weights, and SGLang is paused and loads in place. Raises ConfigError without readable safetensors."""
+    weights, and SGLang is paused and loads in place, or loads adapters from folders of the server `name`.
+    Raises ConfigError without readable safetensors."""
     if config.rollout.engine == "embedded":  # activates only verified updates, so it needs no quarantine
         return ShadowWeightUpdate(gate=gate, on_untrusted=on_untrusted)
+    if config.num_adapters:
+        # Imported here, because torch takes seconds to import, and no other server needs it.
+        from rollout_server.weights.adapter_folder import SglangAdapterUpdate
+
+        return SglangAdapterUpdate(
+            model=model,
+            shapes=CheckpointShapes.of(model),
+            directory=RunPaths.of(config).adapters / name,
+            num_slots=config.num_adapters,
+            dtype=compute_dtype(config),
+            gate=gate,
+        )
     return SglangWeightUpdate(
         shapes=CheckpointShapes.of(model),
         gate=gate,

@@ -20,6 +20,7 @@ from areal_like.wire.messages.weights import (
     FormGroup,
     PushChecksums,
     PushWeights,
+    ReadyToReceive,
     WeightsOk,
 )
 from tests.support import warm_start
@@ -116,6 +117,7 @@ class WideServer:
                 buckets = Manifest.from_dict(push.manifest).buckets
                 for rank in self.ranks:
                     self.send_line(rank, *(bucket.num_bytes for bucket in buckets))
+                self.listener.send(envelope.peer, ReadyToReceive(version=push.version))
                 received = [await self.lines() for _ in buckets]
                 assert received == [[str(checksum)] * self.num_ranks for checksum in await self.checksums]
                 answer = WeightsOk(version=push.version)

@@ -21,7 +21,7 @@ from trainer.gradients.optimal_baseline import optimal_baseline
 from trainer.gradients.per_sequence import SequenceGradients
 from trainer.objectives import OBJECTIVES, SampledTokens, build_objective
 from trainer.objectives.normalizers import Normalizer
-from trainer.objectives.vcpo import Vcpo
+from trainer.objectives.vcpo import Vcpo, _log_unmeasured
 
 PAPER = Vcpo(baseline_weights="gradient")
 """As published: the weights are in the norms of the baseline."""
@@ -47,6 +47,7 @@ def stats_of(objective: Vcpo, batch: SampledTokens) -> dict[str, Tensor]:
         ({}, 0.795551),
         ({"step_size": "linear"}, 0.632901),
         ({"rho_ref": 0.55}, 1.0),
+        ({"rho_ref": 1}, 0.795551),
         ({"rho_ref": 0.8, "step_size": "linear"}, 0.632901 / 0.8),
         ({"step_size": "none"}, 1.0),
     ],
@@ -57,6 +58,59 @@ def test_step_size_follows_the_effective_sample_size(settings: dict[str, Any], s
     assert float(stats["rho"]) == pytest.approx(0.632901, abs=1e-6), "the ESS of the untruncated weights"
     assert objective.lr_scale(stats) == pytest.approx(scale, abs=1e-6)
     assert objective.lr_scale({}) == 1.0
+
+
+def fresh_and_old(fresh: list[float], old: list[float]) -> SampledTokens:
+    """Sequences of two tokens with these log W: sampled by the step's own weights, or the second token by
+    older ones."""
+    return tokens_of(
+        [[-1.0, -2.0 + log_w] for log_w in (*fresh, *old)],
+        [[-1.0, -2.0]] * (len(fresh) + len(old)),
+        [1.0] * (len(fresh) + len(old)),
+        lag=[[0.0, 0.0]] * len(fresh) + [[0.0, 1.0]] * len(old),
+    )
+
+
+def test_a_measured_reference_by_hand(caplog: pytest.LogCaptureFixture) -> None:
+    """rho_f of log W = 0, 1 is (1 + e)^2 / (2 (1 + e^2)); a step counts by its share of fresh sequences."""
+    _log_unmeasured.cache_clear()
+    objective = Vcpo(rho_ref="measured", step_size="linear")
+    rho_f = (1 + math.e) ** 2 / (2 * (1 + math.e**2))
+    state = objective.initial_state()
+
+    def after(batch: SampledTokens) -> tuple[float, float]:
+        """(rho, rho_ref) of a step; keeps the state."""
+        nonlocal state
+        stats = stats_of(objective, batch)
+        state = objective.next_state(state, stats)
+        stats |= {"state": numbers(*state)}
+        rho, reference = float(stats["rho"]), objective.step_metrics(stats)["rho_ref"]
+        assert objective.lr_scale(stats) == pytest.approx(min(1, rho / reference))
+        return rho, reference
+
+    for _ in range(2):
+        rho, reference = after(fresh_and_old([], [0.0, 1.0]))
+        assert (rho, reference) == (pytest.approx(rho_f), 1.0), "nothing was measured yet"
+    assert caplog.text.count("rho_ref stays 1 until there is one") == 1
+    rho, reference = after(fresh_and_old([0.0, 1.0], []))
+    assert rho == pytest.approx(reference) == pytest.approx(rho_f), "the first estimate, and a full step"
+    _, reference = after(fresh_and_old([0.5, 0.5, 0.5], [2.0]))
+    early, late = 0.05 * (1 - 0.05 * 0.75), 0.05 * 0.75
+    expected = (early * rho_f + late * 1.0) / (early + late)
+    assert reference == pytest.approx(expected)
+    assert after(fresh_and_old([], [1.0]))[1] == pytest.approx(expected), "unchanged by old sequences"
+    assert objective.next_state(state, {}) == state, "a step without data"
+
+
+def test_a_reference_is_measured_only_where_it_is_used() -> None:
+    for objective in (Vcpo(), Vcpo(rho_ref="measured", step_size="none")):
+        assert objective.initial_state() == () and objective.step_metrics({}) == {}
+        assert set(objective.observe(published())) == {"log_w"}
+    composed = build_objective({"name": "vcpo", "rho_ref": "measured", "masks": [{"name": "opsm"}]})
+    stats = {**stats_of(cast(Vcpo, composed), fresh_and_old([0.0, 1.0], [])), "0/other": numbers(1.0)}
+    state = composed.next_state(composed.initial_state(), stats)
+    assert state[0] / state[1] == pytest.approx(float(stats["rho"]))
+    assert composed.lr_scale(stats | {"state": numbers(*state)}) == pytest.approx(1.0)
 
 
 def test_published_baselines() -> None:
@@ -135,7 +189,7 @@ def test_tabular_gradient_matches_published_values(normalizer: str, ascent: list
         for actions, reward in zip(SEQUENCES, RETURNS, strict=True):
             batch = sampled_uniformly(model, [actions], [reward])
             loss_S, _, _ = norm.weigh(objective.losses(batch, {}), batch)
-            gradients.add(loss_S, tokens=batch, batch=cast(PackedBatch, None))
+            gradients.add(loss_S, tokens=batch, batch=cast(PackedBatch, SimpleNamespace(is_continued=False)))
         sums = gradients.finish()
     assert model.table.weight.grad is not None
     assert (-model.table.weight.grad[:, 0]).tolist() == pytest.approx(ascent, abs=1e-6)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from areal_like.errors import ConfigError
+from areal_like.precision import Fp32Head
 from areal_like.trajectory import Trajectory
 from tests.support.trainer_helpers import dense_logprobs, flattened, random_groups, run_ranks, write_model
 from tests.support.vcpo_ranks import VARIANTS, gradient_of, make_runner, shares_of
@@ -124,13 +125,18 @@ def test_ghost_norms_agree_with_autograd_in_float32(tmp_path: Path, ranks: Ranks
     assert ghost[0]["baseline"] == pytest.approx(exact[0]["baseline"], rel=1e-4)
 
 
-def test_ghost_norms_agree_with_autograd_in_bfloat16(tmp_path: Path, ranks: Ranks) -> None:
-    """The two may differ only by rounding."""
+@pytest.mark.parametrize("fp32_head", [False, True])
+def test_ghost_norms_agree_with_autograd_in_bfloat16(tmp_path: Path, ranks: Ranks, fp32_head: bool) -> None:
+    """The two may differ only by rounding. The head keeps its own forward after the steps."""
     path, groups = write_model(tmp_path, "qwen3", dtype=torch.float32), random_groups(4, group_size=4)
     runners = [
-        make_runner(path, ranks, dtype=torch.float32, compute="bfloat16", norms=n) for n in ("ghost", "exact")
+        make_runner(path, ranks, dtype=torch.float32, compute="bfloat16", norms=n, fp32_head=fp32_head)
+        for n in ("ghost", "exact")
     ]
     ghost, exact = (gradient_of(runner, groups) for runner in runners)
+    for runner in runners:
+        head = runner.policy.model.get_output_embeddings()
+        assert isinstance(head, Fp32Head) is fp32_head and "forward" not in vars(head)
     assert_same_gradient(ghost[1], exact[1], relative=0.03)
 
 

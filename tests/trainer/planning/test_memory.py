@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import Qwen3Config
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.support.trainer_helpers import run_ranks
 
@@ -26,20 +26,25 @@ SHAPE = Qwen3Config(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "checkpointing"),
+    ("world_size", "checkpointing", "lora_rank"),
     [
-        (1, False),
-        pytest.param(1, True, marks=pytest.mark.chaos),
-        pytest.param(2, False, marks=pytest.mark.chaos),
+        (1, False, 0),
+        pytest.param(1, True, 0, marks=pytest.mark.chaos),
+        pytest.param(2, False, 0, marks=pytest.mark.chaos),
+        pytest.param(2, False, 8, marks=pytest.mark.chaos),
     ],
 )
 def test_trace_is_measured_memory(
-    world_size: int, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world_size: int, checkpointing: bool, lora_rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Long, because ranks train while their memory is measured."""
-    SHAPE.save_pretrained(tmp_path / "model")
+    if lora_rank:  # the base is read
+        Qwen3ForCausalLM(SHAPE).save_pretrained(tmp_path / "model")
+    else:
+        SHAPE.save_pretrained(tmp_path / "model")
     settings = {
-        "model": {"path": str(tmp_path / "model"), "dtype": "float32"},
+        "model": {"path": str(tmp_path / "model"), "dtype": "float32", "lora": {"rank": lora_rank}},
+        "weights": {"lora": "adapter" if lora_rank else "merged"},  # nothing is pushed here
         "rollout": {"max_context": 128},
         "sampling": {"max_new_tokens": 96, "group_size": 4},
         "task": {"name": "sort", "max_prompt_tokens": 32},

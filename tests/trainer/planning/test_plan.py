@@ -29,7 +29,13 @@ from trainer.planning.report import json_of, text_of
 from trainer.planning.shapes import known_shapes, with_local_model
 from trainer.planning.staleness import Forecast
 
-PARAMETERS = {"1xh100_1.7b": 1.72e9, "8xh100_8b": 8.19e9, "8x8h100_32b": 32.76e9}
+PARAMETERS = {
+    "1xh100_1.7b": 1.72e9,
+    "2xh100_8b_lora": 8.19e9,
+    "4xh100_32b_lora": 32.76e9,
+    "8xh100_8b": 8.19e9,
+    "8x8h100_32b": 32.76e9,
+}
 """As their authors publish them, tied embeddings counted once."""
 SMALL = ("sampling.max_new_tokens=448", "rollout.max_context=512", "model.dtype=bfloat16")
 
@@ -64,25 +70,30 @@ def small(model: str, *settings: str, gpus: str = "1+1xH100") -> Plan:
     return make_plan(load_config([model, *SMALL, *settings]), gpus=gpus)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["8xh100_8b", *(pytest.param(n, marks=pytest.mark.chaos) for n in ("1xh100_1.7b", "8x8h100_32b"))],
-)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_preset_fits(name: str) -> None:
-    """Long for large models: steps of their real sizes are traced, though not computed."""
     plan = make_plan(load_config([f"scale={name}"]))
     assert plan.fits, plan.memory.problems
     assert plan.trace.num_params == pytest.approx(PARAMETERS[name], rel=0.005)
     # Masters, gradients and two moments in float32, divided over the ranks.
-    states = 16 * plan.trace.num_params / plan.trace.world_size
+    states = 16 * plan.trace.num_trained / plan.trace.world_size
     parts = plan.trace.peak_bytes
-    named = ("weights (float32 masters)", "gradients", "Adam's moments")
+    masters = "adapter (float32 masters)" if name.endswith("lora") else "weights (float32 masters)"
+    named = (masters, "gradients", "Adam's moments")
     assert sum(parts[part] for part in named) == pytest.approx(states, rel=0.01)
+    frozen = plan.trace.num_params + plan.trace.num_adapter - plan.trace.num_trained
+    base = 2 * frozen / plan.trace.world_size
+    assert parts.get("base model (frozen)", 0) == pytest.approx(base, rel=0.01)
     assert plan.memory.engine.num_tokens >= 8 * plan.lengths.context
     expected = plan.estimate
     assert expected is not None and 0.1 < expected.mfu < 0.6 and expected.lag <= plan.config.staleness_cap
+    if name == "8xh100_8b":
+        assert max(expected.trainer_idle, expected.engine_idle) < 0.15
     text = text_of(plan, [], explain=True)
     assert "It fits" in text and "not on this machine" in text
+    longest = plan.config.sampling.max_new_tokens
+    assert "objective=auto is {name: tis, level: token" in text and f"has {longest} tokens" in text
+    assert json_of(plan, [])["objective"]["masks"][0]["name"] == "band"
     assert all(formula.split()[0] in text for formula in expected.formulas)
 
 
@@ -91,7 +102,8 @@ def test_presets_are_jobs() -> None:
     for name in PARAMETERS:
         config = load_config([f"scale={name}", "trainer.num_steps=3"])
         assert config.trainer.num_steps == 3
-        assert config.objective["level"] == "token" and config.objective["masks"][0]["name"] == "band"
+        objective = config.resolved_objective
+        assert objective["level"] == "token" and objective["masks"][0]["name"] == "band", "by auto"
         check_gpus_are_separate(config)  # the shared GPU is meant
         again = load_config(["--config", f"configs/scale/{name}.yaml", "trainer.num_steps=3"])
         assert again == config
@@ -196,6 +208,56 @@ def test_gradients_are_part_of_the_trace(model: str) -> None:
     assert 5 * multiplied < per_token < 8.1 * multiplied
 
 
+def test_lora_is_part_of_the_plan(model: str) -> None:
+    settings = ("trainer.gradient_checkpointing=false", "kl.coef=0.1")
+    full = small(model, *settings)
+    merged = small(model, *settings, "model.lora.rank=8")
+    assert merged.trace.num_params == full.trace.num_params and full.trace.num_adapter == 0
+    # Two layers: rows of A and columns of B for 4 matrices of attention and 3 of the MLP.
+    sizes = (512 + 512, *[512 + 256] * 2, 512 + 512, *[512 + 1536] * 3)
+    assert merged.trace.num_trained == merged.trace.num_adapter == 2 * 8 * sum(sizes)
+
+    parts = merged.trace.peak_bytes
+    assert parts["base model (frozen)"] == 2 * merged.trace.num_params
+    states = ("adapter (float32 masters)", "gradients", "Adam's moments")
+    assert sum(parts[part] for part in states) == pytest.approx(16 * merged.trace.num_adapter, rel=0.01)
+    # What the next push is compared with: another copy of A and B.
+    assert parts["merging for pushes (float32)"] == pytest.approx(4 * merged.trace.num_adapter, rel=0.01)
+    # The reference is the base without the adapter: a forward, and no memory.
+    assert "reference model" in full.trace.resident_bytes
+    assert "reference model" not in merged.trace.resident_bytes
+    assert merged.trace.linear_flops["reference"] == full.trace.linear_flops["reference"]
+    # No gradients of frozen weights: two products in place of three, in the recomputed head three in place of
+    # four, and those of the adapter.
+    share = merged.trace.linear_flops["policy"] / full.trace.linear_flops["policy"]
+    assert 0.6 < share < 0.8
+
+    text = text_of(merged, [], explain=True)
+    assert "rank 8, all-linear" in text and "all weights, merged with the adapter" in text
+    assert json_of(merged, [])["model"]["num_trained"] == merged.trace.num_trained
+
+
+def test_a_push_of_the_adapter_alone(model: str) -> None:
+    lengths = ("sampling.max_new_tokens=4096", "rollout.max_context=8192")  # of the test's model
+    settings = (model, "scale=2xh100_8b_lora", "max_staleness=4", *lengths)
+    whole = make_plan(load_config([*settings, "weights.lora=merged"]))
+    alone = make_plan(load_config([*settings, "weights.lora=adapter"]))
+    adapter = 2 * alone.trace.num_adapter
+    assert (whole.pushed_bytes, alone.pushed_bytes) == (2 * whole.trace.num_params, adapter)
+    assert "merging for pushes (float32)" not in alone.trace.resident_bytes
+    snapshots = "snapshots for pushes (two, on rank 0)"
+    assert (whole.memory.host[snapshots], alone.memory.host[snapshots]) == (
+        2 * whole.pushed_bytes,
+        2 * adapter,
+    )
+    # One slot for each version within the bound, for the one that is pushed, and for requests without one.
+    engine = alone.memory.engine
+    assert whole.memory.engine.adapters == 0 and engine.adapters == 7 * adapter
+    assert whole.memory.engine.kv_cache - engine.kv_cache == pytest.approx(engine.adapters)
+    assert "adapters: 7 slots" in text_of(alone, [], explain=False)
+    assert alone.estimate is not None and any("gloo" in formula for formula in alone.estimate.formulas)
+
+
 def test_proximal_policy_is_part_of_the_trace(model: str) -> None:
     """Its weights are as large as the masters, and its forward is a third of forward and backward."""
     trace = small(model, "objective.prox=average", "objective=decoupled_ppo").trace
@@ -227,6 +289,9 @@ def test_engine_memory_and_time(model: str) -> None:
     # 2 layers x keys and values x 4 heads x 64 x 2 bytes.
     assert engine.kv_per_token == 2 * 2 * 4 * 64 * 2
     assert engine.weights + engine.kv_cache + engine.other == pytest.approx(80e9)
+    short = replace(plan.config.rollout.sglang, args="--kv-cache-dtype fp8_e4m3")
+    in_8_bits = with_settings(plan, rollout=replace(plan.config.rollout, sglang=short))
+    assert engine_memory(in_8_bits).kv_per_token == engine.kv_per_token / 2
     halved = engine_memory(plan, trainer_bytes=40e9)
     assert halved.num_tokens < 0.6 * engine.num_tokens
     slow, fast = (estimated(plan, response) for response in (4000.0, 1000.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from areal_like.config import Config, from_mapping
+from areal_like.config import Config, LoraConfig, from_mapping
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import load_config
 from tests.support.launching import TEST_LIMIT_S, areal_like
 from tests.support.sft_model import addition_rows, write_rows, write_sft_model
 from tests.support.trainer_helpers import without_measured
 from trainer.distributed.ranks import Ranks
+from trainer.models.policy import Policy
 from trainer.sft.run import SupervisedRun
 
 NUM_ROWS, BATCH_ROWS = 22, 5
@@ -148,6 +151,43 @@ def test_two_ranks_learn_what_one_does(root: Path) -> None:
         [row["loss"] for row in metrics_of(paths)] for paths in (alone, RunPaths(checkpoint.parents[1]))
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_an_adapter_with_dropout_resumes_to_the_last_bit(root: Path) -> None:
+    """Dropout is random and follows from the seed: in the loss of the steps, not in the held-out loss."""
+    rows = {}
+    for name, dropout in (("plain", 0.0), ("whole", 0.3), ("stopped", 0.3)):
+        config = config_of(root, name)
+        lora = LoraConfig(rank=4, alpha=8.0, dropout=dropout)
+        config = replace(config, model=replace(config.model, lora=lora))
+        paths = run(config, num_steps=6 if name == "stopped" else 1000)
+        if name == "stopped":
+            paths = run(config, resume="step:4")
+        rows[name] = metrics_of(paths)
+    assert rows["stopped"] == rows["whole"]
+    last = f"step_{NUM_STEPS:06d}"
+    whole, stopped = (root / "runs" / name / "checkpoints" / last for name in ("whole", "stopped"))
+    assert files_of(whole) == files_of(stopped)
+    assert all(".lora_" in name for name in load_file(whole / "adapter_model.safetensors"))
+    # A new adapter changes nothing, and neither does its dropout.
+    assert rows["plain"][0]["loss"] == rows["whole"][0]["loss"]
+    assert rows["plain"][-1]["loss"] != rows["whole"][-1]["loss"]
+    assert rows["whole"][-1]["eval_loss"] < rows["whole"][3]["eval_loss"]
+
+
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_the_last_line_starts_a_run_from_an_adapter(root: Path) -> None:
+    words = ["model.lora.rank=2", "model.lora.targets=[q_proj,v_proj]", "sft.num_steps=1", "name=x"]
+    done = areal_like("sft", f"model.path={root}/model", f"sft.train={root}/train.jsonl", *words, cwd=root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    line = done.stdout.splitlines()[-1]
+    config = load_config(line.split())
+    assert config.model.lora.path == str(root / "runs" / "x" / "checkpoints" / "step_000001")
+    ranks = Ranks.alone()
+    try:
+        Policy.load(config.model.path, ranks, lora_settings=config.model.lora)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.chaos

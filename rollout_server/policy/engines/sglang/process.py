@@ -22,12 +22,12 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from areal_like.automatic_settings import compute_dtype, start_limit_s
+from areal_like.automatic_settings import compute_dtype, start_limit_s, uses_fp32_head
 from areal_like.config import Config
 from areal_like.config.gpus import engine_gpus
 from areal_like.config.sglang_args import CONTEXT_LENGTH, UNREACHABLE, number, words_of
@@ -36,11 +36,13 @@ from areal_like.errors import ConfigError, EngineError
 from areal_like.hosts import LOOPBACK
 from areal_like.runtime.tied_exec import foreign_environment
 from areal_like.security.tokens import read_secret
+from areal_like.weights.adapters import linear_layers
 from areal_like.weights.foreign_torch import torch_versions
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.engines.process import EngineProcess
 from rollout_server.policy.engines.sglang import launch_with_key
 from rollout_server.policy.sglang_client import STREAM_INTERVAL, SglangClient
+from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 
 BUILT_PYTHON = Path("areal_like/sglang/bin/python")
 """Path, relative to the cache directory, of the interpreter that `make sglang` builds."""
@@ -119,6 +121,7 @@ class SglangProcess(EngineProcess):
             self._nccl_version = versions.nccl
         self._index = server_index(name)
         self._vocab_size = vocab_size
+        self._targets = adapter_targets(config, model=model)
         self._chosen_port = 0
 
     async def stop(self) -> None:
@@ -140,7 +143,7 @@ class SglangProcess(EngineProcess):
             self._chosen_port = probe.getsockname()[1]
         options = launch_options(
             self._config, model=self._model, port=self._chosen_port, version=version, index=self._index,
-            context_length=self._context_length,
+            context_length=self._context_length, targets=self._targets,
         )  # fmt: skip
         tied = [sys.executable, "-m", "areal_like.runtime.tied_exec", self._python]
         return [*tied, launch_with_key.__file__, secret_file, *options]
@@ -308,9 +311,19 @@ async def _refuses(url: str) -> bool:
 
 
 def launch_options(
-    config: Config, *, model: str, port: int, version: int, index: int, context_length: int
+    config: Config,
+    *,
+    model: str,
+    port: int,
+    version: int,
+    index: int,
+    context_length: int,
+    targets: Sequence[str] = (),
 ) -> list[str]:
-    """Returns the arguments of `python -m sglang.launch_server`, without the API key."""
+    """Returns the arguments of `python -m sglang.launch_server`, without the API key.
+
+    `targets`: layers that pushed adapters change, by the last parts of their names; empty: no adapters.
+    """
     rollout = config.rollout
     device = rollout.engine_device.partition(":")[0]
     options = {
@@ -327,11 +340,36 @@ def launch_options(
         options |= {"attention-backend": "torch_native", "max-total-tokens": _MAX_CPU_KV_TOKENS}
         # Without sleep-on-idle, SGLang's idle loop uses a whole core.
         flags += ["disable-cuda-graph", "disable-overlap-schedule", "sleep-on-idle"]
-    if config.model.fp32_head:
+    if uses_fp32_head(config):
         flags.append("enable-fp32-lm-head")
+    if targets:
+        flags.append("enable-lora")
+        # SGLang counts requests without an adapter as one more, and wants room for it in both limits.
+        num_loras = config.num_adapters + 1
+        options |= {
+            "max-lora-rank": config.model.lora.rank, "max-loras-per-batch": num_loras,
+            "max-loaded-loras": num_loras,
+        }  # fmt: skip
+        if device == "cpu":
+            options["lora-backend"] = "torch_native"
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    if targets:
+        words += ["--lora-target-modules", *targets]
     words += [f"--{flag}" for flag in flags]
     return words + shlex.split(rollout.sglang.args.replace("{index}", str(index)))
+
+
+def adapter_targets(config: Config, *, model: str) -> list[str]:
+    """The layers that pushed adapters change, by the last parts of their names; empty if none are pushed.
+
+    SGLang allocates its adapters at its start, before it has seen one. Raises ConfigError without readable
+    safetensors.
+    """
+    if not config.num_adapters:
+        return []
+    targets = config.model.lora.targets
+    names = linear_layers(CheckpointShapes.of(model).shapes) if isinstance(targets, str) else targets
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def check_context_option(args: str, *, context_tokens: int) -> None:

@@ -1,0 +1,94 @@
+"""trainer.kernels: what is chosen where, and that a choice changes neither names nor values on a CPU."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from areal_like.config import from_mapping
+from tests.support.trainer_helpers import write_model
+from trainer.distributed.ranks import Ranks
+from trainer.models import kernels
+from trainer.models.kernels import Kernels, apply_liger, choose_kernels, use_kernels
+from trainer.models.policy import build_policy
+
+ON_H100: dict[str, Any] = {"dtype": "bfloat16", "is_cuda": True, "capability": (9, 0)}
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The packages that can be found; a test changes it."""
+    found = {"flash_attn_interface", "liger_kernel"}
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object() if name in found else None)
+    return found
+
+
+def test_both_are_chosen_where_they_can_run(installed: set[str]) -> None:
+    assert choose_kernels("auto", **ON_H100) == Kernels(flash_attention_3="", liger="")
+    assert str(choose_kernels("auto", **ON_H100)) == "FlashAttention 3: yes, Liger: yes"
+    installed.clear()
+    assert choose_kernels("auto", **ON_H100) == Kernels(
+        flash_attention_3="flash_attn_interface is not installed", liger="liger_kernel is not installed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "uses_flash", "uses_liger"),
+    [
+        ({"setting": "torch"}, False, False),
+        ({"is_cuda": False, "capability": None}, False, False),
+        ({"capability": (8, 0)}, False, True),
+        ({"capability": (10, 0)}, False, True),
+        ({"dtype": "float32"}, False, True),
+        ({"attention": "rectangles"}, False, True),
+        ({"attention": "varlen"}, True, True),
+        ({"compiles": True}, True, False),
+    ],
+)
+def test_obstacles(installed: set[str], changes: dict[str, Any], uses_flash: bool, uses_liger: bool) -> None:
+    found = choose_kernels(**{"setting": "auto"} | ON_H100 | changes)
+    assert (found.flash_attention_3 == "", found.liger == "") == (uses_flash, uses_liger), found
+
+
+def test_flash_attention_that_does_not_load_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch's own function runs: a package that lacks the operators is found out when it is activated."""
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
+    kernels._activated.cache_clear()
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            found = kernels._activated(Kernels(flash_attention_3="", liger="no GPU"))
+    assert "does not expose FA3" in found.flash_attention_3
+    assert [record.message.startswith("kernels: ") for record in caplog.records] == [True]
+    kernels._activated.cache_clear()
+
+
+def test_a_cpu_uses_none(tmp_path: Path, installed: set[str], ranks: Ranks) -> None:
+    config = from_mapping({"model": {"path": "x", "dtype": "float32"}})
+    found = use_kernels(config, torch.device("cpu"), dtype="float32")
+    assert found == Kernels(flash_attention_3="no GPU", liger="no GPU")
+    policy = build_policy(config, write_model(tmp_path, "qwen3"), ranks)
+    assert not any("forward" in vars(module) for module in policy.model.base_model.modules())
+
+
+def test_liger_gets_the_whole_model_and_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    package, patches = ModuleType("liger_kernel.transformers"), ModuleType("monkey_patch")
+    package._apply_liger_kernel_to_instance = lambda **settings: calls.append(settings)  # type: ignore[attr-defined]
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"qwen3": None}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", patches)
+    model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "qwen3", "qwen3"))
+    assert apply_liger(model)
+    (settings,) = calls
+    assert settings.pop("model") is model
+    on = {name for name, value in settings.items() if value}
+    assert on == {"rope", "rms_norm", "swiglu"} and len(settings) == 5
+    other = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "gpt2", "gpt2"))
+    assert not apply_liger(other) and len(calls) == 1
