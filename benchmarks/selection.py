@@ -25,7 +25,8 @@ collapse. It is high for a method that learns fast and stays good. Reward at tem
 sharpening alone; it and the entropy are reported and do not decide.
 
 *Collapse.* A trial has collapsed if its reward at temperature 1 over the last tenth is less than half of its
-best over any tenth, or if its greedy reward ends below where it began.
+best over any tenth, or if its greedy reward ends below where it began, by more than noise (twice the standard
+error; without it .64 -> .61 on 256 prompts would count, see docs/decisions/0019-default-method.md).
 
 *Stage 1*, the jobs `default` and `long`, seed 100. Every method runs at 1, 2 and 6 times the job's learning
 rate with samples of age 4. A method has one multiple for all jobs, 1 or 2: the one with the better score, if

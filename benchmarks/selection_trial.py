@@ -19,6 +19,7 @@ The learning rate is constant after its warm-up: a rate that falls to zero hides
 from __future__ import annotations
 
 import json
+import math
 import resource
 import statistics
 import tempfile
@@ -154,6 +155,8 @@ class TrialResult:
     """Mean age of the trained samples, in steps."""
     samples: int
     """Samples that were trained on."""
+    num_prompts: int = CURVE_GREEDY_PROMPTS
+    """Held-out prompts of a point."""
     seconds: float = field(compare=False)
     """Training time, as in the last point."""
     wall_s: float = field(compare=False)
@@ -169,9 +172,22 @@ class TrialResult:
     @property
     def has_collapsed(self) -> bool:
         """True if the reward at temperature 1 ended below half of its best, or the greedy one below where it
-        began."""
-        # The points have the same prompts; `greedy` has more.
-        return self.reward < self.best / 2 or self.points[-1].greedy < self.points[0].greedy
+        began, by more than twice the standard error of the difference.
+
+        The errors are those of independent sets of `num_prompts` rewards of 0 and 1: an upper bound, as the
+        points share their prompts and the means at temperature 1 are of more samples.
+        """
+        # `greedy` has more prompts than the points.
+        begin, end = self.points[0].greedy, self.points[-1].greedy
+        loss_of_reward = self.best / 2 - self.reward
+        return loss_of_reward > 2 * self._error(self.reward, self.best, 0.5) or begin - end > 2 * self._error(
+            begin, end
+        )
+
+    def _error(self, one: float, other: float, factor: float = 1.0) -> float:
+        """Standard error of `one - factor * other`, for two means of rewards of 0 and 1."""
+        variance = one * (1 - one) + factor**2 * other * (1 - other)
+        return math.sqrt(variance / self.num_prompts)
 
 
 def write_model(directory: str, trial: Trial) -> None:
@@ -247,6 +263,7 @@ def run_real(trial: Trial) -> TrialResult:
         **_means([row["reward_mean"] for row in rows], rows),
         lag=round(summary["mean_trained_lag"], 2),
         samples=round(sum(row["num_sequences"] for row in rows)),
+        num_prompts=load_config(trial.arguments).eval.num_prompts,
         seconds=points[-1].seconds,
         wall_s=round(time.perf_counter() - began_wall, 1),
         cpu_s=round(_cpu_s_of_children() - began_cpu, 1),
