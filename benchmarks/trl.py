@@ -9,7 +9,8 @@ evaluation during training, and a constant learning rate, so that the number of 
 
 Each side is tuned with the same budget: two methods of its own (METHODS) at three learning rates, one run
 each with a seed that is used for nothing else. Its best setting is the one that reaches .9 first, then .7,
-then the better greedy reward. With it each side runs the seeds, and the sides alternate. This project's two
+then the better greedy reward. A tuning run ends when it is behind the side's best one, which it cannot win
+any more. With it each side runs the seeds, and the sides alternate. This project's two
 methods can be named (`--ours`, names of `benchmarks.selection_rule`). TRL's are GRPOTrainer with the loss
 `dapo` (a mean over tokens), as here, and the same with two updates for each batch, which makes more of TRL's
 slow generation; with one update its other losses differ in the normalizer alone. TRL divides advantages by
@@ -67,8 +68,8 @@ QUIET = 0.5
 LOOK_AT_MEMORY_S = 5.0
 """Reading the memory of one process costs that process 10 ms, and this project has several."""
 TUNING_SEED = 1000
-RATES = (1.0, 2.0, 4.0)
-"""Multiples of a job's learning rate that both sides try."""
+RATES = (2.0, 4.0, 1.0)
+"""Multiples of a job's learning rate that both sides try, in the order of the runs."""
 HELD_OUT_PROMPTS = 512
 
 
@@ -402,21 +403,25 @@ class Comparison:
         """Makes a job's missing runs, and writes the results after each."""
         while missing := self.missing(job, seeds=seeds):
             for stage, setting, seed in missing:
+                limited = job
+                if stage == "tune":
+                    limited = replace(job, limit_s=self._tuning_limit_s(job, setting.side))
                 load = _load_when_quiet(wait_s=60.0)
                 if setting.side == "ours":
                     own = self._methods["ours"][setting.method]
                     facts, rows, weights = run_ours(
-                        job, setting, seed=seed, scratch=scratch, settings=tuple(own)
+                        limited, setting, seed=seed, scratch=scratch, settings=tuple(own)
                     )
                 else:
                     if job.name not in self._threads:
                         self._threads[job.name] = _faster_threads(job, scratch=scratch)
                     facts, rows, weights = run_trl(
-                        job, setting, seed=seed, scratch=scratch, threads=self._threads[job.name]
+                        limited, setting, seed=seed, scratch=scratch, threads=self._threads[job.name]
                     )
                 run = {
                     "stage": stage, "job": job.name, "seed": seed, "side": setting.side,
-                    "method": setting.method, "lr": setting.lr, "limit_s": job.limit_s,
+                    "method": setting.method, "lr": setting.lr,
+                    "limit_s": job.limit_s, "stopped_s": limited.limit_s,
                     "load_before": load, "was_quiet": load < QUIET,
                     "threads": self._threads[job.name] if setting.side == "TRL" else None,
                 }  # fmt: skip
@@ -424,6 +429,11 @@ class Comparison:
                 self.runs.append(run)
                 print(run, flush=True)
                 write(self._path.stem, {"window": WINDOW, "runs": self.runs})
+
+    def _tuning_limit_s(self, job: Job, side: str) -> float:
+        """Seconds after which a tuning run cannot be its side's best, as another one had the last reward."""
+        of_side = [r for r in self.runs if (r["stage"], r["job"], r["side"]) == ("tune", job.name, side)]
+        return min([job.limit_s, *(seconds_to(run, REWARDS[-1]) for run in of_side)])
 
 
 def _load_when_quiet(*, wait_s: float) -> float:

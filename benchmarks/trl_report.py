@@ -118,12 +118,15 @@ def table_of(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def tuning_of(runs: Sequence[dict[str, Any]]) -> str:
-    """A row for each setting that was tried: seconds to each reward, and the held-out rewards at the end."""
+    """A row for each setting that was tried: seconds to each reward (>: the run was stopped before), and the
+    held-out rewards at the end."""
     lines = [
         [
             *(run["job"], run["side"], run["method"], f"{run['lr']:.2g}"),
             *(
-                f"{seconds_to(run, reward):.1f}" if run["reached"][str(reward)] else "never"
+                f"{seconds_to(run, reward):.1f}"
+                if run["reached"][str(reward)]
+                else f"> {run['stopped_s']:.1f}"
                 for reward in REWARDS
             ),
             *(f"{run['greedy']:.3f}", f"{run['sampled']:.3f}"),

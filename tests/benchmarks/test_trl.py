@@ -12,7 +12,7 @@ import pytest
 from areal_like.config import Config
 from benchmarks import counting, trl
 from benchmarks.report import RESULTS
-from benchmarks.trl_report import PHASES, phases_of, result_of, seconds_to, table_of, tables
+from benchmarks.trl_report import PHASES, phases_of, result_of, seconds_to, table_of, tables, tuning_of
 from rollout_server.tasks.sort import SortTask
 from tests.support.launching import ROOT
 from trainer.models.tiny import build_tiny_model
@@ -113,6 +113,20 @@ def test_the_best_setting_reaches_the_last_reward_first() -> None:
     )
     other = run_of("ours", [0.9] * 5)
     assert trl.best_setting(job, "TRL", [none, better, other, slow]).lr == 2e-4
+
+
+def test_a_tuning_run_ends_when_it_has_lost(tmp_path: Path) -> None:
+    """After one run has reached the last reward, the others of its side and job get the same seconds."""
+    job, comparison = trl.JOBS["default"], trl.Comparison(tmp_path / "trl.json", trl.METHODS)
+    comparison.runs += [
+        run_of("ours", [0.0] * 5 + [0.9] * 5, stage="tune"),
+        run_of("ours", [0.9] * 5, stage="compare"),
+        run_of("TRL", [0.0] * 9, stage="tune", limit_s=job.limit_s),
+    ]
+    assert comparison._tuning_limit_s(job, "ours") == seconds_to(comparison.runs[0], 0.9) < job.limit_s
+    assert comparison._tuning_limit_s(job, "TRL") == job.limit_s
+    stopped = run_of("TRL", [0.0] * 9, stage="tune", method="dapo", lr=1e-4, greedy=0.1, stopped_s=24.5)
+    assert "| > 24.5 | > 24.5 |" in tuning_of([stopped])
 
 
 def test_comparison_tunes_first_and_resumes(tmp_path: Path) -> None:
