@@ -94,6 +94,10 @@ class Vcpo(Objective):
     )
     """Normalizer of the loss; replaces `trainer.normalizer`."""
 
+    @property
+    def weighs_products(self) -> bool:
+        return self.cap > 0
+
     def check(self) -> None:
         if not isinstance(self.rho_ref, str) and not 0 < self.rho_ref <= 1:
             raise ConfigError("objective: use rho_ref above 0 and at most 1, or measured")
