@@ -183,7 +183,7 @@ def corrected(settings: dict[str, Any], logp_NL: Tensor, behavior_NL: Tensor) ->
         logp_S=logp_S,
         behavior_logp_S=behavior_NL.double().flatten(),
         advantage_S=sign_N.repeat_interleave(length),
-        segment_S=torch.arange(num_sequences).repeat_interleave(length),
+        sample_S=torch.arange(num_sequences).repeat_interleave(length),
         length_N=torch.full((num_sequences,), float(length), dtype=torch.float64),
         reward_N=(sign_N + 1) / 2,
         group_N=torch.arange(num_sequences) // GROUP_SIZE,

@@ -1,38 +1,33 @@
-"""`objective=auto`: the objective that a job gets by the length of its answers.
+"""`objective=auto`: the objective of a job that names none.
 
-Weights that are products of the ratios pi / mu over all tokens of a sample suit short answers. Rounding in
+It is GSPO with wide clips, for answers of all lengths: its weights are geometric means of the ratios pi / mu
+over the tokens of a sample. Weights that are products of these ratios suit short answers only. Rounding in
 engine and trainer alone makes them useless for long ones: with a standard deviation of .031 of a token's
 log-ratio, the effective sample size of L tokens is exp(-L .031^2) of the batch, which is .88 at 128 tokens,
-.61 at 512 and .37 at 1,024 (docs/reference/objectives.md, Long completions). Long answers therefore get
-weights of single tokens, without the samples whose mean log-ratio has left a band.
+.61 at 512 and .37 at 1,024 (docs/reference/objectives.md, Long completions).
 
-The choice depends on settings alone, so every role makes the same one without a message. Their
-selection by measurements has not ended (docs/decisions/0019-default-method.md); they set no learning rate.
+How it was selected: docs/decisions/0019-default-method.md. A run's `config.yaml` names the objective, so a
+run keeps it when a later release has another default.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from typing import Any
 
 AUTO = "auto"
-"""`objective.name` of the choice by length."""
+"""`objective.name` of the default."""
 MAX_SHORT_ANSWER = 512
-"""Largest number of sampled tokens in a sample that counts as a short answer. Beyond, rounding alone costs
-products more than a third of the batch (see above; `python -m benchmarks.long_answers` measures methods)."""
-OF_SHORT_ANSWERS: dict[str, Any] = {"name": "tis"}
-OF_LONG_ANSWERS: dict[str, Any] = {
-    "name": "tis",
-    "level": "token",
-    "masks": [{"name": "band", "level": "geometric", "low": 0.5, "high": 2.0}],
-}
+"""Largest number of sampled tokens in a sample for which products of ratios are of use.
+
+Beyond, rounding alone costs them more than a third of the batch (see above, and `benchmarks.long_answers`).
+"""
 
 
-def objective_for(longest_answer: int) -> dict[str, Any]:
-    """The section `objective` for a job whose samples have at most this many sampled tokens."""
-    return copy.deepcopy(OF_SHORT_ANSWERS if longest_answer <= MAX_SHORT_ANSWER else OF_LONG_ANSWERS)
+def default_objective() -> dict[str, Any]:
+    """The section `objective` that `auto` stands for: the preset `configs/objective/gspo.yaml`."""
+    return {"name": "gspo", "clip_low": 0.05, "clip_high": 0.05, "normalizer": "seq_mean_token_mean"}
 
 
 def as_setting(objective: Mapping[str, Any]) -> str:
@@ -41,10 +36,8 @@ def as_setting(objective: Mapping[str, Any]) -> str:
 
 
 def why(longest_answer: int, *, limit: str) -> str:
-    """The choice and its reason on one line. `limit`: the setting that limits the answers."""
-    is_short = longest_answer <= MAX_SHORT_ANSWER
-    kind, relation = ("short", "at most") if is_short else ("long", "more than")
+    """The default and its reason on one line. `limit`: the setting that limits the answers."""
     return (
-        f"objective=auto is {as_setting(objective_for(longest_answer))}, the method for {kind} answers: the "
-        f"longest answer has {longest_answer} tokens ({limit}), {relation} {MAX_SHORT_ANSWER}"
+        f"objective=auto is {as_setting(default_objective())}: its weights are means over the tokens of a "
+        f"sample, which suit answers of every length (here up to {longest_answer} tokens: {limit})"
     )

@@ -19,7 +19,7 @@ from areal_like.config.common import (
     Section,
     require,
 )
-from areal_like.config.default_objective import AUTO, as_setting, objective_for, why
+from areal_like.config.default_objective import AUTO, as_setting, default_objective, why
 from areal_like.config.episode import EpisodeConfig, RewardsConfig, SessionsConfig
 from areal_like.config.evaluation import EVAL_BYTES_PER_SAMPLE, EvalConfig
 from areal_like.config.lora import LoraConfig
@@ -261,24 +261,22 @@ class Config(Section):
         """
         own = [f"objective.{key}={value}" for key, value in self.objective.items() if key != "name"]
         require(
-            not self._chooses_objective or not own,
-            f"{', '.join(own)}: objective=auto chooses a method together with its settings: name the "
-            f"objective to change them. Here auto is 'objective={as_setting(self._objective)}'",
+            not self._is_auto or not own,
+            f"{', '.join(own)}: objective=auto is a method together with its settings: name the "
+            f"objective to change them. Auto is 'objective={as_setting(self._objective)}'",
         )
         return self._objective
 
     @property
     def objective_choice(self) -> str:
-        """The method that `objective=auto` chooses, and why, on one line; empty if the job names one."""
-        if not self._chooses_objective:
+        """The method that `objective=auto` is, and why, on one line; empty if the job names one."""
+        if not self._is_auto:
             return ""
         longest, limit = self.longest_answer
-        is_unknown = "_target_" in self.task and self.episode.max_turns > 1
-        hint = "; set episode.max_turns=1 if each sample is a single completion" if is_unknown else ""
-        return why(longest, limit=limit) + hint
+        return why(longest, limit=limit)
 
     def with_resolved_objective(self) -> Config:
-        """This configuration, with the objective that `auto` chooses. Raises as `resolved_objective`."""
+        """This configuration, with the objective that `auto` is. Raises as `resolved_objective`."""
         return dataclasses.replace(self, objective=self.resolved_objective)
 
     @property
@@ -303,12 +301,12 @@ class Config(Section):
         return turns * per_turn, f"{times}sampling.max_new_tokens={per_turn}"
 
     @property
-    def _chooses_objective(self) -> bool:
+    def _is_auto(self) -> bool:
         return self.objective.get("name") == AUTO
 
     @property
     def _objective(self) -> dict[str, Any]:
-        return objective_for(self.longest_answer[0]) if self._chooses_objective else self.objective
+        return default_objective() if self._is_auto else self.objective
 
     @property
     def overdue(self) -> Literal["wait", "drop", "close"]:

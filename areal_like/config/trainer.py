@@ -15,6 +15,9 @@ from areal_like.config.common import (
     require,
 )
 
+NormalizerName = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"]
+"""Normalizers of the loss (`trainer/objectives/normalizers.py`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class KlConfig(Section, key="kl"):
@@ -77,7 +80,7 @@ class TrainerConfig(Section, key="trainer"):
     """AdamW weight decay."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradient clipping by the global norm; 0 turns it off."""
-    normalizer: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] = "token_mean"
+    normalizer: NormalizerName = "token_mean"
     """How token losses are averaged over a step: the mean over tokens; the mean over samples of each
     sample's mean or sum; or (`constant`, Dr. GRPO) the sum divided by samples times the limit of sampled
     tokens."""

@@ -12,17 +12,14 @@ from areal_like.automatic_settings import resolved
 from areal_like.config import Config, from_mapping
 from areal_like.config.default_objective import (
     MAX_SHORT_ANSWER,
-    OF_LONG_ANSWERS,
-    OF_SHORT_ANSWERS,
     as_setting,
-    objective_for,
+    default_objective,
 )
 from areal_like.config.job import _TASKS_OF_ONE_TURN
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import load_config, load_role_config, role_arguments, save_config
 from rollout_server.tasks.base import TASKS, Task
-from tests.support.launching import ROOT
-from trainer.step.recipe import StepRecipe
+from trainer.step.recipe import StepRecipe, warn_of_products
 
 LONG = "sampling.max_new_tokens=2048"
 TURNS = "task._target_=my_module.MyTask"
@@ -55,28 +52,47 @@ def no_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["task={name: mixture, tasks: [{name: sort}, {name: adding}]}"], 160, "episode.max_turns=16 times"),
     ],
 )
-def test_the_longest_answer_decides(settings: list[str], longest: int, limit: str) -> None:
+def test_the_default_names_the_longest_answer(settings: list[str], longest: int, limit: str) -> None:
     config = load_config(settings)
-    assert config.objective == {"name": "auto"}
+    assert config.objective == {"name": "auto"} and config.resolved_objective == default_objective()
     assert config.longest_answer[0] == longest and config.longest_answer[1].startswith(limit)
-    is_long = longest > MAX_SHORT_ANSWER
-    assert config.resolved_objective == (OF_LONG_ANSWERS if is_long else OF_SHORT_ANSWERS)
     text = config.objective_choice
-    assert f"objective=auto is {as_setting(config.resolved_objective)}, the method for" in text
-    assert f"has {longest} tokens ({limit}" in text
-    assert text.endswith(f"more than {MAX_SHORT_ANSWER}" if is_long else f"at most {MAX_SHORT_ANSWER}") or (
-        "_target_" in config.task
-        and text.endswith("set episode.max_turns=1 if each sample is a single completion")
-    )
+    assert f"objective=auto is {as_setting(config.resolved_objective)}: its weights are means" in text
+    assert f"up to {longest} tokens: {limit}" in text
     assert load_config(
         [*settings, f"objective={as_setting(config.resolved_objective)}"]
     ) == dataclasses.replace(config, objective=config.resolved_objective), "the text is the setting"
 
 
-@pytest.mark.parametrize("job", ["agents", "smollm2", "tools"])
-def test_the_jobs_of_short_answers(job: str) -> None:
-    config = load_config(["--config", str(ROOT / "configs" / "jobs" / f"{job}.yaml")])
-    assert config.resolved_objective == OF_SHORT_ANSWERS
+def test_the_default_is_the_preset_gspo() -> None:
+    assert load_config(["objective=gspo"]).objective == default_objective()
+    config = Config(objective=default_objective())
+    assert StepRecipe.of(config).objective.takes_parts == (config.overdue == "close") is True
+
+
+@pytest.mark.parametrize(
+    ("objective", "is_warned"),
+    [
+        ("auto", False),
+        ("tis", True),
+        ("{name: tis, level: token}", False),
+        ("{name: tis, masks: [{name: opsm}]}", True),
+        ("vcpo", True),
+        ("{name: vcpo, cap: 0}", False),
+        ("vespo", True),
+        ("reinforce", False),
+        ("oapl", False),
+    ],
+)
+def test_products_over_long_answers_are_named(
+    objective: str, is_warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    for longest in (MAX_SHORT_ANSWER, MAX_SHORT_ANSWER + 1):
+        caplog.clear()
+        config = load_config([f"objective={objective}", f"sampling.max_new_tokens={longest}"])
+        warn_of_products(config, StepRecipe.of(config).objective)
+        warned = f"a sample may have {longest} tokens (sampling.max_new_tokens={longest})" in caplog.text
+        assert warned == (is_warned and longest > MAX_SHORT_ANSWER)
 
 
 def test_every_task_is_known_to_have_turns_or_not() -> None:
@@ -86,15 +102,6 @@ def test_every_task_is_known_to_have_turns_or_not() -> None:
             task.environment is not Task.environment or task.agent is not Task.agent or name == "external"
         )
         assert (name not in _TASKS_OF_ONE_TURN) == may_have_turns, name
-
-
-@pytest.mark.parametrize("longest", [1, MAX_SHORT_ANSWER, MAX_SHORT_ANSWER + 1, 10**6])
-def test_the_chosen_objectives_are_complete(longest: int) -> None:
-    config = Config(objective=objective_for(longest))
-    assert StepRecipe.of(config).objective.takes_parts == (config.overdue == "close")
-    chosen = objective_for(longest)
-    chosen["masks"] = "changed"
-    assert objective_for(longest) != chosen, "each job has its own mapping"
 
 
 def test_all_roles_resolve_the_same_and_see_it() -> None:
@@ -120,10 +127,10 @@ def test_auto_has_no_settings(given: list[str]) -> None:
     key = "masks" if "masks" in given[-1] else "cap"
     for role in (load_role_config, lambda settings: resolved(load_config(settings))):
         with pytest.raises(
-            ConfigError, match=rf"objective\.{key}=.*: name the objective to change them\. Here"
+            ConfigError, match=rf"objective\.{key}=.*: name the objective to change them\. Auto"
         ) as e:
             role([*given, LONG])
-        assert "level: token" in str(e.value) and "\n" not in str(e.value)
+        assert "name: gspo" in str(e.value) and "\n" not in str(e.value)
     with pytest.raises(ConfigError, match="name the objective"):
         StepRecipe.of(from_mapping({"objective": {"name": "auto", "cap": 3}}))
 
@@ -131,12 +138,12 @@ def test_auto_has_no_settings(given: list[str]) -> None:
 def test_a_role_keeps_the_objective_of_its_run(tmp_path: Path) -> None:
     """A run whose roles are started by hand; an earlier release recorded its default objective."""
     given = [f"runs_dir={tmp_path}", "name=x", LONG]
-    assert load_role_config(given).objective == OF_LONG_ANSWERS
+    assert load_role_config(given).objective == default_objective()
     earlier: dict[str, Any] = {"name": "tis"}
     save_config(dataclasses.replace(load_config(given), objective=earlier), tmp_path / "x" / "config.yaml")
     assert load_role_config(given).objective == earlier
     assert load_role_config([*given, "objective.cap=3"]).objective == {"name": "tis", "cap": 3}
-    assert load_role_config([*given, "objective=auto"]).objective == OF_LONG_ANSWERS, "chosen again"
+    assert load_role_config([*given, "objective=auto"]).objective == default_objective(), "chosen again"
     assert load_role_config([*given, "objective=ppo"]).objective == {"name": "ppo"}
     (tmp_path / "x" / "config.yaml").write_text("not: [a config")
-    assert load_role_config(given).objective == OF_LONG_ANSWERS
+    assert load_role_config(given).objective == default_objective()

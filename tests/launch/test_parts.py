@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from areal_like.config import Config, from_mapping
+from areal_like.config.default_objective import as_setting, default_objective
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config, save_config
@@ -164,8 +165,8 @@ def test_run_prints_its_choice_of_directory(tmp_path: Path) -> None:
     new, choice = announced(runs_dir).split("\n")
     assert new == f"new run in {first}"
     assert choice == (
-        "objective=auto is {name: tis}, the method for short answers: the longest answer has 10 tokens "
-        "(sampling.max_new_tokens=10), at most 512"
+        f"objective=auto is {as_setting(default_objective())}: its weights are means over the tokens of a "
+        "sample, which suit answers of every length (here up to 10 tokens: sampling.max_new_tokens=10)"
     )
     for step in (10, 20):
         (first / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)

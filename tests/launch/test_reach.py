@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from areal_like.config import Config, to_mapping
+from areal_like.config.default_objective import default_objective
 from areal_like.runtime.command_line import keep_config, load_config
 from areal_like.security.redaction import HIDDEN, PUBLIC, has_secret_name, without_secrets
 from launch.cli import main
@@ -56,7 +57,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_buffer_keeps_the_settings_of_roles_by_hand(buffer: BufferProcess) -> None:
     kept = load_config(["--config", str(buffer.paths.config)])
-    assert kept == buffer.config.with_resolved_objective() and kept.objective == {"name": "tis"}
+    assert kept == buffer.config.with_resolved_objective() and kept.objective == default_objective()
     buffer.paths.config.write_text(buffer.paths.config.read_text() + "# mine\n")
     keep_config(dataclasses.replace(buffer.config, seed=9), buffer.paths.config)
     assert buffer.paths.config.read_text().endswith("# mine\n"), "it is never overwritten"

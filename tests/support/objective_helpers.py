@@ -39,7 +39,7 @@ def tokens_of(
     `prox_logp` defaults to `logp`, as with one optimizer step per batch; `ref_logp` to `behavior_logp`.
     """
     lengths = torch.tensor([len(row) for row in logp])
-    segment_S = torch.repeat_interleave(torch.arange(len(logp)), lengths)
+    sample_S = torch.repeat_interleave(torch.arange(len(logp)), lengths)
 
     def flat(rows: Rows) -> Tensor:
         return torch.tensor([x for row in rows for x in row], dtype=torch.float64)
@@ -48,13 +48,13 @@ def tokens_of(
     return SampledTokens(
         logp_S=flat(logp).requires_grad_(),
         behavior_logp_S=flat(behavior_logp),
-        advantage_S=torch.tensor(advantages, dtype=torch.float64)[segment_S],
-        segment_S=segment_S,
+        advantage_S=torch.tensor(advantages, dtype=torch.float64)[sample_S],
+        sample_S=sample_S,
         length_N=lengths.double(),
         reward_N=torch.tensor(rewards or [0.0] * len(logp), dtype=torch.float64),
         group_N=torch.zeros(len(logp), dtype=torch.int64),
         truncated_N=torch.tensor(truncated or [False] * len(logp)),
-        version_S=torch.zeros(len(segment_S), dtype=torch.int32),
+        version_S=torch.zeros(len(sample_S), dtype=torch.int32),
         lag_S=flat(lag or zeros),
         entropy_S=flat(entropy or zeros),
         prox_logp_S=flat(prox_logp or logp),

@@ -53,7 +53,7 @@ class SampledTokens:
     """Log-prob under the behavior policy, recorded by the engine at sampling time."""
     advantage_S: Tensor
     """Advantage of each token."""
-    segment_S: Tensor
+    sample_S: Tensor
     """int64 in 0..N-1: the sample of each token. All segments of a sample have the same number."""
     length_N: Tensor
     """Number of sampled tokens of each sample, as floats."""
@@ -104,7 +104,7 @@ class SampledTokens:
             logp_S=logp_S,
             behavior_logp_S=batch.behavior_logp_T[at].to(dtype),
             advantage_S=batch.advantages_T[at].to(dtype),
-            segment_S=batch.samples_T[at],
+            sample_S=batch.samples_T[at],
             length_N=batch.sum_N(torch.ones_like(entropy_S)),
             reward_N=batch.rewards_N.to(dtype),
             group_N=batch.groups_N,
@@ -130,6 +130,11 @@ class SampledTokens:
         return replace(first, **tensors, length_N=torch.stack([part.length_N for part in parts]).sum(0))
 
     @property
+    def segment_S(self) -> Tensor:
+        """Earlier name of `sample_S`, for custom objectives."""
+        return self.sample_S
+
+    @property
     def _of_tokens(self) -> list[str]:
         """Names of the tensors [S] that are not None."""
         names = [each.name for each in fields(self) if each.name.endswith("_S")]
@@ -145,7 +150,7 @@ class SampledTokens:
         """The same samples with these sampled tokens only (bool [S]); the others count in divisors only."""
         tensors = {name: getattr(self, name)[kept_S] for name in self._of_tokens}
         length_N = torch.zeros_like(self.length_N).index_add(
-            0, tensors["segment_S"], torch.ones_like(tensors["entropy_S"])
+            0, tensors["sample_S"], torch.ones_like(tensors["entropy_S"])
         )
         num_masked_N = (self.length_N - length_N).long()
         if self.num_masked_N is not None:
@@ -164,7 +169,7 @@ class SampledTokens:
 
     def sum_N(self, value_S: Tensor) -> Tensor:
         """[N] sum of a value [S] over each sample's sampled tokens."""
-        return torch.zeros_like(self.length_N).index_add(0, self.segment_S, value_S)
+        return torch.zeros_like(self.length_N).index_add(0, self.sample_S, value_S)
 
     def mean_N(self, value_S: Tensor) -> Tensor:
         """[N] mean of a value [S] over each sample's sampled tokens; 0 for a sample without any."""
@@ -172,7 +177,7 @@ class SampledTokens:
 
     def spread_S(self, value_N: Tensor) -> Tensor:
         """[S] each sample's value [N], repeated at each of its sampled tokens."""
-        return value_N.index_select(0, self.segment_S)
+        return value_N.index_select(0, self.sample_S)
 
     @cached_property
     def log_ratio_S(self) -> Tensor:

@@ -136,6 +136,11 @@ class Objective(Section, ABC, key="objective"):
     normalizer: str | None = None
     """Set if the method prescribes its own normalizer, which replaces the configured one."""
 
+    @property
+    def weighs_products(self) -> bool:
+        """True if the importance weight of a sample is the product of its tokens' ratios."""
+        return getattr(self, "level", "") == "sequence"
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raises ConfigError for a class that sets an attribute by its earlier name, which has no effect."""
         super().__init_subclass__(**kwargs)

@@ -84,6 +84,10 @@ class Composed(Objective):
         return self.inner.display_name
 
     @property
+    def weighs_products(self) -> bool:
+        return self.inner.weighs_products
+
+    @property
     def scope(self) -> Scope:  # type: ignore[override]
         return (
             Scope.BATCH

@@ -11,11 +11,11 @@ no gradient, as in verl.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from areal_like.config.common import PositiveFloat
+from areal_like.config.trainer import NormalizerName
 from areal_like.errors import ConfigError
 from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.ppo import clipped_surrogate
@@ -37,7 +37,7 @@ class Gspo(Objective):
     """
     clip_high: PositiveFloat = 4e-4
     """A ratio s above 1 + clip_high is not raised further."""
-    normalizer: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] | None = None
+    normalizer: NormalizerName | None = None
     """Normalizer of the loss, which replaces `trainer.normalizer`; null: that one."""
 
     def check(self) -> None:

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from areal_like.config.common import NonNegativeFloat
+from areal_like.config.trainer import NormalizerName
 from areal_like.errors import ConfigError
 from trainer.batching.scope import Scope
 from trainer.gradients.base import Gradients
@@ -89,10 +90,12 @@ class Vcpo(Objective):
 
     Not with `norms=exact`.
     """
-    normalizer: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] = (
-        "seq_mean_token_mean"
-    )
+    normalizer: NormalizerName = "seq_mean_token_mean"
     """Normalizer of the loss; replaces `trainer.normalizer`."""
+
+    @property
+    def weighs_products(self) -> bool:
+        return self.cap > 0
 
     def check(self) -> None:
         if not isinstance(self.rho_ref, str) and not 0 < self.rho_ref <= 1:

@@ -39,6 +39,10 @@ class Vespo(Objective):
     lambda_negative: PositiveFloat = 2.0
     """lambda for A < 0."""
 
+    @property
+    def weighs_products(self) -> bool:
+        return True
+
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The weighted log-probs; the metric `phi` is the mean weight of a sample."""
         log_w_N = batch.sum_N(batch.log_ratio_S.clamp(-MAX_EXPONENT, MAX_EXPONENT))

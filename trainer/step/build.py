@@ -11,7 +11,7 @@ from trainer.models.policy import BaseReference, Policy, build_policy
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.step.proximal import ProximalPolicy
-from trainer.step.recipe import StepRecipe, warn_of_ignored_settings
+from trainer.step.recipe import StepRecipe, warn_of_ignored_settings, warn_of_products
 from trainer.step.runner import StepRunner
 
 
@@ -43,6 +43,7 @@ def build_step_runner(
     objective = recipe.objective.for_model(num_params)
     normalizer = Normalizer(name=trainer.normalizer, max_tokens=config.sampling.max_new_tokens)
     warn_of_ignored_settings(objective, recipe.advantage, normalizer)
+    warn_of_products(config, objective)
     return StepRunner(
         policy,
         ShardedAdamW.of(trainer, policy, ranks, lr=trainer.lr),

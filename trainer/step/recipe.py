@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from areal_like.config import Config, KlConfig
+from areal_like.config.default_objective import MAX_SHORT_ANSWER
 from areal_like.errors import ConfigError
 from trainer.advantages import ADVANTAGES, Advantage, Estimator
 from trainer.advantages.reward_shaping import SHAPINGS, Shaping
@@ -138,3 +139,18 @@ def warn_of_ignored_settings(objective: Objective, advantage: Estimator, normali
                 objective.display_name,
                 prescribed,
             )
+
+
+def warn_of_products(config: Config, objective: Objective) -> None:
+    """Logs that an objective with products of ratios is of little use for answers as long as the job's."""
+    longest, limit = config.longest_answer
+    if objective.weighs_products and longest > MAX_SHORT_ANSWER:
+        log.warning(
+            "objective %s weighs a sample by the product of its tokens' ratios, and a sample may have %d "
+            "tokens (%s): beyond %d, rounding in engine and trainer alone makes such weights of little use. "
+            "Use objective=auto, or see ess_ratio in the metrics",
+            objective.display_name,
+            longest,
+            limit,
+            MAX_SHORT_ANSWER,
+        )

@@ -45,7 +45,7 @@ def plain_loss(settings: dict[str, Any], batch: SampledTokens, logp_S: Tensor) -
     """The loss of one group from the definition: loops over pairs, autograd through all of it."""
     anchor = batch.ref_logp_S if settings.get("anchor") == "reference" else batch.behavior_logp_S
     assert anchor is not None
-    scores = [(logp_S - anchor)[batch.segment_S == i].sum() for i in range(len(LENGTHS))]
+    scores = [(logp_S - anchor)[batch.sample_S == i].sum() for i in range(len(LENGTHS))]
     rewards = batch.reward_N.tolist()
     chosen = list(itertools.combinations(range(len(scores)), 2))
     if settings["pairs"] == "best_worst":

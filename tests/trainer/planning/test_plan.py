@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import MambaConfig, Qwen3Config
 
 from areal_like.config import Config
+from areal_like.config.default_objective import default_objective
 from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.errors import ConfigError
 from areal_like.gpus import GPUS
@@ -92,8 +93,8 @@ def test_preset_fits(name: str) -> None:
     text = text_of(plan, [], explain=True)
     assert "It fits" in text and "not on this machine" in text
     longest = plan.config.sampling.max_new_tokens
-    assert "objective=auto is {name: tis, level: token" in text and f"has {longest} tokens" in text
-    assert json_of(plan, [])["objective"]["masks"][0]["name"] == "band"
+    assert "objective=auto is {name: gspo" in text and f"up to {longest} tokens" in text
+    assert json_of(plan, [])["objective"] == default_objective()
     assert all(formula.split()[0] in text for formula in expected.formulas)
 
 
@@ -102,8 +103,7 @@ def test_presets_are_jobs() -> None:
     for name in PARAMETERS:
         config = load_config([f"scale={name}", "trainer.num_steps=3"])
         assert config.trainer.num_steps == 3
-        objective = config.resolved_objective
-        assert objective["level"] == "token" and objective["masks"][0]["name"] == "band", "by auto"
+        assert config.resolved_objective == default_objective(), "by auto"
         check_gpus_are_separate(config)  # the shared GPU is meant
         again = load_config(["--config", f"configs/scale/{name}.yaml", "trainer.num_steps=3"])
         assert again == config
