@@ -119,6 +119,13 @@ def in_rectangles(forward: Callable[[Tensor], Tensor], hidden_UD: Tensor, layout
     return unpad_rows(outs[0] if len(outs) == 1 else torch.cat(outs), layout)
 
 
+def state_size(config: Any) -> int:
+    """Numbers in the state of one sequence in one layer, of a configuration of transformers; 0 without such
+    layers."""
+    heads = getattr(config, "linear_num_value_heads", 0)
+    return int(heads and heads * config.linear_key_head_dim * config.linear_value_head_dim)
+
+
 def linear_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of a transformers model that this module supports."""
     return [module for module in model.modules() if type(module).__name__ in CLASSES]

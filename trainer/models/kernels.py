@@ -7,8 +7,8 @@ transformers: each reads and writes its tensors once, where transformers needs s
 On a CPU both are off, so the numbers of a job on a CPU do not depend on what is installed.
 
 Left out: Liger's losses, because the policy needs the log-probs of single tokens; Liger on mixtures of
-experts (transformers computes all experts in one module) and on models with linear attention; kernels that are
-downloaded from a hub at run time, because their code changes without an installation.
+experts (transformers computes all experts in one module) and on models with linear attention; kernels that
+are downloaded from a hub at run time, because their code changes without an installation.
 """
 
 from __future__ import annotations

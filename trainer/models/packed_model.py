@@ -71,8 +71,8 @@ class PackedModel(nn.Module):
         self.attention: Kind = "auto"
         """`trainer.attention`."""
         _check_layers(model)
-        self._linear_layers = pack_linear_layers(model)
-        self.shares_prefixes = not self._linear_layers
+        self.linear_layers = pack_linear_layers(model)
+        self.shares_prefixes = not self.linear_layers
         """A prefix that sequences have in common may be computed once; see `collate`."""
         self.float32_names: frozenset[str] = frozenset()
         """Parameters of `model` that stay float32 beside a narrower `model.dtype`, pushed and saved too."""
@@ -161,7 +161,7 @@ class PackedModel(nn.Module):
         divides by global counts, once.
         """
         compute = DTYPES[dtype]
-        if self._linear_layers:
+        if self.linear_layers:
             check_kernels(ranks.device, kind=self.attention, dtype=compute)
         precision = MixedPrecisionPolicy(
             param_dtype=None if compute == torch.float32 else compute,
@@ -191,7 +191,7 @@ class PackedModel(nn.Module):
             set_buffer(self, name, buffer.to(ranks.device))
         self._ranks = ranks
         if compute != torch.float32 and self.float32_names:
-            self._wide = WideVectors(self.model, self.float32_names, self._linear_layers)
+            self._wide = WideVectors(self.model, self.float32_names, self.linear_layers)
         return self
 
     def check_initial_weights(self) -> None:
