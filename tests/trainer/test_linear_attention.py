@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from areal_like.config import LoraConfig
 from areal_like.errors import ConfigError
@@ -134,55 +138,72 @@ def test_no_state_reaches_the_next_sequence(
     assert leak(policy) > 1e-4, "the test sees a state that is handed on"
 
 
-def of_each_sequence(
-    rule: Any, *qkv: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, **rest: Any
-) -> Any:
-    """flash-linear-attention's interface, by transformers' function for each sequence."""
-    assert cu_seqlens.dtype == torch.int64 and "seq_idx" not in rest
-    bounds = cu_seqlens.tolist()
+def chunk_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False, cu_seqlens: Tensor | None = None, head_first: bool = False,
+) -> Any:  # fmt: skip
+    """The signature of flash-linear-attention, computed by transformers for each sequence."""
+    assert cu_seqlens is not None and cu_seqlens.dtype == torch.int64 and initial_state is None
     outs = [
-        rule(*(x[:, a:b] for x in qkv), g=g[:, a:b], beta=beta[:, a:b], **rest)[0]
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        modeling_qwen3_5.torch_chunk_gated_delta_rule.__wrapped__(
+            *(x[:, a:b] for x in (q, k, v)),
+            g=g[:, a:b],
+            beta=beta[:, a:b],
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        )[0]
+        for a, b in itertools.pairwise(cu_seqlens.tolist())
     ]
     return torch.cat(outs, 1), None
 
 
-def convolved(x: Tensor, weight: Tensor, bias: None, activation: str, seq_idx: Tensor) -> Tensor:
-    """causal-conv1d's interface, by its definition."""
-    assert seq_idx.dtype == torch.int32 and activation == "silu" and bias is None
+def causal_conv1d_fn(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None, return_final_states: bool = False,
+    final_states_out: Tensor | None = None, activation: str | None = None,
+) -> Tensor:  # fmt: skip
+    """The signature of causal-conv1d, computed by the definition."""
+    assert seq_idx is not None and seq_idx.dtype == torch.int32 and activation == "silu" and bias is None
     length, width = x.shape[-1], weight.shape[1]
     total = torch.zeros_like(x)
     for back in range(min(width, length)):
-        is_same = seq_idx[:, back:] == seq_idx[:, : length - back]
-        total[:, :, back:] += (
-            x[:, :, : length - back] * weight[None, :, width - 1 - back, None] * is_same[:, None]
-        )
+        is_same = seq_idx[:, None, back:] == seq_idx[:, None, : length - back]
+        tap = weight[None, :, width - 1 - back, None]
+        total[:, :, back:] += x[:, :, : length - back] * tap * is_same
     return torch.nn.functional.silu(total)
+
+
+def module_of(name: str, **attributes: Any) -> ModuleType:
+    module = ModuleType(name)
+    vars(module).update(attributes)
+    return module
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_kernels_get_the_bounds_of_the_sequences(
     paths: dict[str, str], family: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As transformers calls them where they are installed: it filters by the names of their arguments."""
+    """Through transformers, which chooses by what it can import and filters by names of arguments."""
     policy = Policy.load(paths[family], ranks)
     batch = packed(trajectories())
     want_S = policy(batch).logprobs_S
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    rule = module_of("fla.ops.gated_delta_rule", chunk_gated_delta_rule=chunk_gated_delta_rule)
+    monkeypatch.setitem(sys.modules, rule.__name__, rule)
+    convolution = module_of("causal_conv1d", causal_conv1d_fn=causal_conv1d_fn)
+    monkeypatch.setitem(sys.modules, convolution.__name__, convolution)
     module = sys.modules[type(policy.linear_layers[0].layer).__module__]
-    rule = functools.partial(of_each_sequence, getattr(module, DELTA_RULE).__wrapped__)
-
-    def delta_rule(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Any:
-        taken = ("g", "beta", "use_qk_l2norm_in_kernel", "cu_seqlens")
-        return rule(query, key, value, **{name: given[name] for name in taken})
-
-    def convolution(x: Tensor, weight: Tensor, bias: None, *, activation: str, **given: Any) -> Tensor:
-        return convolved(x, weight, bias, activation, given["seq_idx"])
-
-    monkeypatch.setattr(module, DELTA_RULE, delta_rule)
-    monkeypatch.setattr(module, CONVOLUTION, convolution)
+    for function, kernel, package in (
+        (DELTA_RULE, "chunk_gated_delta_rule", "fla"),
+        (CONVOLUTION, "causal_conv1d_fn", "causal_conv1d"),
+    ):
+        choose = use_kernel_func_from_hub_with_fallback(kernel, package)
+        monkeypatch.setattr(module, function, choose(getattr(module, function).__wrapped__))
     monkeypatch.setattr(linear, "uses_kernels", lambda kind, hidden: True)
     got_S = policy(batch).logprobs_S
     torch.testing.assert_close(got_S, want_S, rtol=0, atol=1e-5)
+    assert not torch.equal(got_S, want_S), "another order of summation: it was computed by these functions"
     got_S.sum().backward()
     assert all(bool(grad.isfinite().all()) for grad in gradients(policy).values())
 
@@ -367,10 +388,10 @@ def test_compilation_and_liger_leave_it_out(
             plain = {name for name, child in layer.named_children() if child._compiled_call_impl is None}
             attention = "linear_attn" if hasattr(layer, "linear_attn") else "self_attn"
             assert plain == {attention} | ({"mlp"} if family == "qwen3_next" else set())
-    package, patches = type(sys)("liger_kernel.transformers"), type(sys)("monkey_patch")
+    package, patches = ModuleType("liger_kernel.transformers"), ModuleType("monkey_patch")
     package._apply_liger_kernel_to_instance = None  # type: ignore[attr-defined]
     patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"qwen3_5_text": None}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "liger_kernel", type(sys)("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", patches)
     caplog.set_level("INFO")
