@@ -35,9 +35,15 @@ def groups_of(step: int) -> list[list[Trajectory]]:
     return groups
 
 
+def owned(step: int, rank: int, world_size: int) -> list[list[Trajectory]]:
+    """A rank's groups of a step. Of two ranks the second has one, so it runs dummies."""
+    groups = groups_of(step)
+    return groups if world_size == 1 else (groups[:3], groups[3:])[rank]
+
+
 def measured(step: int, rank: int, world_size: int) -> list[Trajectory]:
-    """This rank's trajectories of a step."""
-    return [trajectory for group in groups_of(step)[rank::world_size] for trajectory in group]
+    """The trajectories of `owned`."""
+    return [trajectory for group in owned(step, rank, world_size) for trajectory in group]
 
 
 def steps(ranks: Ranks, out_dir: Path, path: str) -> None:
@@ -46,7 +52,7 @@ def steps(ranks: Ranks, out_dir: Path, path: str) -> None:
     runner = make_runner(path, ranks, dtype=torch.float32, budget_tokens=120, checkpointing=True)
     for step in range(NUM_STEPS):
         _measure(runner.policy, ranks, out_dir, step)
-        runner.run(groups_of(step)[ranks.rank :: ranks.world_size], step=step)
+        runner.run(owned(step, ranks.rank, ranks.world_size), step=step)
     _write(ranks, out_dir / "trained.safetensors", dict(gather_full_state(runner.policy)))
     for kind in (BackgroundGather, BoundaryGather):
         snapshotter = kind(runner.policy, ranks, bucket_bytes=5000, dtype="float32")
@@ -68,7 +74,7 @@ def resume(ranks: Ranks, out_dir: Path, path: str) -> None:
     want = load_file(out_dir / "trained.safetensors")
     for name, tensor in gather_full_state(runner.policy):
         assert torch.equal(tensor, want[name]), name
-    runner.run(groups_of(NUM_STEPS)[ranks.rank :: ranks.world_size], step=NUM_STEPS)
+    runner.run(owned(NUM_STEPS, ranks.rank, ranks.world_size), step=NUM_STEPS)
     _save(runner, ranks, out_dir, path, step=NUM_STEPS + 1)
 
 
