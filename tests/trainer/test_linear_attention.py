@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -16,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
@@ -30,7 +31,8 @@ from tests.support.trainer_ranks import make_runner
 from tests.trainer.test_families import unpacked
 from tests.trainer.test_policy import gradients
 from trainer.attention import linear
-from trainer.attention.linear import CONVOLUTION, DELTA_RULE, check_kernels
+from trainer.attention.linear import CONVOLUTION, DELTA_RULE, LinearAttention, check_kernels
+from trainer.batching.attention_layout import AttentionLayout
 from trainer.batching.packing import PackedBatch, TrainingSample, collate
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
@@ -431,3 +433,36 @@ def test_a_value_model_keeps_sequences_apart(paths: dict[str, str], ranks: Ranks
         together_S = model(packed(chosen))
         alone_S = torch.cat([model(packed([each])) for each in chosen])
     torch.testing.assert_close(together_S, alone_S, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    bool(linear._import_error("flash-linear-attention")), reason="needs flash-linear-attention"
+)
+@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5_text"])
+def test_a_layer_on_a_gpu(model_type: str) -> None:
+    """In bfloat16, with kernels (if causal-conv1d is there) and in rectangles, against float32 on the CPU."""
+    config = AutoConfig.for_model(
+        model_type, vocab_size=8, hidden_size=256, num_hidden_layers=1, layer_types=["linear_attention"],
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=64, linear_value_head_dim=64,
+        num_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    exact = AutoModelForCausalLM.from_config(config, dtype=torch.float32).model.layers[0].linear_attn
+    hidden_1UD = torch.randn(1, 400, 256, requires_grad=True)
+    weights_1UD = torch.randn(1, 400, 256)
+
+    def run(layer: torch.nn.Module, device: torch.device, kind: Any) -> tuple[Tensor, Tensor]:
+        layout = AttentionLayout(lengths=(3, 150, 64, 183), device=device, shared=None, row_T=None)
+        dtype = next(layer.parameters()).dtype
+        inputs = hidden_1UD.detach().to(device, dtype).requires_grad_()
+        out = LinearAttention(layer)(inputs, packed_layout=layout, packed_kind=kind)
+        (out * weights_1UD.to(out)).sum().backward()
+        assert inputs.grad is not None
+        return out.detach().float().cpu(), inputs.grad.float().cpu()
+
+    want = run(exact, CPU, "auto")
+    for kind in ("auto", "rectangles"):
+        got = run(copy.deepcopy(exact).to(CUDA, torch.bfloat16), CUDA, kind)
+        for one, other in zip(got, want, strict=True):
+            assert float((one - other).norm() / other.norm()) < 0.03, kind

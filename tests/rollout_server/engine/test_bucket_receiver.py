@@ -111,7 +111,7 @@ def test_broken_broadcast_taints_weights_received_in_place(
 
 @pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
 def test_a_float32_tensor_among_narrow_ones(held: torch.dtype) -> None:
-    """As with A_log of linear attention: it arrives exactly, and is rounded only if the engine holds it so."""
+    """As with A_log of linear attention: it is rounded only if the engine holds it so."""
     named = {
         "proj": torch.empty(6, 5, dtype=torch.bfloat16),
         "A_log": torch.empty(5, dtype=held),
