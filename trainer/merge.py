@@ -28,6 +28,7 @@ from trainer.models.packed_model import build_skeleton, tied_names
 from trainer.models.peft_folder import check_adapter_of, check_base, check_plain, open_adapter, read_config
 from trainer.models.row_loading import stored_names
 from trainer.models.safetensors_rows import SafetensorsRows
+from trainer.models.wide_vectors import stored_wide
 
 _KEY = "merge"
 
@@ -61,7 +62,8 @@ def merge(adapter: str, into: Path, *, base: str = "", dtype: str = "") -> str:
     own_dtype = getattr(torch, dtype) if dtype else model.config.dtype or torch.float32
     if own_dtype not in CODES:
         raise ConfigError(f"{base} has the dtype {own_dtype}: give --dtype float32 or --dtype bfloat16")
-    files = HfFiles(hf_tensors(model), own_dtype)
+    float32_names = stored_wide(model, source, tied=tied)
+    files = HfFiles(hf_tensors(model), own_dtype, float32_names=float32_names)
     rows = _MergedParameters(model, tensors, stored, source=source, matrices=matrices)
     with replacing(into) as partial:
         partial.mkdir(parents=True)

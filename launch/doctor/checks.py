@@ -81,6 +81,8 @@ class Versions:
     transformers: str = ""
     sglang: str = ""
     nccl: str = ""
+    flash_linear_attention: str = ""
+    causal_conv1d: str = ""
     error: str = ""
 
 
@@ -185,6 +187,27 @@ def check_versions(versions: Sequence[Versions], gpus: GpuFacts) -> Iterator[Fin
             )
         else:
             yield ok("NCCL", f"{nccl['trainer']} in both")
+
+
+def check_linear_attention(trainer: Versions) -> Iterator[Finding]:
+    """The kernels of a model with linear attention are installed, for a trainer on GPUs."""
+    if trainer.flash_linear_attention:
+        yield ok("flash-linear-attention", trainer.flash_linear_attention)
+    else:
+        yield error(
+            "flash-linear-attention",
+            "not installed, and the model has linear attention",
+            "pip install flash-linear-attention causal-conv1d, or set trainer.attention=rectangles, which is "
+            "much slower",
+        )
+    if trainer.causal_conv1d:
+        yield ok("causal-conv1d", trainer.causal_conv1d)
+    else:
+        yield warning(
+            "causal-conv1d",
+            "not installed: linear attention pads its sequences",
+            "pip install causal-conv1d",
+        )
 
 
 def _version(package: str, found: str, bounds: tuple[tuple[int, int], tuple[int, int]]) -> Finding:

@@ -40,6 +40,7 @@ from launch.doctor.checks import (
     check_clock,
     check_gpus,
     check_interfaces,
+    check_linear_attention,
     check_name,
     check_open_files,
     check_port,
@@ -72,7 +73,8 @@ text = (pathlib.Path(spec.origin).parent / "version.py").read_text() if spec and
 cuda = re.search(r"^cuda\\b[^=]*= '([0-9.]+)'", text, re.M)
 print(json.dumps({"torch": version("torch"),
     "cuda": cuda[1] if cuda else "", "transformers": version("transformers"), "sglang": version("sglang"),
-    "nccl": version("nvidia-nccl-cu13", "nvidia-nccl-cu12")}))
+    "nccl": version("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
+    "flash_linear_attention": version("flash-linear-attention"), "causal_conv1d": version("causal-conv1d")}))
 """
 """Reads versions from metadata: importing torch would take seconds and memory."""
 
@@ -90,7 +92,11 @@ def findings(config: Config, roles: Sequence[str], *, job: RunningJob | None = N
         except ConfigError as problem:
             yield error("model.path", str(problem), "set model.path to a directory with config.json")
     gpus = _gpus(config, roles)
-    yield from check_versions(list(_versions(config, roles)), gpus)
+    versions = list(_versions(config, roles))
+    yield from check_versions(versions, gpus)
+    needs_kernels = config.trainer.attention != "rectangles" and _has_linear_attention(config.model.path)
+    if "trainer" in roles and trainer_gpus(config) and needs_kernels:
+        yield from check_linear_attention(next(each for each in versions if each.of == "trainer"))
     yield from check_gpus(gpus)
     yield from _limits(uses_gpus=bool(gpus.wanted), num_hosts=config.trainer.num_hosts)
     yield from _secrets(config, roles)
@@ -206,6 +212,15 @@ def _checkpoint_bytes(config: Config) -> int:
         per_parameter = 4 if "32" in str(facts.get("dtype") or facts.get("torch_dtype") or "bf16") else 2
         return num_bytes // per_parameter * _BYTES_PER_PARAMETER + num_bytes
     return 0
+
+
+def _has_linear_attention(model: str) -> bool:
+    """False if the model's config.json is not on this machine."""
+    try:
+        facts = json.loads((Path(model).expanduser() / "config.json").read_text())
+        return any("linear_num_value_heads" in part for part in (facts, facts.get("text_config") or {}))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
 
 
 def _secrets(config: Config, roles: Sequence[str]) -> Iterator[Finding]:

@@ -27,6 +27,7 @@ from launch.doctor.checks import (
     check_clock,
     check_gpus,
     check_interfaces,
+    check_linear_attention,
     check_name,
     check_open_files,
     check_port,
@@ -41,6 +42,7 @@ from tests.support.buffer_harness import ROOT, running_buffer
 from tests.support.keys import make_keys
 
 TRAINER = Versions(of="trainer", torch="2.14.1", cuda="13.0", transformers="5.19.0", nccl="2.30.7")
+WITH_KERNELS = Versions(of="trainer", flash_linear_attention="0.5.1", causal_conv1d="1.6.2")
 ENGINE = Versions(of="engine", torch="2.14.1", cuda="13.0", sglang="0.5.23", nccl="2.30.7")
 H100 = Gpu(index=0, name="H100", total_mb=81559, used_mb=4)
 
@@ -112,6 +114,10 @@ def cpu(**changed: str) -> Iterable[Finding]:
             Level.ERROR,
             "13.0 needs driver 580 or newer, this is 570.86.10",
         ),
+        (check_linear_attention(TRAINER), Level.ERROR, "the model has linear attention"),
+        (check_linear_attention(TRAINER), Level.WARNING, "linear attention pads"),
+        (check_linear_attention(WITH_KERNELS), Level.OK, "0.5.1"),
+        (check_linear_attention(WITH_KERNELS), Level.OK, "1.6.2"),
         (check_gpus(GPUS), Level.OK, "81555 MB free"),
         (check_gpus(GpuFacts(wanted={0: "x"}, error="nvidia-smi is not installed")), Level.ERROR, "nvidia"),
         (
@@ -159,6 +165,15 @@ def test_versions_are_those_of_the_package() -> None:
         text = next(each for each in wanted if each.startswith(f"{package}>="))
         numbers = re.findall(r"\d+(?:\.\d+)?", text)
         assert numbers == [f"{first[0]}.{first[1]}", f"{last[0]}.{last[1]}" if last[1] else f"{last[0]}"]
+
+
+def test_models_with_linear_attention_are_known_by_their_config(tmp_path: Path) -> None:
+    for name in ("qwen3-8b", "qwen3.5-9b", "qwen3-next-80b-a3b-instruct"):
+        directory = ROOT / "configs" / "scale" / "models" / name
+        assert gathering._has_linear_attention(str(directory)) == (name != "qwen3-8b")
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"linear_num_value_heads": 32}}))
+    assert gathering._has_linear_attention(str(tmp_path))
+    assert not gathering._has_linear_attention("some/hub-name")
 
 
 def test_gpus_have_the_numbers_that_processes_see() -> None:

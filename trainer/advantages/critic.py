@@ -97,7 +97,13 @@ class Critic:
 
     def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """[S] values of each trajectory's sampled tokens, in order, computed without gradient."""
-        return values_of_targets(trajectories, self.model, self._ranks, budget_tokens=self._budget_tokens)
+        return values_of_targets(
+            trajectories,
+            self.model,
+            self._ranks,
+            budget_tokens=self._budget_tokens,
+            shares_prefixes=self.model.shares_prefixes,
+        )
 
     def learn(self, targets: Sequence[ValueTarget], *, step: int) -> dict[str, float]:
         """Updates the critic after `step` completed steps.
@@ -133,8 +139,9 @@ class Critic:
         self.model.zero_grad()
         remaining = iter(targets)
         samples = [TrainingSample(trajectory=t.trajectory, advantage=0.0, group=0) for t in targets]
-        packer = Packer(budget_tokens=self._budget_tokens)
-        for batch, live in in_lockstep(packer.microbatches([samples]), self._ranks):
+        shares = self.model.shares_prefixes
+        packer = Packer(budget_tokens=self._budget_tokens, shares_prefixes=shares)
+        for batch, live in in_lockstep(packer.microbatches([samples]), self._ranks, shares_prefixes=shares):
             value_S = self.model(batch)
             if live:
                 of_batch = list(islice(remaining, batch.num_sequences))

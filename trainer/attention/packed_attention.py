@@ -76,9 +76,9 @@ def rectangle_attention(
 
     Keys and values may have fewer heads than queries.
     """
-    query_PHD = _apply(_Pad, query_UHD, layout)
+    query_PHD = pad_rows(query_UHD, layout)
     if layout.key_row_K is None:
-        keys, values = _apply(_Pad, key_UHD, layout), _apply(_Pad, value_UHD, layout)
+        keys, values = pad_rows(key_UHD, layout), pad_rows(value_UHD, layout)
     else:
         # Autograd's backward sums the gradients of a row's uses in the order of `key_row_K`.
         keys, values = (x.index_select(0, layout.key_row_K) for x in (key_UHD, value_UHD))
@@ -105,7 +105,17 @@ def rectangle_attention(
             ]
             out_NHLD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         outs.append(out_NHLD.transpose(1, 2).flatten(0, 1))
-    return _apply(_Unpad, outs[0] if len(outs) == 1 else torch.cat(outs), layout)
+    return unpad_rows(outs[0] if len(outs) == 1 else torch.cat(outs), layout)
+
+
+def pad_rows(row_U: Tensor, layout: RectangleLayout) -> Tensor:
+    """[U, ...] -> [P, ...]: the row in each position of the rectangles' queries."""
+    return _apply(_Pad, row_U, layout)
+
+
+def unpad_rows(padded_P: Tensor, layout: RectangleLayout) -> Tensor:
+    """[P, ...] -> [U, ...]: the inverse of `pad_rows`, without the padding."""
+    return _apply(_Unpad, padded_P, layout)
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:

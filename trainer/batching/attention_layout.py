@@ -1,6 +1,6 @@
 """Arranges the rows of a micro-batch for attention; computed on the host.
 
-Two arrangements; `trainer/attention/` chooses one for each call:
+Two arrangements; `trainer/attention/` chooses one for each call (linear attention has bounds of its own):
 
     rectangles   rows padded to [sequences, longest], for attention with equal lengths: CPUs, any dtype
     varlen       rows end to end with the bounds of the sequences, for a kernel that takes these: CUDA
@@ -44,7 +44,7 @@ _LEAST_BLOCK = 256
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionLayout:
-    """Both arrangements of one micro-batch's sequences, each made when it is first used."""
+    """The arrangements of one micro-batch's sequences, each made when it is first used."""
 
     lengths: tuple[int, ...]
     """[N] number of tokens of each sequence, in packed order."""
@@ -57,6 +57,15 @@ class AttentionLayout:
     @cached_property
     def rectangles(self) -> RectangleLayout:
         return RectangleLayout.of(self.lengths, device=self.device, shared=self.shared)
+
+    @cached_property
+    def linear(self) -> LinearLayout:
+        """For layers with a state; no sequence may have a shared prefix."""
+        assert self.shared is None
+        bounds = np.cumsum([0, *self.lengths], dtype=np.int64)
+        index_U = np.repeat(np.arange(len(self.lengths), dtype=np.int32), self.lengths)
+        of_sequences, of_rows = copied([bounds, index_U], self.device)
+        return LinearLayout(bounds=of_sequences, index_1U=of_rows[None])
 
     @cached_property
     def varlen(self) -> VarlenLayout:
@@ -85,6 +94,16 @@ class VarlenLayout:
     """Largest number of tokens of a sequence."""
     row_T: Tensor | None
     """int64: the row of each key. None: keys are the rows."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LinearLayout:
+    """The sequences end to end, for the kernels of linear attention."""
+
+    bounds: Tensor
+    """int64 [N + 1]: start of each sequence, then the end of the last."""
+    index_1U: Tensor
+    """int32 [1, U]: the sequence of each row."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

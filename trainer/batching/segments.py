@@ -48,16 +48,19 @@ def values_of_targets(
     ranks: Ranks,
     *,
     budget_tokens: int,
+    shares_prefixes: bool = True,
 ) -> list[NDArray[np.float64]]:
     """[S] of each trajectory, in order: the results of `compute` at its targets, without gradient.
     Collective.
 
     `compute`: returns a number for each sampled token of a micro-batch. `budget_tokens`: most tokens of one.
+    `shares_prefixes`: see `collate`.
     """
     segments = [[segment for _, segment in segments_of(trajectory)] for trajectory in trajectories]
     samples = [TrainingSample(trajectory=s, advantage=0.0, group=0) for each in segments for s in each]
     values: list[NDArray[np.float64]] = []
-    for batch, live in in_lockstep(Packer(budget_tokens=budget_tokens).microbatches([samples]), ranks):
+    packer = Packer(budget_tokens=budget_tokens, shares_prefixes=shares_prefixes)
+    for batch, live in in_lockstep(packer.microbatches([samples]), ranks, shares_prefixes=shares_prefixes):
         with torch.no_grad():
             value_S = compute(batch)
         if live:

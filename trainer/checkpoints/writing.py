@@ -30,7 +30,7 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -107,7 +107,12 @@ class ModelFiles:
             tensors = adapter_tensors(model.model)
             self._weights = HfFiles(tensors, self._copy.dtype, single_file=WEIGHTS_FILE, max_file_bytes=None)
         elif dtype is not None:
-            self._weights = HfFiles(hf_tensors(model.model), dtype, max_file_bytes=max_file_bytes)
+            self._weights = HfFiles(
+                hf_tensors(model.model),
+                dtype,
+                float32_names=model.float32_names,
+                max_file_bytes=max_file_bytes,
+            )
         masters: Sequence[str] = ()
         if self._weights is not None and self._weights.dtype == self._copy.dtype:
             masters = self._weights.names
@@ -152,7 +157,7 @@ class ModelFiles:
             for name, value in self._copy.values[kind].items()
             if value.numel()
         }
-        layout = FileLayout.of(shapes, self._copy.dtype)
+        layout = FileLayout.of(shapes, dict.fromkeys(shapes, self._copy.dtype))
         path = directory / FOLDER / self.rows.files[self._rank]
         layout.create(path)
         with _synced(path) as file:
@@ -250,7 +255,7 @@ def write_index(
         "models": {name: asdict(rows) for name, rows in models.items()},
     }
     (folder / ROWS_INDEX).write_text(json.dumps(index) + "\n")
-    layout = FileLayout.of({RANDOM_STATE: tuple(random_state.shape)}, torch.uint8)
+    layout = FileLayout.of({RANDOM_STATE: tuple(random_state.shape)}, {RANDOM_STATE: torch.uint8})
     (folder / RANDOM_STATE_FILE).write_bytes(layout.header + bytes(random_state.tolist()))
 
 
@@ -280,20 +285,26 @@ class HfFiles:
         tensors: Sequence[HfTensor],
         dtype: torch.dtype,
         *,
+        float32_names: Collection[str] = (),
         single_file: str = SINGLE_FILE,
         max_file_bytes: int | None = MAX_FILE_BYTES,
     ) -> None:
-        """`tensors`: all tensors of the checkpoint. `dtype`: their dtype in the files. `single_file`: name of
-        the file if there is one; `max_file_bytes`: size from which on there are several, None: never."""
+        """`tensors`: all tensors of the checkpoint. `dtype`: their dtype in the files; `float32_names`:
+        parameters whose tensors are float32 there all the same. `single_file`: name of the file if there is
+        one; `max_file_bytes`: size from which on there are several, None: never."""
         self.dtype = dtype
         self._layouts: dict[str, FileLayout] = {}
         self._tensors: dict[str, list[HfTensor]] = {}
         """File name -> its tensors."""
-        groups = [list(tensors)] if max_file_bytes is None else _cut(tensors, dtype, max_file_bytes)
+        dtypes = {
+            tensor.name: torch.float32 if tensor.param in float32_names else dtype for tensor in tensors
+        }
+        groups = [list(tensors)] if max_file_bytes is None else _cut(tensors, dtypes, max_file_bytes)
         for number, group in enumerate(groups, 1):
             name = single_file if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            shapes = {tensor.name: tensor.shape for tensor in sorted(group, key=lambda tensor: tensor.name)}
-            self._layouts[name] = FileLayout.of(shapes, dtype)
+            # Wide numbers first: then every tensor begins at a multiple of its item size.
+            ordered = sorted(group, key=lambda tensor: (-dtypes[tensor.name].itemsize, tensor.name))
+            self._layouts[name] = FileLayout.of({tensor.name: tensor.shape for tensor in ordered}, dtypes)
             self._tensors[name] = group
 
     @property
@@ -324,15 +335,17 @@ class HfFiles:
                     if part is not None:
                         place = layout.places[tensor.name]
                         offset = place.offset + part[1] * place.row_bytes
-                        write_at(file, part[0], dtype=self.dtype, offset=offset)
+                        write_at(file, part[0], dtype=place.dtype, offset=offset)
 
 
-def _cut(tensors: Sequence[HfTensor], dtype: torch.dtype, max_file_bytes: int) -> list[list[HfTensor]]:
+def _cut(
+    tensors: Sequence[HfTensor], dtypes: Mapping[str, torch.dtype], max_file_bytes: int
+) -> list[list[HfTensor]]:
     """Cuts the tensors, in order, into groups of at most `max_file_bytes`."""
     groups: list[list[HfTensor]] = [[]]
     num_bytes = 0
     for tensor in tensors:
-        size = math.prod(tensor.shape) * dtype.itemsize
+        size = math.prod(tensor.shape) * dtypes[tensor.name].itemsize
         if groups[-1] and num_bytes + size > max_file_bytes:
             groups.append([])
             num_bytes = 0
@@ -383,19 +396,19 @@ class FileLayout:
     """Size of the whole file."""
 
     @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Self:
-        """The tensors in the given order, without gaps. Ordered by name, it is the layout that `save_file`
-        writes."""
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> Self:
+        """The tensors in the given order, without gaps. Ordered by decreasing item size and then by name, it
+        is the layout that `save_file` writes."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, shape in shapes.items():
-            begin, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            begin, end = end, end + math.prod(shape) * dtypes[name].itemsize
+            header[name] = {"dtype": CODES[dtypes[name]], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         data = 8 + len(text)
         places = {
-            name: TensorPlace(dtype=dtype, shape=shape, offset=data + header[name]["data_offsets"][0])
+            name: TensorPlace(dtype=dtypes[name], shape=shape, offset=data + header[name]["data_offsets"][0])
             for name, shape in shapes.items()
         }
         return cls(header=len(text).to_bytes(8, "little") + text, places=places, num_bytes=data + end)

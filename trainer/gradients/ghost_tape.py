@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from areal_like.errors import ConfigError
+from trainer.attention.linear import linear_layers
 from trainer.gradients.ghost_layers import Embedding, Layer, Matrix, SegmentRows, layer_of, wide
 
 
@@ -51,13 +52,15 @@ class GhostTape:
         self._reached: list[Layer] = []
         names = {id(param): name for name, param in model.named_parameters()}
         known: set[str] = set()
+        # Linear attention pads its rows, so records of the layers within would be of other rows.
+        padded = {id(part) for layer in linear_layers(model) for part in layer.modules()}
         for path, module in model.named_modules():
             own = {
                 key: names[id(param)]
                 for key, param in module.named_parameters(recurse=False)
                 if param.requires_grad
             }
-            layer = layer_of(module) if own else None
+            layer = layer_of(module) if own and id(module) not in padded else None
             if layer is not None:
                 layer.path, layer.names, layer.is_head, layer.reached = (
                     path,

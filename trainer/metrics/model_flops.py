@@ -3,9 +3,10 @@
 A product of a row with a matrix is 2 FLOPs for each of the matrix's numbers; a backward is twice its forward,
 or once where the matrix is frozen and has no gradient of its own.
 The count includes the matrices that a token uses (of experts only those that it is routed to; not the
-embedding, which is a lookup), the head only at the positions that are trained on, and attention over the
-pairs of positions that see each other. A shared prefix counts once. Not counted: recomputation, padding,
-norms, the critic, the optimizer.
+embedding, which is a lookup), the head only at the positions that are trained on, attention over the pairs of
+positions that see each other, and for linear attention three products with each state: it is read for the
+key, updated, and read for the query. A shared prefix counts once. Not counted: recomputation, padding, norms,
+the critic, the optimizer.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from trainer.attention.linear import LINEAR, state_size
 from trainer.batching.balance import Cost
 
+_STATE_PRODUCTS = 3
 FORWARD_AND_BACKWARD = 3
 """Cost of a forward and its backward in units of a forward, where all weights are trained."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -39,7 +42,9 @@ class ModelFlops:
     heads_size: int
     """Query heads times head size."""
     num_layers_of: dict[int, int]
-    """Layers by their attention window; window 0: none."""
+    """Layers by their attention window; window 0: none. Without those with linear attention."""
+    state_values: float = 0.0
+    """Numbers in the state of a sequence, over all layers with linear attention."""
 
     @classmethod
     def of(cls, model: Any) -> ModelFlops:
@@ -55,6 +60,7 @@ class ModelFlops:
         ]
         heads = int(config.num_attention_heads)
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        num_linear = list(getattr(config, "layer_types", None) or ()).count(LINEAR)
         return cls(
             body_weights=sum(num for num, _ in used),
             head_weights=0.0 if head is None else float(head.weight.numel()),
@@ -62,6 +68,7 @@ class ModelFlops:
             is_head_frozen=head is not None and not head.weight.requires_grad,
             heads_size=heads * head_dim,
             num_layers_of=dict(_windows(config)),
+            state_values=float(num_linear * state_size(config)),
         )
 
     def of_forward(
@@ -74,7 +81,8 @@ class ModelFlops:
         """
         length_N = np.array(lengths, dtype=np.float64)
         own_N = length_N if own_lengths is None else np.array(own_lengths, dtype=np.float64)
-        linear = 2.0 * (self.body_weights * float(own_N.sum()) + self.head_weights * num_targets)
+        of_row = self.body_weights + _STATE_PRODUCTS * self.state_values
+        linear = 2.0 * (of_row * float(own_N.sum()) + self.head_weights * num_targets)
         pairs = sum(
             layers * float((_pairs_N(length_N, window) - _pairs_N(length_N - own_N, window)).sum())
             for window, layers in self.num_layers_of.items()
@@ -98,8 +106,9 @@ def cost_of(flops: ModelFlops) -> Cost:
     """
     layers = sum(flops.num_layers_of.values())
     frozen = flops.frozen_body_weights + (flops.head_weights if flops.is_head_frozen else 0.0)
+    of_row = flops.body_weights + flops.head_weights + _STATE_PRODUCTS * flops.state_values
     return Cost(
-        per_row=round(FORWARD_AND_BACKWARD * 2 * (flops.body_weights + flops.head_weights) - 2 * frozen),
+        per_row=round(FORWARD_AND_BACKWARD * 2 * of_row - 2 * frozen),
         per_pair=FORWARD_AND_BACKWARD * 4 * flops.heads_size * layers,
     )
 
@@ -114,7 +123,7 @@ def _windows(config: Any) -> Counter[int]:
     window = int(getattr(config, "sliding_window", None) or 0)
     # A model without layer types uses its window, if it has one, in all layers (Mistral).
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * int(config.num_hidden_layers)
-    return Counter(window if kind == "sliding_attention" else 0 for kind in kinds)
+    return Counter(window if kind == "sliding_attention" else 0 for kind in kinds if kind != LINEAR)
 
 
 def _used_share(name: str, config: Any) -> float:

@@ -36,6 +36,8 @@ from areal_like.errors import ConfigError, first_line
 from areal_like.precision import route_in_float32, routers
 from areal_like.weights.adapters import AdapterHeader, base_digest
 from areal_like.weights.hf_layout import hf_tensors
+from trainer.attention.linear import CLASSES as LINEAR_CLASSES
+from trainer.attention.linear import LINEAR, check_kernels, linear_layers, pack_linear_layers
 from trainer.attention.packed_attention import ATTENTION_NAME, Kind
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
@@ -44,6 +46,7 @@ from trainer.models import lora, peft_folder
 from trainer.models.kernels import apply_liger
 from trainer.models.row_loading import read_rows, stored_names
 from trainer.models.safetensors_rows import SafetensorsRows
+from trainer.models.wide_vectors import WideVectors, wide_vectors
 
 SMALLEST_SHARDED_APART = 32 << 20
 """Smallest model, in bytes, whose layers are gathered and reduced one by one. In a smaller model the fixed
@@ -55,8 +58,8 @@ class PackedModel(nn.Module):
     """Base class; a subclass defines `forward`. `model` keeps its Hugging Face parameter names."""
 
     def __init__(self, model: Any) -> None:
-        """`model`: a transformers causal LM, which is modified in place. Raises ConfigError for layers other
-        than attention: they would carry state from one packed sequence into the next."""
+        """`model`: a transformers causal LM, which is modified in place. Raises ConfigError for layers that
+        would carry state from one packed sequence into the next."""
         super().__init__()
         self.model = model
         self._path = ""
@@ -68,6 +71,12 @@ class PackedModel(nn.Module):
         self.attention: Kind = "auto"
         """`trainer.attention`."""
         _check_layers(model)
+        self.linear_layers = pack_linear_layers(model)
+        self.shares_prefixes = not self.linear_layers
+        """A prefix that sequences have in common may be computed once; see `collate`."""
+        self.float32_names: frozenset[str] = frozenset()
+        """Parameters of `model` that stay float32 beside a narrower `model.dtype`, pushed and saved too."""
+        self._wide: WideVectors | None = None
         model.set_attn_implementation(ATTENTION_NAME)
         route_in_float32(model)
         for module in model.modules():
@@ -105,8 +114,9 @@ class PackedModel(nn.Module):
             for name, param in model.named_parameters():
                 if name in built.fresh_parameters():
                     param.requires_grad_(True)
-        decoder_layers(model)  # both may raise, before memory is allocated
+        decoder_layers(model)  # these may raise, before memory is allocated
         hf_tensors(model)
+        built.float32_names = wide_vectors(model, path, tied=tied, fresh=built.fresh_parameters())
         if compiles:
             _compile_layers(model)
         if liger:
@@ -151,6 +161,8 @@ class PackedModel(nn.Module):
         divides by global counts, once.
         """
         compute = DTYPES[dtype]
+        if self.linear_layers:
+            check_kernels(ranks.device, kind=self.attention, dtype=compute)
         precision = MixedPrecisionPolicy(
             param_dtype=None if compute == torch.float32 else compute,
             reduce_dtype=None if compute == torch.float32 else torch.float32,
@@ -158,9 +170,9 @@ class PackedModel(nn.Module):
         if frozen:
             self.requires_grad_(False)
         if compute != torch.float32:
-            for param in self.parameters():
+            for name, param in self.model.named_parameters():
                 # Parameters only: `self.to` would also round the rotary frequencies.
-                if not param.requires_grad and param.dtype != compute:
+                if not param.requires_grad and param.dtype != compute and name not in self.float32_names:
                     param.data = param.data.to(compute)
         self.reshard_after_forward = reshards = reshard_after_forward or frozen
         num_bytes = sum(param.numel() * param.itemsize for param in self.parameters())
@@ -178,6 +190,8 @@ class PackedModel(nn.Module):
         for name, buffer in buffers.items():  # to_empty has emptied them too
             set_buffer(self, name, buffer.to(ranks.device))
         self._ranks = ranks
+        if compute != torch.float32 and self.float32_names:
+            self._wide = WideVectors(self.model, self.float32_names, self.linear_layers)
         return self
 
     def check_initial_weights(self) -> None:
@@ -257,6 +271,9 @@ class PackedModel(nn.Module):
 
         A sequence's first token is never sampled, so there is always a position before.
         """
+        assert self.shares_prefixes or batch.shared is None
+        if self._wide is not None:
+            self._wide.gather()
         tokens, positions, read_S = batch.tokens_T, batch.positions_T, batch.sampled_S - 1
         if (rows := batch.rows) is not None:
             tokens, positions = (x.index_select(0, rows.token_U) for x in (tokens, positions))
@@ -317,6 +334,8 @@ def _compute_buffers(model: Any) -> None:
 
 def _check_layers(model: Any) -> None:
     kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if linear_layers(model):
+        kinds -= {LINEAR}
     if kinds:
         raise ConfigError(
             f"{type(model).__name__} cannot be trained packed: it has {', '.join(sorted(kinds))} layers. "
@@ -335,7 +354,7 @@ def _compile_layers(model: Any) -> None:
         for child in layer.children():
             # Recognized by its class, because its name differs: `self_attn`, `attn`, `attention` or
             # `self_attention`.
-            is_attention = "Attention" in type(child).__name__
+            is_attention = "Attention" in type(child).__name__ or type(child).__name__ in LINEAR_CLASSES
             if not is_attention and not any(id(module) in with_router for module in child.modules()):
                 child.compile(dynamic=True)
 

@@ -180,6 +180,7 @@ class BaseReference:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self.shares_prefixes = policy.shares_prefixes
 
     def __call__(self, batch: PackedBatch) -> TokenLogProbs:
         """Log-probs of the base alone, without gradient. Collective."""

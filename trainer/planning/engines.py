@@ -48,6 +48,8 @@ class EngineMemory:
     """Activations and CUDA graphs (SGLang: the share that is not static)."""
     kv_per_token: float
     """Keys and values of one token on this GPU."""
+    state: float = 0.0
+    """State of linear attention of one sequence on this GPU, in float32. It is in the memory of the cache."""
 
     @property
     def total(self) -> float:
@@ -58,6 +60,10 @@ class EngineMemory:
     def num_tokens(self) -> int:
         """Tokens that the KV cache holds."""
         return max(0, int(self.kv_at_least / self.kv_per_token))
+
+    def num_sequences(self, context: float) -> float:
+        """Sequences of `context` tokens that the cache holds."""
+        return max(0.0, self.kv_at_least / (context * self.kv_per_token + self.state))
 
 
 def engine_memory(job: PlannedJob, *, trainer_bytes: float = 0.0) -> EngineMemory:
@@ -75,12 +81,13 @@ def engine_memory(job: PlannedJob, *, trainer_bytes: float = 0.0) -> EngineMemor
     is_fp8 = (option(words, ("--kv-cache-dtype",)) or "").startswith("fp8")
     value_bytes = 1 if is_fp8 else job.param_bytes
     per_token = float(shape.kv_values_per_token // shape.num_kv_heads * heads * value_bytes)
+    state = 4.0 * shape.state_values / parallel
     weights = job.weights_bytes / parallel
     # Of an adapter some matrices are divided over an engine's GPUs; all are counted whole.
     adapters = (job.config.num_adapters + 1) * job.pushed_bytes if job.config.num_adapters else 0.0
     if rollout.engine == "embedded":
         # A second set of weights receives a push while the first one decodes; of adapters only a slot more.
-        rows = rollout.max_running * job.lengths.context * per_token
+        rows = rollout.max_running * (job.lengths.context * per_token + state)
         return EngineMemory(
             weights=weights if adapters else 2 * weights,
             adapters=_FUSED * adapters,
@@ -88,6 +95,7 @@ def engine_memory(job: PlannedJob, *, trainer_bytes: float = 0.0) -> EngineMemor
             kv_at_least=rows,
             other=1 * GIB,
             kv_per_token=per_token,
+            state=state,
         )
     static = _number(words, STATIC_MEMORY) or DEFAULT_STATIC_FRACTION
     limit = _number(words, ("--max-total-tokens",))
@@ -100,4 +108,5 @@ def engine_memory(job: PlannedJob, *, trainer_bytes: float = 0.0) -> EngineMemor
         kv_at_least=min(static * (gpu_bytes - trainer_bytes) - weights - adapters, limit_bytes),
         other=min(rest, SHARED_OTHER_BYTES) if trainer_bytes else rest,
         kv_per_token=per_token,
+        state=state,
     )

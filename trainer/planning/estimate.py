@@ -136,7 +136,7 @@ def _generate(job: PlannedJob, engine: EngineMemory, formulas: list[str]) -> tup
     flops_per_s = job.peak * ASSUMED.prefill_efficiency
     num_engines = job.placement.engine_gpus / parallel
     context = lengths.prompt + lengths.response / 2
-    in_cache = engine.num_tokens / context
+    in_cache = engine.num_sequences(context)
     ahead = (config.staleness_cap + 1) * job.num_samples / num_engines
     running = min(float(config.rollout.max_running), in_cache, ahead)
     formulas.append(
@@ -145,7 +145,9 @@ def _generate(job: PlannedJob, engine: EngineMemory, formulas: list[str]) -> tup
         f"{ahead:.0f}) = {running:.0f}"
     )
     weights = job.trace.num_params * job.param_bytes / parallel
-    read_bytes = weights + engine.adapters + running * context * engine.kv_per_token
+    # A state is read and written for each token.
+    cached_bytes = context * engine.kv_per_token + 2 * engine.state
+    read_bytes = weights + engine.adapters + running * cached_bytes
     read_s = read_bytes / (gpu.memory_bytes_per_s * ASSUMED.decode_bandwidth)
     flops = (2.0 * job.trace.num_params + 4.0 * context * job.shape.attention_size) * running / parallel
     decode_s = ASSUMED.decode_overhead_s + max(read_s, flops / flops_per_s)

@@ -115,7 +115,7 @@ def _adapter_lines(plan: Plan) -> list[str]:
 
 def _memory_table(plan: Plan) -> Table:
     memory, engine = plan.memory, plan.memory.engine
-    sequences = engine.num_tokens / plan.lengths.context
+    sequences = engine.num_sequences(plan.lengths.context)
     cache = f"  KV cache: {engine.num_tokens} tokens, {sequences:.0f} sequences of the longest context"
     table = Table(box=None, pad_edge=False, title="memory", title_justify="left")
     table.add_column("part", min_width=44)

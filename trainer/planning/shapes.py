@@ -14,6 +14,7 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError, first_line
 from areal_like.paths import BUILT_MODELS
 from areal_like.runtime.command_line import CONFIGS
+from trainer.attention.linear import LINEAR, state_size
 
 SHAPES = CONFIGS / "scale" / "models"
 
@@ -32,16 +33,24 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     max_positions: int
+    num_linear_layers: int = 0
+    """Layers with linear attention; the others have keys and values for every token."""
+    state_values: int = 0
+    """Numbers in the state of one sequence, over all layers with linear attention."""
+
+    @property
+    def num_attention_layers(self) -> int:
+        return self.num_layers - self.num_linear_layers
 
     @property
     def kv_values_per_token(self) -> int:
         """Numbers in the KV cache for one token: keys and values of all layers and heads."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return 2 * self.num_attention_layers * self.num_kv_heads * self.head_dim
 
     @property
     def attention_size(self) -> int:
         """Layers times query heads times head size: FLOPs of attention are proportional to it."""
-        return self.num_layers * self.num_heads * self.head_dim
+        return self.num_attention_layers * self.num_heads * self.head_dim
 
 
 def known_shapes() -> list[str]:
@@ -68,6 +77,7 @@ def with_local_model(config: Config) -> tuple[Config, ModelShape]:
         dtype = "float32"  # the dtype in which `trainer.prepare_model` saves them
     local = replace(config, model=replace(config.model, path=str(directory), dtype=dtype))
     heads = int(hf_config.num_attention_heads)
+    num_linear = list(getattr(hf_config, "layer_types", None) or ()).count(LINEAR)
     return local, ModelShape(
         directory=str(directory),
         source=source,
@@ -77,6 +87,8 @@ def with_local_model(config: Config) -> tuple[Config, ModelShape]:
         head_dim=int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads),
         vocab_size=int(hf_config.vocab_size),
         max_positions=int(getattr(hf_config, "max_position_embeddings", None) or 1 << 30),
+        num_linear_layers=num_linear,
+        state_values=num_linear * state_size(hf_config),
     )
 
 

@@ -8,7 +8,7 @@ every step but the first. With LoRA the merging of two pushes is traced too.
 Fake CPU tensors stand for those of a GPU. There are two differences. Attention keeps the same tensors on both
 (the output, and one float32 number for each head and position), but on a GPU it needs a workspace, or keeps
 the scores in float32: both are added to the peak. FSDP2's copies on other streams may live a little longer on
-a GPU.
+a GPU. The kernels of linear attention have stand-ins (`linear_attention.py`).
 
 Left out: the loss on the sampled tokens' log-probs (some dozens of bytes for each token), and objectives that
 replace autograd's accumulation (VCPO with per-sequence norms), which are refused.
@@ -51,6 +51,7 @@ from trainer.optimizer import ShardedAdamW
 from trainer.planning.gpus import Placement
 from trainer.planning.layers import FEW, Traced, extended, has_equal_layers, with_layers
 from trainer.planning.lengths import Lengths, worst_lengths
+from trainer.planning.linear_attention import use_stand_ins
 from trainer.planning.shapes import ModelShape
 from trainer.planning.tensor_memory import ACTIVATIONS, ATTENTION, TensorMemory
 from trainer.step.proximal import ProximalPolicy
@@ -271,6 +272,8 @@ class _Trace:
         models = {name: model for name, model in found.items() if isinstance(model, PackedModel)}
         for model in set(models.values()):
             self._watch_layers(model)
+            if config.trainer.device != "cpu" and dtype != "float32":
+                use_stand_ins(model)
             for param in model.parameters():
                 if not param.requires_grad:  # `shard` does this too, but cannot with fake tensors
                     param.data = param.data.to(DTYPES[str(dtype)])

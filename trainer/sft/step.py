@@ -20,7 +20,7 @@ from torch import Tensor
 
 from areal_like.chat.token_row import TokenRow
 from areal_like.trajectory import FinishReason, Trajectory
-from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSample, in_lockstep
+from trainer.batching.packing import PackedBatch, Packer, TrainingSample, in_lockstep
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.speed import StepSpeed
 from trainer.metrics.step_totals import shared_share
@@ -69,7 +69,7 @@ class SupervisedStep:
         timer = self._speed.begin(step)
         sums = self._sums()
         with self._dropout(step):
-            for microbatch, live in in_lockstep(self._cut(timer.timed("wait_s", sequences)), self._ranks):
+            for microbatch, live in self._microbatches(timer.timed("wait_s", sequences)):
                 with timer.span("compute_s"):
                     logp_S, entropy_S, _ = self.policy(microbatch)
                     nll = -logp_S.sum()
@@ -105,7 +105,7 @@ class SupervisedStep:
         Raises ZeroDivisionError if there is no such token.
         """
         sums = self._sums()
-        for microbatch, live in in_lockstep(self._cut(sequences), self._ranks):
+        for microbatch, live in self._microbatches(sequences):
             logp_S, entropy_S, _ = self.policy(microbatch)
             if live:
                 self._count(sums, logp_S, entropy_S, microbatch)
@@ -147,9 +147,11 @@ class SupervisedStep:
             sums[at] += number
         sums[_MICROBATCHES] += 1
 
-    def _cut(self, sequences: Iterable[TokenRow]) -> Iterator[MicroBatch]:
-        packer = Packer(budget_tokens=self._budget_tokens)
-        return packer.microbatches([training_sample(sequence)] for sequence in sequences)
+    def _microbatches(self, sequences: Iterable[TokenRow]) -> Iterator[tuple[PackedBatch, bool]]:
+        shares = self.policy.shares_prefixes
+        packer = Packer(budget_tokens=self._budget_tokens, shares_prefixes=shares)
+        samples = ([training_sample(sequence)] for sequence in sequences)
+        return in_lockstep(packer.microbatches(samples), self._ranks, shares_prefixes=shares)
 
 
 def training_sample(row: TokenRow) -> TrainingSample:

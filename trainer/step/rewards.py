@@ -187,7 +187,13 @@ class RewardTerms:
             return kl.coef * kl_estimate(behavior_logp_S - ref_logp_S, estimator=kl.estimator)
 
         sampled = [t for group in groups for t in group if not t.is_greedy]
-        found = values_of_targets(sampled, penalties_S, self._ranks, budget_tokens=self._budget_tokens)
+        found = values_of_targets(
+            sampled,
+            penalties_S,
+            self._ranks,
+            budget_tokens=self._budget_tokens,
+            shares_prefixes=reference.shares_prefixes,
+        )
         remaining = iter(found)
         return [
             [np.zeros(num_targets(t)) if t.is_greedy else next(remaining) for t in group] for group in groups

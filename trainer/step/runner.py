@@ -44,6 +44,7 @@ from trainer.metrics.lag import LagTally
 from trainer.metrics.model_flops import ModelFlops, cost_of
 from trainer.metrics.speed import PhaseTimer, StepSpeed
 from trainer.metrics.step_totals import OF_BEYOND, StepTotals
+from trainer.models.packed_model import PackedModel
 from trainer.models.policy import BaseReference, Policy
 from trainer.objectives import Need, Objective, StepStats
 from trainer.objectives.normalizers import Normalizer
@@ -126,7 +127,16 @@ class StepRunner:
         self._step_advantages: StepAdvantages | None = None
         if self.advantages.scope is Scope.BATCH:
             self._step_advantages = StepAdvantages(self.advantages, ranks, critic=critic)
-        self._shares_prefixes = objective.shares_prefixes and not objective.late_coefficients
+        others: list[PackedModel] = []
+        if reference is not None and Need.REF in objective.needs:
+            others.append(reference.policy if isinstance(reference, BaseReference) else reference)
+        if proximal is not None:
+            others.append(proximal.model)
+        self._shares_prefixes = (
+            objective.shares_prefixes
+            and not objective.late_coefficients
+            and all(model.shares_prefixes for model in (policy, *others))
+        )
         limits: dict[str, Any] = {
             "budget_tokens": budget_tokens,
             "whole_groups": objective.whole_groups,
@@ -139,11 +149,6 @@ class StepRunner:
             self._packer = Balancer(ranks, cost=cost_of(ModelFlops.of(policy.model)), **limits)
         else:
             self._packer = Packer(one_sequence_per_microbatch=is_single, **limits)
-        others = []
-        if reference is not None and Need.REF in objective.needs:
-            others.append(reference.policy if isinstance(reference, BaseReference) else reference)
-        if proximal is not None:
-            others.append(proximal.model)
         self._speed = StepSpeed(policy, ranks, others=others, peak_tflops=peak_tflops)
 
     def run(

@@ -20,7 +20,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -137,6 +137,7 @@ class WeightSnapshotter(ABC):
             world_size=ranks.world_size,
             bucket_bytes=bucket_bytes,
             dtype=dtype,
+            float32_names=policy.float32_names,
         )
         self.buckets = tuple(parts.bucket for parts in self._layout.buckets)
         """The buckets of every snapshot, without checksums."""
@@ -511,12 +512,16 @@ class PushLayout:
         world_size: int,
         bucket_bytes: int,
         dtype: str,
+        float32_names: Collection[str] = (),
     ) -> None:
         """`model`: a sharded transformers model. `source`: what is pushed of it. `dtype`: dtype of
-        floating-point weights on the wire."""
+        floating-point weights on the wire; `float32_names`: parameters that are float32 there anyway."""
         params = dict(model.named_parameters())
         tensors = {tensor.name: tensor for tensor in source.tensors}
-        specs = [_spec_on_wire(tensor, params[tensor.param], dtype) for tensor in tensors.values()]
+        specs = [
+            _spec_on_wire(tensor, params[tensor.param], "float32" if tensor.param in float32_names else dtype)
+            for tensor in tensors.values()
+        ]
         num_rows = {name: param.shape[0] for name, param in params.items()}
         self.buckets = tuple(
             BucketParts(

@@ -163,7 +163,8 @@ class _Comparison:
     def logprobs(self, samples: list[Trajectory]) -> NDArray[np.float64]:
         """The trainer's log-prob of each sampled token."""
         made = [TrainingSample(trajectory=each, advantage=0.0, group=0) for each in samples]
-        logp_S = self.policy(collate(made, device=self.ranks.device)).logprobs_S
+        shares = self.policy.shares_prefixes
+        logp_S = self.policy(collate(made, device=self.ranks.device, shares_prefixes=shares)).logprobs_S
         computed: NDArray[np.float64] = logp_S.double().cpu().numpy()
         return computed
 

@@ -13,9 +13,9 @@ from areal_like.errors import WeightSyncError
 from areal_like.weights.buckets import Bucket, checksum, cut_buckets, flatten, spec_of
 from areal_like.weights.integrity import BucketSums
 from areal_like.weights.weight_group import WeightGroup
-from rollout_server.engine.models.base import CausalModel
+from rollout_server.engine.models.base import CausalModel, Weights
 from rollout_server.engine.models.loading import load
-from rollout_server.engine.weights.bucket_receiver import BucketReceiver
+from rollout_server.engine.weights.bucket_receiver import AdapterFacts, BucketReceiver
 from tests.support.engine_harness import save_model, weights_of
 from tests.support.waiting import HANG_LIMIT_S
 
@@ -107,3 +107,26 @@ def test_broken_broadcast_taints_weights_received_in_place(
     with pytest.raises(WeightSyncError, match="broadcast failed"):
         receive(receiver, buckets, [flatten(bucket, tensors) for bucket in buckets], num_sent=1)
     assert receiver.is_tainted is is_in_place
+
+
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_a_float32_tensor_among_narrow_ones(held: torch.dtype) -> None:
+    """As with A_log of linear attention: it is rounded only if the engine holds it so."""
+    named = {
+        "proj": torch.empty(6, 5, dtype=torch.bfloat16),
+        "A_log": torch.empty(5, dtype=held),
+        "out": torch.empty(7, dtype=torch.bfloat16),
+    }
+    sent = {name: torch.randn(tensor.shape) for name, tensor in named.items()}
+    dtypes = {name: "float32" if name == "A_log" else "bfloat16" for name in named}
+    buckets = cut_buckets(
+        [spec_of(name, tensor, dtype=dtypes[name]) for name, tensor in sent.items()], bucket_bytes=1 << 10
+    )
+    assert [spec.name for spec in buckets[0].tensors] == ["A_log", "proj", "out"]
+    facts = AdapterFacts.of(named, dtype=torch.bfloat16, device=torch.device("cpu"))
+    receiver = BucketReceiver(Weights(named=named), facts, [])
+    flats = [flatten(bucket, sent) for bucket in buckets]
+    assert receive(receiver, buckets, flats).checksums == list(map(checksum, flats))
+    assert not receiver.error
+    for name, tensor in named.items():
+        assert torch.equal(tensor, sent[name].to(tensor.dtype)), name
