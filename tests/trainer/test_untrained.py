@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +22,7 @@ from transformers import AutoConfig
 
 from areal_like.config import Config, LoraConfig, ModelConfig
 from areal_like.errors import ConfigError, WeightSyncError
+from areal_like.runtime.command_line import load_config
 from areal_like.weights.buckets import check_names, spec_of
 from areal_like.weights.untrained import auto_class, left_out, persistent_buffers, text_config
 from rollout_server.engine.models.loading import load
@@ -40,6 +42,7 @@ from trainer.distributed.sharding import local
 from trainer.merge import merge
 from trainer.models.policy import Policy, build_policy
 from trainer.models.value_model import ValueModel
+from trainer.planning.planner import make_plan
 from trainer.prepare_model import prepare_model
 
 CPU = torch.device("cpu")
@@ -313,6 +316,17 @@ def test_a_bias_stays_in_float32(models: Path) -> None:
     for model in (policy.model, module._module):  # type: ignore[attr-defined]
         [(_, bias)] = persistent_buffers(model)
         assert bias.dtype == F32 and torch.equal(bias, want)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "glm4_moe"])
+def test_plan_counts_what_is_trained(family: str, models: Path, tmp_path: Path) -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()  # of another test; a trace has its own
+    shutil.copyfile(models / family / "config.json", tmp_path / "config.json")
+    settings = ("sampling.max_new_tokens=48", "rollout.max_context=64", "model.dtype=bfloat16")
+    plan = make_plan(load_config([f"model.path={tmp_path}", *settings]), gpus="1+1xH100")
+    sizes = {name: tensor.numel() for name, tensor in stored(models / family).items()}
+    assert plan.trace.num_params == sum(size for name, size in sizes.items() if is_trained(name, family))
 
 
 def test_a_wrapper_without_one_language_model_is_refused(tmp_path: Path) -> None:
