@@ -55,7 +55,7 @@ WRAPPED: dict[str, dict[str, Any]] = {
         "vision_config": QWEN_TOWER | {"deepstack_visual_indexes": [0]},
     },
     "gemma3": {
-        "text_config": BODY | {"sliding_window": 4, "query_pre_attn_scalar": 16},
+        "text_config": BODY | {"sliding_window": 64, "query_pre_attn_scalar": 16},
         "vision_config": {
             "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
             "image_size": 16, "patch_size": 4,
