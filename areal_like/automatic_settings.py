@@ -5,6 +5,7 @@ into the run's config.yaml, and the buffer refuses a peer whose dtype differs fr
 
     model.dtype                      a GPU anywhere in the job: the checkpoint's dtype; else float32
     model.fp32_head                  on where model.dtype is bfloat16; in float32 it changes nothing
+    model.router_dtype               bfloat16 where model.dtype is bfloat16; in float32 it changes nothing
     trainer.gradient_checkpointing   on where the trainer is on GPUs
     objective                        by the longest answer (`areal_like/config/default_objective.py`)
 
@@ -59,6 +60,12 @@ def uses_fp32_head(config: Config) -> bool:
     return compute_dtype(config) == "bfloat16" if setting == "auto" else setting
 
 
+def router_dtype(config: Config) -> Dtype:
+    """The resolved `model.router_dtype`. Raises ConfigError as `compute_dtype` does."""
+    setting = config.model.router_dtype
+    return compute_dtype(config) if setting == "auto" else setting
+
+
 def recomputes_activations(config: Config) -> bool:
     """The resolved `trainer.gradient_checkpointing`."""
     setting = config.trainer.gradient_checkpointing
@@ -72,7 +79,10 @@ def resolved(config: Config) -> Config:
     config = dataclasses.replace(
         config.with_resolved_objective(),
         model=dataclasses.replace(
-            config.model, dtype=compute_dtype(config), fp32_head=uses_fp32_head(config)
+            config.model,
+            dtype=compute_dtype(config),
+            fp32_head=uses_fp32_head(config),
+            router_dtype=router_dtype(config),
         ),
         trainer=dataclasses.replace(config.trainer, gradient_checkpointing=recomputes_activations(config)),
     )

@@ -35,6 +35,7 @@ def is_built(config: Config) -> bool:
 def _digest(config: Config) -> str:
     """The settings that determine the model, or with which it is refused; hashed, as `task` may have keys."""
     settings = to_mapping(config)
-    del settings["model"]["lora"]  # adapters are not part of it; and earlier releases had no such settings
+    for later in ("lora", "router_dtype"):  # no part of the model; and earlier releases had no such settings
+        del settings["model"][later]
     wanted = {name: settings[name] for name in ("seed", "model", "task")}
     return hashlib.sha256(json.dumps(wanted, sort_keys=True, default=str).encode()).hexdigest()

@@ -12,11 +12,18 @@ dtype, the product is not. The trainer runs its head once for each chunk of toke
 adds up the gradients of the weight in float32 and rounds the sum once, as a layer that runs over all tokens
 at once does. Left out: a gradient in float32, because FSDP2 reduces gradients of one dtype.
 
-The routers of a mixture of experts: their probabilities decide which experts a token uses, and rounding them
-to bfloat16 turns close probabilities into ties. So the product, the softmax and the weights of the chosen
-experts are float32. The router's weights keep their values in the model's dtype, the same as in the engines.
-SGLang (0.5.23, Qwen3-MoE) rounds the product to bfloat16 and does the rest in float32, so with SGLang engine
-and trainer may choose different experts where two probabilities are close.
+The routers of a mixture of experts (`model.router_dtype`): their probabilities decide which experts a token
+uses, and rounding them to bfloat16 turns close probabilities into ties. So the scores and the weights of the
+chosen experts are float32. The router's weights keep their values in the model's dtype, the same as in the
+engines. Of the product with the weights there are two forms:
+
+    float32    the product is float32 too
+    bfloat16   the product is computed as the model's definition says, in the model's dtype or in float32
+
+SGLang (0.5.23) follows the definitions: it rounds the product of Qwen3-MoE to bfloat16, and computes that of
+GLM-4.5 in float32. A trainer that rounds otherwise than the engine chooses other experts where two scores are
+close. SGLang on Hopper computes the product of DeepSeek-V3 in float32 for small batches and rounds it for
+large ones, which no trainer can follow.
 Routers are found by transformers' own declaration of where router logits come from
 (`PreTrainedModel._can_record_outputs`). Left out: routers that are a linear layer whose block does the rest
 (Jamba, Llama 4), and routers made of other modules, which are float32 in transformers already (Ernie).
@@ -28,14 +35,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 
 from areal_like.errors import ConfigError
+
+RouterDtype = Literal["float32", "bfloat16"]
+"""A resolved `model.router_dtype`."""
 
 
 class Fp32Head(nn.Linear):
@@ -184,27 +195,49 @@ def routers(model: nn.Module) -> Iterator[nn.Module]:
                 break
 
 
-def route_in_float32(model: nn.Module) -> None:
+def route_in_float32(model: nn.Module, *, product: RouterDtype = "float32") -> None:
     """Makes the routers of a transformers model compute in float32 where their weights are narrower.
 
-    Modifies the modules in place; call it once. A model without experts is unchanged.
+    Modifies the modules in place; call it once. A model without experts is unchanged. `product`: `bfloat16`
+    leaves the product of hidden states and weights in the dtype of the model's definition, and only what
+    follows is float32.
     """
     for router in routers(model):
-        router.forward = functools.partial(_router_in_float32, router, router.forward)
+        wrapped = _router_in_float32 if product == "float32" else _router_after_product
+        router.forward = functools.partial(wrapped, router, router.forward)
 
 
 def _router_in_float32(router: nn.Module, forward: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    own: dict[str, Any] = dict(router._parameters)
-    if all(param is None or param.dtype.itemsize >= torch.float32.itemsize for param in own.values()):
+    if not _has_narrow_weights(router):
         return forward(hidden, *args, **kwargs)
     # FSDP2 gives a module its gathered parameters just before the forward, so they are replaced here. The
     # casts are part of the graph: gradients reach the parameters.
+    own: dict[str, Any] = dict(router._parameters)
     try:
         for name, param in own.items():
             router._parameters[name] = None if param is None else param.float()
         return forward(hidden.float(), *args, **kwargs)
     finally:
         router._parameters.update(own)
+
+
+def _router_after_product(router: nn.Module, forward: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if not _has_narrow_weights(router):
+        return forward(hidden, *args, **kwargs)
+    with _WideProducts():
+        return forward(hidden, *args, **kwargs)
+
+
+class _WideProducts(TorchFunctionMode):
+    """Within the block the results of `F.linear` are float32, with the values of their own dtype."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out.float() if func is F.linear and _is_narrow(out) else out
+
+
+def _has_narrow_weights(router: nn.Module) -> bool:
+    return any(param is not None and _is_narrow(param) for param in router._parameters.values())
 
 
 def _is_whole(module: nn.Module) -> bool:

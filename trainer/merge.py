@@ -16,17 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from areal_like.config import LoraConfig
 from areal_like.errors import ConfigError
 from areal_like.paths import replacing
 from areal_like.weights.adapters import base_digest
-from areal_like.weights.hf_layout import HfTensor, adapter_tensors, hf_tensors
+from areal_like.weights.hf_layout import adapter_tensors, hf_tensors
+from areal_like.weights.safetensors_header import tensors_in
+from areal_like.weights.untrained import text_config
 from trainer.checkpoints.writing import CODES, HfFiles, write_model_files, write_tokenizer
 from trainer.models.lora import add_adapter, layer_matrices, merged_rows, scales
 from trainer.models.packed_model import build_skeleton, tied_names
 from trainer.models.peft_folder import check_adapter_of, check_base, check_plain, open_adapter, read_config
-from trainer.models.row_loading import stored_names
+from trainer.models.row_loading import StoredNames, stored_names
 from trainer.models.safetensors_rows import SafetensorsRows
 from trainer.models.wide_vectors import stored_wide
 
@@ -58,24 +61,37 @@ def merge(adapter: str, into: Path, *, base: str = "", dtype: str = "") -> str:
     check_adapter_of(model, matrices)
     source = SafetensorsRows.of_model(base)
     check_base(adapter, base=base_digest(source.files))
-    tensors, stored = stored_names(model, source, tied=tied)
-    own_dtype = getattr(torch, dtype) if dtype else model.config.dtype or torch.float32
+    stored = stored_names(model, source, tied=tied)
+    own_dtype = getattr(torch, dtype) if dtype else _dtype_of(base)
     if own_dtype not in CODES:
         raise ConfigError(f"{base} has the dtype {own_dtype}: give --dtype float32 or --dtype bfloat16")
-    float32_names = stored_wide(model, source, tied=tied)
-    files = HfFiles(hf_tensors(model), own_dtype, float32_names=float32_names)
-    rows = _MergedParameters(model, tensors, stored, source=source, matrices=matrices)
+    places = {tensor.name: tensor for file in source.files for tensor in tensors_in(file)}
+    files = HfFiles(
+        hf_tensors(model),
+        own_dtype,
+        float32_names=stored_wide(model, source, tied=tied),
+        untouched=[places[name] for name in stored.untouched],
+    )
+    rows = _MergedParameters(model, stored, source=source, matrices=matrices)
     with replacing(into) as partial:
         partial.mkdir(parents=True)
         try:
             files.create(partial)
             files.write_rows(partial, rows, dict.fromkeys(rows, 0))
-            write_model_files(model, partial, dtype=own_dtype)
+            files.copy_untouched(partial)
+            write_model_files(model, partial, base=base, dtype=own_dtype)
             write_tokenizer(partial, base)
         except BaseException:
             shutil.rmtree(partial)
             raise
     return base
+
+
+def _dtype_of(base: str) -> Any:
+    """The dtype that the base's config.json names, else float32."""
+    # Read again: a skeleton's configuration has the dtype of the skeleton.
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    return config.dtype or text_config(config).dtype or torch.float32
 
 
 class _MergedParameters(Mapping[str, Tensor]):
@@ -84,15 +100,14 @@ class _MergedParameters(Mapping[str, Tensor]):
     def __init__(
         self,
         model: Any,
-        tensors: list[HfTensor],
-        stored: Mapping[str, list[str]],
+        stored: StoredNames,
         *,
         source: SafetensorsRows,
         matrices: SafetensorsRows,
     ) -> None:
-        self._shapes = {tensor.param: model.get_parameter(tensor.param).shape for tensor in tensors}
-        self._tensors = tensors
-        self._stored = stored
+        self._shapes = {tensor.param: model.get_parameter(tensor.param).shape for tensor in stored.tensors}
+        self._tensors = stored.tensors
+        self._stored = stored.names
         self._source, self._matrices = source, matrices
         self._names = {tensor.param: tensor.name for tensor in adapter_tensors(model)}
         self._layers = {

@@ -184,12 +184,13 @@ def _check_existing(config: Config) -> str:
     with uncollected():
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoTokenizer
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+        from areal_like.weights.untrained import auto_class
         from trainer.models.policy import Policy
 
     try:
-        model_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
+        found = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        is_known = type(found) in auto_class(found)._model_mapping
         AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RecursionError, StrictDataclassError) as error:
         raise ConfigError(
@@ -197,9 +198,10 @@ def _check_existing(config: Config) -> str:
             f"from it ({first_line(error)}). Use tiny, smollm2, a directory with config.json, or an "
             "owner/name"
         ) from error
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not is_known:
         raise ConfigError(
-            f"model.path={config.model.path}: transformers has no causal language model of type {model_type}"
+            f"model.path={config.model.path}: transformers has no causal language model of type "
+            f"{found.model_type}"
         )
     # This also downloads the files from a hub, once for all processes.
     Policy.build(path).check_initial_weights()

@@ -46,6 +46,11 @@ class ModelConfig(Section, key="model"):
     """True: trainer and engine compute the logits in float32, from weights and hidden states in `dtype`, so
     that their log-probs agree better; `auto`: true where `dtype` is bfloat16. A run keeps the value that it
     began with."""
+    router_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Rounding in the routers of a mixture of experts, in the trainer and the embedded engine. `float32`:
+    none; `bfloat16`: that of SGLang, which rounds the product of hidden states and weights to bfloat16 unless
+    the model's definition computes it in float32 (GLM-4.5); `auto`: the `dtype`. A run keeps the value that
+    it began with."""
     warm_start_steps: NonNegativeInt = 150
     """Supervised steps on noisy demonstrations of the task (sort, adding); only for `path=tiny`."""
     warm_start_swap_prob: Fraction = 0.5

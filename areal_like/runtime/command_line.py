@@ -37,7 +37,10 @@ from areal_like.paths import RunPaths, replacing
 OPEN_SECTIONS = ("objective", "advantage", "task")
 GROUPS = ("model", *OPEN_SECTIONS)
 """Sections that have presets in configs/: `model=smollm2` selects one."""
-DEFAULTS_BEFORE: dict[str, dict[str, Any]] = {"model": {"fp32_head": False}, "trainer": {"kernels": "torch"}}
+DEFAULTS_BEFORE: dict[str, dict[str, Any]] = {
+    "model": {"fp32_head": False, "router_dtype": "float32"},
+    "trainer": {"kernels": "torch"},
+}
 """Settings that did not exist when some runs began, and what those runs did: their numbers stay the same."""
 SCALE = "scale"
 """Presets of whole jobs: `scale=8xh100_8b` is `--config configs/scale/8xh100_8b.yaml`."""

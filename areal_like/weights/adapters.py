@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.errors import WeightSyncError
+from areal_like.weights.safetensors_header import tensors_in
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the name of a layer in its files."""
@@ -27,8 +28,6 @@ MAX_RANK = 4096
 MAX_TARGETS = 64
 _TARGET = re.compile(r"[A-Za-z0-9_.]{1,128}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_MAX_HEADER_BYTES = 100_000_000
-"""Largest header of a safetensors file, as in the library of the format."""
 _SAMPLE_BYTES = 4096
 """Bytes at the beginning of each tensor of the base that its digest covers."""
 
@@ -155,20 +154,15 @@ def base_digest(files: Sequence[Path]) -> str:
     milliseconds, where hashing 16 GB would take half a minute at each start. How the tensors are spread over
     `files` (safetensors) does not matter. Raises WeightSyncError for a file that is not safetensors.
     """
-    entries: list[tuple[str, str, list[int], str]] = []
+    entries: list[tuple[str, str, tuple[int, ...], str]] = []
     for path in files:
         try:
+            stored = tensors_in(path)
             with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size) if size <= _MAX_HEADER_BYTES else b"")
-                start = file.tell()
-                for name, facts in header.items():
-                    if name == "__metadata__":
-                        continue
-                    begin, end = facts["data_offsets"]
-                    file.seek(start + begin)
-                    sample = hashlib.sha256(file.read(min(end - begin, _SAMPLE_BYTES))).hexdigest()
-                    entries.append((name, facts["dtype"], facts["shape"], sample))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                for tensor in stored:
+                    file.seek(tensor.offset)
+                    sample = hashlib.sha256(file.read(min(tensor.num_bytes, _SAMPLE_BYTES))).hexdigest()
+                    entries.append((tensor.name, tensor.dtype, tensor.shape, sample))
+        except (OSError, ValueError) as error:
             raise WeightSyncError(f"{path}: cannot read it as safetensors: {error}") from None
     return hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest()

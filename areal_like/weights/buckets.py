@@ -135,6 +135,8 @@ class Manifest:
     buckets: tuple[Bucket, ...]
     adapter: AdapterHeader | None = None
     """If the buckets hold a LoRA adapter and not all weights: its header."""
+    untrained: tuple[str, ...] = ()
+    """Tensors in the files of the model that training leaves as they are, and that no push contains."""
 
     @property
     def num_bytes(self) -> int:
@@ -148,8 +150,15 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mapping for JSON or msgpack."""
-        plain = {"version": self.version, "buckets": [bucket.to_dict() for bucket in self.buckets]}
-        return plain if self.adapter is None else plain | {"adapter": self.adapter.to_dict()}
+        plain: dict[str, Any] = {
+            "version": self.version,
+            "buckets": [bucket.to_dict() for bucket in self.buckets],
+        }
+        if self.adapter is not None:
+            plain["adapter"] = self.adapter.to_dict()
+        if self.untrained:
+            plain["untrained"] = list(self.untrained)
+        return plain
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Manifest:
@@ -161,11 +170,18 @@ class Manifest:
             or not all(isinstance(b, Mapping) for b in buckets)
         ):
             raise WeightSyncError("manifest: want an integer `version` and a list of `buckets`")
-        header = raw.get("adapter")
+        header, untrained = raw.get("adapter"), raw.get("untrained", [])
+        if (
+            not isinstance(untrained, list)
+            or len(untrained) > MAX_TENSORS
+            or not all(isinstance(name, str) for name in untrained)
+        ):
+            raise WeightSyncError("manifest: `untrained` must be a list of names")
         return cls(
             version=version,
             buckets=tuple(Bucket.from_dict(bucket) for bucket in buckets),
             adapter=None if header is None else AdapterHeader.from_dict(header),
+            untrained=tuple(untrained),
         )
 
 

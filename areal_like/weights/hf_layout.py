@@ -91,23 +91,17 @@ class HfTensor:
         return part[0]
 
 
-def hf_tensors(model: nn.Module, *, with_buffers: bool = True) -> list[HfTensor]:
+def hf_tensors(model: nn.Module) -> list[HfTensor]:
     """The checkpoint's tensors of a transformers model, in the order of its parameters; tied weights once.
 
     `model`: may be on the meta device, and sharded. How it was loaded does not matter: the names are those
     that `save_pretrained` gives a model that was made from its configuration.
-    `with_buffers`: the tensors have to be all of the checkpoint; False leaves out those that are buffers
-    of the model and are never trained.
+    Left out are the tensors that are never trained (`untrained.py`).
     Raises ConfigError for an architecture whose checkpoint has tensors that are not parts of parameters.
     """
     base = [(name, param.shape) for name, param in model.named_parameters() if not is_adapter(name)]
     params = {_without_adapter(name): name for name, _ in base}
     shapes = {_without_adapter(name): tuple(shape) for name, shape in base}
-    if with_buffers and (buffers := list(_persistent_buffers(model))):
-        raise ConfigError(
-            f"{type(model).__name__} keeps {buffers[0]} in its checkpoint and does not train it: only "
-            "parameters can be pushed and saved; choose another model"
-        )
     conversions = _conversions(model)
     if not conversions:
         return [HfTensor(name=name, shape=shape, param=params[name]) for name, shape in shapes.items()]
@@ -258,10 +252,3 @@ def _to_checkpoint(model: Any, conversions: list[Any], tensors: dict[str, Tensor
         else:
             del model._weight_conversions
     return converted
-
-
-def _persistent_buffers(model: nn.Module) -> Iterator[str]:
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}"

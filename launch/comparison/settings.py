@@ -13,6 +13,7 @@ _ROUNDING = (
     "trainer.balance",
     "trainer.logprob_chunk_tokens",
     "model.fp32_head",
+    "model.router_dtype",
     "trainer.gradient_checkpointing",
     "trainer.attention",
     "trainer.kernels",

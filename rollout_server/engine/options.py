@@ -76,6 +76,8 @@ class ProcessOptions(EngineOptions):
     """Type of weights and KV."""
     enable_fp32_lm_head: bool = False
     """Compute the logits in float32."""
+    router_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type to which the products of a mixture's routers are rounded, as `model.router_dtype`."""
     weights_from: tuple[str, ...] = ()
     """Directory that /update_weights_from_disk may load from, in addition to `model_path`; repeatable."""
     weight_version: str = "default"

@@ -77,7 +77,6 @@ class SglangAdapterUpdate:
     _unloading: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._layers = linear_layers(self.shapes.shapes)
         self._groups = JoinedGroups(_CPU)
 
     async def engine_started(self, client: EngineClient, *, path: str, version: int) -> None:
@@ -138,7 +137,8 @@ class SglangAdapterUpdate:
 
     async def _receive(self, push: WeightPush, header: AdapterHeader) -> dict[str, Tensor]:
         """Receives every bucket and compares its sums with the sender's. Raises WeightSyncError."""
-        shapes = adapter_shapes(header, self._layers)
+        layers = linear_layers(self.shapes.trained(push.manifest.untrained))
+        shapes = adapter_shapes(header, layers)
         check_names(push.manifest.tensors, shapes)
         group, integrity = self._groups.find(push.request.group_name), push.request.integrity
         dtype = getattr(torch, self.dtype)

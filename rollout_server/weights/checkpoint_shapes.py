@@ -7,7 +7,7 @@ checkpoint that SGLang has loaded. No tensor is read, and torch is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from safetensors import SafetensorError, safe_open
@@ -48,10 +48,18 @@ class CheckpointShapes:
             ) from None
         return cls(shapes, ties_head=ties_head)
 
-    def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Raises WeightSyncError with the names that are unknown, missing or have a different shape."""
+    def trained(self, untrained: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """The shapes without those of `untrained` (`Manifest.untrained`)."""
+        left_out = set(untrained)
+        return {name: shape for name, shape in self.shapes.items() if name not in left_out}
+
+    def check(self, specs: Sequence[TensorSpec], *, untrained: Collection[str] = ()) -> None:
+        """Raises WeightSyncError with the names that are unknown, missing or have a different shape.
+
+        `untrained`: names that the push leaves out (`Manifest.untrained`).
+        """
         is_optional = self.ties_head or _TIED not in self.shapes
-        check_names(specs, self.shapes, tied=(_TIED,) if is_optional else ())
+        check_names(specs, self.trained(untrained), tied=(_TIED,) if is_optional else ())
 
 
 def _ties_head(model: str) -> bool:

@@ -95,7 +95,7 @@ class SglangWeightUpdate(EngineReceives):
                 f"SGLang cannot verify weights before it loads them: weights.integrity={request.integrity} "
                 "needs rollout.engine=embedded"
             )
-        self.shapes.check(push.manifest.tensors)
+        self.shapes.check(push.manifest.tensors, untrained=push.manifest.untrained)
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         is_held = request.update_mode in ("abort_resume", "drain")

@@ -11,6 +11,7 @@ from areal_like.automatic_settings import (
     compute_dtype,
     recomputes_activations,
     resolved,
+    router_dtype,
     uses_fp32_head,
 )
 from areal_like.config import Config, from_mapping
@@ -56,7 +57,12 @@ def test_explicit_settings_stay() -> None:
     for checkpointing in (True, False):
         job = from_mapping(
             {
-                "model": {"dtype": "bfloat16", "path": "some/model", "fp32_head": checkpointing},
+                "model": {
+                    "dtype": "bfloat16",
+                    "path": "some/model",
+                    "fp32_head": checkpointing,
+                    "router_dtype": "float32" if checkpointing else "bfloat16",
+                },
                 "trainer": {"device": "cuda", "gradient_checkpointing": checkpointing},
                 "objective": {"name": "ppo"},
             }
@@ -67,11 +73,13 @@ def test_explicit_settings_stay() -> None:
     assert compute_dtype(_job("tiny", trainer="cuda")) == "float32"
 
 
-def test_the_head_is_exact_where_the_model_is_narrow() -> None:
+def test_head_and_routers_follow_the_dtype() -> None:
     for dtype in ("float32", "bfloat16"):
         job = _job("some/model", model={"dtype": dtype})
         assert job.model.fp32_head == "auto"
         assert uses_fp32_head(job) is resolved(job).model.fp32_head is (dtype == "bfloat16")
+        assert job.model.router_dtype == "auto"
+        assert router_dtype(job) == resolved(job).model.router_dtype == dtype
 
 
 def test_one_message_where_auto_cannot_work(tmp_path: Path) -> None:
@@ -111,4 +119,5 @@ def test_run_records_what_auto_was(tmp_path: Path) -> None:
     run.close()
     assert "dtype: float32" in run.paths.config.read_text()
     assert "fp32_head: false" in run.paths.config.read_text()
+    assert "router_dtype: float32" in run.paths.config.read_text()
     assert run.config == dataclasses.replace(resolved(Config()), name="x", runs_dir=str(tmp_path))

@@ -122,8 +122,14 @@ def test_single_non_finite_value_is_detected_anywhere(dtype: torch.dtype, num_by
 
 def test_manifest_survives_json() -> None:
     specs = [TensorSpec(name=f"t{i}", dtype="float32", shape=(i, 2)) for i in range(5)]
-    manifest = Manifest(version=7, buckets=cut_buckets(specs, bucket_bytes=40))
-    assert Manifest.from_dict(json.loads(json.dumps(manifest.to_dict()))) == manifest
+    for untrained in ((), ("model.visual.patch.weight", "bias")):
+        manifest = Manifest(version=7, buckets=cut_buckets(specs, bucket_bytes=40), untrained=untrained)
+        plain = manifest.to_dict()
+        assert ("untrained" in plain) == bool(untrained), "servers of earlier releases know no such key"
+        assert Manifest.from_dict(json.loads(json.dumps(plain))) == manifest
+        for wrong in ("names", [1], {}):
+            with pytest.raises(WeightSyncError, match="list of names"):
+                Manifest.from_dict(plain | {"untrained": wrong})
     assert manifest.num_bytes == sum(s.num_bytes for s in specs)
 
 

@@ -107,14 +107,16 @@ def test_a_run_of_an_earlier_release_keeps_its_numbers(tmp_path: Path) -> None:
     """Its file names every setting of that release and lacks later ones; a user's file is short."""
     path = tmp_path / "config.yaml"
     recorded = to_mapping(Config(model=ModelConfig(path="/models/x", dtype="bfloat16")))
-    del recorded["model"]["fp32_head"], recorded["trainer"]["kernels"]
+    del recorded["model"]["fp32_head"], recorded["trainer"]["kernels"], recorded["model"]["router_dtype"]
     path.write_text(json.dumps(recorded))
     config = load_config(["--config", str(path)])
     assert (config.model.fp32_head, config.trainer.kernels) == (False, "torch")
+    assert config.model.router_dtype == "float32"
     assert load_config(["--config", str(path), "model.fp32_head=true"]).model.fp32_head is True
     path.write_text(json.dumps({"model": {"path": "/models/x", "dtype": "bfloat16"}}))
     config = load_config(["--config", str(path)])
     assert (config.model.fp32_head, config.trainer.kernels) == ("auto", "auto")
+    assert config.model.router_dtype == "auto"
     save_config(config, path)
     assert load_config(["--config", str(path)]) == config
 

@@ -1,4 +1,4 @@
-"""Routers of mixture-of-experts models compute in float32, whatever the model's dtype."""
+"""Routers of mixture-of-experts models compute in float32, whatever the model's dtype, or round as SGLang."""
 
 from __future__ import annotations
 
@@ -42,6 +42,32 @@ def test_the_router_of_a_bfloat16_model_computes_in_float32(model_type: str) -> 
         want = F.linear(hidden.float(), router.weight.float(), None if bias is None else bias.float())
         assert any(torch.equal(each, want) for each in floats), "the logits are not rounded"
         assert router.weight.dtype == router.weight.grad.dtype == torch.bfloat16
+        assert router.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss", "glm4_moe"])
+def test_a_router_may_round_its_product(model_type: str) -> None:
+    """And nothing else: scores and weights stay float32. GLM defines its product in float32."""
+    model = model_of(model_type, torch.bfloat16)
+    found = list(routers(model))
+    route_in_float32(model, product="bfloat16")
+    seen: list[tuple[Any, Any]] = []
+    for router in found:
+        router.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    logits = model(input_ids=TOKENS, use_cache=False).logits
+    logits.float().square().sum().backward()
+    assert len(seen) == len(found) > 0
+    for router, (hidden, out) in zip(found, seen, strict=True):
+        floats = [each for each in out if each.is_floating_point()]
+        assert {each.dtype for each in floats} == {torch.float32}
+        rows, bias = hidden.flatten(0, -2), getattr(router, "bias", None)
+        exact = F.linear(rows.float(), router.weight.float(), None if bias is None else bias.float())
+        rounded = F.linear(rows, router.weight, bias).float()
+        assert not torch.equal(exact, rounded)
+        want = exact if model_type == "glm4_moe" else rounded
+        # The second tensor are the weights of the chosen experts, which are not rounded.
+        assert any(torch.equal(each, want) for each in floats)
+        assert any(not torch.equal(each, each.bfloat16().float()) for each in floats[1:])
         assert router.weight.grad.abs().sum() > 0
 
 

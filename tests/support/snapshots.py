@@ -23,6 +23,7 @@ class Held(Snapshot):
         adapter: AdapterHeader | None = None,
     ) -> None:
         self.adapter = adapter
+        self.untrained = ()
         self.buckets = cut_buckets(
             [spec_of(name, tensor, dtype=dtype) for name, tensor in tensors.items()],
             bucket_bytes=bucket_bytes,

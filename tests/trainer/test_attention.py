@@ -142,6 +142,25 @@ def test_rectangles_and_varlen_equal_plain_attention(
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, msg=attend.__name__)
 
 
+@pytest.mark.parametrize("prompts", [(), (4, 60, 20)], ids=["whole", "shared"])
+def test_heads_of_values_may_be_smaller(monkeypatch: pytest.MonkeyPatch, prompts: tuple[int, ...]) -> None:
+    """As in latent attention; the kernel gets equal sizes."""
+
+    def kernel(query_UHD: Tensor, key_THD: Tensor, value_THD: Tensor, *args: Any, **settings: Any) -> Tensor:
+        assert query_UHD.shape[-1] == key_THD.shape[-1] == value_THD.shape[-1]
+        return blockwise(query_UHD, key_THD, value_THD, *args, **settings)
+
+    monkeypatch.setattr(varlen, "kernel", kernel)
+    layout = layout_of(sequences(prompts=prompts or (9, 70)), shares=bool(prompts))
+    query, key, value = inputs(layout)
+    qkv = [query, key, value[..., : HEAD // 2].detach().requires_grad_()]
+    wanted = expected(layout, qkv, window=None)
+    for attend, arranged in ((rectangle_attention, layout.rectangles), (varlen_attention, layout.varlen)):
+        found = results(attend, qkv, arranged, window=None, scale=HEAD**-0.5)
+        for got, want in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, msg=attend.__name__)
+
+
 class Largest(TorchDispatchMode):
     """The bytes of the largest tensor that an operation returns."""
 
@@ -258,7 +277,7 @@ def test_varlen_that_cannot_run_is_refused() -> None:
         assert not uses_varlen("auto", tensor, tensor) and not uses_varlen("rectangles", tensor, tensor)
     with pytest.raises(ConfigError, match=r"trainer\.attention=varlen: the kernel needs CUDA"):
         uses_varlen("varlen", halves, halves)
-    for heads, message in (((8, 4), "8 and 4"), ((12, 12), "12 and 12"), ((264, 264), "at most 256")):
+    for heads, message in (((8, 16), "8 and 16"), ((12, 12), "12 and 12"), ((264, 264), "at most 256")):
         query, value = (
             torch.zeros(0, 1, head, dtype=torch.bfloat16, device="meta").as_subclass(_OnCuda)
             for head in heads

@@ -90,8 +90,8 @@ class Critic:
         model.shard(ranks, dtype=compute_dtype(config), reshard_after_forward=trainer.reshard_after_forward)
         if with_weights:
             model.read_initial_weights()
-        elif model.has_adapter:
-            model.read_base()  # a checkpoint does not have it
+        else:
+            model.read_untrained()
         optimizer = ShardedAdamW.of(trainer, model, ranks, lr=settings.critic_lr or _LR_RATIO * trainer.lr)
         return cls(model, optimizer, ranks, settings=settings, budget_tokens=trainer.tokens_per_microbatch)
 

@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.batching.attention_layout import VarlenLayout
@@ -36,10 +37,10 @@ def obstacle(query_UHD: Tensor, value_UHD: Tensor) -> str:
     if value_UHD.dtype not in (torch.bfloat16, torch.float16):
         dtype = str(value_UHD.dtype).removeprefix("torch.")
         return f"the kernel does not support {dtype}, only 16 bits (model.dtype)"
-    if head != value_UHD.shape[-1] or head % _HEAD_MULTIPLE or head > _LARGEST_HEAD:
+    if value_UHD.shape[-1] > head or head % _HEAD_MULTIPLE or head > _LARGEST_HEAD:
         return (
-            f"the kernel does not support heads of {head} and {value_UHD.shape[-1]}: they must be equal, a "
-            f"multiple of {_HEAD_MULTIPLE} and at most {_LARGEST_HEAD}"
+            f"the kernel does not support heads of {head} and {value_UHD.shape[-1]}: those of keys must be a "
+            f"multiple of {_HEAD_MULTIPLE}, at most {_LARGEST_HEAD} and no smaller than those of values"
         )
     return _obstacle_on(query_UHD.device)
 
@@ -64,13 +65,18 @@ def varlen_attention(
 ) -> Tensor:
     """[U, H, D] outputs. `window`: number of keys that a query attends to; None: all before it and its own.
 
-    Keys and values may have fewer heads than queries.
+    Keys and values may have fewer heads than queries, and the heads of values may be smaller.
     """
+    head, value_head = query_UHD.shape[-1], value_UHD.shape[-1]
+    if value_head < head:
+        # The kernel wants equal sizes (latent attention has heads of 192 and 128). Zeros add nothing.
+        value_UHD = F.pad(value_UHD, (0, head - value_head))
     if layout.row_T is not None:
         key_UHD, value_UHD = (_Spread.of(rows, layout.row_T) for rows in (key_UHD, value_UHD))
     # Normalization of queries and keys may leave them in float32.
     query_UHD, key_UHD = query_UHD.to(value_UHD.dtype), key_UHD.to(value_UHD.dtype)
-    return kernel(query_UHD, key_UHD, value_UHD, layout, window=window, scale=scale)
+    out_UHD = kernel(query_UHD, key_UHD, value_UHD, layout, window=window, scale=scale)
+    return out_UHD[..., :value_head]
 
 
 def kernel(

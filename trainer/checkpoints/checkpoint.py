@@ -223,7 +223,7 @@ class Checkpoints:
             if header is not None:
                 write_config(partial, header, base=policy.base_path)
             else:
-                write_model_files(policy.model, partial, dtype=self._dtype)
+                write_model_files(policy.model, partial, base=policy.base_path, dtype=self._dtype)
             write_tokenizer(partial, self._tokenizer_path)
 
         def write() -> DiskFullError | None:

@@ -13,6 +13,10 @@
     model-00001-of-00002.safetensors ...        else, with
     model.safetensors.index.json                the file of each tensor
 
+The last of these files hold the tensors of the initial model that training leaves as they are
+(`areal_like/weights/untrained.py`): encoders of other inputs, correction biases of routers, layers for
+speculative decoding. Their bytes are copied from its files, piece by piece, and the ranks share the work.
+
 The rows are in a folder of their own because engines load every safetensors file of a checkpoint's directory.
 The names are those of the transformers model's parameters. Any number of ranks can read the files.
 
@@ -29,23 +33,34 @@ import copy
 import json
 import math
 import os
+import shutil
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import (
+    CHAT_TEMPLATE_FILE,
+    FEATURE_EXTRACTOR_NAME,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+)
 
+from areal_like.errors import ConfigError, first_line
 from areal_like.weights.hf_layout import HfTensor, adapter_tensors, hf_tensors
+from areal_like.weights.safetensors_header import StoredTensor, tensors_in
+from areal_like.weights.untrained import is_wrapped, text_config
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import MODEL_PREFIX, row_range, shards_of
 from trainer.models.packed_model import PackedModel
 from trainer.models.peft_folder import WEIGHTS_FILE
-from trainer.models.safetensors_rows import INDEX_FILE, SINGLE_FILE
+from trainer.models.safetensors_rows import INDEX_FILE, SINGLE_FILE, find_file
 
 MASTER = "master"
 FOLDER = "rows"
@@ -100,7 +115,8 @@ class ModelFiles:
         """`name`: beginning of the row files' names. `dtype`: dtype of the weights' files; None: there are
         none."""
         self._optimizer = optimizer
-        self._rank, world_size = ranks.rank, ranks.world_size
+        self._rank, self._world_size = ranks.rank, ranks.world_size
+        world_size = self._world_size
         self._copy = HostCopy(optimizer)
         self._weights: HfFiles | None = None
         if dtype is not None and model.has_adapter:
@@ -111,6 +127,7 @@ class ModelFiles:
                 hf_tensors(model.model),
                 dtype,
                 float32_names=model.float32_names,
+                untouched=model.untouched(),
                 max_file_bytes=max_file_bytes,
             )
         masters: Sequence[str] = ()
@@ -164,6 +181,7 @@ class ModelFiles:
             write_at(file, self._copy.flat(kinds), dtype=self._copy.dtype, offset=len(layout.header))
         if self._weights is not None:
             self._weights.write_rows(directory, self._copy.values[MASTER], self._first_rows)
+            self._weights.copy_untouched(directory, rank=self._rank, world_size=self._world_size)
 
 
 class ModelState(Protocol):
@@ -259,13 +277,37 @@ def write_index(
     (folder / RANDOM_STATE_FILE).write_bytes(layout.header + bytes(random_state.tolist()))
 
 
-def write_model_files(model: Any, directory: Path, *, dtype: torch.dtype) -> None:
-    """Writes config.json and generation_config.json. `dtype`: dtype of the weights' files."""
+_PROCESSOR_FILES = (
+    PROCESSOR_NAME,
+    FEATURE_EXTRACTOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+    CHAT_TEMPLATE_FILE,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+)
+"""Files of a model with other inputs than text, for those who use it with them."""
+
+
+def write_model_files(model: Any, directory: Path, *, base: str, dtype: torch.dtype) -> None:
+    """Writes config.json, generation_config.json and the files of processors.
+
+    `base`: directory or name of the initial model; its other inputs keep their configuration. `dtype`: dtype
+    of the weights' files. Raises ConfigError if a file of `base` cannot be read, and OSError.
+    """
     config = copy.deepcopy(model.config)
+    if is_wrapped(config):
+        try:
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{base}: its config.json cannot be read ({first_line(error)})") from error
+        config.architectures = [type(model).__name__]
+        text_config(config).dtype = dtype
     config.dtype = dtype
     config.save_pretrained(directory)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
+    for name in _PROCESSOR_FILES if is_wrapped(config) else ():
+        if (file := find_file(base, name)) is not None:
+            shutil.copyfile(file, directory / name)
 
 
 def write_tokenizer(directory: Path, path: str) -> None:
@@ -286,37 +328,55 @@ class HfFiles:
         dtype: torch.dtype,
         *,
         float32_names: Collection[str] = (),
+        untouched: Sequence[StoredTensor] = (),
         single_file: str = SINGLE_FILE,
         max_file_bytes: int | None = MAX_FILE_BYTES,
     ) -> None:
-        """`tensors`: all tensors of the checkpoint. `dtype`: their dtype in the files; `float32_names`:
-        parameters whose tensors are float32 there all the same. `single_file`: name of the file if there is
-        one; `max_file_bytes`: size from which on there are several, None: never."""
+        """`tensors`: all tensors of the checkpoint that are trained. `dtype`: their dtype in the files;
+        `float32_names`: parameters whose tensors are float32 there all the same. `untouched`: tensors of
+        other files that are copied. `single_file`: name of the file if there is one; `max_file_bytes`: size
+        from which on there are several, None: never."""
         self.dtype = dtype
         self._layouts: dict[str, FileLayout] = {}
         self._tensors: dict[str, list[HfTensor]] = {}
         """File name -> its tensors."""
-        dtypes = {
+        self._copies: dict[str, list[StoredTensor]] = {}
+        """File name -> the tensors that are copied into it."""
+        self._dtypes = {
             tensor.name: torch.float32 if tensor.param in float32_names else dtype for tensor in tensors
         }
-        groups = [list(tensors)] if max_file_bytes is None else _cut(tensors, dtypes, max_file_bytes)
-        for number, group in enumerate(groups, 1):
-            name = single_file if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            # Wide numbers first: then every tensor begins at a multiple of its item size.
-            ordered = sorted(group, key=lambda tensor: (-dtypes[tensor.name].itemsize, tensor.name))
-            self._layouts[name] = FileLayout.of({tensor.name: tensor.shape for tensor in ordered}, dtypes)
+        groups = _cut(
+            tensors,
+            lambda tensor: math.prod(tensor.shape) * self._dtypes[tensor.name].itemsize,
+            max_file_bytes,
+        )
+        # In this order every tensor begins at a multiple of the size of its numbers, as in `save_file`.
+        by_size = sorted(untouched, key=lambda stored: (-_item_bytes(stored), stored.name))
+        copies = _cut(by_size, lambda stored: stored.num_bytes, max_file_bytes) if untouched else []
+        total = len(groups) + len(copies)
+        names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+        if total == 1:
+            names = [single_file]
+        for name, group in zip(names, groups, strict=False):
+            ordered = sorted(group, key=lambda tensor: (-self._dtypes[tensor.name].itemsize, tensor.name))
+            shapes = {tensor.name: tensor.shape for tensor in ordered}
+            self._layouts[name] = FileLayout.of(shapes, self._dtypes)
             self._tensors[name] = group
+        for name, copied in zip(names[len(groups) :], copies, strict=True):
+            self._layouts[name] = FileLayout.of_stored(copied)
+            self._copies[name] = copied
 
     @property
     def names(self) -> list[str]:
-        return list(self._layouts)
+        """The files with tensors that are trained."""
+        return list(self._tensors)
 
     def create(self, directory: Path) -> None:
         """Makes the files and their index. On one rank, before any rank writes."""
         for name, layout in self._layouts.items():
             layout.create(directory / name)
         if len(self._layouts) > 1:
-            file_of = {tensor.name: name for name, group in self._tensors.items() for tensor in group}
+            file_of = {tensor: name for name, layout in self._layouts.items() for tensor in layout.places}
             num_bytes = sum(
                 place.num_bytes for layout in self._layouts.values() for place in layout.places.values()
             )
@@ -328,30 +388,82 @@ class HfFiles:
 
         `rows`: parameter's name -> rows, on the CPU; `first_rows`: name -> index of the first of them.
         """
-        for name, layout in self._layouts.items():
+        for name, tensors in self._tensors.items():
+            places = self._layouts[name].places
             with _synced(directory / name) as file:
-                for tensor in self._tensors[name]:
+                for tensor in tensors:
                     part = tensor.part_in(rows[tensor.param], first_row=first_rows[tensor.param])
                     if part is not None:
-                        place = layout.places[tensor.name]
+                        place = places[tensor.name]
                         offset = place.offset + part[1] * place.row_bytes
-                        write_at(file, part[0], dtype=place.dtype, offset=offset)
+                        write_at(file, part[0], dtype=self._dtypes[tensor.name], offset=offset)
+
+    def copy_untouched(self, directory: Path, *, rank: int = 0, world_size: int = 1) -> None:
+        """Copies this rank's share of the files that are copies, and syncs them.
+
+        Raises ConfigError if a file that is copied is gone or has changed, and OSError.
+        """
+        for number, (name, copied) in enumerate(self._copies.items()):
+            if number % world_size != rank:
+                continue
+            places = self._layouts[name].places
+            with _synced(directory / name) as file:
+                for path in sorted({stored.path for stored in copied}):
+                    of_path = {places[each.name].offset: each for each in copied if each.path == path}
+                    _copy(path, of_path, into=file)
+
+
+_Item = TypeVar("_Item")
 
 
 def _cut(
-    tensors: Sequence[HfTensor], dtypes: Mapping[str, torch.dtype], max_file_bytes: int
-) -> list[list[HfTensor]]:
-    """Cuts the tensors, in order, into groups of at most `max_file_bytes`."""
-    groups: list[list[HfTensor]] = [[]]
+    items: Sequence[_Item], num_bytes_of: Callable[[_Item], int], max_file_bytes: int | None
+) -> list[list[_Item]]:
+    """Cuts tensors, in order, into groups of at most `max_file_bytes`; None: one group."""
+    groups: list[list[_Item]] = [[]]
     num_bytes = 0
-    for tensor in tensors:
-        size = math.prod(tensor.shape) * dtypes[tensor.name].itemsize
-        if groups[-1] and num_bytes + size > max_file_bytes:
+    for item in items:
+        size = num_bytes_of(item)
+        if max_file_bytes is not None and groups[-1] and num_bytes + size > max_file_bytes:
             groups.append([])
             num_bytes = 0
-        groups[-1].append(tensor)
+        groups[-1].append(item)
         num_bytes += size
     return groups
+
+
+_COPIED_BYTES = 8 << 20
+"""Bytes that are copied at once."""
+
+
+def _copy(path: Path, tensors: Mapping[int, StoredTensor], *, into: int) -> None:
+    """Copies tensors of a file into an open file. `tensors`: their places there -> tensors."""
+    try:
+        # Read again: if the file was replaced during the run, its tensors are at other places.
+        there = set(tensors_in(path))
+        with path.open("rb") as source:
+            for offset, stored in tensors.items():
+                if stored not in there:
+                    raise ConfigError(f"{path}: {stored.name} is no longer there: {_KEEP_IT}")
+                source.seek(stored.offset)
+                left, to = stored.num_bytes, offset
+                while left:
+                    piece = memoryview(source.read(min(left, _COPIED_BYTES)))
+                    if not piece:
+                        raise ConfigError(f"{path} ends before {stored.name} does: {_KEEP_IT}")
+                    left -= len(piece)
+                    while piece:
+                        num_written = os.pwrite(into, piece, to)
+                        piece, to = piece[num_written:], to + num_written
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): {_KEEP_IT}") from None
+
+
+_KEEP_IT = "every checkpoint copies a part of the initial model: keep its files until the run has ended"
+
+
+def _item_bytes(stored: StoredTensor) -> int:
+    return stored.num_bytes // max(1, math.prod(stored.shape))
 
 
 CODES = {
@@ -370,19 +482,11 @@ _CHUNK_ELEMENTS = 4 << 20
 class TensorPlace:
     """Place of one tensor in a file."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
     offset: int
     """Place of its first byte in the file."""
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one index of dimension 0."""
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+    num_bytes: int
+    row_bytes: int
+    """Bytes of one index of dimension 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,17 +503,32 @@ class FileLayout:
     def of(cls, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> Self:
         """The tensors in the given order, without gaps. Ordered by decreasing item size and then by name, it
         is the layout that `save_file` writes."""
+        sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+        return cls._of({name: (CODES[dtypes[name]], shape, sizes[name]) for name, shape in shapes.items()})
+
+    @classmethod
+    def of_stored(cls, tensors: Sequence[StoredTensor]) -> Self:
+        """The tensors of other files in the given order, without gaps."""
+        return cls._of({each.name: (each.dtype, each.shape, each.num_bytes) for each in tensors})
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> Self:
+        """`tensors`: name -> (dtype as in a header, shape, number of bytes)."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name, shape in shapes.items():
-            begin, end = end, end + math.prod(shape) * dtypes[name].itemsize
-            header[name] = {"dtype": CODES[dtypes[name]], "shape": list(shape), "data_offsets": [begin, end]}
+        for name, (code, shape, num_bytes) in tensors.items():
+            begin, end = end, end + num_bytes
+            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         data = 8 + len(text)
         places = {
-            name: TensorPlace(dtype=dtypes[name], shape=shape, offset=data + header[name]["data_offsets"][0])
-            for name, shape in shapes.items()
+            name: TensorPlace(
+                offset=data + header[name]["data_offsets"][0],
+                num_bytes=num_bytes,
+                row_bytes=num_bytes // max(1, shape[0] if shape else 1),
+            )
+            for name, (_, shape, num_bytes) in tensors.items()
         }
         return cls(header=len(text).to_bytes(8, "little") + text, places=places, num_bytes=data + end)
 

@@ -7,8 +7,9 @@ transformers: each reads and writes its tensors once, where transformers needs s
 On a CPU both are off, so the numbers of a job on a CPU do not depend on what is installed.
 
 Left out: Liger's losses, because the policy needs the log-probs of single tokens; Liger on mixtures of
-experts (transformers computes all experts in one module) and on models with linear attention; kernels that
-are downloaded from a hub at run time, because their code changes without an installation.
+experts (transformers computes all experts in one module), on models with linear attention and on wrapped
+models (it changes their encoders too); kernels that are downloaded from a hub at run time, because their code
+changes without an installation.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 
 from areal_like.config import Config
 from areal_like.precision import routers
+from areal_like.weights.untrained import is_wrapped
 from trainer.attention.linear import linear_layers
 
 log = logging.getLogger(__name__)
@@ -115,8 +117,8 @@ def apply_liger(model: Any) -> bool:
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     family = model.config.model_type
-    is_plain = next(routers(model), None) is None and not linear_layers(model)
-    if family not in MODEL_TYPE_TO_APPLY_LIGER_FN or not is_plain:
+    is_known = family in MODEL_TYPE_TO_APPLY_LIGER_FN and not is_wrapped(model.config)
+    if not is_known or next(routers(model), None) is not None or linear_layers(model):
         log.info("kernels: Liger has none for models of type %s", family)
         return False
     _apply_liger_kernel_to_instance(

@@ -4,8 +4,9 @@
     or the rows of a checkpoint
 
 Buffers (rotary frequencies and the like) are real from the start and computed by transformers' own
-initialization, as `from_pretrained` does. They are never read from a file: `hf_tensors` refuses models whose
-checkpoints store buffers.
+initialization, as `from_pretrained` does. Those that the checkpoint contains (the correction biases of
+routers) are read from the initial model's files, also on a resume. Of a model that wraps encoders of other
+inputs only the language model is built (`areal_like/weights/untrained.py`).
 
 No rank ever holds the whole model. The weights that are trained are float32 (masters), the forward runs in
 `dtype` through FSDP2's mixed precision. With an adapter (`lora.py`) the weights of the base are frozen and
@@ -29,13 +30,25 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from areal_like.config import LoraConfig
 from areal_like.errors import ConfigError, first_line
-from areal_like.precision import route_in_float32, routers
+from areal_like.precision import RouterDtype, route_in_float32, routers
 from areal_like.weights.adapters import AdapterHeader, base_digest
 from areal_like.weights.hf_layout import hf_tensors
+from areal_like.weights.safetensors_header import StoredTensor, tensors_in
+from areal_like.weights.untrained import (
+    auto_class,
+    decoder_of,
+    frozen_parameters,
+    left_out,
+    persistent_buffers,
+    read_buffers,
+    set_apart,
+    set_buffer,
+    text_config,
+)
 from trainer.attention.linear import CLASSES as LINEAR_CLASSES
 from trainer.attention.linear import LINEAR, check_kernels, linear_layers, pack_linear_layers
 from trainer.attention.packed_attention import ATTENTION_NAME, Kind
@@ -44,7 +57,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models import lora, peft_folder
 from trainer.models.kernels import apply_liger
-from trainer.models.row_loading import read_rows, stored_names
+from trainer.models.row_loading import StoredNames, copy_rows, stored_names
 from trainer.models.safetensors_rows import SafetensorsRows
 from trainer.models.wide_vectors import WideVectors, wide_vectors
 
@@ -57,9 +70,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class PackedModel(nn.Module):
     """Base class; a subclass defines `forward`. `model` keeps its Hugging Face parameter names."""
 
-    def __init__(self, model: Any) -> None:
-        """`model`: a transformers causal LM, which is modified in place. Raises ConfigError for layers that
-        would carry state from one packed sequence into the next."""
+    def __init__(self, model: Any, *, router_dtype: RouterDtype = "float32") -> None:
+        """`model`: a transformers causal LM, which is modified in place. `router_dtype`: the resolved
+        `model.router_dtype`. Raises ConfigError for layers that would carry state from one packed sequence
+        into the next."""
         super().__init__()
         self.model = model
         self._path = ""
@@ -78,7 +92,7 @@ class PackedModel(nn.Module):
         """Parameters of `model` that stay float32 beside a narrower `model.dtype`, pushed and saved too."""
         self._wide: WideVectors | None = None
         model.set_attn_implementation(ATTENTION_NAME)
-        route_in_float32(model)
+        route_in_float32(model, product=router_dtype)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -199,8 +213,37 @@ class PackedModel(nn.Module):
 
         Raises ConfigError if the files do not fit the model.
         """
+        self._stored  # noqa: B018 - reads the headers
+
+    @functools.cached_property
+    def _stored(self) -> StoredNames:
         source = SafetensorsRows.of_model(self._path)
-        stored_names(self.model, source, tied=self._tied, fresh=self.fresh_parameters())
+        return stored_names(self.model, source, tied=self._tied, fresh=self.fresh_parameters())
+
+    @property
+    def stored(self) -> StoredNames | None:
+        """What the tensors in the initial model's files are; None if these files are gone and not needed.
+
+        Raises ConfigError if they are gone and hold tensors that a checkpoint has to contain.
+        """
+        needs_files = bool(left_out(self.model)) or next(persistent_buffers(self.model), None) is not None
+        try:
+            return self._stored if self._path else None
+        except ConfigError:
+            if needs_files:
+                raise
+            return None
+
+    def untouched(self) -> list[StoredTensor]:
+        """Tensors of the initial model's files that every checkpoint has unchanged. Raises ConfigError."""
+        if (stored := self.stored) is None or not stored.untouched:
+            return []
+        try:
+            files = SafetensorsRows.of_model(self._path).files
+            places = {tensor.name: tensor for path in files for tensor in tensors_in(path)}
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self._path}: its weights cannot be read ({error})") from None
+        return [places[name] for name in stored.untouched]
 
     @torch.no_grad()
     def read_initial_weights(self) -> Self:
@@ -248,14 +291,29 @@ class PackedModel(nn.Module):
         for name, param in self.model.named_parameters():
             if name in fresh:
                 local(param).zero_()
-        read_rows(
+        copy_rows(
             self.model,
             SafetensorsRows.of_model(self._path),
+            self._stored.tensors,
+            self._stored.names,
             rank=self._ranks.rank,
             world_size=self._ranks.world_size,
-            tied=self._tied,
-            fresh=fresh,
         )
+        self._read_buffers()
+
+    def read_untrained(self) -> None:
+        """Reads what the rows of a checkpoint do not have: buffers, and with an adapter its base.
+
+        For a caller that reads a checkpoint instead of `read_initial_weights`. Raises ConfigError.
+        """
+        if self.has_adapter:
+            self.read_base()
+        else:
+            self._read_buffers()
+
+    def _read_buffers(self) -> None:
+        if next(persistent_buffers(self.model), None) is not None:
+            read_buffers(self.model, SafetensorsRows.of_model(self._path).files)
 
     def fresh_parameters(self) -> frozenset[str]:
         """Parameters of `model` that no checkpoint of a language model has: they start at zero."""
@@ -278,7 +336,7 @@ class PackedModel(nn.Module):
         if (rows := batch.rows) is not None:
             tokens, positions = (x.index_select(0, rows.token_U) for x in (tokens, positions))
             read_S = rows.row_T.index_select(0, read_S)
-        hidden_UD: Tensor = self.model.base_model(
+        hidden_UD: Tensor = decoder_of(self.model)(
             input_ids=tokens[None],
             position_ids=positions[None],
             use_cache=False,
@@ -291,19 +349,20 @@ class PackedModel(nn.Module):
 def build_skeleton(path: str, *, dtype: torch.dtype) -> Any:
     """The causal LM of a Hugging Face directory or name, its parameters on the meta device in `dtype`.
 
-    Raises ConfigError for an architecture that transformers does not know, and for quantized weights.
+    A wrapper has no encoders of other inputs. Raises ConfigError for an architecture that transformers does
+    not know, and for quantized weights.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
-            from_config: Any = AutoModelForCausalLM.from_config  # untyped
-            model = from_config(config, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         raise ConfigError(
             f"{path}: transformers has no causal language model for it ({first_line(error)})"
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{path}: its weights are quantized, which cannot be trained: name another model")
+    set_apart(model, frozen=frozen_parameters(model))
     _compute_buffers(model)
     # Without generation_config.json, the generation config made from the model's configuration stays.
     with contextlib.suppress(OSError):
@@ -318,12 +377,6 @@ def tied_names(model: torch.nn.Module) -> dict[str, str]:
     return {name: first[id(param)] for name, param in every if first[id(param)] != name}
 
 
-def set_buffer(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    """Replaces a buffer by its full name."""
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, value)
-
-
 def _compute_buffers(model: Any) -> None:
     for name, buffer in list(model.named_buffers()):
         set_buffer(model, name, torch.empty_like(buffer, device="cpu"))
@@ -333,7 +386,8 @@ def _compute_buffers(model: Any) -> None:
 
 
 def _check_layers(model: Any) -> None:
-    kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(text_config(model.config), "layer_types", None) or ())
+    kinds -= {"full_attention", "sliding_attention"}
     if linear_layers(model):
         kinds -= {LINEAR}
     if kinds:
@@ -364,7 +418,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
     Raises ConfigError if there is no list of `num_hidden_layers` modules.
     """
-    num_layers = getattr(model.config, "num_hidden_layers", None)
+    num_layers = getattr(text_config(model.config), "num_hidden_layers", None)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module

@@ -17,10 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from areal_like.automatic_settings import compute_dtype, recomputes_activations, uses_fp32_head
+from areal_like.automatic_settings import (
+    compute_dtype,
+    recomputes_activations,
+    router_dtype,
+    uses_fp32_head,
+)
 from areal_like.config import Config
 from areal_like.errors import ConfigError
-from areal_like.precision import Fp32Head, widen_head
+from areal_like.precision import Fp32Head, RouterDtype, widen_head
+from areal_like.weights.untrained import text_config
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.models.kernels import use_kernels
@@ -51,16 +57,22 @@ class Policy(PackedModel):
     """The model that is trained."""
 
     def __init__(
-        self, model: Any, *, temperature: float = 1.0, chunk_tokens: int = 1024, fp32_head: bool = False
+        self,
+        model: Any,
+        *,
+        temperature: float = 1.0,
+        chunk_tokens: int = 1024,
+        fp32_head: bool = False,
+        router_dtype: RouterDtype = "float32",
     ) -> None:
         """`model`: a transformers causal LM. Raises ConfigError if it scales or caps its logits."""
         for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
-            if getattr(model.config, name, None) not in (None, 1, 1.0):
+            if getattr(text_config(model.config), name, None) not in (None, 1, 1.0):
                 raise ConfigError(
                     f"{type(model).__name__} scales its logits ({name}), which the trainer does not support: "
                     "choose another model"
                 )
-        super().__init__(model)
+        super().__init__(model, router_dtype=router_dtype)
         if fp32_head:
             widen_head(model)
         self.temperature = temperature
@@ -154,6 +166,7 @@ def build_policy(
         temperature=config.sampling.temperature,
         chunk_tokens=config.trainer.logprob_chunk_tokens,
         fp32_head=uses_fp32_head(config),
+        router_dtype=router_dtype(config),
         compiles=config.trainer.compile,
         liger=not kernels.liger,
         gradient_checkpointing=recomputes_activations(config) and not frozen,
@@ -170,8 +183,8 @@ def build_policy(
     )
     if with_weights:
         policy.read_initial_weights()
-    elif policy.has_adapter:
-        policy.read_base()  # a checkpoint does not have it
+    else:
+        policy.read_untrained()
     return policy
 
 

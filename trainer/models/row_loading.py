@@ -8,37 +8,46 @@ parameter with random values, or weights that only the engines have, would be no
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from areal_like.errors import ConfigError
 from areal_like.weights.hf_layout import HfTensor, hf_tensors
+from areal_like.weights.untrained import NamesInModel, check_buffer, persistent_buffers
 from trainer.distributed.sharding import local, row_range
 from trainer.models.safetensors_rows import SafetensorsRows
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredNames:
+    """What the tensors in the files of a checkpoint are for a transformers model."""
+
+    tensors: Sequence[HfTensor]
+    """Those that are read into parameters."""
+    names: Mapping[str, Sequence[str]]
+    """Name of each of them -> its names in the files: several if tied weights are stored more than once."""
+    untouched: Sequence[str]
+    """Tensors in the files that training leaves as they are and that are saved with every checkpoint, in the
+    order of the files."""
+    obsolete: Sequence[str]
+    """Tensors in the files that no model needs: buffers that are computed."""
+
+
 @torch.no_grad()
 def read_rows(
-    model: Any,
-    source: SafetensorsRows,
-    *,
-    rank: int,
-    world_size: int,
-    tied: Mapping[str, str],
-    fresh: Collection[str] = (),
+    model: Any, source: SafetensorsRows, *, rank: int, world_size: int, tied: Mapping[str, str]
 ) -> None:
     """Copies this rank's rows of every parameter of a transformers model out of `source`.
 
-    `tied`: other names of parameters -> the name of the parameter. `fresh`: parameters that are not read.
-    Raises ConfigError, before anything is copied, if names or shapes do not match the model.
+    `tied`: other names of parameters -> the name of the parameter. Raises ConfigError, before anything is
+    copied, if names or shapes do not match the model.
     """
-    tensors, stored = stored_names(model, source, tied=tied, fresh=fresh)
-    copy_rows(model, source, tensors, stored, rank=rank, world_size=world_size)
+    stored = stored_names(model, source, tied=tied, with_buffers=False)
+    copy_rows(model, source, stored.tensors, stored.names, rank=rank, world_size=world_size)
 
 
 @torch.no_grad()
@@ -51,7 +60,7 @@ def copy_rows(
     rank: int,
     world_size: int,
 ) -> None:
-    """Copies this rank's rows of `tensors` out of `source`. `stored`: as `stored_names` returns it."""
+    """Copies this rank's rows of `tensors` out of `source`. `stored`: as `StoredNames.names`."""
     params = {name: param.detach() for name, param in model.named_parameters()}
     order = {name: place for place, name in enumerate(source.names)}
     for tensor in sorted(tensors, key=lambda tensor: order[stored[tensor.name][0]]):
@@ -85,12 +94,14 @@ def stored_names(
     *,
     tied: Mapping[str, str],
     fresh: Collection[str] = (),
-) -> tuple[list[HfTensor], dict[str, list[str]]]:
-    """(tensors that are read, name of a tensor -> its names in the files: several if tied weights are stored
-    more than once).
+    with_buffers: bool = True,
+) -> StoredNames:
+    """Finds out what each tensor in the files is for the model.
 
-    It reads only the headers of the files, and `model` may be on the meta device. Arguments and errors are
-    those of `read_rows`.
+    It reads only the headers of the files, and `model` may be on the meta device. `tied`: other names of
+    parameters -> the name of the parameter. `fresh`: parameters that are not read. `with_buffers`: the files
+    have to contain the persistent buffers too. Raises ConfigError if names, shapes or dtypes do not fit the
+    model.
     """
     tensors = [tensor for tensor in hf_tensors(model) if tensor.param not in fresh]
     known = {t.param: t.name for t in tensors if t.row is None and t.within is None}
@@ -98,28 +109,43 @@ def stored_names(
     ignored = dict.fromkeys(fresh, "")
     aliases = {alias: known[name] for alias, name in tied.items() if name in known}
     lookup = ignored | aliases | known
-    renamings = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightRenaming)]
+    buffers = dict(persistent_buffers(model))
+    absent = set(buffers) if with_buffers else set()
+    names_in_model = NamesInModel(model, lookup | buffers)
+    is_obsolete, is_extra = _obsolete(model), _patterns(model._keys_to_ignore_on_load_unexpected or ())
     stored: dict[str, list[str]] = {tensor.name: [] for tensor in tensors}
-    unknown = []
+    unknown, untouched, obsolete = [], [], []
     for name in source.names:
-        renamed, _ = rename_source_key(name, renamings, [], model.base_model_prefix, lookup)
+        renamed = names_in_model(name)
         target = lookup.get(renamed, lookup.get(name))
-        if target is None:
+        if target is not None:
+            if target and renamed in known:
+                stored[target].insert(0, name)
+            elif target:
+                stored[target].append(name)
+        elif buffer := next((each for each in (renamed, name) if each in buffers), None):
+            check_buffer(model, buffer, source.shape(name), place=f"{source.file_of(name)}: {name}")
+            untouched.append(name)
+            absent.discard(buffer)
+        elif is_obsolete.search(name):
+            obsolete.append(name)
+        elif names_in_model.is_left_out(name, renamed) or is_extra.search(name):
+            untouched.append(name)
+        else:
             unknown.append(name)
-        elif target and renamed in known:
-            stored[target].insert(0, name)
-        elif target:
-            stored[target].append(name)
-    _check(model, tensors, source, stored, unknown=_unexpected(model, unknown))
-    return tensors, stored
+    _check(model, tensors, source, stored, unknown=unknown, absent=sorted(absent))
+    return StoredNames(tensors=tensors, names=stored, untouched=untouched, obsolete=obsolete)
 
 
-def _unexpected(model: Any, unknown: Iterable[str]) -> list[str]:
-    """The unknown names that the model's class does not allow: old files also store buffers."""
-    allowed = {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}
-    allowed |= set(model._keys_to_ignore_on_load_unexpected or ())
-    allowed |= {re.escape(name) + "$" for name, _ in model.named_buffers()}
-    return [name for name in unknown if not any(re.search(pattern, name) for pattern in allowed)]
+def _obsolete(model: Any) -> re.Pattern[str]:
+    """Names of computed buffers, which old files contain."""
+    buffers = [re.escape(name) + "$" for name, _ in model.named_buffers()]
+    return _patterns([r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", *buffers])
+
+
+def _patterns(patterns: Collection[str]) -> re.Pattern[str]:
+    """Matches where any of the patterns does; nothing if there are none."""
+    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns) or r"(?!)")
 
 
 def _check(
@@ -129,9 +155,10 @@ def _check(
     stored: Mapping[str, Sequence[str]],
     *,
     unknown: Sequence[str],
+    absent: Sequence[str],
 ) -> None:
     kind = type(model).__name__
-    if missing := [tensor.name for tensor in tensors if not stored[tensor.name]]:
+    if missing := [*(tensor.name for tensor in tensors if not stored[tensor.name]), *absent]:
         raise ConfigError(
             f"{source.folder}: the safetensors files lack {listed(missing)} of {kind}: download the model "
             "again, or name one whose files fit its config.json"

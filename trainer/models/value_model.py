@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from areal_like.weights.untrained import text_config
 from trainer.batching.packing import PackedBatch
 from trainer.models.packed_model import PackedModel
 
@@ -21,8 +22,9 @@ class ValueModel(PackedModel):
 
     def __init__(self, model: Any) -> None:
         """Takes over a transformers causal LM and replaces its head."""
-        head = nn.Linear(model.config.hidden_size, 1, dtype=model.dtype, device=model.device)
-        model.config.tie_word_embeddings = False
+        config = text_config(model.config)
+        head = nn.Linear(config.hidden_size, 1, dtype=model.dtype, device=model.device)
+        model.config.tie_word_embeddings = config.tie_word_embeddings = False
         model.set_output_embeddings(head)
         super().__init__(model)
 

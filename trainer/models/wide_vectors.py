@@ -46,11 +46,11 @@ def stored_wide(
     vectors = _vectors(model)
     if not vectors:
         return frozenset()
-    tensors, stored = stored_names(model, source, tied=tied, fresh=fresh)
+    stored = stored_names(model, source, tied=tied, fresh=fresh)
     return frozenset(
         tensor.param
-        for tensor in tensors
-        if tensor.param in vectors and source.dtype(stored[tensor.name][0]) == _FLOAT32
+        for tensor in stored.tensors
+        if tensor.param in vectors and source.dtype(stored.names[tensor.name][0]) == _FLOAT32
     )
 
 

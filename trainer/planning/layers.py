@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 from transformers import AutoConfig
 
+from areal_like.weights.untrained import text_config
 from trainer.models.packed_model import SMALLEST_SHARDED_APART, build_skeleton, decoder_layers
 from trainer.planning.shapes import ModelShape
 from trainer.planning.tensor_memory import Stage
@@ -51,7 +52,7 @@ def has_equal_layers(shape: ModelShape) -> bool:
     if shape.num_layers <= 2 * FEW + 1:
         return False
     model = build_skeleton(shape.directory, dtype=torch.bfloat16)
-    kinds = set(getattr(model.config, "layer_types", None) or ())
+    kinds = set(getattr(text_config(model.config), "layer_types", None) or ())
     layers = {
         tuple((name, param.shape) for name, param in layer.named_parameters())
         for layer in decoder_layers(model)
@@ -62,7 +63,7 @@ def has_equal_layers(shape: ModelShape) -> bool:
 def with_layers(shape: ModelShape, num_layers: int, folder: Path) -> ModelShape:
     """The shape of the model's first layers; their config.json is written into `folder`."""
     config = AutoConfig.from_pretrained(shape.directory, trust_remote_code=False)
-    text = config.get_text_config()
+    text = text_config(config)
     text.num_hidden_layers = num_layers
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = text.layer_types[:num_layers]

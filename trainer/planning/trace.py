@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from areal_like.automatic_settings import uses_fp32_head
+from areal_like.automatic_settings import router_dtype, uses_fp32_head
 from areal_like.config import Config, LoraConfig
 from areal_like.errors import ConfigError
 from areal_like.weights.hf_layout import is_adapter
@@ -410,6 +410,7 @@ class _Trace:
             temperature=self._config.sampling.temperature,
             chunk_tokens=trainer.logprob_chunk_tokens,
             fp32_head=uses_fp32_head(self._config),
+            router_dtype=router_dtype(self._config),
             gradient_checkpointing=bool(trainer.gradient_checkpointing),
             master_dtype=dtype,
             lora_settings=lora,

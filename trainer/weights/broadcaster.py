@@ -213,7 +213,12 @@ class Broadcaster:
         session = await self._session_of(group, outcome)
         if session is None:
             return
-        manifest = Manifest(version=version, buckets=snapshot.buckets, adapter=snapshot.adapter)
+        manifest = Manifest(
+            version=version,
+            buckets=snapshot.buckets,
+            adapter=snapshot.adapter,
+            untrained=snapshot.untrained,
+        )
         integrity, limit_s = self._config.integrity, self._config.deadline_s(manifest.num_bytes)
         if session.loads_in_place:
             started_s = time.monotonic()

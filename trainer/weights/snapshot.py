@@ -88,6 +88,8 @@ class Snapshot:
         """The buckets in the order of sending, without checksums."""
         self.adapter = snapshotter.adapter
         """Header of the adapter that the buckets hold; None if they hold all weights."""
+        self.untrained = snapshotter.untrained
+        """Tensors of the model's files that no push contains."""
         self.is_acquired = self.is_freed = False
         self._snapshotter = snapshotter
 
@@ -130,6 +132,9 @@ class WeightSnapshotter(ABC):
         self._source = push_source(policy, ranks, dtype=dtype, lora=lora)
         self.adapter = self._source.adapter
         """Header of the adapter that is pushed; None if all weights are."""
+        stored = policy.stored
+        self.untrained = () if stored is None else (*stored.untouched, *stored.obsolete)
+        """Tensors of the model's files that no push contains."""
         self._layout = PushLayout(
             policy.model,
             source=self._source,

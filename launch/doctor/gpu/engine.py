@@ -28,6 +28,7 @@ from areal_like.hosts import LOOPBACK
 from areal_like.trajectory import Trajectory
 from areal_like.weights.buckets import Manifest
 from areal_like.weights.integrity import BucketSums
+from areal_like.weights.untrained import text_config
 from areal_like.weights.weight_group import WeightGroup, device_facts
 from areal_like.wire.messages.weights import Alive, FormGroup, PushWeights
 from launch.doctor.gpu.models import sampled, write_model
@@ -121,7 +122,7 @@ def _vocab_size(config: Config) -> int:
     from transformers import AutoConfig
 
     found = AutoConfig.from_pretrained(config.model.path, trust_remote_code=False)
-    return int(found.vocab_size)
+    return int(text_config(found).vocab_size)
 
 
 def _check(config: Config, process: EngineProcess, notes: Notes) -> Verdict:
@@ -144,7 +145,7 @@ class _Comparison:
     ) -> tuple[list[Trajectory], NDArray[np.float64]]:
         """(samples of the engine; its log-probs minus the trainer's, one for each sampled token)"""
         rng = np.random.default_rng(version)
-        vocab = int(self.policy.model.config.vocab_size)
+        vocab = int(text_config(self.policy.model.config).vocab_size)
         prompts = [rng.integers(3, vocab, rng.integers(8, 64)) for _ in range(_NUM_PROMPTS)]
         sampling = Sampling(max_new_tokens=64, ignore_eos=True)
         found: list[Generation] = await asyncio.gather(
@@ -270,7 +271,7 @@ async def _push(comparison: _Comparison, client: EngineClient, strategy: WeightU
         async def sent_sums() -> BucketSums:
             return await asyncio.shield(sending)
 
-        manifest = Manifest(version=1, buckets=snapshot.buckets)
+        manifest = Manifest(version=1, buckets=snapshot.buckets, untrained=snapshot.untrained)
         request = PushWeights(
             epoch=1,
             group_name=_GROUP,

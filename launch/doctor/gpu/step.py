@@ -25,6 +25,7 @@ from areal_like.automatic_settings import resolved
 from areal_like.config import Config, from_mapping
 from areal_like.runtime.process import exit_at_once
 from areal_like.weights.buckets import checksum, unflatten
+from areal_like.weights.untrained import text_config
 from launch.doctor.gpu.models import random_groups, write_model
 from launch.doctor.gpu.stages import OK, Notes, Outcome, Request, Verdict, failed, within
 from trainer.distributed.process_group import device_of, joined_ranks
@@ -107,7 +108,7 @@ def step_of(config: Config, ranks: Ranks, *, is_small: bool) -> StepRunner:
     """The runner after a step over the same samples for every configuration."""
     policy = build_policy(config, config.model.path, ranks)
     runner = build_step_runner(config, policy, ranks)
-    vocab_size = int(policy.model.config.vocab_size)
+    vocab_size = int(text_config(policy.model.config).vocab_size)
     groups = random_groups(_NUM_GROUPS, vocab_size=vocab_size, longest=24 if is_small else 128)
     runner.run(groups[ranks.rank :: ranks.world_size], step=0)
     return runner

@@ -45,6 +45,7 @@ def run(options: ProcessOptions, listener: socket.socket) -> int:
         options.model_path,
         dtype=getattr(torch, options.dtype),
         fp32_head=options.enable_fp32_lm_head,
+        router_dtype=options.router_dtype,
         device=_checked_device(options.device),
         context_length=options.context_length,
     )

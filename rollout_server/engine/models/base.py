@@ -57,6 +57,9 @@ class ModelFacts:
     kv_shapes: Sequence[KVShape]
     dtype: torch.dtype
     device: torch.device
+    untrained_names: frozenset[str] = frozenset()
+    """Tensors in the model's files that are not parameters here: encoders of other inputs, routers' biases. A
+    checkpoint contains them unchanged."""
 
 
 def new_arena(facts: ModelFacts, groups: Iterable[Sequence[str]]) -> tuple[Tensor, list[Tensor]]:

@@ -7,6 +7,7 @@ error message, instead of producing wrong log-probs for training.
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from areal_like.errors import ConfigError, first_line
-from areal_like.precision import route_in_float32, widen_head
+from areal_like.precision import RouterDtype, route_in_float32, widen_head
+from areal_like.weights.checkpoint_files import weight_files
 from areal_like.weights.hf_layout import hf_tensors
+from areal_like.weights.safetensors_header import tensors_in
+from areal_like.weights.untrained import (
+    auto_class,
+    frozen_parameters,
+    is_wrapped,
+    read_buffers,
+    set_apart,
+    text_config,
+)
 from rollout_server.engine.cache import KVCache
 from rollout_server.engine.models import llama
 from rollout_server.engine.models.base import CausalModel, ModelFacts, Weights
@@ -45,21 +56,23 @@ def load(
     context_length: int,
     allow_fast_path: bool = True,
     fp32_head: bool = False,
+    router_dtype: RouterDtype = "float32",
 ) -> tuple[CausalModel, Weights]:
     """Loads a model and its active set of weights.
 
     Raises ConfigError if the model does not exist or cannot be run exactly. `allow_fast_path`: false takes
     the generic path for the Llama family too (for tests). `fp32_head`: the logits are computed in float32.
+    `router_dtype`: as `model.router_dtype`.
     """
     module = _from_pretrained(path, dtype=dtype).to(device).eval()
-    route_in_float32(module)
+    route_in_float32(module, product=router_dtype)
     if fp32_head:
         widen_head(module)
-    config = module.config
+    config = text_config(module.config)
     _check_attention(config, context_length=context_length)
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(0, config.vocab_size, (2, CHECK_TOKENS), generator=generator).to(device)
-    facts = _facts(module, tokens_BT, dtype=dtype, device=device)
+    facts = _facts(module, tokens_BT, stored=_stored_names(path), dtype=dtype, device=device)
     if facts.max_positions < context_length:
         raise ConfigError(
             f"--context-length {context_length}: {path} supports only {facts.max_positions} positions; "
@@ -69,7 +82,7 @@ def load(
     reference.append(module(input_ids=tokens_BT[1:, : CHECK_TOKENS // 2], use_cache=False).logits[0, -1])
 
     names = set(facts.parameter_shapes)
-    if allow_fast_path and llama.supports(config, names):
+    if allow_fast_path and not is_wrapped(module.config) and llama.supports(config, names):
         positions_1T = torch.arange(context_length, device=device).unsqueeze(0)
         cos_1TD, sin_1TD = module.model.rotary_emb(
             torch.zeros(1, dtype=torch.float32, device=device), positions_1T
@@ -101,12 +114,33 @@ def load(
 
 
 def _from_pretrained(path: str, *, dtype: torch.dtype) -> Any:
+    """The model of a directory or name, without encoders of other inputs."""
+    folder = str(Path(path).expanduser())
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            str(Path(path).expanduser()), dtype=dtype, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        made_by = auto_class(config)
+        with torch.device("meta"):
+            frozen = frozen_parameters(made_by.from_config(copy.deepcopy(config), trust_remote_code=False))
+        module = made_by.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        set_apart(module, frozen=frozen)
+        if files := _weight_files(path):
+            read_buffers(module, files)
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"--model-path {path}: {first_line(error)}") from None
+    return module
+
+
+def _weight_files(path: str) -> list[Path]:
+    """The safetensors files of a model; none if its weights are stored otherwise."""
+    try:
+        return weight_files(str(Path(path).expanduser()))
+    except OSError:
+        return []
+
+
+def _stored_names(path: str) -> set[str]:
+    """Names of the tensors in the safetensors files of a model."""
+    return {tensor.name for file in _weight_files(path) for tensor in tensors_in(file)}
 
 
 def _check_attention(config: Any, *, context_length: int) -> None:
@@ -127,8 +161,10 @@ def _check_attention(config: Any, *, context_length: int) -> None:
         )
 
 
-def _facts(module: Any, tokens_BT: Tensor, *, dtype: torch.dtype, device: torch.device) -> ModelFacts:
-    config = module.config
+def _facts(
+    module: Any, tokens_BT: Tensor, *, stored: set[str], dtype: torch.dtype, device: torch.device
+) -> ModelFacts:
+    config = text_config(module.config)
     probe = RowCache()
     try:
         module(input_ids=tokens_BT, past_key_values=probe, use_cache=True)
@@ -141,7 +177,7 @@ def _facts(module: Any, tokens_BT: Tensor, *, dtype: torch.dtype, device: torch.
         )
     unique = {name for name, _ in module.named_parameters()}
     every = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    layout = hf_tensors(module, with_buffers=False)
+    layout = hf_tensors(module)
     eos = module.generation_config.eos_token_id
     if eos is None:
         eos = config.eos_token_id
@@ -153,6 +189,7 @@ def _facts(module: Any, tokens_BT: Tensor, *, dtype: torch.dtype, device: torch.
         parameter_shapes={tensor.name: tensor.shape for tensor in layout},
         layout=layout,
         tied_names=frozenset(every - unique),
+        untrained_names=frozenset(stored - {tensor.name for tensor in layout}),
         kv_shapes=[probe.seen[i] for i in range(config.num_hidden_layers)],
         dtype=dtype,
         device=device,

@@ -200,7 +200,9 @@ class WeightUpdater:
         update.num_receiving += 1
         try:
             await self.groups.threads.run(
-                lambda: receiver.on_own_stream(lambda: _store_checkpoint(Path(path), receiver))
+                lambda: receiver.on_own_stream(
+                    lambda: _store_checkpoint(Path(path), receiver, leaves_out=self._facts.untrained_names)
+                )
             )
         except WeightSyncError as error:
             receiver.error = str(error)
@@ -238,8 +240,9 @@ class WeightUpdater:
                 self._loop.call(lambda core: core.return_shadow_weights(receiver.weights))
 
 
-def _store_checkpoint(path: Path, receiver: BucketReceiver) -> None:
-    """Stores all tensors of a Hugging Face directory in the shadow weights. Raises WeightSyncError."""
+def _store_checkpoint(path: Path, receiver: BucketReceiver, *, leaves_out: frozenset[str]) -> None:
+    """Stores the tensors of a Hugging Face directory in the shadow weights, except those of the names in
+    `leaves_out`. Raises WeightSyncError."""
     try:
         index = path / "model.safetensors.index.json"
         files = ["model.safetensors"]
@@ -247,7 +250,7 @@ def _store_checkpoint(path: Path, receiver: BucketReceiver) -> None:
             files = sorted(set(read_json(index)["weight_map"].values()))
         for file in files:
             with safe_open(path / file, framework="pt", device=str(receiver.device)) as tensors:
-                names = tensors.keys()
+                names = [name for name in tensors.keys() if name not in leaves_out]  # noqa: SIM118
                 receiver.store({name: tensors.get_tensor(name) for name in names})
     except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
         raise WeightSyncError(f"{path}: cannot read weights: {error}") from None

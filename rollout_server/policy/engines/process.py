@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
-from areal_like.automatic_settings import compute_dtype, start_limit_s, uses_fp32_head
+from areal_like.automatic_settings import compute_dtype, router_dtype, start_limit_s, uses_fp32_head
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
 from areal_like.hosts import LOOPBACK
@@ -247,6 +247,7 @@ class EmbeddedProcess(EngineProcess):
             device=rollout.engine_device,
             dtype=compute_dtype(self._config),
             enable_fp32_lm_head=uses_fp32_head(self._config),
+            router_dtype=router_dtype(self._config),
             max_running_requests=rollout.max_running,
             context_length=self._context_tokens,
             weights_from=(str(RunPaths.of(self._config).checkpoints),),

@@ -98,6 +98,19 @@ def test_preset_fits(name: str) -> None:
     assert all(formula.split()[0] in text for formula in expected.formulas)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "num_params"), [("Qwen/Qwen3-30B-A3B", 30.53e9), ("zai-org/GLM-4.5-Air", 106.85e9)]
+)
+def test_known_mixtures_are_traced(name: str, num_params: float) -> None:
+    """From the numbers in their published config.json, without layers for speculative decoding."""
+    plan = small(f"model.path={name}", gpus="8+32xH100")
+    assert plan.trace.num_params == pytest.approx(num_params, rel=0.002)
+    states = sum(plan.trace.peak_bytes[part] for part in ("weights (float32 masters)", "Adam's moments"))
+    assert states == pytest.approx(12 * num_params / 32, rel=0.01)
+    assert "configs/scale/models/" in text_of(plan, [], explain=False)
+
+
 def test_presets_are_jobs() -> None:
     assert set(presets("scale")) == set(PARAMETERS)
     for name in PARAMETERS:

@@ -1,0 +1,94 @@
+"""Tiny random models with parts that training leaves as they are: wrapped ones, and biased routers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from areal_like.weights.untrained import auto_class, is_wrapped, persistent_buffers
+from tests.support.trainer_helpers import VOCAB
+from trainer.models.tiny import character_tokenizer
+
+BODY: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": True,
+}  # fmt: skip
+ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+QWEN_TOWER: dict[str, Any] = {
+    "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+    "num_position_embeddings": 16, "patch_size": 4,
+}  # fmt: skip
+
+BIASED: dict[str, dict[str, Any]] = {
+    "glm4_moe": BODY | EXPERTS | {"attention_bias": True, "rope_parameters": ROPE},
+    "deepseek_v3": BODY
+    | EXPERTS
+    | {
+        "num_key_value_heads": 4, "head_dim": 8, "q_lora_rank": 12, "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "n_group": 2,
+        "routed_scaling_factor": 1.5,
+    },
+}  # fmt: skip
+"""Routers with a correction bias: family -> its configuration."""
+WRAPPED: dict[str, dict[str, Any]] = {
+    "qwen3_5": {
+        "text_config": BODY
+        | {
+            "layer_types": ["full_attention"] * 2,
+            "rope_parameters": ROPE
+            | {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.5},
+        },
+        "vision_config": QWEN_TOWER,
+    },
+    "qwen3_vl": {
+        "text_config": BODY
+        | {"rope_parameters": ROPE | {"mrope_section": [4, 2, 2], "mrope_interleaved": True}},
+        "vision_config": QWEN_TOWER | {"deepstack_visual_indexes": [0]},
+    },
+    "gemma3": {
+        "text_config": BODY | {"sliding_window": 64, "query_pre_attn_scalar": 16},
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 16, "patch_size": 4,
+        },
+        "mm_tokens_per_image": 4,
+    },
+}  # fmt: skip
+"""Language models with a vision tower: family -> its configuration."""
+FAMILIES = (*BIASED, *WRAPPED)
+
+
+def write_family(name: str, directory: Path, *, seed: int = 0) -> str:
+    """Writes a random model of a family in FAMILIES with a tokenizer; returns the path.
+
+    A tower is in bfloat16, the rest in float32. Routers choose clearly: with near ties, another order of
+    summation would choose other experts. Their biases change the choice.
+    """
+    config = AutoConfig.for_model(name, **(BIASED | WRAPPED)[name])
+    torch.manual_seed(seed)
+    model: Any = auto_class(config).from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for param_name, param in model.named_parameters():
+            param.add_(torch.randn_like(param) * (1.0 if param_name.endswith("gate.weight") else 0.05))
+        for _, buffer in persistent_buffers(model):
+            buffer.add_(torch.randn_like(buffer) * 0.3)
+    if is_wrapped(config):
+        text = {id(param) for param in (*model.get_decoder().parameters(), *model.lm_head.parameters())}
+        for param in model.parameters():
+            if id(param) not in text:
+                param.data = param.data.to(torch.bfloat16)
+    model.save_pretrained(directory)
+    if is_wrapped(config):
+        processor = {"image_processor_type": "Fast", "patch_size": 4}
+        (directory / "preprocessor_config.json").write_text(json.dumps(processor))
+    character_tokenizer().save_pretrained(directory)
+    return str(directory)
