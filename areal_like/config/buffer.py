@@ -37,8 +37,8 @@ class OnFailureConfig(Section, key="buffer.on_failure"):
     """The task's example() or the episode raised or hung, or its conversation became too long for the
     engine."""
     routes: Policy = "retry"
-    """With `model.router_replay`: the engine returned no routes for the completion, or unusable ones: `retry` or
-    `drop`."""
+    """With `model.router_replay`: the engine returned no routes for the completion, or unusable ones:
+    `retry` or `drop`."""
     agent: Policy = "drop"
     """External agents did not make the sample, although its server gave it to several of them: `drop`,
     or `retry` (at another server, if one has room)."""

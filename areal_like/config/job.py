@@ -505,7 +505,7 @@ class Config(Section):
         On GPUs completions are long: rebuilding the KV cache of every running sequence at each push would
         cost more than it gains. A salt keeps SGLang's cached prefixes of different weights apart. SGLang
         cannot keep KV under another adapter, so there running requests finish under their own. With
-        `model.router_replay` it keeps the KV on CPUs too, because it reports only the routes of the last pass.
+        `model.router_replay` it keeps the KV on CPUs too: it reports only the routes of the last pass.
         """
         if self.weights.update_mode != "auto":
             return self.weights.update_mode
@@ -563,8 +563,8 @@ class Config(Section):
             not self.model.router_replay
             or self.rollout.engine != "sglang"
             or self.update_mode != "recompute",
-            "weights.update_mode=recompute with model.router_replay: SGLang then reports the routes of the pass "
-            "that rebuilt the KV of a running request, not those of the passes that sampled its tokens; set "
+            "weights.update_mode=recompute with model.router_replay: SGLang then reports the routes of the "
+            "pass that rebuilt the KV of a request, not those of the passes that sampled its tokens; set "
             "weights.update_mode to keep, abort_resume or drain",
         )
 
