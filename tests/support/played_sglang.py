@@ -1,4 +1,4 @@
-"""A stand-in for SGLang: its HTTP API as 0.5.23 has it, the rules of its registry of adapters, and its routes.
+"""A stand-in for SGLang: its HTTP API as 0.5.23 has it, with its rules for adapters and its routes.
 
 It samples nothing: a request returns the tokens that `end` gives it, and the test looks at what was asked.
 """
@@ -35,7 +35,7 @@ class PlayedSglang:
     """Serves `url` inside `running`."""
 
     def __init__(self, *, max_loaded: int = 0, routes_shape: tuple[int, int, int] | None = None) -> None:
-        """`max_loaded`: `--max-loaded-loras`. `routes_shape`: all layers, experts per token and experts of its
+        """`max_loaded`: `--max-loaded-loras`. `routes_shape`: layers, experts per token and experts of its
         model, with `--enable-return-routed-experts`; None: without it."""
         self.routes_shape = routes_shape
         self.forged_routes: str | None = None
