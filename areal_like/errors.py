@@ -103,6 +103,10 @@ class PromptRefusedError(EngineError):
     """The engine refused a request because of its prompt, and would refuse it again."""
 
 
+class RoutesError(EngineError):
+    """The engine returned no routes for a completion, or routes that do not fit it."""
+
+
 class EpisodeError(ArealError):
     """The code of an episode or its environment raised."""
 

@@ -26,6 +26,8 @@ class FailureKind(StrEnum):
     """The prompt is too long or empty, or the engine refuses it: it would fail at every server."""
     ENVIRONMENT = "environment"
     """The task's example() or the episode raised or hung."""
+    ROUTES = "routes"
+    """The engine returned no routes for a completion, or unusable ones (`model.router_replay`)."""
     AGENT = "agent"
     """External agents did not make the sample: they made no request, posted no reward, or disappeared."""
 
@@ -41,7 +43,7 @@ class FailurePolicy(StrEnum):
     """Its ticket is dropped at once, with reason `failed`."""
 
 
-FAULTS_OF_SERVER = frozenset({FailureKind.ENGINE, FailureKind.TIMEOUT})
+FAULTS_OF_SERVER = frozenset({FailureKind.ENGINE, FailureKind.TIMEOUT, FailureKind.ROUTES})
 """Kinds that count against the rollout server."""
 FAULTS_OF_TASK = frozenset({FailureKind.REWARD, FailureKind.REWARD_TIMEOUT, FailureKind.ENVIRONMENT})
 """Kinds that count against the task's code."""

@@ -18,6 +18,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from areal_like.wire.routes import Routes
+
 NOT_SAMPLED = -1
 """Version of a token that the policy did not sample: prompt, tool output."""
 LARGEST_REWARD = 1e9
@@ -149,6 +151,9 @@ class Trajectory:
     """Seconds from submitting to the engine to the last token."""
     reward_s: float = 0.0
     """Seconds spent computing the reward."""
+    routes: Routes | None = None
+    """Experts that the engine chose for each token but the last of each segment, in the order of the
+    segments. They travel beside the record. None without `model.router_replay`, and for greedy samples."""
 
     @classmethod
     def unchecked(cls, **fields: Any) -> Self:
@@ -181,6 +186,8 @@ class Trajectory:
             raise ValueError(f"trajectory.reward: not finite ({self.reward})")
         if self.segments or self.turns or self.metrics or self.arrays:
             self._check_structure()
+        if self.routes is not None:
+            self._check_routes(self.routes)
 
     def _check_structure(self) -> None:
         if self.segments and (min(self.segments) < 1 or sum(self.segments) != len(self.tokens)):
@@ -203,6 +210,14 @@ class Trajectory:
         ):
             raise ValueError(f"trajectory.{TOKEN_REWARDS}: want finite float32[{len(self.tokens)}]")
 
+    def _check_routes(self, routes: Routes) -> None:
+        num_rows = len(self.tokens) - (len(self.segments) or 1)
+        if routes.num_tokens != num_rows:
+            raise ValueError(
+                f"trajectory.routes: want those of {num_rows} tokens (all but the last of each segment), "
+                f"got those of {routes.num_tokens}"
+            )
+
     @property
     def num_sampled(self) -> int:
         """Tokens that the policy sampled."""
@@ -220,6 +235,14 @@ class Trajectory:
             return [slice(0, len(self.tokens))]
         ends = accumulate(self.segments, initial=0)
         return [slice(start, end) for start, end in pairwise(ends)]
+
+    @property
+    def segment_routes(self) -> list[Routes] | None:
+        """The routes of each segment: one row for each of its tokens but the last. None if there are none."""
+        if self.routes is None:
+            return None
+        ends = accumulate((length - 1 for length in self.segments or (len(self.tokens),)), initial=0)
+        return [self.routes.rows(start, end) for start, end in pairwise(ends)]
 
     @property
     def num_turns(self) -> int:

@@ -50,6 +50,9 @@ class LedgerSettings:
     """Maximum tokens of a sample of an evaluation, which no trainer gets: as many as fit into a message."""
     keep_evaluations: int
     """`eval.keep`."""
+    router_replay: bool
+    """`model.router_replay`: samples to train on need the routes of their tokens; without it none may have
+    some."""
     eval_sets: Mapping[str, int]
     """Number of samples of each prompt, by evaluation set."""
     eval_sets_with_task: frozenset[str]
@@ -94,6 +97,7 @@ class LedgerSettings:
             max_segment_tokens=config.trainer.tokens_per_microbatch,
             max_eval_tokens=config.buffer.max_message_bytes // BYTES_PER_TOKEN,
             keep_evaluations=config.eval.keep,
+            router_replay=config.model.router_replay,
             eval_sets={name: one.num_samples for name, one in config.eval.resolved_sets.items()},
             eval_sets_with_task=frozenset(name for name, one in config.eval.sets.items() if one.task),
             durable=config.buffer.durability != "none",

@@ -36,14 +36,16 @@ class OnFailureConfig(Section, key="buffer.on_failure"):
     environment: Policy = "zero"
     """The task's example() or the episode raised or hung, or its conversation became too long for the
     engine."""
-
+    routes: Policy = "retry"
+    """With `model.router_replay`: the engine returned no routes for the completion, or unusable ones:
+    `retry` or `drop`."""
     agent: Policy = "drop"
     """External agents did not make the sample, although its server gave it to several of them: `drop`,
     or `retry` (at another server, if one has room)."""
 
     def check(self) -> None:
         """Allows `zero` only for failures that leave tokens to train on."""
-        for name in ("engine", "timeout", "prompt", "agent"):
+        for name in ("engine", "timeout", "prompt", "routes", "agent"):
             require(
                 getattr(self, name) != "zero",
                 f"buffer.on_failure.{name}=zero: such a sample has no tokens to train on: use retry or drop",

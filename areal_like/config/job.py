@@ -61,6 +61,10 @@ class ModelConfig(Section, key="model"):
     for the tokenizer's chat template, or `auto`: the renderer made for the model if there is one."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template, e.g. `{enable_thinking: false}`."""
+    router_replay: bool = False
+    """For a mixture of experts: the trainer uses the experts that the engine chose for each token, instead of
+    choosing again (R3). The choices travel with each sample, beside its record: as many bytes a token as the
+    model has layers with experts times experts per token (twice as many with more than 256 experts)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def check(self) -> None:
@@ -240,6 +244,7 @@ class Config(Section):
             "set weights.integrity=none",
         )
         self._check_adapters()
+        self._check_router_replay()
         self._check_engine_url()
         for section in ("task", "objective", "advantage"):
             keys = getattr(self, section)
@@ -502,7 +507,8 @@ class Config(Section):
 
         On GPUs completions are long: rebuilding the KV cache of every running sequence at each push would
         cost more than it gains. A salt keeps SGLang's cached prefixes of different weights apart. SGLang
-        cannot keep KV under another adapter, so there running requests finish under their own.
+        cannot keep KV under another adapter, so there running requests finish under their own. With
+        `model.router_replay` it keeps the KV on CPUs too: it reports only the routes of the last pass.
         """
         if self.weights.update_mode != "auto":
             return self.weights.update_mode
@@ -511,7 +517,8 @@ class Config(Section):
         on_gpu = self.rollout.engine == "sglang" and self.rollout.engine_device != "cpu"
         if on_gpu and self.weights.lora == "adapter":
             return "drain"
-        return "keep" if on_gpu else "recompute"
+        reports_last_routes = self.rollout.engine == "sglang" and self.model.router_replay
+        return "keep" if on_gpu or reports_last_routes else "recompute"
 
     @property
     def _trains_on_intervals(self) -> bool:
@@ -551,6 +558,17 @@ class Config(Section):
             f"weights.lora=adapter with rollout.sglang.url={self.rollout.sglang.url}: an engine that the "
             "rollout server did not start may not see its folders of adapters; set weights.lora=merged, or "
             "leave the url out",
+        )
+
+    def _check_router_replay(self) -> None:
+        """Refuses updates in which SGLang reports other routes than those of the recorded log-probs."""
+        require(
+            not self.model.router_replay
+            or self.rollout.engine != "sglang"
+            or self.update_mode != "recompute",
+            "weights.update_mode=recompute with model.router_replay: SGLang then reports the routes of the "
+            "pass that rebuilt the KV of a request, not those of the passes that sampled its tokens; set "
+            "weights.update_mode to keep, abort_resume or drain",
         )
 
     def _check_shards(self) -> None:

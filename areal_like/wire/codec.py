@@ -3,12 +3,15 @@
     frame 0   msgpack [WIRE_VERSION, tag, rid, {field: value}]: numbers, strings, lists, maps; an array or
               record appears as its span [offset, length] in frame 1
     frame 1   the bytes of all arrays and records, each aligned to 8; absent if the message has none
+    frame 2.. the routes (routes.py) of the records that have some, a frame for each, in the same order; only
+              with `model.router_replay`
 
 The message's dataclass is the schema: types and dtypes come from its annotations and never from the wire, so
 a peer supplies only offsets and lengths, and both are checked. Decoded arrays are read-only views of frame 1.
 Records (records.py) are copied out of frame 1, so that a record that is kept does not keep the whole frame in
-memory; each record verifies its own checksum. Anything malformed raises WireError. Encoders and decoders are
-compiled once for each class, because every sample passes through them.
+memory; each record verifies its own checksum. A frame of routes belongs to one record and is kept as it is.
+Anything malformed raises WireError. Encoders and decoders are compiled once for each class, because every
+sample passes through them.
 
 Nothing is unpacked for a peer that may not send it. `read_prefix` takes version, tag and rid from the first
 bytes, refuses an unknown tag, and refuses a header over the limit of its message type: MAX_HEADER_BYTES, or
@@ -25,7 +28,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -44,6 +47,8 @@ MAX_HEADER_BYTES = 64 << 10
 MAX_TEXT = 8192
 """Characters of a text on the wire. `encode` cuts longer ones: they are errors of engines and rewards, which
 may have any length and must not prevent a message from being sent."""
+MAX_ROUTES = 1 << 14
+"""Frames of routes in one message: more than the records of any group."""
 _ALIGN = 8
 _ARRAY_OF_4 = 0x94
 _UINT_BYTES = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}
@@ -55,10 +60,11 @@ Frame = bytes | memoryview
 class _Writer:
     """Collects the bytes of one message's arrays and records, and returns their spans."""
 
-    __slots__ = ("chunks", "size")
+    __slots__ = ("chunks", "routes", "size")
 
     def __init__(self) -> None:
         self.chunks: list[Any] = []
+        self.routes: list[bytes] = []
         self.size = 0
 
     def add(self, array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> list[int]:
@@ -77,12 +83,13 @@ class _Writer:
 
 
 class _Reader:
-    """Frame 1 of one message."""
+    """Frame 1 of one message, and the frames of routes after it."""
 
-    __slots__ = ("data", "num_copied")
+    __slots__ = ("data", "num_copied", "routes")
 
-    def __init__(self, data: Frame) -> None:
+    def __init__(self, data: Frame, routes: Iterable[Frame] = ()) -> None:
         self.data = data
+        self.routes = iter(routes)
         self.num_copied = 0
 
     def span(self, raw: Any, *, itemsize: int) -> tuple[int, int]:
@@ -132,7 +139,7 @@ def encode(message: Any, *, rid: int = 0) -> list[bytes]:
         )
     if len(header) > MAX_HEADER_BYTES:
         unpack(header)  # raises ValueError for more lists than a peer accepts
-    return [header, b"".join(writer.chunks)] if writer.chunks else [header]
+    return [header, b"".join(writer.chunks), *writer.routes] if writer.chunks else [header]
 
 
 def read_prefix(frames: Sequence[Frame]) -> HeaderPrefix:
@@ -141,8 +148,8 @@ def read_prefix(frames: Sequence[Frame]) -> HeaderPrefix:
     Raises WireVersionError for another wire version, and WireError for an unknown tag, a header over the
     limit of its message type, and anything else that `encode` would not begin with.
     """
-    if not 1 <= len(frames) <= 2:
-        raise WireError(f"want 1 or 2 frames, got {len(frames)}")
+    if not 1 <= len(frames) <= 2 + MAX_ROUTES:
+        raise WireError(f"want 1 to {2 + MAX_ROUTES} frames, got {len(frames)}")
     header = frames[0]
     try:
         if header[0] != _ARRAY_OF_4:
@@ -179,8 +186,11 @@ def decode(frames: Sequence[Frame], prefix: HeaderPrefix | None = None) -> tuple
     prefix = prefix or read_prefix(frames)
     try:
         body = unpack(memoryview(frames[0])[prefix.body_at :])
-        reader = _Reader(frames[1] if len(frames) == 2 else b"")
-        return _DECODERS[prefix.tag](body, reader), prefix.rid
+        reader = _Reader(frames[1] if len(frames) > 1 else b"", frames[2:])
+        message = _DECODERS[prefix.tag](body, reader)
+        if next(reader.routes, None) is not None:
+            raise ValueError("there are more frames of routes than records with routes")
+        return message, prefix.rid
     except (ValueError, TypeError, OverflowError) as error:
         raise WireError(f"{prefix.tag}: {str(error)[:200]}") from None
 
@@ -293,11 +303,23 @@ def _compile_array(dtype: np.dtype[Any]) -> tuple[_Encode, _Decode]:
 def _write_record(record: Record, writer: _Writer) -> list[int]:
     span = [writer.size, len(record.data)]
     writer.put(record.data)
+    if record.routes is not None:
+        writer.routes.append(record.routes.to_bytes())
+    elif record.lacks_routes:
+        raise ValueError(
+            f"the routes of sample {record.sample_index} of ticket {record.ticket_id} are missing"
+        )
     return span
 
 
 def _read_record(raw: Any, reader: _Reader) -> Record:
-    return Record.opened(reader.copy(*reader.span(raw, itemsize=1)))
+    record = Record.opened(reader.copy(*reader.span(raw, itemsize=1)))
+    if not record.lacks_routes:
+        return record
+    routes = next(reader.routes, None)
+    if routes is None:
+        raise ValueError("the routes of a record are missing")
+    return record.with_routes(bytes(routes))
 
 
 def _compile_list(encode_item: _Encode, decode_item: _Decode) -> tuple[_Encode, _Decode]:

@@ -61,6 +61,10 @@ def shared_settings(config: Config, role: Role) -> str:
         settings[f"eval.sets.{name}"] = _digest(dataclasses.asdict(one))
     if role is Role.ROLLOUT:
         policies = dataclasses.asdict(config.buffer.on_failure)
+        if config.model.router_replay:
+            settings["model.router_replay"] = True
+        else:
+            del policies["routes"]
         settings |= {f"buffer.on_failure.{kind}": policy for kind, policy in policies.items()}
         settings["model.renderer"] = config.model.renderer
         settings["model.chat_template_kwargs"] = canonical_json(config.model.chat_template_kwargs)

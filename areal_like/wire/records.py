@@ -16,13 +16,16 @@ The metadata are
     [num_tokens, [[version, num_tokens], ...], reward, {component: reward}, finish_reason, generation_s,
      reward_s, is_greedy]  and, unless the trajectory is plain, a map with what it has of
     {"segments": [num_tokens, ...], "turns": [[end, reward], ...], "metrics": {name: number}, "label": text,
-     "arrays": [[name, dtype, [size, ...]], ...]}
+     "arrays": [[name, dtype, [size, ...]], ...], "routes": [crc32, num_bytes, [tokens, layers, experts]]}
 
 A trajectory of one segment and one turn without metrics, label and arrays is plain: its eight fields are
 those of earlier releases, so their ledgers can be read, and single-turn samples have no overhead. Segments
 and turns of a conversation are a few numbers, which the buffer reads without the tokens. Further arrays
-(process rewards, routed experts, images) are named with dtype and shape, so that a new kind of data needs no
-new format; the dtype is one of a fixed list, never `object`.
+(process rewards, images) are named with dtype and shape, so that a new kind of data needs no new format; the
+dtype is one of a fixed list, never `object`.
+
+The routes of a sample (routes.py) are far larger than all of this and are not in the record, which only names
+their block. On disk the block follows its record. In memory a `Record` may have it (`routes`) or not.
 
 All data are bounded before they are unpacked. The metadata may be up to 64 KiB longer than the arrays: enough
 for one version per token and for the names of a thousand reward components. Longer metadata would take many
@@ -39,7 +42,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -61,6 +64,8 @@ from areal_like.trajectory import (
     Trajectory,
     least_logprob,
 )
+from areal_like.wire.routes import MAGIC as ROUTES_MAGIC
+from areal_like.wire.routes import Routes, RoutesSpec
 from areal_like.wire.unpacking import unpack
 
 BYTES_PER_TOKEN = 8
@@ -113,6 +118,8 @@ class Structure:
     metrics: dict[str, float] = field(default_factory=dict)
     label: str = ""
     arrays: tuple[ArraySpec, ...] = ()
+    routes: RoutesSpec | None = None
+    """The block of the sample's routes; None: it has none."""
 
 
 PLAIN = Structure()
@@ -199,6 +206,9 @@ def _structure_fields(trajectory: Trajectory) -> dict[str, Any]:
             [name, array.dtype.name, list(array.shape)] for name, array in trajectory.arrays.items()
         ]
         _read_arrays(fields["arrays"])
+    if trajectory.routes is not None:
+        crc32, num_bytes, shape = trajectory.routes.spec
+        fields["routes"] = [crc32, num_bytes, list(shape)]
     return fields
 
 
@@ -263,12 +273,24 @@ def _read_array(raw: Any) -> ArraySpec:
     return ArraySpec(name, DTYPES[dtype], tuple(shape))
 
 
+def _read_routes(raw: Any) -> RoutesSpec:
+    if type(raw) is not list or len(raw) != 3 or type(raw[2]) is not list or len(raw[2]) != 3:
+        raise ValueError("want routes [crc32, num_bytes, [tokens, layers, experts]]")
+    crc32, num_bytes, (num_tokens, num_layers, num_chosen) = raw
+    if not all(type(number) is int for number in (crc32, num_bytes, num_tokens, num_layers, num_chosen)):
+        raise ValueError("routes: want integers")
+    spec = RoutesSpec(crc32, num_bytes, (num_tokens, num_layers, num_chosen))
+    spec.check()
+    return spec
+
+
 _READERS: dict[str, Any] = {
     "segments": _read_segments,
     "turns": _read_turns,
     "metrics": _read_metrics,
     "label": _read_label,
     "arrays": _read_arrays,
+    "routes": _read_routes,
 }
 
 
@@ -344,6 +366,8 @@ class Record:
     """Smallest log-prob of a token."""
     _tokens_at: int
     _logprobs_at: int
+    routes: Routes | None = None
+    """The routes that `structure.routes` names, if this process has them."""
 
     @classmethod
     def of(cls, ticket_id: int, sample_index: int, trajectory: Trajectory) -> Self:
@@ -366,11 +390,13 @@ class Record:
         identity = struct.pack("<IQII", sample_index, ticket_id, len(meta), 0)
         crc32 = zlib.crc32(body, zlib.crc32(identity))
         data = struct.pack("<4sII", _MAGIC, _HEADER.size + len(body), crc32) + identity + body
-        return cls._made(data, ticket_id, sample_index, crc32, meta)
+        record = cls._made(data, ticket_id, sample_index, crc32, meta)
+        record.routes = trajectory.routes
+        return record
 
     @classmethod
     def opened(cls, data: bytes) -> Self:
-        """Decodes and checks a record.
+        """Decodes and checks a record, without its routes.
 
         Raises ValueError for bytes that are not a record, and for an invalid trajectory.
         """
@@ -400,6 +426,11 @@ class Record:
         end = _end_of_array(logprobs_at, num_tokens)
         if end + sum(_padded(spec) for spec in fields["structure"].arrays) != len(data):
             raise ValueError(f"{num_tokens} tokens do not make a record of {len(data)} bytes")
+        structure = fields["structure"]
+        if structure.routes is not None:
+            num_rows = num_tokens - (len(structure.segments) or 1)
+            if structure.routes.shape[0] != num_rows:
+                raise ValueError(f"routes of {structure.routes.shape[0]} tokens, want those of {num_rows}")
         return cls(
             data=data,
             ticket_id=ticket_id,
@@ -410,6 +441,30 @@ class Record:
             _logprobs_at=logprobs_at,
             **fields,
         )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the record, and of the routes that this process has of it."""
+        return len(self.data) + (0 if self.routes is None else len(self.routes.to_bytes()))
+
+    @property
+    def lacks_routes(self) -> bool:
+        """True if the sample has routes, and this process does not have them."""
+        return self.structure.routes is not None and self.routes is None
+
+    def with_routes(self, data: bytes) -> Self:
+        """The record with its routes, from the bytes of their block.
+
+        Raises ValueError for bytes that are not the block which the record names.
+        """
+        routes = Routes.from_bytes(data)
+        if routes.spec != self.structure.routes:
+            raise ValueError("the routes are not those that the record names")
+        return replace(self, routes=routes)
+
+    def without_routes(self) -> Self:
+        """The record alone."""
+        return self if self.routes is None else replace(self, routes=None)
 
     @property
     def num_sampled(self) -> int:
@@ -473,6 +528,7 @@ class Record:
             generation_s=self.generation_s,
             reward_s=self.reward_s,
             is_greedy=self.is_greedy,
+            routes=self.routes,
         )
 
     def _versions_and_mask(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -525,8 +581,18 @@ def crc32_of(record: bytes) -> int:
     return int(_HEADER.unpack_from(record)[2])
 
 
-def read_record(directory: Path, location: RecordLocation, *, ticket_id: int, sample_index: int) -> Record:
-    """Reads the record of a ledger row. Raises StoreCorruptError if it is absent or differs from the row."""
+def read_record(
+    directory: Path,
+    location: RecordLocation,
+    *,
+    ticket_id: int,
+    sample_index: int,
+    with_routes: bool = False,
+) -> Record:
+    """Reads the record of a ledger row, and with `with_routes` also its routes, if it has some.
+
+    Raises StoreCorruptError if it is absent or differs from the row, or its routes from the record.
+    """
     path = segment_path(directory, location.segment)
     what = f"sample {sample_index} of ticket {ticket_id} ({path} at {location.offset})"
     try:
@@ -536,13 +602,14 @@ def read_record(directory: Path, location: RecordLocation, *, ticket_id: int, sa
             f"sample {sample_index} of ticket {ticket_id}: its file {path} is missing"
         ) from None
     try:
-        data = os.pread(file, location.num_bytes, location.offset)
-    finally:
-        os.close(file)
-    try:
-        record = Record.opened(data)
+        record = Record.opened(os.pread(file, location.num_bytes, location.offset))
+        spec = record.structure.routes
+        if with_routes and spec is not None:
+            record = record.with_routes(_pread(file, spec.num_bytes, location.offset + location.num_bytes))
     except ValueError as error:
         raise StoreCorruptError(f"{what}: {error}") from None
+    finally:
+        os.close(file)
     if (record.ticket_id, record.sample_index) != (ticket_id, sample_index):
         raise StoreCorruptError(
             f"{what}: the record on disk is sample {record.sample_index} of ticket {record.ticket_id}"
@@ -553,17 +620,27 @@ def read_record(directory: Path, location: RecordLocation, *, ticket_id: int, sa
 
 
 def count_whole_records(data: bytes) -> tuple[int, int]:
-    """(number of complete records at the beginning of `data`, their bytes); what follows is a torn write."""
+    """(number of complete records at the beginning of `data`, their bytes and those of their routes); what
+    follows is a torn write."""
     num_records = offset = 0
     while offset + _HEADER.size <= len(data):
         magic, num_bytes, crc32, *_ = _HEADER.unpack_from(data, offset)
         end = offset + num_bytes
-        if magic != _MAGIC or num_bytes < _HEADER.size or end > len(data):
+        if magic not in (_MAGIC, ROUTES_MAGIC) or num_bytes < _HEADER.size or end > len(data):
             break
         if zlib.crc32(memoryview(data)[offset + _CHECKED_FROM : end]) != crc32:
             break
-        num_records, offset = num_records + 1, end
+        num_records, offset = num_records + (magic == _MAGIC), end
     return num_records, offset
+
+
+def _pread(file: int, num_bytes: int, offset: int) -> bytes:
+    """Reads bytes of a file: a single read returns at most 2 GiB. Fewer if the file ends before."""
+    parts: list[bytes] = []
+    while num_bytes > 0 and (part := os.pread(file, num_bytes, offset)):
+        parts.append(part)
+        num_bytes, offset = num_bytes - len(part), offset + len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _end_of_array(offset: int, num_tokens: int) -> int:

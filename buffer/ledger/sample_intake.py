@@ -78,13 +78,16 @@ class SampleIntake(TicketRules):
         lease_id, record, index = done.lease_id, done.record, done.record.sample_index
         verdict, ticket = self._find(name, lease_id=lease_id, ticket_id=record.ticket_id, sample_index=index)
         num_sampled = record.num_sampled
+        kind = FailureKind.ENGINE
         if ticket is not None:
-            if num_sampled == 0 or self._is_invalid(ticket, record) or self._is_invalid_zero(done):
+            if not self._has_right_routes(ticket, record):
+                verdict, kind = Verdict.INVALID, FailureKind.ROUTES
+            elif num_sampled == 0 or self._is_invalid(ticket, record) or self._is_invalid_zero(done):
                 verdict = Verdict.INVALID
             elif isinstance(summary := self._summary(done), SampleSummary):
                 if done.failure:
-                    kind = FailureKind(done.failure)
-                    self._failed_samples.count_zero(name, kind, num_tokens=num_sampled)
+                    failure = FailureKind(done.failure)
+                    self._failed_samples.count_zero(name, failure, num_tokens=num_sampled)
                 else:
                     self._failed_samples.count_success(name)
                 self._accept(ticket, summary, record)
@@ -103,7 +106,7 @@ class SampleIntake(TicketRules):
                 ticket,
                 lease_id,
                 index,
-                kind=FailureKind.ENGINE,
+                kind=kind,
                 num_tokens=0,
                 error=f"it sent a sample that cannot be used ({verdict.value})",
             )
@@ -132,6 +135,12 @@ class SampleIntake(TicketRules):
             or record.num_tokens > self._settings.max_tokens
             or record.longest_segment > self._settings.max_segment_tokens
         )
+
+    def _has_right_routes(self, ticket: Ticket, record: Record) -> bool:
+        """True if a sample has routes exactly where the trainer needs them."""
+        is_trained_on = ticket.purpose is Purpose.TRAIN and not ticket.is_greedy(record.sample_index)
+        needs_routes = self._settings.router_replay and is_trained_on
+        return (record.structure.routes is not None) is needs_routes
 
     def _accept(self, ticket: Ticket, sample: SampleSummary, record: Record) -> None:
         self._lifecycle.remove_from_lease(ticket, sample.lease_id, record.sample_index, arrived=True)

@@ -186,7 +186,8 @@ class Store:
         """The samples in `position.parts` have entered a position; they never enter another one."""
 
     def put_sample(self, sample: SampleSummary, record: Record) -> None:
-        """A sample was accepted. The row of its lease need not be written again."""
+        """A sample was accepted, with its routes if it has some. The row of its lease need not be written
+        again."""
         raise NotImplementedError
 
     def put_failure(self, ticket: Ticket, sample_index: int) -> None:
@@ -223,7 +224,7 @@ class Store:
         raise NotImplementedError
 
     def records_of(self, ticket: Ticket) -> list[Record]:
-        """All records of a complete ticket, in the order of `Ticket.record_keys`.
+        """All records of a complete ticket with their routes, in the order of `Ticket.record_keys`.
 
         Raises StoreCorruptError if they are damaged.
         """
@@ -246,7 +247,7 @@ class Store:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of records held in memory."""
+        """Bytes of records and routes held in memory."""
         raise NotImplementedError
 
     @property

@@ -153,9 +153,14 @@ class DurableStore(RowRecorder):
         records = []
         for ticket_id, index in ticket.record_keys:
             record = self._cache.get(ticket_id, index)
-            if record is None:
-                location = self._locations[ticket_id][index]
-                record = read_record(self._directory, location, ticket_id=ticket_id, sample_index=index)
+            if record is None or record.lacks_routes:
+                record = read_record(
+                    self._directory,
+                    self._locations[ticket_id][index],
+                    ticket_id=ticket_id,
+                    sample_index=index,
+                    with_routes=True,
+                )
             records.append(record)
             self._cache.mark_served(ticket_id)
         return records
@@ -170,7 +175,8 @@ class DurableStore(RowRecorder):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of records in memory: all that are not durable yet, and at most `cache_bytes` of others."""
+        """Bytes of records in memory: all that are not durable yet, with their routes, and at most
+        `cache_bytes` of others."""
         return self._cache.num_bytes
 
     @property
@@ -256,7 +262,13 @@ class DurableStore(RowRecorder):
                 size = sizes.setdefault(location.segment, path.stat().st_size if path.exists() else -1)
                 try:
                     if location.segment == last_segment or location.offset + location.num_bytes > size:
-                        read_record(self._directory, location, ticket_id=ticket_id, sample_index=index)
+                        read_record(
+                            self._directory,
+                            location,
+                            ticket_id=ticket_id,
+                            sample_index=index,
+                            with_routes=True,
+                        )
                 except StoreCorruptError as error:
                     of = f" (a part of position {position}: drop that)" if position != ticket_id else ""
                     damaged.append(f"{error}{of}")

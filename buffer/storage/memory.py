@@ -35,11 +35,11 @@ class MemoryStore(Store):
 
     def put_sample(self, sample: SampleSummary, record: Record) -> None:
         self._records.setdefault(record.ticket_id, {})[record.sample_index] = record
-        self._num_bytes += len(record.data)
+        self._num_bytes += record.num_bytes
 
     def release(self, ticket: Ticket) -> None:
         for record in self._records.pop(ticket.ticket_id, {}).values():
-            self._num_bytes -= len(record.data)
+            self._num_bytes -= record.num_bytes
 
     def records_of(self, ticket: Ticket) -> list[Record]:
         return [self._records[ticket_id][index] for ticket_id, index in ticket.record_keys]

@@ -6,6 +6,8 @@ Groups leave the buffer roughly in the order in which their samples arrived. So 
 newest record: the records needed next stay in memory. Served groups are evicted first, because they are
 fetched again only after a trainer's crash. Pinned records are the only copy and are never evicted; their
 number is limited, because servers send no new samples before an acknowledgement.
+
+Routes are kept only while their record is pinned, because they are many times larger and fetched once.
 """
 
 from __future__ import annotations
@@ -27,11 +29,15 @@ class RecordCache:
         """Adds a record, pinned: there is no copy on disk yet."""
         self._records.setdefault(record.ticket_id, {})[record.sample_index] = record
         self._pinned.add((record.ticket_id, record.sample_index))
-        self.num_bytes += len(record.data)
+        self.num_bytes += record.num_bytes
 
     def unpin(self, ticket_id: int, sample_index: int) -> None:
-        """The record is on disk: keep it in memory if there is room."""
+        """The record is on disk: keep it in memory if there is room, without its routes."""
         self._pinned.discard((ticket_id, sample_index))
+        record = self.get(ticket_id, sample_index)
+        if record is not None and record.routes is not None:
+            self._records[ticket_id][sample_index] = alone = record.without_routes()
+            self.num_bytes -= record.num_bytes - alone.num_bytes
         while self.num_bytes > self._max_bytes and self._served:
             served = next(iter(self._served))
             del self._served[served]
@@ -59,6 +65,6 @@ class RecordCache:
         records = self._records.get(ticket_id, {})
         if sample_index not in records or (ticket_id, sample_index) in self._pinned:
             return
-        self.num_bytes -= len(records.pop(sample_index).data)
+        self.num_bytes -= records.pop(sample_index).num_bytes
         if not records:
             del self._records[ticket_id]

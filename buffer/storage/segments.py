@@ -1,11 +1,15 @@
 """Segments: files to which one thread appends trajectories, in batches that can be undone.
 
-    write(records) -> (the transaction with their rows commits) -> keep()   the batch is kept
-    write(records) -> cut()                                                 disk full: the batch is removed
+    write(samples) -> (the transaction with their rows commits) -> keep()   the batch is kept
+    write(samples) -> cut()                                                 disk full: the batch is removed
 
 A row may refer to bytes only if they are at least as durable as the row: with `sync`, `write` returns when
 the bytes and the directory entry of a new file are on disk. If a batch is interrupted, its bytes are at the
 end of a segment and no row refers to them; the next start removes them.
+
+The routes of a sample are in the same file right after its record, and part of the same write. So what
+happens to the record (an interrupted batch, a full disk, the deletion of the file) happens to them too, and
+no row names them.
 """
 
 from __future__ import annotations
@@ -35,13 +39,17 @@ class SegmentWriter:
         self._open(segment)
         os.ftruncate(self._file, offset)
 
-    def write(self, records: Sequence[bytes]) -> list[RecordLocation]:
-        """Appends the records and returns their positions. Call `cut` after an OSError."""
+    def write(self, samples: Sequence[Sequence[bytes]]) -> list[RecordLocation]:
+        """Appends samples: each a record, and the block of its routes if it has some.
+
+        Returns the positions of the records; a block begins where its record ends. Call `cut` after an
+        OSError.
+        """
         locations: list[RecordLocation] = []
-        for segment_records in self._by_segment(records, locations):
-            for start in range(0, len(segment_records), _MAX_BUFFERS):
-                self._write_all(segment_records[start : start + _MAX_BUFFERS])
-            if self._sync and segment_records:
+        for parts in self._by_segment(samples, locations):
+            for start in range(0, len(parts), _MAX_BUFFERS):
+                self._write_all(parts[start : start + _MAX_BUFFERS])
+            if self._sync and parts:
                 os.fdatasync(self._file)
         return locations
 
@@ -61,18 +69,22 @@ class SegmentWriter:
     def close(self) -> None:
         os.close(self._file)
 
-    def _by_segment(self, records: Sequence[bytes], locations: list[RecordLocation]) -> Iterator[list[bytes]]:
-        """The records of one segment after another. The caller writes each list before it takes the next."""
+    def _by_segment(
+        self, samples: Sequence[Sequence[bytes]], locations: list[RecordLocation]
+    ) -> Iterator[list[bytes]]:
+        """The samples of one segment after another, as bytes. The caller writes each list before it takes
+        the next."""
         here: list[bytes] = []
-        for record in records:
-            if self.offset > 0 and self.offset + len(record) > self._segment_bytes:
+        for parts in samples:
+            record, num_bytes = parts[0], sum(map(len, parts))
+            if self.offset > 0 and self.offset + num_bytes > self._segment_bytes:
                 yield here
                 here = []
                 self._open(self.segment + 1)
                 self.offset = 0
             locations.append(RecordLocation(self.segment, self.offset, len(record), crc32_of(record)))
-            here.append(record)
-            self.offset += len(record)
+            here += parts
+            self.offset += num_bytes
         yield here
 
     def _open(self, segment: int) -> None:
@@ -84,11 +96,11 @@ class SegmentWriter:
         if self._sync:
             sync_directory(path.parent)
 
-    def _write_all(self, records: list[bytes]) -> None:
-        num_written = os.writev(self._file, records)
+    def _write_all(self, parts: list[bytes]) -> None:
+        num_written = os.writev(self._file, parts)
         # A disk that becomes full accepts some of the bytes and refuses the rest.
-        if num_written < sum(map(len, records)):
-            rest = memoryview(b"".join(records))[num_written:]
+        if num_written < sum(map(len, parts)):
+            rest = memoryview(b"".join(parts))[num_written:]
             while rest:
                 rest = rest[os.write(self._file, rest) :]
 

@@ -1,6 +1,6 @@
 """The writer's thread: takes batches in order, makes each one durable, and reports it to the event loop.
 
-    batch -> records into a segment (fsync) -> rows into SQLite (fsync) -> on_done(batch) in the event loop
+    batch -> records and routes into a segment (fsync) -> rows into SQLite (fsync) -> on_done(batch)
 
 A batch is one transaction. Writes that accumulate in the loop while the disk is busy become the next batch
 (group commit). Records are written before rows, because a row must never refer to bytes that are less durable
@@ -26,7 +26,7 @@ from pathlib import Path
 
 from areal_like.runtime.threads import NamedThread
 from areal_like.spans.recorder import record
-from areal_like.wire.records import RecordLocation, segment_path
+from areal_like.wire.records import Record, RecordLocation, segment_path
 from buffer.storage import sql
 from buffer.storage.base import Blocked, SegmentRow
 from buffer.storage.changes import Changes
@@ -135,11 +135,11 @@ class Writer:
 
     def _write_when_there_is_space(self, batch: Batch) -> list[RecordLocation] | None:
         """Positions of the records on disk; None if the writer was closed before there was space."""
-        records = [record.data for _, record in batch.changes.samples]
+        samples = [_parts(record) for _, record in batch.changes.samples]
         while True:
             self._writing_since_s = time.monotonic()
             try:
-                locations = self._write(batch, records)
+                locations = self._write(batch, samples)
             except _NoSpaceError as full:
                 if not self._refused_reason:
                     log.error("%s", full)
@@ -154,15 +154,19 @@ class Writer:
             finally:
                 self._writing_since_s = None
 
-    def _write(self, batch: Batch, records: list[bytes]) -> list[RecordLocation]:
-        if records and not (self.frees_space or batch.changes.released or batch.gone_segments):
-            self._check_free(sum(map(len, records)))
+    def _write(self, batch: Batch, samples: list[list[bytes]]) -> list[RecordLocation]:
+        sizes = [sum(map(len, parts)) for parts in samples]
+        if sizes and not (self.frees_space or batch.changes.released or batch.gone_segments):
+            self._check_free(sum(sizes))
         first = self._segments.segment
         try:
-            locations = self._segments.write(records)
-            sizes = {location.segment: location.offset + location.num_bytes for location in locations}
+            locations = self._segments.write(samples)
+            ends = {
+                location.segment: location.offset + size
+                for location, size in zip(locations, sizes, strict=True)
+            }
             rows = [
-                SegmentRow(segment=segment, num_bytes=sizes.get(segment, 0), retained=self._retain)
+                SegmentRow(segment=segment, num_bytes=ends.get(segment, 0), retained=self._retain)
                 for segment in range(first, self._segments.segment + 1)
             ]
             grown = [row for row in rows if row.num_bytes]
@@ -187,7 +191,7 @@ class Writer:
             raise _NoSpaceError(reason) from None
         self._segments.keep()
         if self._writing_since_s is not None:
-            record("ledger", "write", start_s=self._writing_since_s, records=len(records))
+            record("ledger", "write", start_s=self._writing_since_s, records=len(samples))
         for segment in batch.gone_segments:
             segment_path(self._directory, segment).unlink(missing_ok=True)
         return locations
@@ -200,6 +204,11 @@ class Writer:
                 f"{Blocked.FULL}: {num_free >> 20} MiB are free in {self._directory}, "
                 f"of which buffer.min_free_bytes keeps {self._min_free_bytes >> 20} MiB"
             )
+
+
+def _parts(record: Record) -> list[bytes]:
+    """What is written of a sample."""
+    return [record.data] if record.routes is None else [record.data, record.routes.to_bytes()]
 
 
 _WRITE_LOCK = "120"

@@ -121,8 +121,9 @@ def _trajectories_on_disk(
 ) -> tuple[Check, Check]:
     """Reads and checks every record that may still be trained on or is kept for an evaluation.
 
-    A record is read only if it has the row's length and checksum, its segments cover its tokens, and its
-    turns end at sampled tokens. `versions`: step of each version's weights.
+    A record is read only if it has the row's length and checksum, its segments cover its tokens, its turns
+    end at sampled tokens, and its routes are on disk as it names them. `versions`: step of each version's
+    weights.
     """
     unread: dict[int, str] = {}
     wrong: dict[int, str] = {}
@@ -133,6 +134,7 @@ def _trajectories_on_disk(
                 RecordLocation(segment, offset, num_bytes, crc32),
                 ticket_id=ticket_id,
                 sample_index=sample_index,
+                with_routes=True,
             )
         except StoreCorruptError as error:
             unread.setdefault(ticket_id, str(error))

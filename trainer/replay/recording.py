@@ -129,6 +129,7 @@ class Recording:
                     RecordLocation(*place),
                     ticket_id=ticket_id,
                     sample_index=sample_index,
+                    with_routes=True,
                 )
                 for (ticket_id, sample_index), _, *place in rows
             ]

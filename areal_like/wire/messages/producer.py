@@ -16,8 +16,8 @@ from areal_like.spans.recorder import unix_now
 from areal_like.wire.records import Record
 
 BATCH_BYTES = 1 << 18
-"""Bytes of records in one message: enough to make the overhead of a message small, and far below the limit of
-a socket."""
+"""Bytes of records and their routes in one message: enough to make the overhead of a message small, and far
+below the limit of a socket."""
 _BATCH_HEADER_BYTES = 60_000
 """Header of one message of leases or acknowledgements, a little below the codec's MAX_HEADER_BYTES."""
 
@@ -176,12 +176,12 @@ class Samples:
 
     @classmethod
     def batches(cls, samples: Iterable[SampleDone], *, max_bytes: int = BATCH_BYTES) -> Iterator[Samples]:
-        """Messages with at most `max_bytes` of records each; a larger record gets its own message.
+        """Messages with at most `max_bytes` of records and routes each; a larger sample gets its own message.
 
         So a backlog does not produce a message longer than a socket accepts.
         """
         for batch in _batches(
-            samples, max_bytes=max_bytes, size_of=lambda sample: max(256, len(sample.record.data))
+            samples, max_bytes=max_bytes, size_of=lambda sample: max(256, sample.record.num_bytes)
         ):
             yield cls(samples=batch)
 
