@@ -67,6 +67,31 @@ class RoutesSpec(NamedTuple):
             raise ValueError(f"routes of {self.num_bytes} bytes cannot have the shape {list(self.shape)}")
 
 
+class RoutesShape(NamedTuple):
+    """What the routes of all tokens of a model have in common."""
+
+    num_layers: int
+    """Layers with experts (L)."""
+    num_chosen: int
+    """Experts per token (K)."""
+    num_experts: int
+    """Experts in each layer."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.num_layers * self.num_chosen * dtype_of(self.num_experts).itemsize
+
+    def block_bytes(self, num_tokens: int) -> int:
+        """Bytes of the block of so many tokens."""
+        return _padded(self.bytes_per_token * num_tokens)
+
+    def check(self) -> None:
+        """Raises ValueError for numbers that no routes can have."""
+        limits = (MAX_LAYERS, MAX_EXPERTS_PER_TOKEN, MAX_EXPERTS)
+        if not all(0 < number <= limit for number, limit in zip(self, limits, strict=True)):
+            raise ValueError(f"{self}: want 1 to {limits}")
+
+
 @dataclass(frozen=True, eq=False)
 class Routes:
     """The chosen experts of T adjacent tokens.
@@ -163,10 +188,6 @@ class Routes:
     @property
     def num_tokens(self) -> int:
         return len(self.experts_TLK)
-
-    @property
-    def bytes_per_token(self) -> int:
-        return int(np.prod(self.experts_TLK.shape[1:])) * self.experts_TLK.itemsize
 
     def rows(self, start: int, end: int) -> Routes:
         """The routes of tokens `start` to `end` - 1."""

@@ -1,6 +1,6 @@
 """The writer's thread: takes batches in order, makes each one durable, and reports it to the event loop.
 
-    batch -> records and routes into a segment (fsync) -> rows into SQLite (fsync) -> on_done(batch) in the loop
+    batch -> records and routes into a segment (fsync) -> rows into SQLite (fsync) -> on_done(batch)
 
 A batch is one transaction. Writes that accumulate in the loop while the disk is busy become the next batch
 (group commit). Records are written before rows, because a row must never refer to bytes that are less durable

@@ -122,7 +122,8 @@ def _trajectories_on_disk(
     """Reads and checks every record that may still be trained on or is kept for an evaluation.
 
     A record is read only if it has the row's length and checksum, its segments cover its tokens, its turns
-    end at sampled tokens, and its routes are on disk as it names them. `versions`: step of each version's weights.
+    end at sampled tokens, and its routes are on disk as it names them. `versions`: step of each version's
+    weights.
     """
     unread: dict[int, str] = {}
     wrong: dict[int, str] = {}

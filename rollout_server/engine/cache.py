@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -242,6 +243,15 @@ class KVCache:
         self._storage[:, :, row].zero_()
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prefix:
+    """What is kept of T adjacent tokens."""
+
+    kv_L2HTD: Tensor
+    routes_TLK: NDArray[Any] | None = None
+    """The experts chosen in the pass that computed the KV, if the engine records them."""
+
+
 class PrefixCache:
     """The most recently used prompts, up to `max_tokens` positions in all.
 
@@ -253,27 +263,27 @@ class PrefixCache:
         self.max_tokens = max_tokens
         self.serial = 0
         self.num_tokens = 0
-        self._entries: OrderedDict[tuple[int, tuple[int, ...]], Tensor] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, tuple[int, ...]], Prefix] = OrderedDict()
 
     def __contains__(self, context: tuple[int, ...]) -> bool:
         return (self.serial, context) in self._entries
 
-    def get(self, context: tuple[int, ...]) -> Tensor | None:
-        """Returns the KV of all but the last token of `context`, or None."""
+    def get(self, context: tuple[int, ...]) -> Prefix | None:
+        """Returns the prefix of all but the last token of `context`, or None."""
         key = (self.serial, context)
         if key not in self._entries:
             return None
         self._entries.move_to_end(key)
         return self._entries[key]
 
-    def put(self, context: tuple[int, ...], prefix_L2HTD: Tensor) -> None:
+    def put(self, context: tuple[int, ...], prefix: Prefix) -> None:
         """Adds an entry, and drops the least recently used ones to make room.
 
         An entry larger than `max_tokens` is not added.
         """
         if len(context) > self.max_tokens or context in self:
             return
-        self._entries[(self.serial, context)] = prefix_L2HTD
+        self._entries[(self.serial, context)] = prefix
         self.num_tokens += len(context)
         while self.num_tokens > self.max_tokens:
             (_, oldest), _ = self._entries.popitem(last=False)

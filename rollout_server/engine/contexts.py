@@ -23,10 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rollout_server.engine.cache import KVCache, PrefixCache
+from rollout_server.engine.cache import KVCache, Prefix, PrefixCache
 from rollout_server.engine.kept_prefixes import KeptPrefixes
 from rollout_server.engine.models.base import CausalModel
 from rollout_server.engine.options import EngineOptions
+from rollout_server.engine.routes import RowRoutes
 from rollout_server.engine.rows import RowState
 from rollout_server.engine.scheduler import Sequence, ServedVersion
 
@@ -47,8 +48,11 @@ class Contexts:
         cache: KVCache,
         rows: RowState,
         options: EngineOptions,
+        routes: RowRoutes | None = None,
     ) -> None:
+        """`routes`: the routes of the rows; None: they are not recorded."""
         self._model = model
+        self._routes = routes
         self._cache = cache
         self._rows = rows
         self._max_prefill_tokens = options.max_prefill_tokens
@@ -83,7 +87,7 @@ class Contexts:
     def keep(self, sequence: Sequence) -> None:
         """Keeps the KV of a sequence that has ended, before it leaves its row."""
         if self._rows.kv_serial[sequence.row] == self._prefixes.serial:
-            self.kept.insert(sequence.context[:-1], partial(self._cache.read, sequence.row))
+            self.kept.insert(sequence.context[:-1], partial(self._read, sequence.row))
 
     def fill(self, admitted: list[Sequence], *, waiting: Iterable[Sequence]) -> None:
         """Fills the rows of new sequences with the KV of all but the last token of their contexts.
@@ -124,7 +128,7 @@ class Contexts:
                 if known[context] < len(context) - 1:
                     missing[context] = [sequence.row]
             elif uses_caches and (prefix := self._prefixes.get(context)) is not None:
-                self._cache.write(sequence.row, prefix)
+                self._write(sequence.row, prefix)
                 self._count_shared(sequence)
             elif len(context) > 1:
                 missing[context] = [sequence.row]
@@ -142,11 +146,11 @@ class Contexts:
             self._extend([(context, rows[0], known[context]) for context, rows in extensions.items()])
             for context, (first, *others) in extensions.items():
                 if others:
-                    self._cache.move([first] * len(others), others, num_positions=len(context) - 1)
+                    self._move([first] * len(others), others, num_positions=len(context) - 1)
         for context in kept & missing.keys():
             if 2 * known.get(context, 0) > len(context):
                 continue  # a later turn, which no other sequence needs before it ends
-            self.kept.insert(context[:-1], partial(self._cache.read, missing[context][0]))
+            self.kept.insert(context[:-1], partial(self._read, missing[context][0]))
 
     def _count_shared(self, sequence: Sequence) -> None:
         self.num_shared += 1
@@ -161,8 +165,8 @@ class Contexts:
         """Copies the kept part of the sequence's context to its row; returns the number of tokens."""
         start = 0
         for part in self.kept.match(sequence.context[:-1]):
-            self._cache.write(sequence.row, part, start=start)
-            start += part.shape[3]
+            self._write(sequence.row, part, start=start)
+            start += part.kv_L2HTD.shape[3]
         if start:
             self.num_continued += 1
             self._count_copied(sequence, start)
@@ -208,11 +212,22 @@ class Contexts:
         self._cache.begin_prefill(num_contexts=tokens_BT.shape[0], num_positions=tokens_BT.shape[1])
         self._model.prefill(self._tensor(tokens_BT), self._cache)
         computed = self._cache.end_prefill(rows=rows, sources=sources)
+        routes_BTLK = None if self._routes is None else self._routes.prefilled(len(batch))
+        if self._routes is not None and routes_BTLK is not None:
+            for row, source in zip(rows, sources, strict=True):
+                self._routes.write(row, routes_BTLK[source])
         for i, (context, _) in enumerate(batch):
             # Only prompts are cached: the other samples of a group share the prompt, but no other sequence
             # has the same prompt and output.
             if context in prompts:
-                self._prefixes.put(context, computed[:, :, i, :, : len(context) - 1].clone())
+                num_tokens = len(context) - 1
+                self._prefixes.put(
+                    context,
+                    Prefix(
+                        kv_L2HTD=computed[:, :, i, :, :num_tokens].clone(),
+                        routes_TLK=None if routes_BTLK is None else routes_BTLK[i, :num_tokens].copy(),
+                    ),
+                )
 
     def _extend(self, left: list[tuple[_Context, int, int]]) -> None:
         """Computes the KV of contexts from a given position on, given what their rows hold before it.
@@ -236,10 +251,29 @@ class Contexts:
                 if start + len(new) < len(context) - 1:
                     left.append((context, row, start + len(new)))
             self.num_prefilled += int(lengths_B.sum())
-            extension = self._cache.begin_extension(
-                rows=[row for _, row, _ in batch], starts_B=starts_B, lengths_B=lengths_B
-            )
+            rows = [row for _, row, _ in batch]
+            extension = self._cache.begin_extension(rows=rows, starts_B=starts_B, lengths_B=lengths_B)
             self._model.extend(self._tensor(tokens_BT), extension, self._cache)
+            if self._routes is not None:
+                self._routes.extended(rows, starts_B, lengths_B)
+
+    def _read(self, row: int, start: int, end: int) -> Prefix:
+        """Returns a view of a row's positions."""
+        return Prefix(
+            kv_L2HTD=self._cache.read(row, start, end),
+            routes_TLK=None if self._routes is None else self._routes.read(row, start, end),
+        )
+
+    def _write(self, row: int, prefix: Prefix, *, start: int = 0) -> None:
+        """Copies a prefix into a row."""
+        self._cache.write(row, prefix.kv_L2HTD, start=start)
+        if self._routes is not None and prefix.routes_TLK is not None:
+            self._routes.write(row, prefix.routes_TLK, start=start)
+
+    def _move(self, sources: list[int], targets: list[int], *, num_positions: int) -> None:
+        self._cache.move(sources, targets, num_positions=num_positions)
+        if self._routes is not None:
+            self._routes.move(sources, targets, num_positions=num_positions)
 
     def _tensor(self, array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._model.facts.device)

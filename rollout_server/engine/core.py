@@ -32,6 +32,7 @@ from rollout_server.engine.contexts import PREFILL_AHEAD_TOKENS, Contexts
 from rollout_server.engine.models.adapters import NO_SLOT
 from rollout_server.engine.models.base import CausalModel, Weights
 from rollout_server.engine.options import EngineOptions
+from rollout_server.engine.routes import RowRoutes
 from rollout_server.engine.rows import RowState
 from rollout_server.engine.sampling import Filters, rng_key, sample, uniforms
 from rollout_server.engine.scheduler import Finish, Scheduler, Sequence, ServedVersion
@@ -67,7 +68,15 @@ class EngineCore:
             dtype=facts.dtype,
             device=facts.device,
         )
-        self.contexts = Contexts(model, self._cache, self._rows, options)
+        self.routes: RowRoutes | None = None
+        """Routes of the tokens in the rows; None: they are not recorded."""
+        if model.routes is not None:
+            self.routes = RowRoutes(
+                model.routes,
+                num_rows=options.max_running_requests,
+                context_length=options.context_length,
+            )
+        self.contexts = Contexts(model, self._cache, self._rows, options, self.routes)
         self._serials = itertools.count()
         self._newest = ServedVersion(version=version, serial=next(self._serials), slot=NO_SLOT)
         """What sequences get when they begin."""
@@ -100,6 +109,8 @@ class EngineCore:
         Their tokens are kept; their KV is recomputed when they are admitted again.
         """
         self._copy_running_outputs()
+        for sequence in filter(None, self.scheduler.rows):
+            self._copy_routes(sequence)
         self.scheduler.preempt_all()
 
     @property
@@ -239,7 +250,10 @@ class EngineCore:
         admitted, moves = scheduler.admit(num_to_compute=self.contexts.num_to_compute)
         if moves:
             sources, targets = [m.source for m in moves], [m.target for m in moves]
-            self._cache.move(sources, targets, num_positions=int(self._rows.num_tokens[sources].max()))
+            num_positions = int(self._rows.num_tokens[sources].max())
+            self._cache.move(sources, targets, num_positions=num_positions)
+            if self.routes is not None:
+                self.routes.move(sources, targets, num_positions=num_positions)
             self._rows.move(sources, targets)
         if admitted:
             for sequence in admitted:
@@ -257,6 +271,8 @@ class EngineCore:
         if self.model.adapters is not None:
             self.model.adapters.select(rows.slot[:num_rows])
         logits_NV = self.model.decode(self._tensor(rows.last_token[:num_rows]), batch, self._cache)
+        if self.routes is not None:
+            self.routes.decoded(rows.num_tokens[:num_rows] - 1)
         temperature_N = rows.temperature[:num_rows]
         num_greedy = num_rows - int(np.count_nonzero(temperature_N))
         token_N, logprob_N = sample(
@@ -327,9 +343,15 @@ class EngineCore:
         assert sequence is not None, f"row {row} is empty"
         return sequence
 
+    def _copy_routes(self, sequence: Sequence) -> None:
+        """Gives a sequence that leaves its row the routes of all tokens but the last, if it wants them."""
+        if self.routes is not None and sequence.return_routes:
+            self.routes.copy_to(sequence, num_tokens=int(self._rows.num_tokens[sequence.row]) - 1)
+
     def _finish(self, sequence: Sequence, finish: Finish) -> Sequence:
         if sequence.row >= 0:
             self._rows.copy_output_to(sequence)
+            self._copy_routes(sequence)
             if sequence.keeps_prefix and not finish.is_error:
                 self.contexts.keep(sequence)
         self.scheduler.finish(sequence, finish)

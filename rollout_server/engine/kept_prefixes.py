@@ -7,7 +7,7 @@ sequence that extends a leaf lengthens that leaf. To make room, the least recent
 All KV in the tree was computed under one set of weights. `clear` drops everything at a swap, and a row whose
 KV is older than the swap is never put in (see Contexts.keep).
 
-Shapes: L layers, H KV heads, T tokens, D head size.
+Shapes: L layers, H KV heads, T tokens, D head size; of routes: T tokens, L layers with experts, K experts.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from rollout_server.engine.cache import Prefix
 
 _SPARE_PARTS = 8
 """Once the tree is full, an eighth of it is freed at a time, so that few insertions have to search for
@@ -32,6 +35,8 @@ class _Node:
 
     tokens_T: NDArray[np.int64]
     kv_L2HTD: Tensor
+    routes_TLK: NDArray[Any] | None
+    """The experts chosen in the pass that computed the KV, if the engine records them."""
     parent: _Node | None
     children: dict[int, _Node] = field(default_factory=dict)
     """Children by their first token."""
@@ -50,23 +55,28 @@ class KeptPrefixes:
 
     def clear(self) -> None:
         """Drops everything."""
-        self._root = _Node(np.empty(0, np.int64), torch.empty(0), None)
+        self._root = _Node(np.empty(0, np.int64), torch.empty(0), None, None)
         self.num_tokens = 0
 
     def num_matched(self, tokens: Sequence[int]) -> int:
         """Returns how many tokens at the start of `tokens` have their KV here."""
         return sum(length for _, length in self._walk(np.asarray(tokens, np.int64)))
 
-    def match(self, tokens: Sequence[int]) -> list[Tensor]:
-        """Returns the KV [L, 2, H, T, D] of the longest prefix of `tokens` that is here, in adjacent parts.
-        The parts are views: copy them before the next insertion."""
-        return [node.kv_L2HTD[:, :, :, :length] for node, length in self._walk(np.asarray(tokens, np.int64))]
+    def match(self, tokens: Sequence[int]) -> list[Prefix]:
+        """Returns the longest prefix of `tokens` that is here, in adjacent parts. The parts are views: copy
+        them before the next insertion."""
+        return [
+            Prefix(
+                kv_L2HTD=node.kv_L2HTD[:, :, :, :length],
+                routes_TLK=None if node.routes_TLK is None else node.routes_TLK[:length],
+            )
+            for node, length in self._walk(np.asarray(tokens, np.int64))
+        ]
 
-    def insert(self, tokens: Sequence[int], kv_between: Callable[[int, int], Tensor]) -> None:
-        """Adds the KV of all `tokens`; the tree copies only the part that it does not have.
+    def insert(self, tokens: Sequence[int], between: Callable[[int, int], Prefix]) -> None:
+        """Adds all `tokens`; the tree copies only the part that it does not have.
 
-        `kv_between(start, end)`: the KV of these tokens, [L, 2, H, end - start, D]. Does nothing if there are
-        more than `max_tokens`.
+        `between(start, end)`: what is kept of these tokens. Does nothing if there are more than `max_tokens`.
         """
         tokens_T = np.asarray(tokens, np.int64)
         if len(tokens_T) > self.max_tokens:
@@ -79,13 +89,22 @@ class KeptPrefixes:
         if length < len(node.tokens_T):
             node = self._split(node, length)
         self._make_room(len(tokens_T) - start)
-        kv = kv_between(start, len(tokens_T))
+        added = between(start, len(tokens_T))
+        kv, routes = added.kv_L2HTD, added.routes_TLK
         if node.children or node is self._root:
-            new = _Node(tokens_T[start:], kv.clone(), node, used=self._clock)
+            new = _Node(
+                tokens_T[start:],
+                kv.clone(),
+                None if routes is None else routes.copy(),
+                node,
+                used=self._clock,
+            )
             node.children[int(tokens_T[start])] = new
         else:
             node.tokens_T = np.concatenate((node.tokens_T, tokens_T[start:]))
             node.kv_L2HTD = torch.cat((node.kv_L2HTD, kv), 3)
+            if routes is not None and node.routes_TLK is not None:
+                node.routes_TLK = np.concatenate((node.routes_TLK, routes))
         self.num_tokens += len(tokens_T) - start
 
     def _walk(self, tokens_T: NDArray[np.int64]) -> list[tuple[_Node, int]]:
@@ -109,13 +128,20 @@ class KeptPrefixes:
     def _split(self, node: _Node, length: int) -> _Node:
         """Splits a node after `length` tokens; returns the first part, whose only child is the second.
 
-        Both copy their KV: a view would hold all of it after the other part was dropped.
+        Both copy what they keep: a view would hold all of it after the other part was dropped.
         """
         assert node.parent is not None
-        first = _Node(node.tokens_T[:length], node.kv_L2HTD[:, :, :, :length].clone(), node.parent)
+        routes = node.routes_TLK
+        first = _Node(
+            node.tokens_T[:length],
+            node.kv_L2HTD[:, :, :, :length].clone(),
+            None if routes is None else routes[:length].copy(),
+            node.parent,
+        )
         first.used = node.used
         node.parent.children[int(node.tokens_T[0])] = first
         node.tokens_T, node.kv_L2HTD = node.tokens_T[length:], node.kv_L2HTD[:, :, :, length:].clone()
+        node.routes_TLK = None if routes is None else routes[length:].copy()
         node.parent, first.children = first, {int(node.tokens_T[0]): node}
         # The walk that asks for the split passed only the first part.
         node.used -= 1

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from areal_like.errors import EngineError, WeightSyncError
@@ -45,6 +46,8 @@ class SequenceOutput:
     """(version, start, end) over the output: the weight version that sampled these tokens."""
     finish: Finish | None
     """None while the sequence is waiting or running."""
+    routes_TLK: NDArray[Any] | None = None
+    """Of a sequence that has ended: see `Sequence`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +281,7 @@ class EngineLoop:
                 output_logprobs=sequence.output_logprobs,
                 version_spans=sequence.version_spans,
                 finish=sequence.finish,
+                routes_TLK=None if sequence.finish is None else sequence.routes_TLK,
             )
             for sequence in sequences
         ]

@@ -41,6 +41,8 @@ class EngineOptions(Section):
     conversation_cache_tokens: int | None = None
     """Tokens whose KV is kept for the next turns of conversations, allocated as they are needed; 0: none;
     not given: as many as the rows hold."""
+    enable_return_routed_experts: bool = False
+    """Record which experts are chosen for each token, for requests with `return_routed_experts`."""
     max_adapters: NonNegativeInt = 0
     """Versions of a LoRA adapter that sequences can use at the same time; 0: the engine takes whole weights
     only."""

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from numpy.typing import NDArray
+
 from areal_like.trajectory import FinishReason
 
 
@@ -102,6 +104,8 @@ class Sequence:
     """Index among the samples of its prompt in the request, which share a seed."""
     return_logprob: bool = False
     """True if the response includes log-probs."""
+    return_routes: bool = False
+    """True if the response includes the routes of all tokens but the last, where the engine records them."""
     status: Status = Status.WAITING
     row: int = -1
     """-1 while not RUNNING."""
@@ -112,6 +116,9 @@ class Sequence:
     output_logprobs: list[float] = field(default_factory=list)
     version_spans: list[tuple[str, int, int]] = field(default_factory=list)
     """(version, start, end) over the output: the weight version that sampled these tokens."""
+    routes_TLK: NDArray[Any] | None = None
+    """[tokens, layers, experts] chosen for each token that went through the model, in its first pass;
+    updated only when the sequence leaves its row."""
     finish: Finish | None = None
     num_cached_tokens: int = 0
     """Prompt tokens whose KV did not have to be computed for this sequence."""

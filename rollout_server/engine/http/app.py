@@ -47,6 +47,7 @@ def run(options: ProcessOptions, listener: socket.socket) -> int:
         fp32_head=options.enable_fp32_lm_head,
         device=_checked_device(options.device),
         context_length=options.context_length,
+        records_routes=options.enable_return_routed_experts,
     )
     core = EngineCore(model, weights, options, version=options.weight_version)
     return asyncio.run(serve(options, core, listener))
@@ -108,7 +109,15 @@ async def serve(options: ProcessOptions, core: EngineCore, listener: socket.sock
         eos_token_ids=facts.eos_token_ids,
         stream_interval=options.stream_interval,
     )
-    server = EngineServer(engine, updater, limits, options, model_type=facts.model_type)
+    recorder = core.model.routes
+    server = EngineServer(
+        engine,
+        updater,
+        limits,
+        options,
+        model_type=facts.model_type,
+        routes_shape=None if recorder is None else recorder.shape,
+    )
     guard = HttpGuard(
         server.app,
         AccessRules(

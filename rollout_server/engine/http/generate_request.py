@@ -87,6 +87,7 @@ def parse_generate(body: Mapping[str, Any], limits: RequestLimits) -> GenerateRe
     stream = flag(body, "stream")
     logprob_flags = _flags(body, "return_logprob", len(prompts))
     keep_flags = _flags(body, "keep_prefix", len(prompts))
+    routes_flags = _flags(body, "return_routed_experts", len(prompts))
     rids = _rids(body.get("rid"), len(prompts))
     sequences = [
         Sequence(
@@ -98,9 +99,10 @@ def parse_generate(body: Mapping[str, Any], limits: RequestLimits) -> GenerateRe
             stream_interval=(sampling.stream_interval or limits.stream_interval) if stream else 0,
             sample_index=index,
             return_logprob=return_logprob,
+            return_routes=return_routes,
         )
-        for rid, prompt, (sampling, n), keeps_prefix, return_logprob in zip(
-            rids, prompts, checked, keep_flags, logprob_flags, strict=True
+        for rid, prompt, (sampling, n), keeps_prefix, return_logprob, return_routes in zip(
+            rids, prompts, checked, keep_flags, logprob_flags, routes_flags, strict=True
         )
         for index in range(n)
     ]

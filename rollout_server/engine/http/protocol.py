@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -19,22 +20,28 @@ def sequence_json(output: SequenceOutput, *, index: int, version: str) -> dict[s
 
     `index`: position of the sequence in the request. `version`: weight version of its last token. The field
     `meta_info.weight_versions` is not SGLang's: it gives the version that sampled each range of output
-    tokens.
+    tokens, and routes are those of the layers with experts only.
     """
     event = _sequence(output, index=index, version=version)
     if output.sequence.return_logprob:
         pairs = zip(output.output_logprobs, output.output_ids, strict=True)
         event["meta_info"]["input_token_logprobs"] = []
         event["meta_info"]["output_token_logprobs"] = [(logprob, token, None) for logprob, token in pairs]
+    if output.routes_TLK is not None:
+        experts = output.routes_TLK.astype("<i4").tobytes()
+        event["meta_info"]["routed_experts"] = base64.b64encode(experts).decode()
     return event
 
 
 def packed_sequence(output: SequenceOutput, *, index: int, version: str) -> dict[str, Any]:
-    """Returns one sequence in SGLang's format, with bytes for the tokens and their log-probs."""
+    """Returns one sequence in SGLang's format, with bytes for the tokens, their log-probs and their routes
+    (uint8 or uint16)."""
     event = _sequence(output, index=index, version=version)
     event["output_ids"] = pack_tokens(output.output_ids)
     if output.sequence.return_logprob:
         event["meta_info"]["output_token_logprobs"] = pack_logprobs(output.output_logprobs)
+    if output.routes_TLK is not None:
+        event["meta_info"]["routed_experts"] = output.routes_TLK.tobytes()
     return event
 
 

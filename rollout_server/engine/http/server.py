@@ -20,6 +20,7 @@ from areal_like.errors import ArealError, UserError, WeightSyncError
 from areal_like.http.bodies import parse_object, parse_packed_object
 from areal_like.http.streams import FRAMES
 from areal_like.runtime.metrics import CONTENT_TYPE
+from areal_like.wire.routes import RoutesShape
 from rollout_server.engine.http.chat import ChatRoutes
 from rollout_server.engine.http.generate_request import RequestLimits
 from rollout_server.engine.http.generation_routes import GenerationRoutes
@@ -45,12 +46,15 @@ class EngineServer:
         options: ProcessOptions,
         *,
         model_type: str,
+        routes_shape: RoutesShape | None = None,
     ) -> None:
+        """`routes_shape`: of the routes in responses; None: there are none."""
         self._loop = loop
         self._updater = updater
         self._limits = limits
         self._options = options
         self._model_type = model_type
+        self._routes_shape = routes_shape
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._registry.register(EngineCollector(loop, updater))
@@ -145,6 +149,7 @@ class EngineServer:
                 "context_length": self._limits.context_length,
                 "vocab_size": self._limits.vocab_size,
                 "eos_token_ids": list(self._limits.eos_token_ids),
+                **({} if self._routes_shape is None else {"routes_shape": list(self._routes_shape)}),
                 "load": numbers(self._loop, self._updater),
             }
         )

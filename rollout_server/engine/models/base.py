@@ -18,6 +18,7 @@ from areal_like.weights.adapters import AdapterHeader
 from areal_like.weights.hf_layout import HfTensor
 from rollout_server.engine.cache import DecodeBatch, Extension, KVCache, KVShape
 from rollout_server.engine.models.adapters import AdapterSlots
+from rollout_server.engine.models.routes import RouteRecorder
 
 _ALIGNMENT = 64
 """Bytes; the alignment of torch's own allocator."""
@@ -84,6 +85,8 @@ class CausalModel(Protocol):
     facts: ModelFacts
     adapters: AdapterSlots | None
     """LoRA adapters over the active weights; None before the first one. Select rows' slots before a pass."""
+    routes: RouteRecorder | None
+    """Records the chosen experts of every pass; None: they are not wanted."""
 
     def make_slots(self, header: AdapterHeader, *, num_slots: int) -> AdapterSlots:
         """Allocates slots for adapters of this model. Raises WeightSyncError for an unknown target."""

@@ -21,6 +21,7 @@ from areal_like.weights.adapters import AdapterHeader, linear_layers
 from rollout_server.engine.cache import DecodeBatch, Extension, KVCache, KVShape
 from rollout_server.engine.models.adapters import AdapterSlots
 from rollout_server.engine.models.base import ModelFacts, Weights, new_arena
+from rollout_server.engine.models.routes import RouteRecorder
 
 
 class RowCache(Cache):
@@ -64,6 +65,7 @@ class GenericModel:
     def __init__(self, module: Any, facts: ModelFacts) -> None:
         self.facts = facts
         self.adapters: AdapterSlots | None = None
+        self.routes: RouteRecorder | None = None
         self._module = module
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         self._cache = RowCache()

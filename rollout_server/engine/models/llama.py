@@ -26,6 +26,7 @@ from areal_like.weights.adapters import AdapterHeader, linear_layers
 from rollout_server.engine.cache import DecodeBatch, Extension, KVCache
 from rollout_server.engine.models.adapters import AdapterSlots
 from rollout_server.engine.models.base import ModelFacts, Weights, new_arena
+from rollout_server.engine.models.routes import RouteRecorder
 
 
 class _MatrixNames(NamedTuple):
@@ -141,6 +142,7 @@ class LlamaModel:
         logits are computed in float32."""
         self.facts = facts
         self.adapters: AdapterSlots | None = None
+        self.routes: RouteRecorder | None = None
         self._config = config
         self._has_fp32_head = fp32_head and facts.dtype.itemsize < torch.float32.itemsize
         self._num_heads = config.num_attention_heads

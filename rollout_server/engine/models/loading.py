@@ -23,6 +23,7 @@ from rollout_server.engine.cache import KVCache
 from rollout_server.engine.models import llama
 from rollout_server.engine.models.base import CausalModel, ModelFacts, Weights
 from rollout_server.engine.models.generic import GenericModel, RowCache
+from rollout_server.engine.models.routes import RouteRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +46,13 @@ def load(
     context_length: int,
     allow_fast_path: bool = True,
     fp32_head: bool = False,
+    records_routes: bool = False,
 ) -> tuple[CausalModel, Weights]:
     """Loads a model and its active set of weights.
 
     Raises ConfigError if the model does not exist or cannot be run exactly. `allow_fast_path`: false takes
     the generic path for the Llama family too (for tests). `fp32_head`: the logits are computed in float32.
+    `records_routes`: the model records which experts are chosen.
     """
     module = _from_pretrained(path, dtype=dtype).to(device).eval()
     route_in_float32(module)
@@ -65,6 +68,7 @@ def load(
             f"--context-length {context_length}: {path} supports only {facts.max_positions} positions; "
             f"use at most {facts.max_positions}"
         )
+    recorder = RouteRecorder(module) if records_routes else None
     reference = [module(input_ids=tokens_BT[:1], use_cache=False).logits[0, -1]]
     reference.append(module(input_ids=tokens_BT[1:, : CHECK_TOKENS // 2], use_cache=False).logits[0, -1])
 
@@ -84,6 +88,7 @@ def load(
     for tensor in facts.layout:
         weights.named[tensor.name].copy_(tensor.whole_in(parameters[tensor.param]))
     model.activate(weights)
+    model.routes = recorder
     try:
         difference = _difference(model, tokens_BT, reference)
     except _FORWARD_ERRORS as error:
@@ -93,6 +98,8 @@ def load(
             f"--model-path {path}: model type {facts.model_type} does not run exactly on the embedded engine "
             f"(log-probs differ by {difference:.2g} from transformers)"
         )
+    if recorder is not None:
+        logger.info("%s: routes of %s", path, recorder.shape)  # raises ConfigError if they are not known
     num_parameters = sum(tensor.numel() for tensor in weights.named.values())
     logger.info(
         "%s: %s, %d parameters, %s path", path, facts.model_type, num_parameters, type(model).__name__
