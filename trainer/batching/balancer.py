@@ -176,7 +176,6 @@ def placed(
 _TOKEN_ARRAYS = {"tokens": "<i4", "loss_mask": "u1", "logprobs": "<f4", "versions": "<i4"}
 _ADDED = {"advantage": "<f8", "lag": "<i8", "beyond": "?"}
 """Values of a `TrainingSample`: an array with an entry for each token, one number for all, or None."""
-_ROUTE_DTYPES = ("|u1", "<u2")
 _BYTES_PER_TOKEN = 34
 """Bytes of the arrays above, of an advantage, a lag and a flag for each token, and of the length of a
 segment."""
@@ -230,7 +229,7 @@ def _encoded(sample: TrainingSample) -> dict[str, Any]:
         "segments": _bytes(trajectory.segments, "<i4"),
         "group": sample.group,
         "num_masked": sample.num_masked,
-        "routes": None if trajectory.routes is None else _encoded_routes(trajectory.routes),
+        "routes": None if trajectory.routes is None else trajectory.routes.to_bytes(),
     }
 
 
@@ -250,24 +249,12 @@ def _decoded(fields: dict[str, Any]) -> TrainingSample:
             reward=fields["reward"],
             finish_reason=FinishReason(fields["finish_reason"]),
             segments=tuple(_array(fields["segments"], "<i4").tolist()),
-            routes=None if fields["routes"] is None else _decoded_routes(*fields["routes"]),
+            routes=None if fields["routes"] is None else Routes.from_bytes(fields["routes"]),
         ),
         group=int(fields["group"]),
         num_masked=int(fields["num_masked"]),
         **added,
     )
-
-
-def _encoded_routes(routes: Routes) -> list[Any]:
-    experts = routes.experts_TLK
-    dtype = _ROUTE_DTYPES[experts.itemsize - 1]
-    return [dtype, list(experts.shape), _bytes(experts, dtype)]
-
-
-def _decoded_routes(dtype: str, shape: list[int], data: bytes) -> Routes:
-    if dtype not in _ROUTE_DTYPES:
-        raise ValueError(f"routes of dtype {dtype}")
-    return Routes(experts_TLK=np.frombuffer(data, dtype=dtype).reshape(shape))
 
 
 def _bytes(value: Any, dtype: str) -> bytes:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from areal_like.trajectory import NOT_SAMPLED, Trajectory
 from areal_like.wire.messages.consumer import EarlyMember, Group
 from areal_like.wire.records import sampled_versions
-from trainer.batching.routes import RouteFault, RouteShape, fault_of
+from areal_like.wire.routes import RoutesShape
+from trainer.batching.routes import RouteFault, fault_of
 
 Lags = NDArray[np.int64]
 """Lag of each token of a trajectory, [num_tokens], in optimizer steps; 0 where not sampled."""
@@ -124,7 +125,7 @@ class Position:
         return bool(0 <= self.max_staleness < np.concatenate(self.lags).max())
 
     def routed(
-        self, shape: RouteShape | None, *, whole_groups: bool = False
+        self, shape: RoutesShape | None, *, whole_groups: bool = False
     ) -> tuple[Position, dict[int, RouteFault]]:
         """(this position with only the routes that a model of this shape replays, faults by trajectory).
 

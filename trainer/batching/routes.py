@@ -1,9 +1,8 @@
-"""Routes of samples (`model.router_replay`): whether they can be used, of which segment, and in which row.
+"""Routes of samples (`model.router_replay`): whether they can be used, and their rows in a micro-batch.
 
-A sample's routes have a row for each token of a segment but its last, segment after segment. They come from
-an engine, so nothing about them is certain: `fault_of` compares them with the model. A sample whose routes
-are missing or do not fit is not trained on: to route it by the trainer's own choice is just what router
-replay prevents. It is counted (`routes_missing`, `routes_malformed`), its reward stays in its group's
+They come from an engine, so nothing about them is certain: `fault_of` compares them with the model. A sample
+whose routes are missing or do not fit is not trained on: to route it by the trainer's own choice is just what
+router replay prevents. It is counted (`routes_missing`, `routes_malformed`), its reward stays in its group's
 baseline, and its tokens stay in the divisor of the loss, as those of any sample that is masked.
 
 Rows of a micro-batch without recorded experts (the last token of each sequence, whose hidden state nothing
@@ -23,29 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.trajectory import Trajectory
-from areal_like.wire.routes import Routes
+from areal_like.wire.routes import Routes, RoutesShape
 from trainer.batching.shared_prefixes import InputSequence, SharedRows
 
 LIVE = -1
 """In a micro-batch's rows: no expert was recorded."""
 MAX_EXPERTS = int(np.iinfo(np.int16).max)
 """Largest number of experts of a layer: rows are int16, with `LIVE`."""
-
-
-class RouteShape(NamedTuple):
-    """What routes must be like to fit a model."""
-
-    num_layers: int
-    """Layers with experts."""
-    num_chosen: int
-    """Experts of a token."""
-    num_experts: int
-    """Experts of a layer."""
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Most bytes of a token's routes."""
-        return self.num_layers * self.num_chosen * np.dtype(np.uint16).itemsize
 
 
 class FaultKind(StrEnum):
@@ -65,19 +48,16 @@ class RouteFault(NamedTuple):
     """An explanation for the log."""
 
 
-def fault_of(trajectory: Trajectory, shape: RouteShape) -> RouteFault | None:
+def fault_of(trajectory: Trajectory, shape: RoutesShape) -> RouteFault | None:
     """Why the routes of a trajectory cannot be used; None if they can."""
-    if trajectory.routes is None:
+    routes = trajectory.routes
+    if routes is None:
         return RouteFault(FaultKind.MISSING, "it has none")
-    experts_TLK = trajectory.routes.experts_TLK
-    num_rows = trajectory.num_tokens - len(trajectory.segment_slices)
-    want = (num_rows, shape.num_layers, shape.num_chosen)
-    if experts_TLK.shape != want:
-        return RouteFault(FaultKind.MALFORMED, f"want shape {list(want)}, got {list(experts_TLK.shape)}")
-    if not experts_TLK.size:
-        return None
-    if (largest := int(experts_TLK.max())) >= shape.num_experts:
-        return RouteFault(FaultKind.MALFORMED, f"expert {largest} of {shape.num_experts}")
+    experts_TLK = routes.experts_TLK
+    _, num_layers, num_chosen = experts_TLK.shape
+    got = RoutesShape(num_layers=num_layers, num_chosen=num_chosen, num_experts=routes.num_experts)
+    if got != shape:
+        return RouteFault(FaultKind.MALFORMED, f"they are those of {got}, and the model has {shape}")
     ordered_TLK = np.sort(experts_TLK, axis=-1)
     if (ordered_TLK[..., 1:] == ordered_TLK[..., :-1]).any():
         return RouteFault(FaultKind.MALFORMED, "a token has an expert twice")
@@ -86,20 +66,18 @@ def fault_of(trajectory: Trajectory, shape: RouteShape) -> RouteFault | None:
 
 def experts_of_segments(trajectory: Trajectory) -> list[NDArray[Any] | None]:
     """The experts of each segment, [its tokens - 1, L, K]; None for all of them without routes."""
-    slices = trajectory.segment_slices
-    if trajectory.routes is None:
-        return [None] * len(slices)
-    experts_TLK = trajectory.routes.experts_TLK
-    return [experts_TLK[part.start - index : part.stop - index - 1] for index, part in enumerate(slices)]
+    if (of_segments := trajectory.segment_routes) is None:
+        return [None] * len(trajectory.segment_slices)
+    return [routes.experts_TLK for routes in of_segments]
 
 
 def routes_of(trajectory: Trajectory, slices: Sequence[slice]) -> Routes | None:
     """The routes of a trajectory that has only these segments (some of `segment_slices`)."""
-    if trajectory.routes is None:
+    if (of_segments := trajectory.segment_routes) is None:
         return None
     starts = [part.start for part in trajectory.segment_slices]
-    of_segments = dict(zip(starts, experts_of_segments(trajectory), strict=True))
-    return Routes(experts_TLK=np.concatenate([of_segments[part.start] for part in slices]))  # type: ignore[arg-type]
+    by_start = dict(zip(starts, of_segments, strict=True))
+    return Routes.joined([by_start[part.start] for part in slices])
 
 
 def rows_of(sequences: Sequence[InputSequence], shared: SharedRows | None) -> NDArray[np.int16] | None:

@@ -36,7 +36,8 @@ from torch.overrides import TorchFunctionMode
 
 from areal_like.errors import ConfigError
 from areal_like.precision import declared_routers, routers
-from trainer.batching.routes import LIVE, MAX_EXPERTS, RouteShape
+from areal_like.wire.routes import RoutesShape
+from trainer.batching.routes import LIVE, MAX_EXPERTS
 
 _TOPK = (torch.topk, Tensor.topk)
 
@@ -100,7 +101,7 @@ class RouterReplay:
             and 0 < num_chosen < num_experts <= MAX_EXPERTS
         ):
             raise refusal
-        self.shape = RouteShape(num_layers=len(self._gates), num_chosen=num_chosen, num_experts=num_experts)
+        self.shape = RoutesShape(num_layers=len(self._gates), num_chosen=num_chosen, num_experts=num_experts)
         """What routes have to be like."""
         self.last: RowRoutes | None = None
         """The routes of the newest forward; None: it had none."""

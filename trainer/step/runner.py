@@ -140,7 +140,7 @@ class StepRunner:
         if self.advantages.scope is Scope.BATCH:
             self._step_advantages = StepAdvantages(self.advantages, ranks, critic=critic)
         self._shares_prefixes = objective.shares_prefixes and not objective.late_coefficients
-        self._route_shape = None if policy.replay is None else policy.replay.shape
+        self._routes_shape = None if policy.replay is None else policy.replay.shape
         limits: dict[str, Any] = {
             "budget_tokens": budget_tokens,
             "whole_groups": objective.whole_groups,
@@ -150,7 +150,7 @@ class StepRunner:
         is_single = objective.one_sequence_per_microbatch
         self._packer: Packer | Balancer
         if balances and not is_single:
-            route_bytes = 0 if self._route_shape is None else self._route_shape.bytes_per_token
+            route_bytes = 0 if self._routes_shape is None else self._routes_shape.bytes_per_token
             cost = cost_of(ModelFlops.of(policy.model))
             self._packer = Balancer(ranks, cost=cost, route_bytes=route_bytes, **limits)
         else:
@@ -248,7 +248,7 @@ class StepRunner:
 
     def _routed(self, position: Position, totals: StepTotals, *, step: int) -> Position:
         """The position, without the samples whose routes cannot be replayed; counts them."""
-        position, faults = position.routed(self._route_shape, whole_groups=self._needs_whole_groups)
+        position, faults = position.routed(self._routes_shape, whole_groups=self._needs_whole_groups)
         if not faults:
             return position
         for fault in faults.values():
@@ -485,14 +485,14 @@ class StepRunner:
         compute_s, reduce_s, update_s, step_s, and those of `StepSpeed`. With router replay
         router_disagreement (share of the recorded choices of experts that the present routers would not have
         made) and those of `StepTotals.route_metrics` (samples that are left out). With buffer.overdue=close
-        also those of `PartTable` (tokens beyond the staleness bound, early and late samples, lags by each sample's
-        oldest trained token) and, if such tokens are not all masked, beyond_log_ratio_abs and
+        also those of `PartTable` (tokens beyond the staleness bound, early and late samples, lags by each
+        sample's oldest trained token) and, if such tokens are not all masked, beyond_log_ratio_abs and
         beyond_ess_ratio: masked ones have no log-probs, because their logits are not computed.
         """
         metrics = totals.metrics() | update | {"lr_base": self.optimizer.lr}
         if self._beyond:
             metrics |= totals.part_metrics(self._ranks, beyond=self._beyond)
-        if self._route_shape is not None:
+        if self._routes_shape is not None:
             metrics |= totals.route_metrics()
         metrics["ess_weights"] = totals.ess_ratios()[self._objective.ess_level]
         if isinstance(self._packer, Balancer):
