@@ -161,7 +161,7 @@ def test_segments_of_a_sample_stay_together(
             assert list(alone.microbatches([[sample]])) == [] and alone.set_aside == [sample]
             parts = cut(sample, alone)
             assert all(list(alone.microbatches([[part]])) == [(part,)] for part in parts) and len(parts) > 1
-            lengths = [len(tokens) for part in parts for tokens in sequences_of(part.trajectory)]
+            lengths = [each.num_tokens for part in parts for each in sequences_of(part.trajectory)]
             assert tuple(lengths) == sample.trajectory.segments
 
 

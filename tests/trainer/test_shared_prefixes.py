@@ -22,7 +22,7 @@ from areal_like.trajectory import FinishReason, Trajectory
 from tests.support.trainer_helpers import ARCHITECTURES, VOCAB, dense_logprobs, write_model
 from trainer.batching import attention_layout
 from trainer.batching.packing import PackedBatch, Packer, TrainingSample, collate
-from trainer.batching.shared_prefixes import SharedRows
+from trainer.batching.shared_prefixes import InputSequence, SharedRows
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.policy import Policy
@@ -92,7 +92,7 @@ def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
 
 @given(sequences)
 def test_rows_stand_for_equal_prefixes_only(tokens: list[NDArray[np.int32]]) -> None:
-    shared = SharedRows.of(tokens)
+    shared = SharedRows.of(list(map(InputSequence, tokens)))
     if shared is None:
         return
     starts = np.cumsum([0, *map(len, tokens)])

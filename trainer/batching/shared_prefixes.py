@@ -39,7 +39,7 @@ _LOOK_BACK = 8
 """Most earlier sequences with the same first tokens that a sequence is compared with."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class InputSequence:
     """One sequence as the model gets it."""
 

@@ -121,8 +121,8 @@ class GroupAdvantages:
     def scored(
         self, position: Position, shaped: TrajectoryGroup, advantages: Sequence[float | FloatArray]
     ) -> ScoredPosition:
-        """The samples with these advantages. Tokens beyond the bound are masked or marked; samples that are left
-        out are masked."""
+        """The samples with these advantages. Tokens beyond the bound are masked or marked; samples that are
+        left out are masked."""
         samples = []
         for index, (trajectory, advantage) in enumerate(zip(shaped, advantages, strict=True)):
             if trajectory.is_greedy:
