@@ -43,7 +43,7 @@ def compute_dtype(config: Config) -> Dtype:
         return "float32"
     if config.model.path in BUILT_MODELS:
         return "float32"  # `trainer.prepare_model` saves them so
-    facts = _model_facts(config, needed_for="model.dtype=auto")
+    facts = model_facts(config, needed_for="model.dtype=auto")
     named = facts.get("dtype") or facts.get("torch_dtype")
     if not isinstance(named, str):
         raise ConfigError(
@@ -105,7 +105,7 @@ def _check_attention(config: Config) -> None:
     is_affected = config.model.dtype == "float32" and not _is_on_cpu(config.trainer.device)
     if not is_affected or longest <= LONG_TOKENS or config.model.path in BUILT_MODELS:
         return
-    facts = _model_facts(config, needed_for=f"sequences of {longest} tokens")
+    facts = model_facts(config, needed_for=f"sequences of {longest} tokens")
     num_heads = facts.get("num_attention_heads")
     if facts.get("num_key_value_heads", num_heads) != num_heads:
         raise ConfigError(
@@ -119,7 +119,7 @@ def _is_on_cpu(device: str) -> bool:
     return device == "cpu"
 
 
-def _model_facts(config: Config, *, needed_for: str) -> dict[str, Any]:
+def model_facts(config: Config, *, needed_for: str) -> dict[str, Any]:
     """The model's config.json, or its text section if it has several. Raises ConfigError."""
     path = model_path(config)
     try:

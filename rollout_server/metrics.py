@@ -52,6 +52,8 @@ _COUNTERS = {
     ),
     "retractions": ("retractions", "Sequences that an engine retracted for lack of KV memory."),
     "samples_done": ("samples_done", "Samples finished."),
+    "routes_bytes": ("routes_bytes", "Bytes of the routes of samples (model.router_replay)."),
+    "routed_tokens": ("routed_tokens", "Tokens of samples that have routes."),
     "starved_s": (
         "engine_starved_seconds",
         "Time in which the engine had free slots while too many samples waited for rewards or environments.",
@@ -266,6 +268,8 @@ class ServerStats:
         values = totals | {
             "progress": self._num_changes(now_s=now_s),
             "samples_done": self.runner.num_done,
+            "routes_bytes": self.runner.num_routes_bytes,
+            "routed_tokens": self.runner.num_routed_tokens,
             "samples_failed": self.runner.num_failed.total(),
             **{name: self.runner.num_failed[kind] for kind, name in _FAILED.items()},
             "reward_s": sum(pool.seconds_total for pool in self.rewards),

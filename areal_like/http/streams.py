@@ -47,7 +47,9 @@ def encode_frame(events: Sequence[object]) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-async def read_events(pieces: AsyncIterable[bytes]) -> AsyncIterator[Any]:
+async def read_events(
+    pieces: AsyncIterable[bytes], *, max_bytes: int = MAX_EVENT_BYTES
+) -> AsyncIterator[Any]:
     """Yields the content of each `data: {json}` line until `data: [DONE]`; other lines are skipped.
 
     Raises ValueError for an event that is too long or not JSON.
@@ -55,8 +57,8 @@ async def read_events(pieces: AsyncIterable[bytes]) -> AsyncIterator[Any]:
     buffered = bytearray()
     async for piece in pieces:
         buffered += piece
-        if len(buffered) > MAX_EVENT_BYTES:
-            raise ValueError(f"event longer than {MAX_EVENT_BYTES} bytes")
+        if len(buffered) > max_bytes:
+            raise ValueError(f"event longer than {max_bytes} bytes")
         if b"\n" not in piece:
             continue
         *lines, rest = bytes(buffered).split(b"\n")
@@ -70,7 +72,9 @@ async def read_events(pieces: AsyncIterable[bytes]) -> AsyncIterator[Any]:
             yield json.loads(data)
 
 
-async def read_frames(pieces: AsyncIterable[bytes]) -> AsyncIterator[Any]:
+async def read_frames(
+    pieces: AsyncIterable[bytes], *, max_bytes: int = MAX_EVENT_BYTES
+) -> AsyncIterator[Any]:
     """Yields the events of frames until the frame without content.
 
     Raises ValueError for a frame that is too long or not a list.
@@ -81,8 +85,8 @@ async def read_frames(pieces: AsyncIterable[bytes]) -> AsyncIterator[Any]:
         start = 0
         while len(buffered) - start >= _LENGTH.size:
             (size,) = _LENGTH.unpack_from(buffered, start)
-            if size > MAX_EVENT_BYTES:
-                raise ValueError(f"frame longer than {MAX_EVENT_BYTES} bytes")
+            if size > max_bytes:
+                raise ValueError(f"frame longer than {max_bytes} bytes")
             if size == 0:
                 return
             end = start + _LENGTH.size + size

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from areal_like.errors import EngineError, EngineTimeoutError, EpisodeError, PromptRefusedError
 from areal_like.spans.recorder import observe
 from areal_like.trajectory import FinishReason
+from areal_like.wire.routes import Routes
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.generation import Generation, Sampling
 
@@ -167,4 +168,23 @@ def _joined(parts: Sequence[Generation], finish_reason: FinishReason) -> Generat
         logprobs=np.concatenate([part.logprobs for part in parts] or [np.empty(0, np.float32)]),
         versions=np.concatenate([part.versions for part in parts] or [np.empty(0, np.int32)]),
         finish_reason=finish_reason,
+        routes=_joined_routes(parts),
     )
+
+
+def _joined_routes(parts: Sequence[Generation]) -> Routes | None:
+    """Returns the routes of a turn: of each token those of its first pass. None if a part has none.
+
+    The routes of a part cover its prompt too, which includes the parts before it. Of those tokens only the
+    last one went through the model for the first time in this part.
+    """
+    pieces: list[Routes] = []
+    num_known = 0
+    for part in parts:
+        if not len(part.output_ids):
+            continue
+        if part.routes is None:
+            return None
+        pieces.append(part.routes.rows(num_known, part.routes.num_tokens))
+        num_known = part.routes.num_tokens
+    return Routes.joined(pieces) if pieces else None

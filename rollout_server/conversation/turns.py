@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.trajectory import LARGEST_REWARD, NOT_SAMPLED, TOKEN_REWARDS, FinishReason, Trajectory
+from areal_like.wire.routes import Routes
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.environments.base import Message, Reply
 from rollout_server.policy.generation import Generation
@@ -65,6 +66,9 @@ class Turn:
     """Number of tokens from the start of the segment through the end of this turn."""
     messages: list[Message] = field(default_factory=list)
     """The whole conversation, ending with this turn's reply; empty for a prompt given as tokens."""
+    routes: Routes | None = None
+    """Of the tokens from the last one of the parent (without a parent: from the first) to the last but one of
+    this turn: those that went through the model for the first time in this turn."""
 
     @property
     def path(self) -> list[Turn]:
@@ -150,6 +154,7 @@ class Turns:
                 logprobs=generation.logprobs,
                 versions=generation.versions,
                 end=len(prompt) + len(generation.output_ids),
+                routes=_new_routes(generation, parent),
             )
             self._turns.append(turn)
         return generation, turn
@@ -213,6 +218,7 @@ class Turns:
             metrics=outcome.metrics,
             label=label,
             arrays=placed_token_rewards(outcome, spans, num_tokens=len(tokens)),
+            routes=_joined_routes(self._turns),
             finish_reason=finish_reason or self.finish_reason,
             is_greedy=is_greedy,
             generation_s=self.generation_s,
@@ -230,10 +236,7 @@ def _layout(turns: Sequence[Turn]) -> tuple[list[int], list[Span], Iterator[NDAr
     spans: dict[Turn, Span] = {}
     pieces: list[tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]] = []
     end = 0
-    extended = {turn.parent for turn in turns}
-    for leaf in turns:
-        if leaf in extended:
-            continue
+    for leaf in _leaves(turns):
         for turn in leaf.path:
             pieces.append(_as_context(turn.context))
             end += len(turn.context)
@@ -246,6 +249,28 @@ def _layout(turns: Sequence[Turn]) -> tuple[list[int], list[Span], Iterator[NDAr
         segments.append(leaf.end)
     arrays = map(np.concatenate, zip(*pieces, strict=True))
     return segments, [spans[turn] for turn in turns], arrays
+
+
+def _leaves(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns that end a segment, in the order in which they finished."""
+    extended = {turn.parent for turn in turns}
+    return [turn for turn in turns if turn not in extended]
+
+
+def _new_routes(generation: Generation, parent: Turn | None) -> Routes | None:
+    """The field `routes` of a turn with this generation."""
+    routes = generation.routes
+    if routes is None or parent is None:
+        return routes
+    # Copied: a view would keep the routes of all earlier turns once more.
+    return Routes.joined([routes.rows(parent.end - 1, routes.num_tokens)])
+
+
+def _joined_routes(turns: Sequence[Turn]) -> Routes | None:
+    """Returns `Trajectory.routes`; None unless all turns have routes."""
+    routes = [turn.routes for leaf in _leaves(turns) for turn in leaf.path]
+    known = [each for each in routes if each is not None]
+    return Routes.joined(known) if len(known) == len(routes) else None
 
 
 def _as_context(

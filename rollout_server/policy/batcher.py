@@ -32,8 +32,8 @@ from typing import Any
 
 import aiohttp
 
-from areal_like.errors import EngineError, EngineTimeoutError
-from areal_like.http.streams import FRAMES, read_events, read_frames
+from areal_like.errors import EngineError, EngineTimeoutError, RoutesError
+from areal_like.http.streams import FRAMES, MAX_EVENT_BYTES, read_events, read_frames
 from areal_like.trajectory import FinishReason
 from rollout_server.policy.generation import (
     Generation,
@@ -46,6 +46,7 @@ from rollout_server.policy.generation import (
     refusal,
 )
 from rollout_server.policy.http import CONNECT_TIMEOUT_S, EngineHttp, error_text
+from rollout_server.policy.routes import RoutesReader
 from rollout_server.policy.stop_texts import StopTexts, StopWatch
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ class _Pending:
     """True if another request may continue this one."""
     stop_watch: StopWatch | None = None
     """None without stop texts."""
+    returns_routes: bool = False
+    """True if the generation needs routes."""
 
     def fail(self, error: EngineError) -> None:
         """Fails the call with a copy of `error`, because the error may be shared by a whole batch."""
@@ -98,6 +101,8 @@ class GenerateBatcher:
         """True once the engine has responded in the packed form."""
         self._streaming = {"stream_interval": stream_interval} if stream_interval else {}
         self.stop_texts = StopTexts()
+        self.routes: RoutesReader | None = None
+        """Reads the routes of generations; None: the engine returns none."""
         self._queued: list[_Pending] = []
         """Requests made in this turn of the loop."""
         self._open: dict[str, _Pending] = {}
@@ -145,6 +150,7 @@ class GenerateBatcher:
             loop.time() + timeout_s,
             keeps_prefix=sampling.keeps_prefix,
             stop_watch=stop_watch,
+            returns_routes=sampling.returns_routes,
         )
         self._open.setdefault(rid, pending)
         if not self._queued:
@@ -231,6 +237,7 @@ class GenerateBatcher:
             keeps_prefix=[pending.keeps_prefix for pending in batch],
             cache_salts=[pending.cache_salt for pending in batch],
             lora_paths=[pending.lora_path for pending in batch],
+            returns_routes=any(pending.returns_routes for pending in batch),
             is_packed=self._is_packed,
         )
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
@@ -247,7 +254,8 @@ class GenerateBatcher:
                     return refusal(response.status, f"{name} refused /generate: {reason}")
                 self._is_packed = response.content_type == FRAMES
                 read = read_frames if self._is_packed else read_events
-                async for event in read(response.content.iter_any()):
+                max_bytes = MAX_EVENT_BYTES + self._most_bytes_of_routes(batch)
+                async for event in read(response.content.iter_any(), max_bytes=max_bytes):
                     self._resolve(batch, checked(event))
         except EngineError as error:
             return type(error)(f"{name} refused a request: {error}")
@@ -307,7 +315,7 @@ class GenerateBatcher:
         except (KeyError, TypeError, IndexError, OverflowError) as error:
             raise ValueError(f"malformed event ({type(error).__name__}: {error})") from None
         try:
-            generation = parse_generation(event)
+            generation = self._with_routes(pending, parse_generation(event), event)
         except EngineError as error:
             pending.fail(error)
             return
@@ -325,6 +333,24 @@ class GenerateBatcher:
             generation = replace(generation, finish_reason=FinishReason.TIMEOUT)
         if not pending.future.done():
             pending.future.set_result(generation)
+
+    def _with_routes(self, pending: _Pending, generation: Generation, event: dict[str, Any]) -> Generation:
+        """Adds the routes that a request asked for. Raises RoutesError if they are missing or do not fit."""
+        num_sampled = len(generation.output_ids)
+        if not pending.returns_routes or not num_sampled:
+            return generation
+        if self.routes is None:
+            raise RoutesError(f"engine {self._http.base_url} records no routes (model.router_replay)")
+        raw = event["meta_info"].get("routed_experts")
+        num_tokens = len(pending.input_ids) + num_sampled - 1
+        return replace(generation, routes=self.routes.read(raw, num_tokens=num_tokens))
+
+    def _most_bytes_of_routes(self, batch: Sequence[_Pending]) -> int:
+        """The most bytes that routes add to one event of a batch."""
+        if self.routes is None or not any(pending.returns_routes for pending in batch):
+            return 0
+        lengths = [len(pending.input_ids) + pending.sampling["max_new_tokens"] for pending in batch]
+        return self.routes.response_bytes(max(lengths))
 
     def _read_chunk(self, pending: _Pending, event: dict[str, Any]) -> None:
         if pending.on_first_token is not None:

@@ -23,6 +23,7 @@ from areal_like.wire.messages.weights import FormGroup
 from rollout_server.policy.batcher import GenerateBatcher
 from rollout_server.policy.generation import Generation, Sampling, parse_scores, parse_weight_version
 from rollout_server.policy.http import CONNECT_TIMEOUT_S, EngineHttp
+from rollout_server.policy.routes import RoutesReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +317,18 @@ class EngineClient:
             self._num_loads -= 1
 
     async def fetch_info(self) -> None:
-        self.info = EngineInfo.from_server_info(await self.server_info())
+        facts = await self.server_info()
+        self.info = EngineInfo.from_server_info(facts)
+        self.routes = RoutesReader.of_embedded(facts.get("routes_shape"))
+
+    @property
+    def routes(self) -> RoutesReader | None:
+        """Reads the routes of generations; None: the engine returns none."""
+        return self._batcher.routes
+
+    @routes.setter
+    def routes(self, reader: RoutesReader | None) -> None:
+        self._batcher.routes = reader
 
 
 class EmbeddedClient(EngineClient):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from areal_like.errors import EngineError, PromptRefusedError
 from areal_like.http.streams import EVENTS, FRAMES, pack_tokens, unpack_logprobs, unpack_tokens
 from areal_like.trajectory import FinishReason
+from areal_like.wire.routes import Routes
 
 MAX_ERROR_CHARS = 500
 """An engine's error message is cut to this length."""
@@ -59,6 +60,8 @@ class Sampling:
     keeps_prefix: bool = False
     """True if another request may continue this sequence (the next turn of a conversation), so the embedded
     engine keeps its KV. SGLang keeps the KV of every sequence."""
+    returns_routes: bool = False
+    """True if the generation needs the routes of its tokens (`model.router_replay`)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns SGLang's `sampling_params`, without fields at their default and those used only by the
@@ -97,6 +100,8 @@ class Generation:
     """Number of prompt tokens; 0 if the engine does not report it."""
     num_cached_tokens: int = 0
     """Number of prompt tokens whose KV was in the engine's prefix cache."""
+    routes: Routes | None = None
+    """Routes of the prompt and the output but for its last token, if they were requested and T is above 0."""
 
 
 def encode_request(
@@ -107,11 +112,13 @@ def encode_request(
     keeps_prefix: Sequence[bool],
     cache_salts: Sequence[str],
     lora_paths: Sequence[str] = (),
+    returns_routes: bool = False,
     is_packed: bool,
 ) -> tuple[bytes, dict[str, str]]:
     """Returns the body and headers of a streaming batch request. Each argument has one entry per prompt.
 
     `lora_paths`: names of adapters, empty for the base model; or nothing at all.
+    `returns_routes`: for all prompts, because SGLang takes no list here.
     """
     body: dict[str, Any] = {
         "rid": rids,
@@ -126,6 +133,8 @@ def encode_request(
         body["cache_salt"] = cache_salts
     if any(lora_paths):
         body["lora_path"] = [name or None for name in lora_paths]
+    if returns_routes:
+        body["return_routed_experts"] = True
     content = msgpack.packb(body) if is_packed else json.dumps(body).encode()
     headers = {
         "Accept": f"{FRAMES}, {EVENTS}",

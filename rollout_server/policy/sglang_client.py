@@ -28,6 +28,7 @@ from areal_like.errors import EngineError, PromptRefusedError
 from rollout_server.policy.client import EngineClient, EngineInfo
 from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.http import CONNECT_TIMEOUT_S
+from rollout_server.policy.routes import RoutesReader
 
 STREAM_INTERVAL = 1 << 20
 """Tokens between two chunks of a sequence after its first one. A chunk repeats all tokens before it, so the
@@ -56,14 +57,24 @@ class NamedAdapter:
 class SglangClient(EngineClient):
     """Asynchronous client of one SGLang (0.5.23 and compatible versions)."""
 
-    def __init__(self, base_url: str, *, vocab_size: int, nccl_version: str = "", **options: Any) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        vocab_size: int,
+        nccl_version: str = "",
+        routes: RoutesReader | None = None,
+        **options: Any,
+    ) -> None:
         """`vocab_size`: rows of the model's embedding; `options`: those of EngineClient.
 
-        `nccl_version`: the engine's NCCL version, which SGLang does not report; empty: unknown.
+        `nccl_version`: the engine's NCCL version, which SGLang does not report; empty: unknown. `routes`:
+        reads the routes of generations; None: they are not requested.
         """
         super().__init__(base_url, stream_interval=STREAM_INTERVAL, **options)
         self._vocab_size = vocab_size
         self._nccl_version = nccl_version
+        self.routes = routes
         self._num_running = 0
         self._num_tokens = 0
         self._created_s = self._since_s = asyncio.get_running_loop().time()

@@ -111,8 +111,10 @@ class StopWatch:
         end = self._end
         if end is None:
             return generation
+        routes, num_cut = generation.routes, len(generation.output_ids) - end
         return replace(
             generation,
+            routes=None if routes is None else routes.rows(0, routes.num_tokens - num_cut),
             output_ids=generation.output_ids[:end],
             logprobs=generation.logprobs[:end],
             versions=generation.versions[:end],

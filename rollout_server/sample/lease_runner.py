@@ -31,6 +31,7 @@ from areal_like.errors import (
     PromptRefusedError,
     RewardError,
     RewardTimeoutError,
+    RoutesError,
 )
 from areal_like.failures import FailureKind, FailurePolicy
 from areal_like.spans import recorder
@@ -56,6 +57,7 @@ _MAX_ERROR_CHARS = 500
 _KINDS: tuple[tuple[type[ArealError], FailureKind], ...] = (
     (EngineTimeoutError, FailureKind.TIMEOUT),
     (PromptRefusedError, FailureKind.PROMPT),
+    (RoutesError, FailureKind.ROUTES),
     (EngineError, FailureKind.ENGINE),
     (RewardTimeoutError, FailureKind.REWARD_TIMEOUT),
     (RewardError, FailureKind.REWARD),
@@ -128,6 +130,7 @@ class LeaseRunner:
         self._sources = sources
         self._buffers = buffers
         self._on_failure = config.buffer.on_failure
+        self._max_routes_bytes = config.buffer.max_message_bytes
         self._num_tries = 1 + config.buffer.max_sample_retries
         """Tries at one sample by external agents, counted as described for `AgentLostError`."""
         self._prompts = PromptLoader(sources, timeout_s=config.rollout.reward_timeout_s)
@@ -146,6 +149,8 @@ class LeaseRunner:
         """Finished samples by finish reason."""
         self.num_failed = Counter[FailureKind]()
         """Failed samples by kind, including those reported with reward 0."""
+        self.num_routes_bytes = self.num_routed_tokens = 0
+        """Bytes of the routes of finished samples, and the tokens that have them."""
 
     @property
     def seconds_in_progress(self) -> float:
@@ -244,7 +249,7 @@ class LeaseRunner:
         )
         try:
             await leader.wait_turn(sample_index)
-            record = _record_of(lease, sample_index, await tries.make(begin, name=name))
+            record = self._record_of(lease, sample_index, await tries.make(begin, name=name))
         except (EngineError, EpisodeError, RewardError) as error:
             if isinstance(error, EngineError):
                 await asyncio.sleep(_ENGINE_GRACE_S)
@@ -275,10 +280,10 @@ class LeaseRunner:
         is_zero = self._on_failure.policy(kind) is FailurePolicy.ZERO and failure.is_of_policy
         if is_zero and attempt is not None:
             try:
-                record = Record.of(lease.ticket_id, sample_index, attempt.without_reward())
+                record = self._record_of(lease, sample_index, attempt.without_reward())
                 self._buffers.deliver(SampleDone(lease_id=lease.lease_id, record=record, failure=kind.value))
                 return
-            except ValueError:  # nothing was sampled, or the engine's tokens cannot be used
+            except (ValueError, RewardError, RoutesError):  # nothing was sampled, or it cannot be used
                 pass
         self._buffers.deliver(
             SampleFailed(
@@ -291,9 +296,20 @@ class LeaseRunner:
             )
         )
 
-
-def _record_of(lease: Lease, sample_index: int, trajectory: Trajectory) -> Record:
-    try:
-        return Record.of(lease.ticket_id, sample_index, trajectory)
-    except ValueError as error:  # too many components
-        raise RewardError(f"the reward cannot be stored: {error}") from None
+    def _record_of(self, lease: Lease, sample_index: int, trajectory: Trajectory) -> Record:
+        """Raises RewardError for a reward that no record holds, RoutesError for routes that no message
+        does."""
+        routes = trajectory.routes
+        if routes is not None and len(routes.to_bytes()) > self._max_routes_bytes:
+            raise RoutesError(
+                f"the routes of {routes.num_tokens} tokens take {len(routes.to_bytes())} bytes, and one "
+                f"message at most buffer.max_message_bytes={self._max_routes_bytes}: raise it"
+            )
+        try:
+            record = Record.of(lease.ticket_id, sample_index, trajectory)
+        except ValueError as error:  # too many components
+            raise RewardError(f"the reward cannot be stored: {error}") from None
+        if routes is not None:
+            self.num_routes_bytes += len(routes.to_bytes())
+            self.num_routed_tokens += routes.num_tokens
+        return record

@@ -63,6 +63,8 @@ def sampling_of(
         )
     if sampling.temperature == 0 or sample_index in lease.greedy_indices:
         sampling = replace(sampling, temperature=0.0, sampling_seed=None)
+    if config.model.router_replay and one is None and sampling.temperature > 0:
+        sampling = replace(sampling, returns_routes=True)  # the sample is trained on
     if example is not None and 0 < example.max_new_tokens < sampling.max_new_tokens:
         sampling = replace(sampling, max_new_tokens=example.max_new_tokens)
     return sampling

@@ -156,7 +156,10 @@ class GenerationRoutes:
         while opened.num_running:
             outputs = await opened.take()
             events = [self._written(packed_sequence, opened, output) for output in outputs]
-            yield encode_frame(events) + (b"" if opened.num_running else END_OF_FRAMES)
+            for frame in _frames_of(events):
+                yield encode_frame(frame)
+            if not opened.num_running:
+                yield END_OF_FRAMES
 
     async def _wait_for_all(self, request: Request, opened: OpenRequest) -> Response:
         """Returns the response to a non-streaming request; status 499 if the client has disconnected."""
@@ -219,6 +222,12 @@ class GenerationRoutes:
 
         await asyncio.wrap_future(self._loop.call(command))
         return success("continued")
+
+
+def _frames_of(events: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """One frame for all events, unless they have routes: a frame of several would be too long."""
+    has_routes = any("routed_experts" in event["meta_info"] for event in events)
+    return [[event] for event in events] if has_routes else [events]
 
 
 class EventStream(StreamingResponse):

@@ -31,6 +31,7 @@ from areal_like.runtime.logs import OUTPUT_FILE, LogBounds, Outputs
 from rollout_server.engine.options import ProcessOptions
 from rollout_server.policy.batcher import MAX_BATCH
 from rollout_server.policy.client import EmbeddedClient, EngineClient
+from rollout_server.policy.routes import RoutesReader
 
 _POLL_S = 0.05
 _STOP_TIMEOUT_S = 5.0
@@ -202,6 +203,7 @@ class EngineProcess(ABC):
                 self._check_alive()
                 await asyncio.sleep(_POLL_S)
             await client.fetch_info()
+            check_routes_fit(self._config, client.routes, context_tokens=self._context_tokens)
         except BaseException:  # cancellation included: it must not leak the client's connections
             await client.close()
             raise
@@ -255,6 +257,7 @@ class EmbeddedProcess(EngineProcess):
             weight_version=str(version),
             random_seed=self._config.seed,
             max_adapters=self._config.num_adapters,
+            enable_return_routed_experts=self._config.model.router_replay,
             num_threads=rollout.num_threads,
         ).to_json()
 
@@ -267,6 +270,18 @@ class EmbeddedProcess(EngineProcess):
             if self._port_file.exists():
                 return int(self._port_file.read_text())
             await asyncio.sleep(_POLL_S)
+
+
+def check_routes_fit(config: Config, routes: RoutesReader | None, *, context_tokens: int) -> None:
+    """Raises ConfigError if the routes of a whole sequence do not fit into a message to the buffer."""
+    most = config.buffer.max_message_bytes
+    if routes is None or (num_bytes := routes.shape.block_bytes(context_tokens)) <= most:
+        return
+    raise ConfigError(
+        f"with model.router_replay a sequence of {context_tokens} tokens has routes of {num_bytes} bytes "
+        f"({routes.shape.bytes_per_token} a token), and one message has at most "
+        f"buffer.max_message_bytes={most}: raise it in all roles, or use shorter sequences"
+    )
 
 
 def longest_body(context_tokens: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from areal_like.trajectory import FinishReason
+from rollout_server.engine.cache import Prefix
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.kept_prefixes import KeptPrefixes
 from rollout_server.engine.models.loading import load
@@ -248,6 +250,13 @@ def kv_of(tokens: list[int]) -> torch.Tensor:
     return torch.tensor(numbers).view(1, 1, 1, -1, 1).expand(1, 2, 1, -1, 1)
 
 
+def prefix_of(tokens: list[int], start: int, end: int) -> Prefix:
+    """KV and routes that both depend on all tokens before a position."""
+    kv = kv_of(tokens)
+    routes = kv[0, 0, 0].numpy().astype(np.uint16)[:, None]
+    return Prefix(kv_L2HTD=kv[:, :, :, start:end], routes_TLK=routes[start:end])
+
+
 class KeptPrefixesMachine(RuleBasedStateMachine):
     """Against all sequences that were ever put in."""
 
@@ -262,8 +271,7 @@ class KeptPrefixesMachine(RuleBasedStateMachine):
     def insert(self, tokens: list[int], continues: bool) -> None:
         if continues and self.inserted:
             tokens = self.inserted[-1] + tokens
-        whole = kv_of(tokens)
-        self.kept.insert(tokens, lambda start, end: whole[:, :, :, start:end])
+        self.kept.insert(tokens, partial(prefix_of, tokens))
         if len(tokens) <= self.max_tokens:
             self.inserted.append(tokens)
             assert self.kept.num_matched(tokens) == len(tokens)
@@ -271,11 +279,14 @@ class KeptPrefixesMachine(RuleBasedStateMachine):
     @rule(tokens=st.lists(st.integers(0, 2), max_size=20))
     def look_up(self, tokens: list[int]) -> None:
         parts = self.kept.match(tokens)
-        found = sum(part.shape[3] for part in parts)
+        found = sum(part.kv_L2HTD.shape[3] for part in parts)
         longest = max((shared(tokens, other) for other in self.inserted), default=0)
         assert found == longest if self.max_tokens > 1000 else found <= longest
         if parts:
-            assert torch.equal(torch.cat(parts, 3), kv_of(tokens[:found]))
+            want = prefix_of(tokens, 0, found)
+            assert torch.equal(torch.cat([part.kv_L2HTD for part in parts], 3), want.kv_L2HTD)
+            routes = [part.routes_TLK for part in parts if part.routes_TLK is not None]
+            assert np.array_equal(np.concatenate(routes), want.routes_TLK)
 
     @rule()
     def clear(self) -> None:

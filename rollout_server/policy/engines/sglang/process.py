@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from areal_like.automatic_settings import compute_dtype, start_limit_s, uses_fp32_head
+from areal_like.automatic_settings import compute_dtype, model_facts, start_limit_s, uses_fp32_head
 from areal_like.config import Config
 from areal_like.config.gpus import engine_gpus
 from areal_like.config.sglang_args import CONTEXT_LENGTH, UNREACHABLE, number, words_of
@@ -39,8 +39,9 @@ from areal_like.security.tokens import read_secret
 from areal_like.weights.adapters import linear_layers
 from areal_like.weights.foreign_torch import torch_versions
 from rollout_server.policy.client import EngineClient
-from rollout_server.policy.engines.process import EngineProcess
+from rollout_server.policy.engines.process import EngineProcess, check_routes_fit
 from rollout_server.policy.engines.sglang import launch_with_key
+from rollout_server.policy.routes import RoutesReader
 from rollout_server.policy.sglang_client import STREAM_INTERVAL, SglangClient
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 
@@ -122,6 +123,7 @@ class SglangProcess(EngineProcess):
         self._index = server_index(name)
         self._vocab_size = vocab_size
         self._targets = adapter_targets(config, model=model)
+        self._routes = routes_reader(config)
         self._chosen_port = 0
 
     async def stop(self) -> None:
@@ -171,7 +173,11 @@ class SglangProcess(EngineProcess):
 
     def _client(self, url: str) -> EngineClient:
         return SglangClient(
-            url, vocab_size=self._vocab_size, nccl_version=self._nccl_version, api_key=self.api_key
+            url,
+            vocab_size=self._vocab_size,
+            nccl_version=self._nccl_version,
+            routes=self._routes,
+            api_key=self.api_key,
         )
 
 
@@ -194,6 +200,8 @@ class SglangAtUrl:
             "api_key": _key_in(sglang.api_key_file),
             "tls": _tls_of(sglang.ca_file),
         }
+        self._routes = routes_reader(config)
+        check_routes_fit(config, self._routes, context_tokens=context_tokens)
         self._vocab_size = vocab_size
         self._abandoned = asyncio.Event()
         self.num_starts = 0
@@ -207,7 +215,7 @@ class SglangAtUrl:
         self._abandoned.clear()
         self.num_starts += 1
         timeout_s = start_limit_s(self._config)
-        client = SglangClient(self._url, vocab_size=self._vocab_size, **self._access)
+        client = SglangClient(self._url, vocab_size=self._vocab_size, routes=self._routes, **self._access)
         try:
             async with asyncio.timeout(timeout_s):
                 while not await client.health():
@@ -342,6 +350,8 @@ def launch_options(
         flags += ["disable-cuda-graph", "disable-overlap-schedule", "sleep-on-idle"]
     if uses_fp32_head(config):
         flags.append("enable-fp32-lm-head")
+    if config.model.router_replay:
+        flags.append("enable-return-routed-experts")
     if targets:
         flags.append("enable-lora")
         # SGLang counts requests without an adapter as one more, and wants room for it in both limits.
@@ -370,6 +380,13 @@ def adapter_targets(config: Config, *, model: str) -> list[str]:
     targets = config.model.lora.targets
     names = linear_layers(CheckpointShapes.of(model).shapes) if isinstance(targets, str) else targets
     return sorted({name.rpartition(".")[2] for name in names})
+
+
+def routes_reader(config: Config) -> RoutesReader | None:
+    """Reads SGLang's routes; None if the job needs none. Raises ConfigError for a model without experts."""
+    if not config.model.router_replay:
+        return None
+    return RoutesReader.of_model(model_facts(config, needed_for="model.router_replay"))
 
 
 def check_context_option(args: str, *, context_tokens: int) -> None:

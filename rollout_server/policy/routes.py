@@ -1,0 +1,116 @@
+"""Reads the routes in an engine's responses (`routed_experts`; areal_like/wire/routes.py).
+
+    SGLang     base64 of int32[tokens, all layers, experts per token], little-endian, with `--enable-return-
+               routed-experts` and `return_routed_experts` in the request; rows of layers without experts mean
+               nothing. Tokens whose KV was in the prefix cache have the routes of the pass that computed it
+    embedded   the same for the layers with experts alone; in the packed form bytes of uint8 or uint16
+
+Both cover the prompt and the completion but its last token, which has not been through the model.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from areal_like.errors import ConfigError, RoutesError
+from areal_like.wire.routes import Routes, RoutesShape, dtype_of
+
+_REPORTED = np.dtype("<i4")
+_OTHER_BYTES = 1 << 16
+_NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+"""Names of the number of experts in config.json; the model families differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutesReader:
+    """How one engine reports the routes of its model."""
+
+    shape: RoutesShape
+    layers: tuple[int, ...]
+    """Indices of the layers with experts among those that the engine reports."""
+    num_reported: int
+    """Layers that it reports."""
+
+    @classmethod
+    def of_embedded(cls, raw: Any) -> RoutesReader | None:
+        """Of an embedded engine, from `routes_shape` in its /server_info. None if it records no routes.
+
+        Raises RoutesError for anything that is not a shape.
+        """
+        if raw is None:
+            return None
+        try:
+            shape = RoutesShape(*map(int, raw))
+            shape.check()
+        except (TypeError, ValueError) as error:
+            raise RoutesError(f"the engine reports routes_shape={raw!r}: {error}") from None
+        return cls(shape=shape, layers=tuple(range(shape.num_layers)), num_reported=shape.num_layers)
+
+    @classmethod
+    def of_model(cls, facts: Mapping[str, Any]) -> RoutesReader:
+        """Of SGLang, from the config.json of its model. Raises ConfigError if that has no experts."""
+        name = next((name for name in _NUM_EXPERTS if facts.get(name)), "num_experts")
+        try:
+            num_reported = int(facts["num_hidden_layers"])
+            layers = [layer for layer in range(num_reported) if _has_experts(facts, layer)]
+            shape = RoutesShape(len(layers), int(facts["num_experts_per_tok"]), int(facts[name]))
+            shape.check()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                "model.router_replay=true needs a mixture of experts, and config.json of the model names "
+                f"none ({error}): set model.router_replay=false"
+            ) from None
+        return cls(shape=shape, layers=tuple(layers), num_reported=num_reported)
+
+    def read(self, raw: Any, *, num_tokens: int) -> Routes:
+        """The routes of a completion. `raw`: `routed_experts` of its response, None if it has none;
+        `num_tokens`: its prompt and output but for the last token.
+
+        Raises RoutesError for anything but routes of so many tokens.
+        """
+        if raw is None:
+            raise RoutesError(
+                "the engine returned no routed_experts, which model.router_replay needs: start it with "
+                "--enable-return-routed-experts"
+            )
+        num_chosen, num_experts = self.shape.num_chosen, self.shape.num_experts
+        try:
+            if isinstance(raw, bytes):
+                flat = np.frombuffer(raw, dtype_of(num_experts))
+            else:
+                flat = np.frombuffer(base64.b64decode(raw, validate=True), _REPORTED)
+            if flat.size != num_tokens * self.num_reported * num_chosen:
+                raise ValueError(
+                    f"want {num_chosen} experts of {self.num_reported} layers for each of {num_tokens} "
+                    f"tokens, got {flat.size} numbers"
+                )
+            experts_TLK = flat.reshape(num_tokens, self.num_reported, num_chosen)
+            if len(self.layers) < self.num_reported:
+                experts_TLK = experts_TLK[:, self.layers]
+            routes = Routes.of(experts_TLK, num_experts=num_experts)
+            # Rows that an engine has allocated and not filled are all zeros.
+            if num_chosen > 1 and (routes.experts_TLK[..., 0] == routes.experts_TLK[..., 1]).any():
+                raise ValueError("a token has the same expert twice")
+        except (TypeError, ValueError) as error:
+            raise RoutesError(f"the engine returned unusable routed_experts: {error}") from None
+        return routes
+
+    def response_bytes(self, num_tokens: int) -> int:
+        """Upper limit of the bytes that the routes of so many tokens add to a response."""
+        num_bytes = num_tokens * self.num_reported * self.shape.num_chosen * _REPORTED.itemsize
+        return num_bytes * 4 // 3 + _OTHER_BYTES
+
+
+def _has_experts(facts: Mapping[str, Any], layer: int) -> bool:
+    """By the fields of Qwen's (`mlp_only_layers`, `decoder_sparse_step`) and DeepSeek's config.json."""
+    dense: Sequence[int] = facts.get("mlp_only_layers") or ()
+    if layer in dense or (layer + 1) % int(facts.get("decoder_sparse_step") or 1):
+        return False
+    first = int(facts.get("first_k_dense_replace") or 0)
+    step = facts.get("moe_layer_freq")
+    return layer >= first and (not isinstance(step, int) or layer % step == 0)
