@@ -78,10 +78,10 @@ def replays(ranks: Ranks, out_dir: Path, path: str) -> None:
     out.mkdir(exist_ok=True)
     groups = random_groups(8, prompt=6)
     groups[1][0] = joined([groups[1][0], groups[1][1]])
-    groups[3][0] = joined([t for group in groups[3:7] for t in group if t.num_tokens > 3])
-    assert groups[3][0].num_tokens > BUDGET_TOKENS
+    groups[4][0] = joined([t for group in groups[4:8] for t in group if t.num_tokens > 3])
+    assert groups[4][0].num_tokens > BUDGET_TOKENS
     groups = routed_groups(groups)
-    groups[4][1] = replace(groups[4][1], routes=None)
+    groups[5][1] = replace(groups[5][1], routes=None)
     for name, settings in (("tis", None), ("ppo", PPO)):
         runner = make_runner(
             path,

@@ -100,8 +100,9 @@ def make_runner(
     )
     proximal = None
     if objective.proximal:
-        replays = {"master_dtype": dtype, "router_replay": router_replay}
-        own = policy if policy.has_adapter else Policy.load(path, ranks, **replays)
+        own = policy
+        if not policy.has_adapter:
+            own = Policy.load(path, ranks, master_dtype=dtype, router_replay=router_replay)
         proximal = ProximalPolicy(own, policy, rule=objective.proximal)
         proximal.restart()
     reference: Policy | BaseReference | None = None

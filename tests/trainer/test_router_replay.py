@@ -29,7 +29,14 @@ from tests.support.trainer_helpers import VOCAB, joined, random_groups, run_rank
 from tests.support.trainer_ranks import last_gradient, make_runner
 from tests.trainer.test_policy import gradients, packed
 from tests.trainer.test_shared_prefixes import branched
-from trainer.batching.packing import Packer, TrainingSample, is_target, sequences_of
+from trainer.batching.packing import (
+    PackedBatch,
+    Packer,
+    TrainingSample,
+    collate,
+    is_target,
+    sequences_of,
+)
 from trainer.batching.positions import Position
 from trainer.batching.routes import LIVE, FaultKind, fault_of
 from trainer.batching.segments import cut, segments_of
@@ -82,15 +89,20 @@ def forced_logprobs(model: Any, trajectory: Trajectory) -> Tensor:
     return logps_TV[:-1].gather(1, tokens[1:, None])[:, 0][target_T[1:]]
 
 
-def live_routes(path: str, trajectory: Trajectory) -> Routes:
-    """The routes that transformers' own forward of a sequence chooses, by descending probability."""
+def with_live_routes(path: str, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """With the routes that transformers' own forward of each sequence chooses, by descending probability."""
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     chosen: list[Tensor] = []
     for router in routers(model):
         router.register_forward_hook(lambda _module, _inputs, output: chosen.append(output[2]))
-    with torch.no_grad():
-        model(input_ids=torch.from_numpy(trajectory.tokens).long()[None], use_cache=False)
-    return Routes.of(torch.stack(chosen, 1)[:-1].numpy(), num_experts=SHAPE.num_experts)
+    made = []
+    for trajectory in trajectories:
+        chosen.clear()
+        with torch.no_grad():
+            model(input_ids=torch.from_numpy(trajectory.tokens).long()[None], use_cache=False)
+        experts_TLK = torch.stack(chosen, 1)[:-1].numpy()
+        made.append(replace(trajectory, routes=Routes.of(experts_TLK, num_experts=SHAPE.num_experts)))
+    return made
 
 
 def groups_of(path: str, *, routes: str) -> list[list[Trajectory]]:
@@ -100,7 +112,7 @@ def groups_of(path: str, *, routes: str) -> list[list[Trajectory]]:
         for seed in range(2)
     ]
     if routes == "live":
-        return [[replace(t, routes=live_routes(path, t)) for t in group] for group in groups]
+        return [with_live_routes(path, group) for group in groups]
     return routed_groups(groups)
 
 
@@ -162,9 +174,7 @@ def test_other_routes_equal_a_model_that_forces_them(
         torch.testing.assert_close(grad.double(), want[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
-def packed_apart(trajectories: Sequence[Trajectory]) -> Any:
-    from trainer.batching.packing import collate
-
+def packed_apart(trajectories: Sequence[Trajectory]) -> PackedBatch:
     samples = [TrainingSample(trajectory=t, advantage=1.0, group=0) for t in trajectories]
     return collate(samples, shares_prefixes=False)
 
