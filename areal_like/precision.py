@@ -177,6 +177,11 @@ def _is_narrow(weight: Tensor) -> bool:
 
 def routers(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of a transformers model that compute router logits, one for each layer with experts."""
+    return (module for module in declared_routers(model) if _is_whole(module))
+
+
+def declared_routers(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that transformers declares as the sources of router logits, whole or not."""
     declared = [
         recorder
         for module in model.modules()
@@ -186,11 +191,7 @@ def routers(model: nn.Module) -> Iterator[nn.Module]:
         for recorder in declared:
             target = getattr(recorder, "target_class", recorder)
             layer_name = getattr(recorder, "layer_name", None)
-            if (
-                isinstance(module, target)
-                and (layer_name is None or layer_name in name)
-                and _is_whole(module)
-            ):
+            if isinstance(module, target) and (layer_name is None or layer_name in name):
                 yield module
                 break
 

@@ -41,6 +41,7 @@ _OF_MACHINE = (
     "balance",
     "num_microbatches",
     "shared_share",
+    "router_disagreement",
     "weight_check",
     "weights_version",
     "weights_step",

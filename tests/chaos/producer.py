@@ -28,6 +28,7 @@ from areal_like.wire.messages.producer import Lease, SampleDone, ServerState
 from areal_like.wire.records import Record
 from rollout_server.leases import client as client_module
 from rollout_server.leases.client import ShardedBufferClient
+from tests.support.routes import routed
 
 RESEND_AFTER_S = 0.5
 
@@ -81,7 +82,8 @@ def is_synthetic(trajectory: Trajectory, *, ticket_id: int, sample_index: int) -
 
 
 class Producer:
-    """Finishes each sample some time after it was leased, with the newest weight version."""
+    """Finishes each sample some time after it was leased, with the newest weight version, and with
+    `model.router_replay` routes for the tests' mixture of experts."""
 
     def __init__(self, config: Config, name: str, *, capacity: int, sample_s: float, num_tokens: int) -> None:
         self._sample_s, self._num_tokens = sample_s, num_tokens
@@ -89,6 +91,7 @@ class Producer:
         self._stopping = asyncio.Event()
         self._loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
         self._version = 0
+        self._has_routes = config.model.router_replay
         process = secrets.token_hex(16)
 
         def hello() -> Hello:
@@ -141,6 +144,8 @@ class Producer:
 
     def _finish(self, lease: Lease, index: int) -> None:
         trajectory = synthetic(lease.ticket_id, index, num_tokens=self._num_tokens, version=self._version)
+        if self._has_routes:
+            trajectory = routed(trajectory, np.random.default_rng([lease.ticket_id, index]))
         self._client.deliver(
             SampleDone(lease_id=lease.lease_id, record=Record.of(lease.ticket_id, index, trajectory))
         )

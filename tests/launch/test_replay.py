@@ -22,7 +22,8 @@ from tests.chaos.job import check_groups, running_job, train
 from tests.support.closed_run import make_closed_run
 from tests.support.full_state import gather_full_state
 from tests.support.launching import TEST_LIMIT_S
-from tests.support.trainer_helpers import write_model
+from tests.support.moe_model import write_moe_model
+from tests.support.trainer_helpers import VOCAB, write_model
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.lag import LagTally
 from trainer.models.policy import build_policy
@@ -101,12 +102,16 @@ def test_a_replay_keeps_the_rule_of_an_auto_run(
 
 
 @pytest.mark.timeout(TEST_LIMIT_S)
-def test_replayed_conversations_give_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_routes", [False, True], ids=["dense", "routed"])
+def test_replayed_conversations_give_the_same_weights(tmp_path: Path, has_routes: bool) -> None:
     """Half of the samples have segments, turns with rewards, and token rewards (tests/chaos/producer.py)."""
-    model = write_model(tmp_path / "policy", dtype=torch.float32)
+    if has_routes:
+        model = write_moe_model(tmp_path / "policy", vocab_size=VOCAB)
+    else:
+        model = write_model(tmp_path / "policy", dtype=torch.float32)
     with running_job(
         tmp_path,
-        model={"path": model},
+        model={"path": model, "router_replay": has_routes},
         advantage={"name": "grpo", "turn_discount": 0.9},
         trainer={"num_steps": NUM_STEPS, "groups_per_step": 4, "fetch_timeout_s": 600.0},
         buffer={"retain_trajectories": True},
@@ -135,6 +140,8 @@ def test_replayed_conversations_give_the_same_weights(tmp_path: Path) -> None:
             metrics = runner.run(of_step, step=step)
             assert metrics["grad_norm"] > 0 and metrics["segments"] == 1.5 and metrics["turns"] == 2
             assert metrics["by_label"]["conversation"]["num_samples"] == 8
+            if has_routes:
+                assert metrics["router_disagreement"] > 0.5 and metrics["routes_missing"] == 0
         with closing(Recording(root)) as recording:
             assert recording.learning_rates() == [(2, 0.5), (1, 0.004), (2, 0.002)]
             again = replay(replace(config, name="again"), recording, ranks, stopping=threading.Event())

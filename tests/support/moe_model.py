@@ -39,10 +39,11 @@ def write_moe_model(directory: Path, *, vocab_size: int | None = None, seed: int
     return str(directory)
 
 
-def run_moe_job(cwd: Path, *settings: str, num_steps: int) -> None:
+def run_moe_job(cwd: Path, *settings: str, num_steps: int) -> list[dict[str, Any]]:
     """Runs a whole job on the model and checks that engine and trainer agree at every step.
 
     With max_staleness=0 every trained token was sampled by the weights that compute its log-prob again.
+    Returns the rows of metrics.jsonl.
     """
     path, root = write_moe_model(cwd / "model"), cwd / "runs" / "x"
     job = (
@@ -74,6 +75,7 @@ def run_moe_job(cwd: Path, *settings: str, num_steps: int) -> None:
     finally:
         left = processes_of(root)
     assert not left, "processes of the job outlived it"
+    return rows
 
 
 def _check_checkpoint(saved: Path, initial: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import torch
 from safetensors.torch import save_file
 
 from areal_like.precision import routers
+from tests.support.routes import routed_groups
 from tests.support.snapshot_ranks import received
-from tests.support.trainer_helpers import random_groups
-from tests.support.trainer_ranks import SHARES, last_gradient, main, make_runner
+from tests.support.trainer_helpers import joined, random_groups
+from tests.support.trainer_ranks import BUDGET_TOKENS, SHARES, last_gradient, main, make_runner
 from trainer.batching.packing import TrainingSample, collate
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.weights.snapshot import BackgroundGather, BoundaryGather
+
+PPO: dict[str, Any] = {"objective": {"name": "ppo", "prox": "snapshot", "interval": 2}}
 
 
 def steps(ranks: Ranks, out_dir: Path, path: str) -> None:
@@ -64,6 +68,38 @@ def steps(ranks: Ranks, out_dir: Path, path: str) -> None:
     bfloat16(ranks, path)
 
 
+def replays(ranks: Ranks, out_dir: Path, path: str) -> None:
+    """Balanced steps with recomputation and routes, all of them fetched by rank 0; writes their gradients.
+
+    The routes of one sample are missing; two samples are conversations, of which one does not fit a
+    micro-batch.
+    """
+    out = out_dir / f"replays-{ranks.world_size}"
+    out.mkdir(exist_ok=True)
+    groups = random_groups(8, prompt=6)
+    groups[1][0] = joined([groups[1][0], groups[1][1]])
+    groups[4][0] = joined([t for group in groups[4:8] for t in group if t.num_tokens > 3])
+    assert groups[4][0].num_tokens > BUDGET_TOKENS
+    groups = routed_groups(groups)
+    groups[5][1] = replace(groups[5][1], routes=None)
+    for name, settings in (("tis", None), ("ppo", PPO)):
+        runner = make_runner(
+            path,
+            ranks,
+            dtype=torch.float32,
+            beta1=0.0,
+            checkpointing=True,
+            balances=True,
+            router_replay=True,
+            settings=settings,
+        )
+        metrics = runner.run(groups if ranks.rank == 0 else [], step=7, num_groups=len(groups))
+        gradient = last_gradient(runner)
+        if ranks.rank == 0:
+            save_file({k: v.contiguous() for k, v in gradient.items()}, out / f"{name}.safetensors")
+            (out / f"{name}.json").write_text(json.dumps(metrics))
+
+
 def bfloat16(ranks: Ranks, path: str) -> None:
     """Under FSDP2's mixed precision the routers compute in float32 and their masters get gradients."""
     policy = Policy.load(path, ranks, dtype="bfloat16")
@@ -84,4 +120,4 @@ def bfloat16(ranks: Ranks, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(steps=steps)
+    main(steps=steps, replays=replays)

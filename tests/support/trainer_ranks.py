@@ -67,6 +67,7 @@ def make_runner(
     entropy_coef: float = 0.0,
     lora: LoraConfig | None = None,
     has_weights: bool = True,
+    router_replay: bool = False,
 ) -> StepRunner:
     """A runner over a test model: sequence TIS and token mean, unless `settings` (sections) override them.
 
@@ -78,7 +79,7 @@ def make_runner(
     shapings = SHAPINGS.build_list(advantage_settings.pop("shaping", None), job={"max_tokens": 12})
     kl = KlConfig(**sections["kl"]) if "kl" in sections else None
     built = {"gradient_checkpointing": checkpointing, "master_dtype": dtype, "lora_settings": lora}
-    policy = Policy.load(path, ranks, chunk_tokens=16, **built)
+    policy = Policy.load(path, ranks, chunk_tokens=16, router_replay=router_replay, **built)
     if not has_weights:
         for param in policy.parameters():
             if param.requires_grad:
@@ -99,7 +100,9 @@ def make_runner(
     )
     proximal = None
     if objective.proximal:
-        own = policy if policy.has_adapter else Policy.load(path, ranks, master_dtype=dtype)
+        own = policy
+        if not policy.has_adapter:
+            own = Policy.load(path, ranks, master_dtype=dtype, router_replay=router_replay)
         proximal = ProximalPolicy(own, policy, rule=objective.proximal)
         proximal.restart()
     reference: Policy | BaseReference | None = None

@@ -22,7 +22,7 @@ from trainer.attention.varlen import varlen_attention
 from trainer.batching import attention_layout
 from trainer.batching.attention_layout import AttentionLayout, VarlenLayout
 from trainer.batching.packing import MicroBatch, TrainingSample, collate, in_lockstep
-from trainer.batching.shared_prefixes import SharedRows
+from trainer.batching.shared_prefixes import InputSequence, SharedRows
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.policy import Policy
@@ -78,7 +78,7 @@ def sequences(*, prompts: tuple[int, ...], seed: int = 0) -> list[np.ndarray[Any
 
 
 def layout_of(tokens: list[np.ndarray[Any, np.dtype[np.int32]]], *, shares: bool) -> AttentionLayout:
-    shared = SharedRows.of(tokens) if shares else None
+    shared = SharedRows.of(list(map(InputSequence, tokens))) if shares else None
     assert (shared is not None) == shares
     return AttentionLayout(
         lengths=tuple(map(len, tokens)),

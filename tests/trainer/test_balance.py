@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from areal_like.errors import ArealError, ConfigError
 from areal_like.trajectory import FinishReason, Trajectory
+from tests.support.routes import random_routes
 from tests.support.trainer_helpers import joined, run_ranks, write_model
 from trainer.batching.balance import Cost, SequenceSize, plan
 from trainer.batching.balancer import Balancer, _decoded, _encoded, exchange
@@ -161,7 +162,7 @@ def test_segments_of_a_sample_stay_together(
             assert list(alone.microbatches([[sample]])) == [] and alone.set_aside == [sample]
             parts = cut(sample, alone)
             assert all(list(alone.microbatches([[part]])) == [(part,)] for part in parts) and len(parts) > 1
-            lengths = [len(tokens) for part in parts for tokens in sequences_of(part.trajectory)]
+            lengths = [each.num_tokens for part in parts for each in sequences_of(part.trajectory)]
             assert tuple(lengths) == sample.trajectory.segments
 
 
@@ -228,6 +229,7 @@ def test_a_sample_survives_its_journey(of_tokens: bool) -> None:
             reward=0.1,
             finish_reason=FinishReason.LENGTH,
             segments=(1, 2) if of_tokens else (),
+            routes=random_routes(1, np.random.default_rng(0)) if of_tokens else None,
         ),
         advantage=np.array([0.0, 1 / 3, -2.0]) if of_tokens else 1 / 3,
         lag=np.array([0, 2, 1]) if of_tokens else 2,

@@ -22,7 +22,7 @@ from areal_like.trajectory import FinishReason, Trajectory
 from tests.support.trainer_helpers import ARCHITECTURES, VOCAB, dense_logprobs, write_model
 from trainer.batching import attention_layout
 from trainer.batching.packing import PackedBatch, Packer, TrainingSample, collate
-from trainer.batching.shared_prefixes import SharedRows
+from trainer.batching.shared_prefixes import InputSequence, SharedRows
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.policy import Policy
@@ -92,7 +92,7 @@ def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
 
 @given(sequences)
 def test_rows_stand_for_equal_prefixes_only(tokens: list[NDArray[np.int32]]) -> None:
-    shared = SharedRows.of(tokens)
+    shared = SharedRows.of(list(map(InputSequence, tokens)))
     if shared is None:
         return
     starts = np.cumsum([0, *map(len, tokens)])
@@ -107,6 +107,46 @@ def test_rows_stand_for_equal_prefixes_only(tokens: list[NDArray[np.int32]]) -> 
     assert len(prefix_of_row) == len(shared.token_U) == sum(shared.own_lengths) < len(flat_T)
     assert min(shared.own_lengths) >= 1
     assert (np.diff(shared.token_U) > 0).all()
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 1), st.sampled_from((0, 0, 0, 1))), min_size=1, max_size=12),
+        min_size=2,
+        max_size=12,
+    )
+)
+def test_routed_rows_stand_for_equal_routes_too(made: list[list[tuple[int, int]]]) -> None:
+    """A row is shared by sequences that agree in all tokens and experts up to it."""
+    inputs = [
+        InputSequence(
+            np.array([token for token, _ in pairs], dtype=np.int32),
+            np.array([[[expert]] for _, expert in pairs[:-1]], dtype=np.uint8).reshape(-1, 1, 1),
+        )
+        for pairs in made
+    ]
+    shared = SharedRows.of(inputs)
+    plain = SharedRows.of([InputSequence(each.tokens) for each in inputs])
+    if shared is None:
+        return
+    assert plain is not None and len(plain.token_U) <= len(shared.token_U)
+    starts = np.cumsum([0, *(each.num_tokens for each in inputs)])
+    content_of_row: dict[int, tuple[object, ...]] = {}
+    for start, each in zip(starts, made, strict=False):
+        for position in range(len(each)):
+            is_last = position == len(each) - 1
+            # The last token has no experts, so nobody else has its row.
+            content = (start,) if is_last else tuple(each[: position + 1])
+            row = int(shared.row_T[start + position])
+            assert content_of_row.setdefault(row, content) == content
+    assert len(content_of_row) == len(shared.token_U)
+
+
+def test_routed_and_plain_sequences_share_nothing() -> None:
+    tokens = np.arange(8, dtype=np.int32)
+    routed = InputSequence(tokens, np.zeros((7, 1, 1), dtype=np.uint8))
+    assert SharedRows.of([InputSequence(tokens), routed]) is None
+    assert SharedRows.of([routed, routed]) is not None
 
 
 @given(sequences, st.booleans())

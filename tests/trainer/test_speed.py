@@ -20,7 +20,7 @@ from areal_like.runtime.metrics import Metrics
 from tests.support.moe_model import write_moe_model
 from tests.support.trainer_helpers import ARCHITECTURES, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import make_runner
-from trainer.batching.shared_prefixes import SharedRows
+from trainer.batching.shared_prefixes import InputSequence, SharedRows
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.model_flops import ModelFlops
 from trainer.metrics.prometheus import GpuMemory, TrainerSeries
@@ -183,7 +183,7 @@ def test_the_share_of_tokens_that_were_not_run(tmp_path: Path, ranks: Ranks) -> 
     groups = [[replace(t, reward=float(i)) for i in range(3)] for t in longest]
     runner = make_runner(write_model(tmp_path), ranks, budget_tokens=1000)
     metrics = runner.run(groups, step=5)
-    rows = SharedRows.of([t.tokens for group in groups for t in group])
+    rows = SharedRows.of([InputSequence(t.tokens) for group in groups for t in group])
     assert rows is not None and metrics["num_tokens"] == sum(t.num_tokens for g in groups for t in g)
     assert metrics["shared_share"] == pytest.approx(1 - sum(rows.own_lengths) / metrics["num_tokens"])
     assert metrics["shared_share"] > 0.1

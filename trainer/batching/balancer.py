@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from areal_like.errors import ArealError
 from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.wire.routes import Routes
 from trainer.batching.balance import Cost, MicrobatchPlan, SequenceSize, plan
 from trainer.batching.packing import MicroBatch, TrainingSample, sequences_of, too_long_of
 from trainer.batching.shared_prefixes import Prefix, PrefixFinder
@@ -36,13 +37,18 @@ class Balancer:
         budget_tokens: int,
         whole_groups: bool = False,
         shares_prefixes: bool = True,
+        route_bytes: int = 0,
     ) -> None:
-        """`budget_tokens`: most tokens of a micro-batch. `whole_groups`: never split a group over two."""
+        """`budget_tokens`: most tokens of a micro-batch. `whole_groups`: never split a group over two.
+
+        `route_bytes`: most bytes of a token's routes; 0: samples have none.
+        """
         self._ranks = ranks
         self._cost = cost
         self._budget_tokens = budget_tokens
         self._whole_groups = whole_groups
         self._shares_prefixes = shares_prefixes
+        self._route_bytes = route_bytes
         self.busy_share = 1.0
         """Balance of the last plan, see `MicrobatchPlan`."""
         self.set_aside: list[TrainingSample] = []
@@ -110,7 +116,7 @@ class Balancer:
                         expected[first] = expected.get(first, 0) + sizes[index].num_tokens
                     elif rank != self._ranks.rank and index in held:
                         leaving[rank][first] = held[index]
-        held |= exchange(leaving, arriving, self._ranks)
+        held |= exchange(leaving, arriving, self._ranks, route_bytes=self._route_bytes)
         return [
             tuple(held[index] for index in of_ranks[self._ranks.rank] if not sizes[index].continues)
             for of_ranks in of_rounds
@@ -121,26 +127,26 @@ class Balancer:
         finder, sizes, last = PrefixFinder(), list[SequenceSize](), None
         for sample in group:
             first, of_sample = len(sizes), PrefixFinder()
-            for place, tokens in enumerate(sequences_of(sample.trajectory), start=first):
+            for place, sequence in enumerate(sequences_of(sample.trajectory), start=first):
                 found, of_last = Prefix(), PrefixFinder()
                 # A sample's later sequences share with its earlier ones, which are always in the same unit.
                 earlier, start = (of_sample, first) if place > first else (finder, 0)
                 if last is not None and self._shares_prefixes:
-                    found = earlier.find(tokens)
+                    found = earlier.find(sequence)
                     of_last.append(last)
                 sizes.append(
                     SequenceSize(
                         group=sample.group,
-                        num_tokens=len(tokens),
+                        num_tokens=sequence.num_tokens,
                         prefix=found.length,
                         distance=place - start - found.source if found.length else 1,
-                        prefix_of_last=of_last.find(tokens).length,
+                        prefix_of_last=of_last.find(sequence).length,
                         continues=place > first,
                     )
                 )
-                finder.append(tokens)
-                of_sample.append(tokens)
-                last = tokens
+                finder.append(sequence)
+                of_sample.append(sequence)
+                last = sequence
         return sizes
 
 
@@ -173,17 +179,22 @@ _ADDED = {"advantage": "<f8", "lag": "<i8", "beyond": "?"}
 _BYTES_PER_TOKEN = 34
 """Bytes of the arrays above, of an advantage, a lag and a flag for each token, and of the length of a
 segment."""
-_BYTES_PER_SAMPLE = 256
+_BYTES_PER_SAMPLE = 320
 """Most bytes of a sample in addition to its tokens, and of the list that it is in."""
 
 
 def exchange(
-    leaving: Sequence[Mapping[int, TrainingSample]], arriving: Sequence[Mapping[int, int]], ranks: Ranks
+    leaving: Sequence[Mapping[int, TrainingSample]],
+    arriving: Sequence[Mapping[int, int]],
+    ranks: Ranks,
+    *,
+    route_bytes: int = 0,
 ) -> dict[int, TrainingSample]:
     """The samples that the other ranks send to this one, by index. Collective.
 
     `leaving`: for each rank, the samples that go there, by their index in the step. `arriving`: for each
-    rank, the tokens of the samples that come from there, by index. Raises ArealError if others come.
+    rank, the tokens of the samples that come from there, by index. `route_bytes`: most bytes of the routes of
+    a token. Raises ArealError if others come.
     """
     received = ranks.exchange(
         [
@@ -191,7 +202,7 @@ def exchange(
             for of_rank in leaving
         ],
         most_bytes=[
-            _BYTES_PER_SAMPLE * (1 + len(of_rank)) + _BYTES_PER_TOKEN * sum(of_rank.values())
+            _BYTES_PER_SAMPLE * (1 + len(of_rank)) + (_BYTES_PER_TOKEN + route_bytes) * sum(of_rank.values())
             for of_rank in arriving
         ],
     )
@@ -218,6 +229,7 @@ def _encoded(sample: TrainingSample) -> dict[str, Any]:
         "segments": _bytes(trajectory.segments, "<i4"),
         "group": sample.group,
         "num_masked": sample.num_masked,
+        "routes": None if trajectory.routes is None else trajectory.routes.to_bytes(),
     }
 
 
@@ -237,6 +249,7 @@ def _decoded(fields: dict[str, Any]) -> TrainingSample:
             reward=fields["reward"],
             finish_reason=FinishReason(fields["finish_reason"]),
             segments=tuple(_array(fields["segments"], "<i4").tolist()),
+            routes=None if fields["routes"] is None else Routes.from_bytes(fields["routes"]),
         ),
         group=int(fields["group"]),
         num_masked=int(fields["num_masked"]),

@@ -20,7 +20,7 @@ A sample of several segments is several sequences for the model and one sample f
 (`segments.py`). If it alone exceeds the budget, it is set aside.
 
 Shape suffixes: T tokens of a micro-batch, U rows that the model computes for them, S sampled tokens (loss
-mask 1), N samples.
+mask 1), N samples, L layers with experts, K experts of a token.
 
 Alignment: entry t of a per-token quantity belongs to token t given the tokens before it in its own sequence.
 A sequence's first token has no prefix, so it is never in the loss mask, even if a policy sampled it from an
@@ -43,7 +43,8 @@ from areal_like.errors import ConfigError
 from areal_like.trajectory import FinishReason, Trajectory
 from trainer.batching.attention_layout import AttentionLayout
 from trainer.batching.device_copies import copied
-from trainer.batching.shared_prefixes import PrefixFinder, SharedRows, budget_size
+from trainer.batching.routes import experts_of_segments, rows_of
+from trainer.batching.shared_prefixes import InputSequence, PrefixFinder, SharedRows, budget_size
 from trainer.distributed.ranks import Ranks
 
 
@@ -83,9 +84,10 @@ def num_targets(trajectory: Trajectory) -> int:
     return int(np.count_nonzero(is_target(trajectory)))
 
 
-def sequences_of(trajectory: Trajectory) -> list[NDArray[np.int32]]:
-    """The tokens of each sequence that the model gets."""
-    return [trajectory.tokens[part] for part in trajectory.segment_slices]
+def sequences_of(trajectory: Trajectory) -> list[InputSequence]:
+    """The sequences that the model gets: one for each segment."""
+    parts = zip(trajectory.segment_slices, experts_of_segments(trajectory), strict=True)
+    return [InputSequence(tokens=trajectory.tokens[part], experts_TLK=experts) for part, experts in parts]
 
 
 def is_too_long(sample: TrainingSample, *, budget_tokens: int, shares_prefixes: bool) -> bool:
@@ -105,14 +107,14 @@ def too_long_of(
     ]
 
 
-def _size(sequences: Sequence[NDArray[np.int32]], finder: PrefixFinder) -> int:
+def _size(sequences: Sequence[InputSequence], finder: PrefixFinder) -> int:
     """The part of a micro-batch's budget that these sequences need; more than one are appended to
     `finder`."""
     size = 0
-    for tokens in sequences:
-        size += budget_size(len(tokens), prefix=finder.find(tokens).length)
+    for sequence in sequences:
+        size += budget_size(sequence.num_tokens, prefix=finder.find(sequence).length)
         if len(sequences) > 1:
-            finder.append(tokens)
+            finder.append(sequence)
     return size
 
 
@@ -182,8 +184,8 @@ class Packer:
             self._used += size
             if self._shares_prefixes:
                 for sample in unit:
-                    for tokens in sequences_of(sample.trajectory):
-                        self._finder.append(tokens)
+                    for sequence in sequences_of(sample.trajectory):
+                        self._finder.append(sequence)
             if self._used == self._budget or self._one_sequence:
                 done += self.flush()
         return done
@@ -206,7 +208,7 @@ class Packer:
         """The part of the open micro-batch's budget that these samples need."""
         if not self._shares_prefixes:
             return sum(sample.trajectory.num_tokens for sample in unit)
-        sequences = [tokens for sample in unit for tokens in sequences_of(sample.trajectory)]
+        sequences = [sequence for sample in unit for sequence in sequences_of(sample.trajectory)]
         return _size(sequences, self._finder if len(sequences) == 1 else self._finder.copy())
 
 
@@ -258,6 +260,9 @@ class PackedBatch:
     """int64: `TrainingSample.num_masked`; None: none is masked."""
     is_continued: bool = False
     """It ends with a part of a sample whose next part is in the next micro-batch."""
+    routes_ULK: Tensor | None = None
+    """int16: the experts of each row in each layer that has experts, `LIVE` where none are recorded; None:
+    the model routes all rows."""
 
     @cached_property
     def rows(self) -> DeviceRows | None:
@@ -311,8 +316,9 @@ def collate(
     `shares_prefixes`: False computes every token of every sequence, for gradients of single sequences.
     """
     trajectories = [sample.trajectory for sample in samples]
-    sequences = [tokens for trajectory in trajectories for tokens in sequences_of(trajectory)]
-    lengths, sample_lengths = [len(tokens) for tokens in sequences], [t.num_tokens for t in trajectories]
+    sequences = [sequence for trajectory in trajectories for sequence in sequences_of(trajectory)]
+    lengths, sample_lengths = [s.num_tokens for s in sequences], [t.num_tokens for t in trajectories]
+    shared = SharedRows.of(sequences) if shares_prefixes else None
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     starts, total = bounds[:-1], int(bounds[-1])
 
@@ -344,6 +350,8 @@ def collate(
     }
     if any(sample.beyond is not None for sample in samples):
         arrays["beyond_T"] = of_tokens([False if s.beyond is None else s.beyond for s in samples], bool)
+    if (routes_ULK := rows_of(sequences, shared)) is not None:
+        arrays["routes_ULK"] = routes_ULK
     tensors = dict(zip(arrays, copied([*arrays.values()], device), strict=True))
     num_masked_N = None
     if any(sample.num_masked for sample in samples):
@@ -352,7 +360,7 @@ def collate(
         **tensors,
         lengths=tuple(lengths),
         sample_lengths=tuple(sample_lengths),
-        shared=SharedRows.of(sequences) if shares_prefixes else None,
+        shared=shared,
         num_masked_N=num_masked_N,
         is_continued=samples[-1].is_continued,
     )

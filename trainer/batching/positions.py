@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from areal_like.trajectory import NOT_SAMPLED, Trajectory
 from areal_like.wire.messages.consumer import EarlyMember, Group
 from areal_like.wire.records import sampled_versions
+from areal_like.wire.routes import RoutesShape
+from trainer.batching.routes import RouteFault, fault_of
 
 Lags = NDArray[np.int64]
 """Lag of each token of a trajectory, [num_tokens], in optimizer steps; 0 where not sampled."""
@@ -59,6 +61,8 @@ class Position:
     """The group of each trajectory; None: all of them are one group, without `buffer.overdue=close`."""
     place: int = 0
     """Its number in the step, counted over all ranks."""
+    left_out: frozenset[int] = frozenset()
+    """Indices of the trajectories that are not trained on, because their routes cannot be used."""
 
     @classmethod
     def of(cls, group: Group) -> Position:
@@ -120,6 +124,36 @@ class Position:
         """True if a token is beyond the bound."""
         return bool(0 <= self.max_staleness < np.concatenate(self.lags).max())
 
+    def routed(
+        self, shape: RoutesShape | None, *, whole_groups: bool = False
+    ) -> tuple[Position, dict[int, RouteFault]]:
+        """(this position with only the routes that a model of this shape replays, faults by trajectory).
+
+        Trajectories with a fault are left out, and with `whole_groups` all others too. Greedy ones are not
+        trained on and need no routes. `shape` None: no routes are replayed.
+        """
+        trained: set[int] = set()
+        faults: dict[int, RouteFault] = {}
+        if shape is not None:
+            trained = {index for index, each in enumerate(self.trajectories) if not each.is_greedy}
+            found = {index: fault_of(self.trajectories[index], shape) for index in trained}
+            faults = {index: fault for index, fault in found.items() if fault is not None}
+        left_out = frozenset(trained if faults and whole_groups else faults)
+        trajectories = [
+            each if each.routes is None or index in trained - left_out else replace(each, routes=None)
+            for index, each in enumerate(self.trajectories)
+        ]
+        return replace(self, trajectories=trajectories, left_out=left_out), faults
+
+    def masked(self, index: int, *, masks_beyond: bool) -> NDArray[np.bool_] | None:
+        """bool [T] of a trajectory: sampled tokens that are context only; None if there are none.
+
+        `masks_beyond`: those beyond the bound are.
+        """
+        if index in self.left_out:
+            return self.trajectories[index].loss_mask == 1
+        return self.beyond(index) if masks_beyond else None
+
     def beyond(self, index: int) -> NDArray[np.bool_] | None:
         """bool [T] of a trajectory: sampled tokens beyond the bound; None if there are none."""
         if not self._has_beyond:
@@ -128,16 +162,16 @@ class Position:
         return beyond_T if beyond_T.any() else None
 
 
-def as_context(trajectory: Trajectory, beyond_T: NDArray[np.bool_]) -> Trajectory:
+def as_context(trajectory: Trajectory, masked_T: NDArray[np.bool_]) -> Trajectory:
     """The trajectory with these tokens as context only, like a prompt, for a training sample.
 
     Its turns are left out, because a turn ends with a sampled token.
     """
     return replace(
         trajectory,
-        loss_mask=np.where(beyond_T, 0, trajectory.loss_mask).astype(np.uint8),
-        logprobs=np.where(beyond_T, 0, trajectory.logprobs).astype(np.float32),
-        versions=np.where(beyond_T, NOT_SAMPLED, trajectory.versions).astype(np.int32),
+        loss_mask=np.where(masked_T, 0, trajectory.loss_mask).astype(np.uint8),
+        logprobs=np.where(masked_T, 0, trajectory.logprobs).astype(np.float32),
+        versions=np.where(masked_T, NOT_SAMPLED, trajectory.versions).astype(np.int32),
         turns=(),
     )
 

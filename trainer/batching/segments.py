@@ -34,12 +34,17 @@ from trainer.batching.packing import (
     is_target,
     split_by_sample,
 )
+from trainer.batching.routes import routes_of
 from trainer.distributed.ranks import Ranks
 
 
 def segments_of(trajectory: Trajectory) -> list[tuple[slice, Trajectory]]:
-    """(position, its own trajectory) of each segment that is trained on; at least one."""
-    return [(part, _taken(trajectory, [part])) for part in _trained_slices(trajectory)]
+    """(position, its own trajectory) of each segment that is trained on; at least one.
+
+    They have no routes: critic and reference model, which get them, choose experts by their own routers.
+    """
+    without = trajectory if trajectory.routes is None else replace(trajectory, routes=None)
+    return [(part, _taken(without, [part])) for part in _trained_slices(trajectory)]
 
 
 def values_of_targets(
@@ -132,6 +137,7 @@ def _taken(trajectory: Trajectory, slices: Sequence[slice]) -> Trajectory:
         **{name: _at(getattr(trajectory, name), slices) for name in of_tokens},
         segments=lengths if len(lengths) > 1 else (),
         turns=(),
+        routes=routes_of(trajectory, slices),
         arrays={
             name: _at(array, slices) if array.shape[:1] == (trajectory.num_tokens,) else array
             for name, array in trajectory.arrays.items()

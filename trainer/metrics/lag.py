@@ -110,7 +110,7 @@ class PartTable:
         for index, (sample, origin) in enumerate(zip(samples, position.origins, strict=True)):
             trajectory, found = position.trajectories[index], position.beyond(index)
             sampled = trained = is_target(trajectory)
-            if found is not None:
+            if found is not None or index in position.left_out:
                 trained = is_target(sample.trajectory)
             lags = position.lags[index][trained]
             row = PartRow(
@@ -127,7 +127,7 @@ class PartTable:
                 beyond = found & sampled
                 row = row._replace(
                     num_beyond=int(beyond.sum()),
-                    num_masked=int((sampled & ~trained).sum()),
+                    num_masked=0 if index in position.left_out else int((sampled & ~trained).sum()),
                     is_first_beyond=bool(beyond[sampled][:1].any()),
                     advantage_beyond=float(np.broadcast_to(sample.advantage, sampled.shape)[beyond].sum()),
                 )

@@ -39,6 +39,12 @@ _GAUGES = {
     "mismatch_abs_p99": "99th percentile of the same",
     "mismatch_abs_max": "Largest of the same",
     "mismatch_k3": "KL(mu || pi) of the same tokens, k3 estimator",
+    "router_disagreement": "Share of the engine's choices of experts that the trainer's routers would not "
+    "have made (model.router_replay)",
+    "unrouted_share": "Share of the sampled tokens in samples left out because of their routes "
+    "(model.router_replay)",
+    "routes_missing": "Samples of the last step whose routes are missing (model.router_replay)",
+    "routes_malformed": "Samples of the last step whose routes do not fit (model.router_replay)",
     "clipped_fraction": "Share of tokens whose weight or loss the objective has cut",
     "kept_fraction": "Share of tokens that masks have left to learn from",
     "response_tokens": "Mean sampled tokens of a sample",

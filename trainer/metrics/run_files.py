@@ -40,7 +40,7 @@ ROW_NAMES = {
 
 def step_row(step: int, metrics: dict[str, Any]) -> dict[str, Any]:
     """The row of one optimizer step, from the metrics that `StepRunner.run` returned."""
-    share = 1 - metrics.get("masked_share", 0.0)
+    share = 1 - metrics.get("masked_share", 0.0) - metrics.get("unrouted_share", 0.0)
     num_tokens = round(metrics["response_tokens"] * metrics["num_sequences"] * share)
     row = {"step": step, "time_unix_s": round(unix_now(), 3)} | {
         ROW_NAMES.get(name, name): value for name, value in metrics.items()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from areal_like.trajectory import FinishReason, Trajectory
 from trainer.batching.packing import PackedBatch, TrainingSample, num_targets
+from trainer.batching.routes import FaultKind
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.lag import PartTable
 from trainer.metrics.named_means import NamedMeans
@@ -258,6 +259,13 @@ class StepTotals:
             found["masked_share"] = self.total("beyond_extreme") / num_sampled if num_sampled else 0.0
         return found
 
+    def route_metrics(self) -> dict[str, float]:
+        """The samples that router replay leaves out: their number by kind of fault, `unrouted_share` of the
+        step's sampled tokens."""
+        num_sampled = self.total("response_tokens")
+        found = {kind.value: self.total(kind) for kind in FaultKind}
+        return found | {"unrouted_share": self.total("unrouted_tokens") / num_sampled if num_sampled else 0.0}
+
     def reduce(self, ranks: Ranks) -> None:
         """Sums over ranks. Collective; call once."""
         names = sorted(self._sums)
@@ -356,6 +364,8 @@ _HIDDEN = (
     "token_w",
     "token_w_square",
     "shaped_reward_square",
+    "unrouted_tokens",
+    *FaultKind,
     *OF_BEYOND,
     *_FINISHED.values(),
 )

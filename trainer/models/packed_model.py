@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -57,6 +57,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models import lora, peft_folder
 from trainer.models.kernels import apply_liger
+from trainer.models.router_replay import RouterReplay
 from trainer.models.row_loading import StoredNames, copy_rows, stored_names
 from trainer.models.safetensors_rows import SafetensorsRows
 from trainer.models.wide_vectors import WideVectors, wide_vectors
@@ -80,6 +81,8 @@ class PackedModel(nn.Module):
         self._tied: Mapping[str, str] = {}
         self._lora, self._seed = LoraConfig(), 0
         self._ranks: Ranks | None = None
+        self.replay: RouterReplay | None = None
+        """`model.router_replay`."""
         self.reshard_after_forward = True
         """Dtype of the layers; see `shard`."""
         self.attention: Kind = "auto"
@@ -106,6 +109,7 @@ class PackedModel(nn.Module):
         gradient_checkpointing: bool = False,
         compiles: bool = False,
         liger: bool = False,
+        router_replay: bool = False,
         master_dtype: torch.dtype = torch.float32,
         lora_settings: LoraConfig | None = None,
         seed: int = 0,
@@ -114,9 +118,10 @@ class PackedModel(nn.Module):
         """The model of a Hugging Face directory or name on the meta device: call `shard`, then read weights.
 
         `compiles`: norms and MLPs run by torch.compile. `liger`: norms, rotary embeddings and SwiGLU are
-        Liger's, where it supports the model. `lora_settings`: with a rank, an adapter is trained and the rest
-        is frozen; `seed`: of a new adapter. `settings`: the settings of the subclass. Raises ConfigError for
-        an architecture that cannot be trained.
+        Liger's, where it supports the model. `router_replay`: the experts of a batch's routes are used.
+        `lora_settings`: with a rank, an adapter is trained and the rest is frozen; `seed`: of a new adapter.
+        `settings`: the settings of the subclass. Raises ConfigError for an architecture that cannot be
+        trained, or whose routers cannot be replayed.
         """
         model = build_skeleton(path, dtype=master_dtype)
         tied = tied_names(model)
@@ -135,6 +140,8 @@ class PackedModel(nn.Module):
             _compile_layers(model)
         if liger:
             apply_liger(model)
+        if router_replay:
+            built.replay = RouterReplay(model, decoder_layers(model))
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             built.train()  # transformers recomputes only in training mode; dropout stays zero
@@ -324,6 +331,15 @@ class PackedModel(nn.Module):
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         return [] if head is None or embedding.weight is head.weight else [embedding]
 
+    @contextlib.contextmanager
+    def routed_live(self) -> Iterator[None]:
+        """Its own routers choose the experts within the block."""
+        replay, self.replay = self.replay, None
+        try:
+            yield
+        finally:
+            self.replay = replay
+
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Last hidden states [S, D] at the position before each sampled token, where its logits come from.
 
@@ -342,6 +358,7 @@ class PackedModel(nn.Module):
             use_cache=False,
             packed_layout=batch.attention_layout,
             packed_kind=self.attention,
+            **({} if self.replay is None else self.replay.arguments(batch.routes_ULK)),
         ).last_hidden_state[0]
         return hidden_UD.index_select(0, read_S)
 

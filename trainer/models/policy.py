@@ -156,8 +156,8 @@ def build_policy(
 ) -> Policy:
     """The sharded policy of a configuration, loaded from `path` (see `areal_like.paths.model_path`).
 
-    `frozen`: a reference model, without an adapter. `with_weights`: False leaves the weights that are trained
-    undefined, for a caller that reads a checkpoint into them.
+    `frozen`: a reference model, without an adapter and without router replay. `with_weights`: False leaves
+    the weights that are trained undefined, for a caller that reads a checkpoint into them.
     """
     dtype = compute_dtype(config)
     kernels = use_kernels(config, ranks.device, dtype=dtype)
@@ -169,6 +169,7 @@ def build_policy(
         router_dtype=router_dtype(config),
         compiles=config.trainer.compile,
         liger=not kernels.liger,
+        router_replay=config.model.router_replay and not frozen,
         gradient_checkpointing=recomputes_activations(config) and not frozen,
         lora_settings=None if frozen else config.model.lora,
         seed=config.seed,
@@ -197,5 +198,5 @@ class BaseReference:
 
     def __call__(self, batch: PackedBatch) -> TokenLogProbs:
         """Log-probs of the base alone, without gradient. Collective."""
-        with adapter_off(self.policy.model):
+        with adapter_off(self.policy.model), self.policy.routed_live():
             return self.policy.scored(batch)

@@ -121,22 +121,23 @@ class GroupAdvantages:
     def scored(
         self, position: Position, shaped: TrajectoryGroup, advantages: Sequence[float | FloatArray]
     ) -> ScoredPosition:
-        """The samples with these advantages, and the tokens beyond the bound masked or marked."""
+        """The samples with these advantages. Tokens beyond the bound are masked or marked; samples that are
+        left out are masked."""
         samples = []
         for index, (trajectory, advantage) in enumerate(zip(shaped, advantages, strict=True)):
             if trajectory.is_greedy:
                 continue
-            beyond_T, num_masked = position.beyond(index), 0
-            if beyond_T is not None and self.masks_beyond:
+            masked_T, num_masked = position.masked(index, masks_beyond=self.masks_beyond), 0
+            if masked_T is not None:
                 num_masked = num_targets(trajectory)
-                trajectory = as_context(trajectory, beyond_T)
+                trajectory = as_context(trajectory, masked_T)
                 num_masked -= num_targets(trajectory)
             sample = TrainingSample(
                 trajectory=trajectory,
                 advantage=advantage,
                 group=position.place,
                 lag=position.lags[index],
-                beyond=None if self.masks_beyond else beyond_T,
+                beyond=None if self.masks_beyond else position.beyond(index),
                 num_masked=num_masked,
             )
             samples.append(sample)

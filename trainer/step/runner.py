@@ -18,6 +18,7 @@ Shape suffix: S sampled tokens of a micro-batch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,8 +34,17 @@ from trainer.advantages.base import Estimator
 from trainer.advantages.critic import Critic, ValueTarget
 from trainer.advantages.reward_shaping import Shaping
 from trainer.batching.balancer import Balancer
-from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSample, in_lockstep, is_target
+from trainer.batching.packing import (
+    MicroBatch,
+    PackedBatch,
+    Packer,
+    TrainingSample,
+    in_lockstep,
+    is_target,
+    num_targets,
+)
 from trainer.batching.positions import Position
+from trainer.batching.routes import FaultKind
 from trainer.batching.sampled_tokens import SampledTokens
 from trainer.batching.scope import Scope
 from trainer.batching.segments import cut, trained_segments
@@ -55,6 +65,8 @@ from trainer.step.long_samples import LongSample, PartLosses
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.rewards import RewardTerms, TrajectoryGroup
 from trainer.step.step_advantages import StepAdvantages
+
+log = logging.getLogger(__name__)
 
 
 class StepRunner:
@@ -109,6 +121,7 @@ class StepRunner:
         """Called in each step with this rank's first micro-batch and its log-probs [S] under the weights at
         the start of the step."""
         self._is_first_forward = True
+        self._has_warned_of_routes = False
         self._ranks = ranks
         self._objective = objective
         self._reference = reference
@@ -137,6 +150,7 @@ class StepRunner:
             and not objective.late_coefficients
             and all(model.shares_prefixes for model in (policy, *others))
         )
+        self._routes_shape = None if policy.replay is None else policy.replay.shape
         limits: dict[str, Any] = {
             "budget_tokens": budget_tokens,
             "whole_groups": objective.whole_groups,
@@ -146,7 +160,9 @@ class StepRunner:
         is_single = objective.one_sequence_per_microbatch
         self._packer: Packer | Balancer
         if balances and not is_single:
-            self._packer = Balancer(ranks, cost=cost_of(ModelFlops.of(policy.model)), **limits)
+            route_bytes = 0 if self._routes_shape is None else self._routes_shape.bytes_per_token
+            cost = cost_of(ModelFlops.of(policy.model))
+            self._packer = Balancer(ranks, cost=cost, route_bytes=route_bytes, **limits)
         else:
             self._packer = Packer(one_sequence_per_microbatch=is_single, **limits)
         self._speed = StepSpeed(policy, ranks, others=others, peak_tflops=peak_tflops)
@@ -173,10 +189,10 @@ class StepRunner:
         """
         timer = self._speed.begin(step)
         totals = StepTotals((*self.advantages.extra_totals, *(OF_BEYOND if self._beyond else ())))
-        self._is_first_forward = True
+        self._is_first_forward, self._has_warned_of_routes = True, False
         self.policy.zero_grad()  # an abandoned step may have left gradients
         with self._ranks.abandonable(is_abandoned):
-            positions = self._positions(timer.timed("wait_s", groups), step=step)
+            positions = self._positions(timer.timed("wait_s", groups), totals, step=step)
             # One position at a time as they arrive, unless rewards or advantages depend on the whole step.
             scored, value_targets = self._scored(positions, timer, step=step)
             microbatches: Iterable[MicroBatch] = self._packer.microbatches(self._trained(scored, totals))
@@ -206,14 +222,16 @@ class StepRunner:
             update = self._update(stats, value_targets, totals, step=step)
         return self._metrics(update, totals, timer)
 
-    def _positions(self, groups: Iterable[TrajectoryGroup | Position], *, step: int) -> Iterator[Position]:
-        """The positions with their places in the step.
+    def _positions(
+        self, groups: Iterable[TrajectoryGroup | Position], totals: StepTotals, *, step: int
+    ) -> Iterator[Position]:
+        """The positions with their places in the step, and with the routes that the policy replays.
 
         Raises ConfigError if one has parts of closed groups and the method needs whole ones: the run was
         changed from `buffer.overdue=close`, and the ledger still had them.
         """
         needs = self.advantages.needs_whole_groups
-        if self._objective.whole_groups or not self._objective.takes_parts:
+        if self._needs_whole_groups:
             needs = f"objective {self._objective.display_name}"
         for number, group in enumerate(groups):
             position = group if isinstance(group, Position) else Position.plain(group, step=step)
@@ -225,7 +243,36 @@ class StepRunner:
                     "with buffer.overdue=close: continue with buffer.overdue=close and the method that the "
                     "run had, or start a new run from a checkpoint (model.path=...)"
                 )
-            yield replace(position, place=number * self._ranks.world_size + self._ranks.rank)
+            place = number * self._ranks.world_size + self._ranks.rank
+            yield self._routed(replace(position, place=place), totals, step=step)
+
+    @property
+    def _needs_whole_groups(self) -> bool:
+        """True if the objective needs all samples of a group."""
+        return self._objective.whole_groups or not self._objective.takes_parts
+
+    def _routed(self, position: Position, totals: StepTotals, *, step: int) -> Position:
+        """The position, without the samples whose routes cannot be replayed; counts them."""
+        position, faults = position.routed(self._routes_shape, whole_groups=self._needs_whole_groups)
+        if not faults:
+            return position
+        for fault in faults.values():
+            totals.add(fault.kind, 1.0)
+        for index in position.left_out:
+            totals.add("unrouted_tokens", num_targets(position.trajectories[index]))
+        if not self._has_warned_of_routes:
+            self._has_warned_of_routes = True
+            index, fault = min(faults.items())
+            log.warning(
+                "step %d: sample %d of position %d is not trained on, because its routes cannot be replayed "
+                "(model.router_replay): %s. metrics.jsonl counts such samples: %s",
+                step,
+                index,
+                position.place,
+                fault.text,
+                ", ".join(FaultKind),
+            )
+        return position
 
     def _scored(
         self, positions: Iterable[Position], timer: PhaseTimer, *, step: int
@@ -367,6 +414,9 @@ class StepRunner:
             # One optimizer step per batch: the weights at the start of the step are the current ones.
             prox_logp_S = output.logprobs_S.detach()
         totals.add("model_flops", self._speed.flops_of(batch) if live else 0.0)
+        if self.policy.replay is not None:
+            num_other, num_choices = self.policy.replay.disagreement()
+            totals.add("router_disagreement", num_other if live else 0.0, count=num_choices if live else 0.0)
         if self._is_first_forward:
             self._is_first_forward = False
             self.on_first_forward(batch, output.logprobs_S)
@@ -437,14 +487,18 @@ class StepRunner:
         are any: the numerical mismatch of engine and trainer), the objective's own, shaped_reward (where
         advantages are not computed from `reward`), shaping_dual_I (of a shaping with a dual variable),
         reward_baseline (of advantage=running), rho_ref (of vcpo, if it is measured), the critic's, wait_s,
-        compute_s, reduce_s, update_s, step_s, and those of `StepSpeed`. With buffer.overdue=close also those
-        of `PartTable` (tokens beyond the staleness bound, early and late samples, lags by each sample's
-        oldest trained token) and, if such tokens are not all masked, beyond_log_ratio_abs and
+        compute_s, reduce_s, update_s, step_s, and those of `StepSpeed`. With router replay
+        router_disagreement (share of the recorded choices of experts that the present routers would not have
+        made) and those of `StepTotals.route_metrics` (samples that are left out). With buffer.overdue=close
+        also those of `PartTable` (tokens beyond the staleness bound, early and late samples, lags by each
+        sample's oldest trained token) and, if such tokens are not all masked, beyond_log_ratio_abs and
         beyond_ess_ratio: masked ones have no log-probs, because their logits are not computed.
         """
         metrics = totals.metrics() | update | {"lr_base": self.optimizer.lr}
         if self._beyond:
             metrics |= totals.part_metrics(self._ranks, beyond=self._beyond)
+        if self._routes_shape is not None:
+            metrics |= totals.route_metrics()
         metrics["ess_weights"] = totals.ess_ratios()[self._objective.ess_level]
         if isinstance(self._packer, Balancer):
             metrics["balance"] = self._packer.busy_share

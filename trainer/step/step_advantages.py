@@ -79,24 +79,24 @@ class StepAdvantages:
             values,
             discounts=[discounts_of_tokens(t, turn_discount=turn_discount) for t in trajectories],
         )
-        beyond = [
-            each.beyond(index) if self._groups.masks_beyond else None
+        masked = [
+            each.masked(index, masks_beyond=self._groups.masks_beyond)
             for each in positions
             for index in range(len(each.trajectories))
         ]
         advantages, targets = [], []
-        for trajectory, values_S, (advantages_S, targets_S), beyond_T in zip(
-            trajectories, values, credited, beyond, strict=True
+        for trajectory, values_S, (advantages_S, targets_S), masked_T in zip(
+            trajectories, values, credited, masked, strict=True
         ):
             target_T = is_target(trajectory)
             advantages_T = np.zeros(trajectory.num_tokens)
             advantages_T[target_T] = advantages_S
             advantages.append(advantages_T)
             learned = trajectory
-            if beyond_T is not None:
-                within_S = ~beyond_T[target_T]
+            if masked_T is not None:
+                within_S = ~masked_T[target_T]
                 values_S, targets_S = values_S[within_S], targets_S[within_S]
-                learned = as_context(trajectory, beyond_T)
+                learned = as_context(trajectory, masked_T)
                 if not len(targets_S):
                     continue
             targets += [

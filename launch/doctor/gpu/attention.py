@@ -24,7 +24,7 @@ from trainer.attention import varlen
 from trainer.attention.packed_attention import rectangle_attention
 from trainer.attention.varlen import varlen_attention
 from trainer.batching.attention_layout import AttentionLayout
-from trainer.batching.shared_prefixes import SharedRows
+from trainer.batching.shared_prefixes import InputSequence, SharedRows
 from trainer.metrics.speed import clock_of
 from trainer.models.kernels import activate_flash_attention_3, choose_kernels
 
@@ -124,7 +124,7 @@ def _sequences(prompts: tuple[int, ...]) -> list[np.ndarray[Any, np.dtype[np.int
 def _layout(
     tokens: Sequence[np.ndarray[Any, np.dtype[np.int32]]], *, shares: bool, device: torch.device
 ) -> AttentionLayout:
-    shared = SharedRows.of(tokens) if shares else None
+    shared = SharedRows.of(list(map(InputSequence, tokens))) if shares else None
     return AttentionLayout(
         lengths=tuple(map(len, tokens)),
         device=device,
