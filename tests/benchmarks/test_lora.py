@@ -1,4 +1,4 @@
-"""The comparison of LoRA with full training: bytes of pushes, and when a run has reached the other's score."""
+"""LoRA against full training: bytes of pushes, and when a run has reached the score of the other."""
 
 from __future__ import annotations
 
