@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.config import LoraConfig
+from areal_like.config.default_objective import as_setting
+from areal_like.runtime.command_line import load_config
 from areal_like.weights.hf_layout import adapter_tensors, hf_tensors
 from benchmarks.report import RESULTS, run_job, table, write
 from trainer.models.packed_model import DTYPES
@@ -87,8 +89,14 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 def is_of(run: dict[str, Any], arm: str, seed: int) -> bool:
-    """True for a run of this arm, with the settings that the arm has now."""
-    return bool((run["arm"], run["seed"], run["settings"]) == (arm, seed, list(ARMS[arm])))
+    """True for a run of this arm, with the settings that arm and default job have now."""
+    found = (run["arm"], run["seed"], run["settings"], run["objective"])
+    return bool(found == (arm, seed, list(ARMS[arm]), objective()))
+
+
+def objective() -> str:
+    """The objective of the default job."""
+    return as_setting(load_config([]).with_resolved_objective().objective)
 
 
 def run_arm(arm: str, seed: int, *, scratch: Path) -> dict[str, Any]:
@@ -103,7 +111,8 @@ def run_arm(arm: str, seed: int, *, scratch: Path) -> dict[str, Any]:
         flush=True,
     )
     kept = {key: summary[key] for key in KEPT}
-    return {"arm": arm, "seed": seed, "settings": list(ARMS[arm]), **kept, "evals": evals}
+    key = {"arm": arm, "seed": seed, "settings": list(ARMS[arm]), "objective": objective()}
+    return {**key, **kept, "evals": evals}
 
 
 def push_bytes() -> dict[str, dict[str, int]]:

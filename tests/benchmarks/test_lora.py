@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.lora import ARMS, push_bytes, reached_at, scores
+from benchmarks.lora import ARMS, objective, push_bytes, reached_at, scores
 
 
 def run(arm: str, seed: int, after: float, evals: list[tuple[int, float]]) -> dict[str, Any]:
     rest = {"steps": 600, "eval_before": 0.2, "evals": evals, "settings": list(ARMS[arm])}
-    return {"arm": arm, "seed": seed, "eval_after": after, **rest}
+    return {"arm": arm, "seed": seed, "objective": objective(), "eval_after": after, **rest}
 
 
 def test_an_adapter_of_smollm2_is_a_fiftieth_of_its_weights() -> None:
