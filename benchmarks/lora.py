@@ -69,16 +69,18 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(MAIN_ARMS), choices=list(ARMS), metavar="ARM")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--results", default="lora", help="name of the file in benchmarks/results")
+    parser.add_argument("--objective", default="auto", help="as on a job's command line")
     args = parser.parse_args()
+    objective = resolved(args.objective)
     with tempfile.TemporaryDirectory() as scratch:
         for seed in [] if args.report else args.seeds:
             for arm in args.arms:
-                if not any(is_of(run, arm, seed) for run in read(args.results)):
-                    done = run_arm(arm, seed, scratch=Path(scratch))
+                if not any(is_of(run, arm, seed, objective) for run in read(args.results)):
+                    done = run_arm(arm, seed, objective, scratch=Path(scratch))
                     # Read again: another process may run other arms.
                     write(args.results, {"runs": [*read(args.results), done], "push_bytes": push_bytes()})
     runs = read(args.results)
-    print(scores(runs), pushes(push_bytes()), sep="\n\n")
+    print(objective, scores(runs, objective), pushes(push_bytes()), sep="\n\n")
 
 
 def read(name: str) -> list[dict[str, Any]]:
@@ -88,21 +90,24 @@ def read(name: str) -> list[dict[str, Any]]:
     return runs
 
 
-def is_of(run: dict[str, Any], arm: str, seed: int) -> bool:
-    """True for a run of this arm, with the settings that arm and default job have now."""
+def is_of(run: dict[str, Any], arm: str, seed: int, objective: str) -> bool:
+    """True for a run of this arm, with the settings that the arm has now."""
     found = (run["arm"], run["seed"], run["settings"], run["objective"])
-    return bool(found == (arm, seed, list(ARMS[arm]), objective()))
+    return bool(found == (arm, seed, list(ARMS[arm]), objective))
 
 
-def objective() -> str:
-    """The objective of the default job."""
-    return as_setting(load_config([]).with_resolved_objective().objective)
+def resolved(objective: str) -> str:
+    """The objective that a job with this setting has, as one types it."""
+    return as_setting(load_config([f"objective={objective}"]).with_resolved_objective().objective)
 
 
-def run_arm(arm: str, seed: int, *, scratch: Path) -> dict[str, Any]:
+def run_arm(arm: str, seed: int, objective: str, *, scratch: Path) -> dict[str, Any]:
     """Runs one job."""
     summary, rows = run_job(
-        f"{arm}-{seed}", [f"seed={seed}", *ARMS[arm]], runs_dir=scratch, timeout_s=2 * 3600
+        f"{arm}-{seed}",
+        [f"seed={seed}", f"objective={objective}", *ARMS[arm]],
+        runs_dir=scratch,
+        timeout_s=2 * 3600,
     )
     evals = [(row["step"], row["eval_reward"]) for row in rows if "eval_reward" in row]
     print(
@@ -111,7 +116,7 @@ def run_arm(arm: str, seed: int, *, scratch: Path) -> dict[str, Any]:
         flush=True,
     )
     kept = {key: summary[key] for key in KEPT}
-    key = {"arm": arm, "seed": seed, "settings": list(ARMS[arm]), "objective": objective()}
+    key = {"arm": arm, "seed": seed, "settings": list(ARMS[arm]), "objective": objective}
     return {**key, **kept, "evals": evals}
 
 
@@ -140,9 +145,9 @@ def reached_at(run: dict[str, Any], target: float) -> int | None:
     return next((step for step, score in scores if score >= target), None)
 
 
-def scores(runs: list[dict[str, Any]]) -> str:
+def scores(runs: list[dict[str, Any]], objective: str) -> str:
     """A table with one line per arm; a cell has the values of all seeds, in order."""
-    now = [run for run in runs if run["arm"] in ARMS and is_of(run, run["arm"], run["seed"])]
+    now = [run for run in runs if run["arm"] in ARMS and is_of(run, run["arm"], run["seed"], objective)]
     full = {run["seed"]: run["eval_after"] for run in now if run["arm"] == "full"}
     lines = []
     for arm in ARMS:
