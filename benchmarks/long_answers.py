@@ -114,21 +114,30 @@ def sample(model_path: str, *, num_samples: int, num_tokens: int, seed: int) -> 
             sequences.append(
                 EngineSequence(seq_id=f"{group}.{index}", prompt=prompt, params=params, sample_index=index)
             )
-            core.submit(sequences[-1])
+    found = completed(core, sequences)
+    assert all(trajectory.num_tokens == context for trajectory in found)
+    return found
+
+
+def completed(core: EngineCore, sequences: Sequence[EngineSequence]) -> list[Trajectory]:
+    """Samples the sequences to their ends, with the engine's log-probs."""
+    for sequence in sequences:
+        core.submit(sequence)
     while core.all_sequences:
         core.step()
-    mask = np.repeat([0, 1], [PROMPT_TOKENS, num_tokens]).astype(np.uint8)
     found = []
     for sequence in sequences:
-        assert sequence.finish is not None and len(sequence.output_ids) == num_tokens
-        logprobs = np.zeros(context, dtype=np.float32)
-        logprobs[mask == 1] = np.minimum(sequence.output_logprobs, 0)
+        assert sequence.finish is not None
+        tokens = np.array([*sequence.prompt, *sequence.output_ids], dtype=np.int32)
+        is_sampled = np.arange(len(tokens)) >= len(sequence.prompt)
+        logprobs = np.zeros(len(tokens), dtype=np.float32)
+        logprobs[is_sampled] = np.minimum(sequence.output_logprobs, 0)
         found.append(
             Trajectory(
-                tokens=np.array([*sequence.prompt, *sequence.output_ids], dtype=np.int32),
-                loss_mask=mask,
+                tokens=tokens,
+                loss_mask=is_sampled.astype(np.uint8),
                 logprobs=logprobs,
-                versions=np.where(mask == 1, 0, NOT_SAMPLED).astype(np.int32),
+                versions=np.where(is_sampled, 0, NOT_SAMPLED).astype(np.int32),
                 reward=0.0,
                 finish_reason=sequence.finish.reason,
             )

@@ -11,8 +11,9 @@ samples to another server.
 
 If the engine starts from a checkpoint, the server announces the checkpoint's version, and the buffer grants
 leases as that version's staleness allows. A restarted engine without a checkpoint holds the run's first
-weights: the server announces QUARANTINED and takes no leases until trainer rank 0, which reads the servers'
-states from the buffer, has pushed the newest version.
+weights, and with `model.lora.path` an engine starts with the base alone: then the server announces
+QUARANTINED and takes no leases until trainer rank 0, which reads the servers' states from the buffer, has
+pushed the newest version.
 """
 
 from __future__ import annotations
@@ -290,11 +291,10 @@ class RolloutServer:
         self._stats.concurrency_limit = limit
 
     def _on_engine_ready(self, client: EngineClient, version: int) -> None:
-        needs_push = (
-            version == INITIAL_VERSION
-            and self._engine.num_starts > 1
-            and self._buffers.newest_version > INITIAL_VERSION
-        )
+        # Engines load the base without the adapter that the run starts from.
+        is_base_alone = bool(self._runtime.config.model.lora.path)
+        is_outdated = self._engine.num_starts > 1 and self._buffers.newest_version > INITIAL_VERSION
+        needs_push = version == INITIAL_VERSION and (is_base_alone or is_outdated)
         log.info(
             "engine ready, pid %d%s",
             self._engine.pid,

@@ -119,7 +119,7 @@ class Leader:
         self._is_new = step == 0 and bool(welcome.newest_version == 0) and not config.model.lora.path
         """True if the servers have started with this trainer's weights. False even for a run that starts over
         without a checkpoint: its servers may still hold weights that an earlier trainer pushed. With
-        `model.lora.path` they have started with the base alone."""
+        `model.lora.path` they hold the base alone, and take no leases before the first push."""
         self.settings: StepSettings = buffer.call(GetStepSettings(step=step), timeout_s=_CALL_TIMEOUT_S)
         """Settings of the current step, which is about to begin or in progress."""
         self._counters_at_start, self._counted_from_s = self._get_counters(), time.monotonic()

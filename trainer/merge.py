@@ -15,21 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from areal_like.config import LoraConfig
 from areal_like.errors import ConfigError
 from areal_like.paths import replacing
-from areal_like.weights.adapters import base_digest
+from areal_like.weights.adapters import PEFT_PREFIX, base_digest
 from areal_like.weights.hf_layout import adapter_tensors, hf_tensors
 from areal_like.weights.safetensors_header import tensors_in
 from areal_like.weights.untrained import text_config
 from trainer.checkpoints.writing import CODES, HfFiles, write_model_files, write_tokenizer
 from trainer.models.lora import add_adapter, layer_matrices, merged_rows, scales
 from trainer.models.packed_model import build_skeleton, tied_names
-from trainer.models.peft_folder import check_adapter_of, check_base, check_plain, open_adapter, read_config
-from trainer.models.row_loading import StoredNames, stored_names
+from trainer.models.peft_folder import (
+    WEIGHTS_FILE,
+    Advice,
+    check_adapter_of,
+    check_base,
+    check_layers,
+    check_plain,
+    layer_names,
+    open_adapter,
+    read_config,
+)
+from trainer.models.row_loading import StoredNames, listed, stored_names
 from trainer.models.safetensors_rows import SafetensorsRows
 from trainer.models.wide_vectors import stored_wide
 
@@ -48,19 +58,22 @@ def merge(adapter: str, into: Path, *, base: str = "", dtype: str = "") -> str:
     matrices = open_adapter(adapter, key=_KEY)
     config = read_config(adapter, key=_KEY)
     check_plain(adapter, config)
-    base = base or str(config.get("base_model_name_or_path") or "")
+    named = str(config.get("base_model_name_or_path") or "")
+    advice = _advice(base=base, named=named)
+    base = base or named
     if not base:
         raise ConfigError(f"{adapter} does not name its base model: give it with --base")
     model = build_skeleton(base, dtype=torch.float32)
     tied = tied_names(model)
-    layers = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in matrices.names}
+    check_layers(model, matrices, advice=advice)
+    _check_linear(model, matrices)
     add_adapter(
         model,
-        LoraConfig(rank=config["r"], alpha=float(config["lora_alpha"]), targets=tuple(sorted(layers))),
+        LoraConfig(rank=config["r"], alpha=float(config["lora_alpha"]), targets=layer_names(matrices)),
     )
-    check_adapter_of(model, matrices)
+    check_adapter_of(model, matrices, advice=advice)
     source = SafetensorsRows.of_model(base)
-    check_base(adapter, base=base_digest(source.files))
+    check_base(adapter, base=base_digest(source.files), advice=advice)
     stored = stored_names(model, source, tied=tied)
     own_dtype = getattr(torch, dtype) if dtype else _dtype_of(base)
     if own_dtype not in CODES:
@@ -92,6 +105,34 @@ def _dtype_of(base: str) -> Any:
     # Read again: a skeleton's configuration has the dtype of the skeleton.
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     return config.dtype or text_config(config).dtype or torch.float32
+
+
+def _advice(*, base: str, named: str) -> Advice:
+    """What a user of `merge` changes. `base`: the one given with --base; `named`: in adapter_config.json."""
+    if not base:
+        other = f"{named} has changed since then: give the model that the adapter was made for with --base"
+    elif named and named != base:
+        other = f"leave out --base, and {named} is used, which the adapter names"
+    else:
+        other = "give the model that the adapter was made for with --base"
+    return Advice(
+        base=other,
+        layers="merge needs matrices for every layer of the names {names}: merge this adapter with PEFT",
+    )
+
+
+def _check_linear(model: Any, matrices: SafetensorsRows) -> None:
+    """Raises ConfigError if the file has matrices for the output head, or for layers that are not linear."""
+    head, modules = model.get_output_embeddings(), dict(model.named_modules())
+    layers = {name.rpartition(".lora_")[0].removeprefix(PEFT_PREFIX) for name in matrices.names}
+    refused = sorted(
+        layer for layer in layers if modules[layer] is head or not isinstance(modules[layer], nn.Linear)
+    )
+    if refused:
+        raise ConfigError(
+            f"{matrices.folder / WEIGHTS_FILE} has matrices for {listed(refused)}, and merge takes those of "
+            "linear layers other than the output head: merge this adapter with PEFT"
+        )
 
 
 class _MergedParameters(Mapping[str, Tensor]):

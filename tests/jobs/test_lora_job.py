@@ -68,7 +68,7 @@ def test_the_commands_of_the_guide_run(tmp_path: Path, cache: dict[str, str]) ->
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = [json.loads(line) for line in (tmp_path / "runs/again/metrics.jsonl").read_text().splitlines()]
-    assert row["weights_version"] >= 1  # pushed before the first step: the engines have started with the base
+    assert row["weights_version"] >= 1 and row["mismatch_abs"] < 1e-4, "no sample is of the base alone"
 
     done = areal_like("eval", "lora", cwd=tmp_path, environment=cache)
     assert done.returncode == 2 and "areal-like merge" in done.stderr

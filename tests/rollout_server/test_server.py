@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from areal_like.config import WeightsConfig
 from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.weights.adapters import AdapterHeader
 from areal_like.wire.messages.consumer import ServerEntry
 from areal_like.wire.messages.hello import Goodbye, Hello, JobFailed, Refused
 from areal_like.wire.messages.producer import (
@@ -34,6 +35,7 @@ from areal_like.wire.messages.producer import (
     ServerState,
 )
 from rollout_server.tasks.sort import SortTask
+from tests.support.adapters import make_adapter
 from tests.support.rollout_harness import (
     PlayedBuffer,
     ServerProcess,
@@ -83,7 +85,12 @@ def buffer(shared: tuple[PlayedBuffer, ServerProcess]) -> Iterator[PlayedBuffer]
 
 
 def push(
-    buffer: PlayedBuffer, tensors: dict[str, torch.Tensor], *, version: int, **settings: Any
+    buffer: PlayedBuffer,
+    tensors: dict[str, torch.Tensor],
+    *,
+    version: int,
+    adapter: AdapterHeader | None = None,
+    **settings: Any,
 ) -> PushOutcome:
     """Pushes with the code of trainer rank 0, in a new weight group each time."""
 
@@ -101,7 +108,10 @@ def push(
         broadcaster = Broadcaster(config, device="cpu")
         try:
             return await broadcaster.push(
-                Held(tensors, bucket_bytes=1 << 16), version=version, step=version, servers=[entry]
+                Held(tensors, bucket_bytes=1 << 16, adapter=adapter),
+                version=version,
+                step=version,
+                servers=[entry],
             )
         finally:
             await broadcaster.close()
@@ -357,6 +367,31 @@ def test_lost_engine_is_replaced_and_drain_leaves_nothing(model: Path, tmp_path:
             )
             wait_until(lambda: not any(map(is_alive, children)))
             assert not list(server.paths.endpoints.glob("*.json"))
+
+
+def test_a_run_from_an_adapter_never_samples_its_base(model: Path, tmp_path: Path) -> None:
+    """The engine starts with the base alone. The first sample's log-probs are those of base and adapter."""
+    adapter = make_adapter(model, seed=1)
+    lora = {"rank": adapter.header.rank, "alpha": adapter.header.alpha, "path": "adapter"}
+    sections = {"model": {"path": str(model), "lora": lora}, "weights": {"lora": "adapter"}}
+    with PlayedBuffer() as buffer:
+        config = job(tmp_path, port=buffer.port, model_dir=model, **sections)
+        with serving(config) as server:
+            beat = server.wait_for_beat(buffer, lambda beat: beat.state is not ServerState.STARTING)
+            assert (beat.state, beat.free_samples) == (ServerState.QUARANTINED, 0)
+            pushed = push(buffer, adapter.tensors, version=1, adapter=adapter.header)
+            assert pushed.activated, pushed.failed
+            buffer.expect_beat(lambda beat: beat.state is ServerState.SERVING and beat.weights_version == 1)
+            buffer.grant(buffer.lease(1, samples=2))
+            merged = dict(adapter.model.merge_and_unload().named_parameters())
+            for answer in buffer.expect(SampleDone, count=2):
+                trajectory = answer.record.trajectory()
+                sampled = trajectory.loss_mask == 1
+                assert set(trajectory.versions[sampled]) == {1}
+                found, base = trajectory.logprobs[sampled], logprobs_under(model, None, trajectory)[sampled]
+                expected = logprobs_under(model, merged, trajectory)[sampled]
+                np.testing.assert_allclose(found, expected, atol=1e-4)
+                assert np.abs(found - base).max() > 0.01
 
 
 def test_a_late_joiner_starts_with_the_newest_checkpoint(model: Path, tmp_path: Path) -> None:

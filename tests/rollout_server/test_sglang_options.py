@@ -21,6 +21,7 @@ from launch.run_directory.open_run import open_run
 from rollout_server.policy.engines.sglang.process import (
     check_context_option,
     check_server_info,
+    head_precision,
     launch_options,
 )
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
@@ -113,6 +114,24 @@ def test_engines_that_do_not_fit_are_refused() -> None:
     check_context_option("--context-length 100", context_tokens=100)
     with pytest.raises(ConfigError, match="--context-length 99 is shorter"):
         check_context_option("--context-length=99", context_tokens=100)
+
+
+def test_an_engine_with_another_head_is_refused() -> None:
+    bfloat16 = config_of("model.dtype=bfloat16")
+    assert head_precision(bfloat16) is True
+    assert head_precision(config_of("model.dtype=bfloat16", "model.fp32_head=false")) is False
+    assert head_precision(config_of("model.dtype=float32", "model.fp32_head=true")) is None, "no difference"
+    for has, wants in ((True, True), (False, False), (True, None), (False, None), (None, True)):
+        info = {"enable_fp32_lm_head": has}
+        check_server_info(info, name="the engine", context_tokens=9, fp32_head=wants)
+    for has, message in (
+        (False, "runs without --enable-fp32-lm-head.* start it with the option, or set model.*=false"),
+        (True, "runs with --enable-fp32-lm-head.* start it without the option, or set model.*=true"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_server_info(
+                {"enable_fp32_lm_head": has}, name="the engine", context_tokens=9, fp32_head=not has
+            )
 
 
 def test_a_tied_head_may_be_left_out_of_a_push(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import ssl
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -38,14 +39,42 @@ def test_an_engine_that_stops_listening_is_lost_at_once(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
-def at_url(directory: Path, **sglang: str) -> SglangAtUrl:
+def at_url(directory: Path, *, model: dict[str, Any] | None = None, **sglang: str) -> SglangAtUrl:
     config: Config = from_mapping(
         {
             "runs_dir": str(directory),
+            "model": model or {},
             "rollout": {"engine": "sglang", "start_timeout_s": 2, "sglang": sglang},
         }
     )
     return SglangAtUrl(config, name="rollout-0", model="/model", context_tokens=100, vocab_size=10)
+
+
+def test_an_engine_at_a_url_needs_the_trainers_head(tmp_path: Path) -> None:
+    """Nothing is done to an engine whose log-probs would differ from the trainer's."""
+    requests: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        requests.append(request.path)
+        return web.json_response({"enable_fp32_lm_head": False, "load": {}})
+
+    async def body() -> None:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", answer)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://localhost:{runner.addresses[0][1]}"
+        with pytest.raises(ConfigError, match=f"{url} runs without --enable-fp32-lm-head"):
+            await at_url(tmp_path, url=url, model={"dtype": "bfloat16"}).start(version=0)
+        assert requests == ["/ready", "/server_info"]
+        for model in ({"dtype": "bfloat16", "fp32_head": False}, {"dtype": "float32"}):
+            async with await at_url(tmp_path, url=url, model=model).start(version=0):
+                assert "/update_weights_from_disk" in requests
+            requests.clear()
+        await runner.cleanup()
+
+    asyncio.run(body())
 
 
 def test_engine_behind_tls_gets_the_key(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """Objectives whose trainer is killed at given points, or slow, for tests of resumption.
 
 Set `objective._target_=tests.support.fault_points.KilledTrainer` and `objective.deaths`, for instance
-`"update:5 save:7 commit:11"`. Each death happens once, by SIGKILL, and leaves a file in `objective.folder`,
-so that neither the next trainer nor a replay with the same settings is killed there again. A death waits for
-the checkpoint in flight, because a step may be quicker than the writing of a checkpoint; without the wait,
-the step from which the next trainer resumes would vary. `poison:3` kills every trainer as long as the first
-group of step 3 is the same.
+`"update:5 push:6 save:7 commit:11"`. Each death happens once, by SIGKILL, and leaves a file in
+`objective.folder`, so that neither the next trainer nor a replay with the same settings is killed there
+again. A death waits for the checkpoint in flight, because a step may be quicker than the writing of a
+checkpoint; without the wait, the step from which the next trainer resumes would vary. `poison:3` kills every
+trainer as long as the first group of step 3 is the same.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ from trainer.leader import Leader
 from trainer.objectives import SampledTokens, StepStats, TokenLosses
 from trainer.objectives.tis import TruncatedIS
 from trainer.step.runner import StepRunner
+from trainer.weights.broadcaster import Broadcaster
+from trainer.weights.snapshot import GatheredBucket, Snapshot
+
+_MID_PUSH = 2
+"""Bucket that is read after the first one has been broadcast, and before the second one is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,7 @@ class KilledTrainer(TruncatedIS):
         super().__post_init__()
         points = _FaultPoints({death: Path(self.folder) / death for death in self.deaths.split()})
         run, stream_state, commit = StepRunner.run, Leader.stream_state, Leader.commit
+        push, read = Broadcaster.push, Snapshot.read
 
         def run_or_die(
             runner: StepRunner, groups: Iterable[Any], *, step: int, **rest: Any
@@ -55,9 +61,20 @@ class KilledTrainer(TruncatedIS):
             commit(leader, step, **rest)
             points.committed.set()
 
+        async def noted_push(broadcaster: Broadcaster, snapshot: Snapshot, *, step: int, **rest: Any) -> Any:
+            points.pushed_step = step
+            return await push(broadcaster, snapshot, step=step, **rest)
+
+        def read_or_die(snapshot: Snapshot, index: int) -> GatheredBucket:
+            if index == _MID_PUSH:  # an earlier bucket has arrived at the engines
+                points.at("push", points.pushed_step)
+            return read(snapshot, index)
+
         StepRunner.run = run_or_die  # type: ignore[method-assign]
         Leader.stream_state = stream_state_or_die  # type: ignore[method-assign]
         Leader.commit = commit_or_die  # type: ignore[method-assign]
+        Broadcaster.push = noted_push  # type: ignore[method-assign]
+        Snapshot.read = read_or_die  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +96,7 @@ class _FaultPoints:
         self._notes = notes
         self.committed = threading.Event()
         """Set while no checkpoint is being written."""
+        self.pushed_step = -1
         self.committed.set()
 
     def at(self, point: str, step: int) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from areal_like.config import LoraConfig
 from areal_like.weights.buckets import unflatten
+from areal_like.weights.hf_layout import adapter_tensors
 from tests.support.trainer_helpers import flattened, random_groups, without_measured
 from tests.support.trainer_ranks import main, make_runner
 from trainer.batching.packing import TrainingSample, collate
@@ -18,7 +19,6 @@ from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import RowShard, gather, local
 from trainer.models import packed_model
-from trainer.models.lora import adapter_shards
 from trainer.models.policy import Policy
 from trainer.weights.snapshot import BackgroundGather, BoundaryGather, WeightSnapshotter
 
@@ -29,6 +29,15 @@ METHODS = {
     "reference": {"kl": {"coef": 0.1, "place": "loss"}},
     "proximal": {"objective": {"name": "decoupled_ppo", "prox": "average"}},
 }
+
+
+def adapter_shards(model: nn.Module) -> list[RowShard]:
+    """This rank's rows of a transformers model's adapter under PEFT's names, sharing memory."""
+    params = dict(model.named_parameters())
+    return [
+        RowShard(name=tensor.name, rows=local(params[tensor.param].detach()), shape=torch.Size(tensor.shape))
+        for tensor in adapter_tensors(model)
+    ]
 
 
 def adapter_of(policy: Policy) -> dict[str, Tensor]:

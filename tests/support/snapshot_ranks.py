@@ -12,10 +12,10 @@ import torch.distributed as dist
 from areal_like.config import LoraConfig
 from areal_like.weights.buckets import checksum, unflatten
 from tests.support.full_state import gather_full_state
+from tests.support.lora_ranks import adapter_shards
 from tests.support.trainer_ranks import main
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import gather, local
-from trainer.models.lora import adapter_shards
 from trainer.models.policy import Policy
 from trainer.weights.snapshot import BackgroundGather, BoundaryGather, Snapshot, WeightSnapshotter
 

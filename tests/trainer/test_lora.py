@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from areal_like.config import LoraConfig, from_mapping
@@ -31,7 +31,7 @@ from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import MODEL_PREFIX, local
 from trainer.metrics.model_flops import ModelFlops, cost_of
-from trainer.models.lora import targets_of, trained_sizes
+from trainer.models.lora import targets_of
 from trainer.models.policy import BaseReference, Policy
 from trainer.step.recipe import StepRecipe
 from trainer.step.runner import StepRunner
@@ -86,6 +86,11 @@ def dense(model: Any) -> Tensor:
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max())
+
+
+def trained_sizes(model: nn.Module) -> dict[str, int]:
+    """Name of each parameter that is trained -> its number of elements."""
+    return {name: param.numel() for name, param in model.named_parameters() if param.requires_grad}
 
 
 def test_only_the_adapter_is_trained(base: str, ranks: Ranks) -> None:
@@ -354,6 +359,44 @@ def test_merge_writes_the_model_that_is_pushed(
     other = write_model(tmp_path / "other", "qwen2", dtype=F32)
     assert cli.main(["merge", str(folder), "--base", other, "--into", str(tmp_path / "x")]) == 2
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".x*"))
+
+
+def test_merge_says_what_its_user_changes(
+    base: str, tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its messages name its own options, and no setting of `run`, which it does not have."""
+    folder = saved(trained_runner(base, ranks, steps=1), ranks, tmp_path / "run", base)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    other = write_model(tmp_path / "other", "qwen2", dtype=F32)
+    changed = shutil.copytree(base, tmp_path / "changed")
+    weights = load_file(changed / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, changed / "model.safetensors", {"format": "pt"})
+
+    def with_tensors(name: str, kept: dict[str, Tensor]) -> str:
+        path = Path(edited(folder, tmp_path / name))
+        save_file(kept, path / "adapter_model.safetensors")
+        return str(path)
+
+    moved = edited(folder, tmp_path / "moved", base_model_name_or_path=str(changed))
+    first = {name: value for name, value in tensors.items() if ".layers.0." in name}
+    layer = "base_model.model.lm_head"
+    head = {f"{layer}.lora_A.weight": torch.zeros(3, 32), f"{layer}.lora_B.weight": torch.zeros(VOCAB, 3)}
+    deeper = {name.replace(".layers.1.", ".layers.7."): value for name, value in tensors.items()}
+    refused: list[tuple[str, list[str], str]] = [
+        (str(folder), ["--base", other], f"leave out --base, and {base} is used"),
+        (str(folder), ["--base", str(changed)], f"another base: leave out --base, and {base} is used"),
+        (moved, [], f"{changed} has changed since then: give the model"),
+        (moved, ["--base", str(changed)], "another base: give the model that the adapter was made for with"),
+        (with_tensors("first", first), [], "merge needs matrices for every layer of the names down_proj,"),
+        (with_tensors("head", tensors | head), [], "lm_head, and merge takes those of linear layers"),
+        (with_tensors("deeper", deeper), [], f"does not have: {base} has changed since then"),
+    ]
+    for adapter, options, message in refused:
+        assert cli.main(["merge", adapter, *options, "--into", str(tmp_path / "x")]) == 2
+        error = capsys.readouterr().err
+        assert message in error and "model.path" not in error and "model.lora" not in error, error
+    assert not (tmp_path / "x").exists()
 
 
 def test_experts_are_left_out_and_pushed_as_they_are(tmp_path: Path, ranks: Ranks) -> None:

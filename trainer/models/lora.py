@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from areal_like.config import LoraConfig
 from areal_like.errors import ConfigError
-from areal_like.weights.hf_layout import ADAPTER, adapter_tensors, is_adapter
-from trainer.distributed.sharding import RowShard, local, row_range
+from areal_like.weights.hf_layout import ADAPTER, is_adapter
+from trainer.distributed.sharding import local, row_range
 
 _MOST_LISTED = 12
 
@@ -139,18 +139,6 @@ def initialize(model: nn.Module, *, seed: int, rank: int, world_size: int) -> No
         rows.copy_(whole[first:end])
 
 
-def adapter_shards(model: nn.Module) -> list[RowShard]:
-    """This rank's rows of the adapter under PEFT's names, in the order of `adapter_tensors`, sharing memory.
-
-    `model`: a transformers model.
-    """
-    params = dict(model.named_parameters())
-    return [
-        RowShard(name=tensor.name, rows=local(params[tensor.param].detach()), shape=torch.Size(tensor.shape))
-        for tensor in adapter_tensors(model)
-    ]
-
-
 def scales(model: nn.Module) -> dict[str, float]:
     """Name of each adapted layer -> its scale."""
     return {name: float(layer.scaling[ADAPTER]) for name, layer in _layers(model)}
@@ -172,8 +160,3 @@ def layer_matrices(layer: str) -> tuple[str, str, str]:
         f"{layer}.lora_A.{ADAPTER}.weight",
         f"{layer}.lora_B.{ADAPTER}.weight",
     )
-
-
-def trained_sizes(model: nn.Module) -> Mapping[str, int]:
-    """Name of each parameter that is trained -> its number of elements; `model` may be on the meta device."""
-    return {name: param.numel() for name, param in model.named_parameters() if param.requires_grad}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,27 @@ _WITHOUT_EFFECT = frozenset(
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base as it is."""
 _ONLY_PLAIN = "only plain LoRA is supported: name another adapter, or merge this one with PEFT"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What the user of a command changes if an adapter does not fit the base model."""
+
+    base: str
+    """If it belongs to another base; `{base}` is the one that adapter_config.json names."""
+    layers: str
+    """If it lacks matrices of some layers; `{names}` are the last parts of the names of those that it has."""
+
+    def other_base(self, path: str) -> str:
+        """The text of `base` for the adapter in `path`. Raises ConfigError if it has no configuration."""
+        return self.base.replace("{base}", base_of(path))
+
+
+_SETTINGS = Advice(
+    base="set model.path to {base}, the adapter's base",
+    layers="set model.lora.targets=[{names}] (every layer of these names needs its matrices)",
+)
+"""Of the commands with the settings `model.path` and `model.lora`."""
 
 
 def read_adapter(model: Any, settings: LoraConfig, *, base: str, rank: int, world_size: int) -> None:
@@ -131,7 +153,7 @@ def check_plain(path: str, config: Mapping[str, Any]) -> None:
             raise refuse(key, _ONLY_PLAIN)
 
 
-def check_base(path: str, *, base: str) -> None:
+def check_base(path: str, *, base: str, advice: Advice = _SETTINGS) -> None:
     """Raises ConfigError if the directory is a checkpoint of a run with another base."""
     file = Path(path).expanduser() / STATE_FILE
     if not file.is_file():
@@ -141,7 +163,7 @@ def check_base(path: str, *, base: str) -> None:
     except (OSError, ValueError, KeyError, TypeError, WeightSyncError) as error:
         raise ConfigError(f"{file} cannot be read ({error!r}): name another adapter") from None
     if header.base != base:
-        raise ConfigError(f"{path} was trained on another base: set model.path to {base_of(path)}")
+        raise ConfigError(f"{path} was trained on another base: {advice.other_base(path)}")
 
 
 def base_of(path: str, *, key: str = "model.lora.path") -> str:
@@ -157,37 +179,46 @@ def copy_adapter(model: Any, source: SafetensorsRows, *, rank: int, world_size: 
     copy_rows(model, source, tensors, stored, rank=rank, world_size=world_size)
 
 
-def check_adapter_of(model: Any, source: SafetensorsRows) -> None:
+def check_adapter_of(model: Any, source: SafetensorsRows, *, advice: Advice = _SETTINGS) -> None:
     """Raises ConfigError unless the file has exactly the matrices of the model's adapter."""
+    check_layers(model, source, advice=advice)
     wanted = {tensor.name: tensor.shape for tensor in adapter_tensors(model)}
     where = source.folder / WEIGHTS_FILE
-    layers = {f"{PEFT_PREFIX}{name}" for name, _ in model.named_modules()}
     names = [name for name in source.names if name not in wanted]
-    foreign = [name for name in names if ".lora_A." not in name and ".lora_B." not in name]
-    if foreign:
-        raise ConfigError(f"{where} holds {listed(foreign)}: {_ONLY_PLAIN}")
-    absent = [name for name in names if name.rpartition(".lora_")[0] not in layers]
-    if absent:
-        raise ConfigError(
-            f"{where} has matrices for {listed(absent)}, which {type(model).__name__} does not have: set "
-            f"model.path to the adapter's base ({base_of(str(source.folder))})"
-        )
     missing = [name for name in wanted if name not in source.names]
     if names or missing:
-        there = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in source.names})
         what = f"has matrices for {listed(names)}" if names else f"lacks {listed(missing)}"
-        raise ConfigError(
-            f"model.lora.targets: {where} {what}: set model.lora.targets=[{','.join(there)}] (every "
-            "layer of these names needs its matrices)"
-        )
+        there = ",".join(layer_names(source))
+        raise ConfigError(f"{where} {what}: {advice.layers.replace('{names}', there)}")
     for name, shape in wanted.items():
         if source.shape(name) != shape:
             raise ConfigError(
                 f"{where}: {name} has shape {list(source.shape(name))}, and {type(model).__name__} needs "
-                f"{list(shape)}: set model.path to the adapter's base ({base_of(str(source.folder))})"
+                f"{list(shape)}: {advice.other_base(str(source.folder))}"
             )
         if not source.is_float(name):
             raise ConfigError(f"{where}: {name} is not a floating-point tensor: name another adapter")
+
+
+def layer_names(source: SafetensorsRows) -> tuple[str, ...]:
+    """The last parts of the names of the layers that have matrices in a file, sorted."""
+    return tuple(sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in source.names}))
+
+
+def check_layers(model: Any, source: SafetensorsRows, *, advice: Advice = _SETTINGS) -> None:
+    """Raises ConfigError if the file has other tensors than A and B, or matrices of layers that the model,
+    with or without an adapter, does not have."""
+    where = source.folder / WEIGHTS_FILE
+    foreign = [name for name in source.names if ".lora_A." not in name and ".lora_B." not in name]
+    if foreign:
+        raise ConfigError(f"{where} holds {listed(foreign)}: {_ONLY_PLAIN}")
+    layers = {f"{PEFT_PREFIX}{name}" for name, _ in model.named_modules()}
+    absent = [name for name in source.names if name.rpartition(".lora_")[0] not in layers]
+    if absent:
+        raise ConfigError(
+            f"{where} has matrices for {listed(absent)}, which {type(model).__name__} does not have: "
+            f"{advice.other_base(str(source.folder))}"
+        )
 
 
 def write_config(directory: Path, header: AdapterHeader, *, base: str) -> None:

@@ -46,8 +46,8 @@ class ServerState(StrEnum):
     DRAINING = "draining"
     """The server is leaving: no new leases."""
     QUARANTINED = "quarantined"
-    """No leases until the next push: a push failed, so the weights may be corrupt, or a restarted engine has
-    the run's first weights, which are too old."""
+    """No leases until the next push: a push failed, so the weights may be corrupt; a restarted engine has the
+    run's first weights, which are too old; or an engine has the base of a run that starts from an adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)

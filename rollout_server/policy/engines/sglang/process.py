@@ -164,7 +164,10 @@ class SglangProcess(EngineProcess):
         client = await super()._connect(port)
         try:
             check_server_info(
-                await client.server_info(), name="the engine", context_tokens=self._context_tokens
+                await client.server_info(),
+                name="the engine",
+                context_tokens=self._context_tokens,
+                fp32_head=head_precision(self._config),
             )
         except BaseException:
             await client.close()
@@ -270,6 +273,7 @@ class SglangAtUrl:
             await client.server_info(),
             name=f"the engine at rollout.sglang.url={self._url}",
             context_tokens=self._context_tokens,
+            fp32_head=head_precision(self._config),
         )
         await client.fetch_info()
         await client.abort()
@@ -400,15 +404,34 @@ def check_context_option(args: str, *, context_tokens: int) -> None:
         )
 
 
-def check_server_info(info: Mapping[str, Any], *, name: str, context_tokens: int) -> None:
-    """Raises ConfigError if pushes cannot reach all ranks of the engine, or if a sequence does not fit into
-    it.
+def head_precision(config: Config) -> bool | None:
+    """Whether the engine has to compute the logits in float32; None in float32, where it makes no difference.
 
-    `info`: the response of `/server_info`; fields that it does not contain are not checked.
+    Raises ConfigError as `compute_dtype` does.
+    """
+    return uses_fp32_head(config) if compute_dtype(config) == "bfloat16" else None
+
+
+def check_server_info(
+    info: Mapping[str, Any], *, name: str, context_tokens: int, fp32_head: bool | None = None
+) -> None:
+    """Raises ConfigError if pushes cannot reach all ranks of the engine, if its output head has another
+    precision than the trainer's, or if a sequence does not fit into it.
+
+    `info`: the response of `/server_info`; fields that it does not contain are not checked. `fp32_head`: of
+    `head_precision`.
     """
     for key in ("dp_size", "pp_size"):
         if int(info.get(key) or 1) > 1:
             raise ConfigError(f"{name} runs with {key}={info[key]}: {UNREACHABLE}")
+    has_fp32_head = info.get("enable_fp32_lm_head")
+    if fp32_head is not None and has_fp32_head is not None and bool(has_fp32_head) != fp32_head:
+        raise ConfigError(
+            f"{name} runs {'with' if has_fp32_head else 'without'} --enable-fp32-lm-head, and "
+            f"model.fp32_head is {str(fp32_head).lower()} in this job, so log-probs would differ from the "
+            f"trainer's: start it {'with' if fp32_head else 'without'} the option, or set "
+            f"model.fp32_head={str(not fp32_head).lower()}"
+        )
     longest_prompt = info.get("max_req_input_len")
     if longest_prompt is None:
         return
