@@ -114,14 +114,7 @@ def hf_tensors(model: nn.Module, *, with_buffers: bool = True) -> list[HfTensor]
     positions = _Positions(model, shapes)
     places: dict[str, tuple[int, HfTensor]] = {}
     for batch in positions.batches():
-        try:
-            converted = _to_checkpoint(model, conversions, batch)
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"{type(model).__name__}: the names of its checkpoint cannot be derived ({error}); "
-                "choose another model"
-            ) from error
-        for name, found in converted.items():
+        for name, found in _to_checkpoint(model, conversions, batch).items():
             if name in places:
                 raise positions.refusal(name)
             places[name] = positions.place(name, found)
@@ -130,6 +123,28 @@ def hf_tensors(model: nn.Module, *, with_buffers: bool = True) -> list[HfTensor]
     covered = sum(math.prod(tensor.shape) for tensor in tensors)
     assert covered == sum(map(math.prod, shapes.values())), "a parameter has no place in the checkpoint"
     return tensors
+
+
+def hf_buffers(model: nn.Module) -> list[HfTensor]:
+    """The checkpoint's tensors of a transformers model that are floating-point buffers, such as the
+    correction bias of a router, each of them one whole buffer (`param`: its name in the model).
+
+    Raises ConfigError for an architecture whose checkpoint has other tensors in their place.
+    """
+    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    names = [name for name in _persistent_buffers(model) if name in buffers]
+    if not names:
+        return []
+    # One number each, which shows after the conversion where it has come from.
+    marked = {name: torch.tensor([number]) for number, name in enumerate(names)}
+    converted = _to_checkpoint(model, _conversions(model), marked)
+    if sorted(int(mark.flatten()[0]) for mark in converted.values()) != list(range(len(names))):
+        raise ConfigError(
+            f"{type(model).__name__}: transformers converts {names[0]} for its checkpoint in a way that "
+            "pushes cannot follow; choose another model"
+        )
+    found = [(name, names[int(mark)]) for name, mark in converted.items()]
+    return [HfTensor(name=name, shape=tuple(buffers[buffer].shape), param=buffer) for name, buffer in found]
 
 
 ADAPTER = "default"
@@ -244,7 +259,10 @@ def _conversions(model: Any) -> list[Any]:
 
 
 def _to_checkpoint(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the model's names -> tensors of the checkpoint, as `save_pretrained` would write them."""
+    """Tensors by the model's names -> tensors of the checkpoint, as `save_pretrained` would write them.
+
+    Raises ConfigError if transformers cannot convert them.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     has_own = hasattr(model, "_weight_conversions")
@@ -252,6 +270,11 @@ def _to_checkpoint(model: Any, conversions: list[Any], tensors: dict[str, Tensor
     model._weight_conversions = conversions
     try:
         converted: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"{type(model).__name__}: the names of its checkpoint cannot be derived ({error}); "
+            "choose another model"
+        ) from error
     finally:
         if has_own:
             model._weight_conversions = own

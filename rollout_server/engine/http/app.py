@@ -49,6 +49,13 @@ def run(options: ProcessOptions, listener: socket.socket) -> int:
         context_length=options.context_length,
     )
     core = EngineCore(model, weights, options, version=options.weight_version)
+    logger.info(
+        "%d rows of %d tokens: %d bytes of KV, %d bytes of recurrent states",
+        options.max_running_requests,
+        options.context_length,
+        core.kv_bytes,
+        core.state_bytes,
+    )
     return asyncio.run(serve(options, core, listener))
 
 

@@ -168,7 +168,7 @@ class WeightUpdater:
             if receiver.error:
                 raise WeightSyncError(receiver.error)
             facts = receiver.facts
-            check_names(receiver.received, facts.parameter_shapes, tied=facts.tied_names)
+            check_names(receiver.received, facts.parameter_shapes, tied=facts.optional_names)
             if running == "finish" and not update.is_adapter:
                 raise WeightSyncError(
                     "running=finish needs an adapter: all weights change for every sequence"
