@@ -108,14 +108,7 @@ def hf_tensors(model: nn.Module) -> list[HfTensor]:
     positions = _Positions(model, shapes)
     places: dict[str, tuple[int, HfTensor]] = {}
     for batch in positions.batches():
-        try:
-            converted = _to_checkpoint(model, conversions, batch)
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"{type(model).__name__}: the names of its checkpoint cannot be derived ({error}); "
-                "choose another model"
-            ) from error
-        for name, found in converted.items():
+        for name, found in _to_checkpoint(model, conversions, batch).items():
             if name in places:
                 raise positions.refusal(name)
             places[name] = positions.place(name, found)
@@ -238,7 +231,10 @@ def _conversions(model: Any) -> list[Any]:
 
 
 def _to_checkpoint(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the model's names -> tensors of the checkpoint, as `save_pretrained` would write them."""
+    """Tensors by the model's names -> tensors of the checkpoint, as `save_pretrained` would write them.
+
+    Raises ConfigError if transformers cannot convert them.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     has_own = hasattr(model, "_weight_conversions")
@@ -246,6 +242,11 @@ def _to_checkpoint(model: Any, conversions: list[Any], tensors: dict[str, Tensor
     model._weight_conversions = conversions
     try:
         converted: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"{type(model).__name__}: the names of its checkpoint cannot be derived ({error}); "
+            "choose another model"
+        ) from error
     finally:
         if has_own:
             model._weight_conversions = own

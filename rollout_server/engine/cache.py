@@ -5,13 +5,16 @@ gather and no block table, and at the lengths of short RL completions pages woul
 price is that `num_rows * context_length` tokens are allocated up front. A prefix is kept as a copy outside
 the rows, so that it outlives the sequence that computed it and can be copied into any number of rows.
 
+Layers with linear attention have a recurrent state in place of KV (states.py). It belongs to the row too, so
+every method that moves, copies or clears a row does the same with its state.
+
 Shapes: L layers, S rows, H KV heads, T positions, D head size, B computed contexts, N rows decoded.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from rollout_server.engine.states import StateLayout, StateRows, StateShape
 
 _LEAST_POSITIONS = 24
 """A decode step attends to at least this many positions: on a CPU, torch has no fast kernels for smaller
@@ -68,10 +73,23 @@ class Extension:
     """H -> int64[V*H]: index of each new key and value in a layer's cache viewed as [S*H*T, D]."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prefix:
+    """What a row holds of T adjacent tokens."""
+
+    kv_L2HTD: Tensor
+    state_R: Tensor | None = None
+    """A snapshot (`StateRows.snapshot`) after the last token; None for models without recurrent states, and
+    for tokens after which none was taken."""
+    routes_TLK: NDArray[Any] | None = None
+    """The experts chosen in the pass that computed the KV, if the engine records them."""
+
+
 class KVCache:
     """Keys and values of `num_rows` sequences of up to `context_length` tokens.
 
     Every layer gets the memory for the most heads and the largest head size of any layer.
+    `states` holds the rows' recurrent states, which the model itself reads and writes in every pass.
 
     Decode step: `begin_decode`, then `append` for each layer.
     Prefill: `begin_prefill`, then `fill` for each layer, then `end_prefill`.
@@ -86,7 +104,10 @@ class KVCache:
         context_length: int,
         dtype: torch.dtype,
         device: torch.device,
+        state_shapes: Iterable[StateShape] = (),
     ) -> None:
+        """`shapes`: of the layers that have keys and values, at least one. `state_shapes`: of those that have
+        a recurrent state."""
         heads, dim = max(s.num_heads for s in shapes), max(max(s.key_dim, s.value_dim) for s in shapes)
         self.num_rows, self.context_length, self.device, self.dtype = num_rows, context_length, device, dtype
         # Zeros, not empty: masked positions have weight 0, and 0 times an uninitialized NaN is NaN.
@@ -105,11 +126,32 @@ class KVCache:
         self._batch: DecodeBatch | None = None
         self._extension: Extension | None = None
         self._computed_L2BHTD = torch.empty(0)
+        self.new_lengths_B: NDArray[np.int64] = np.zeros(0, np.int64)
+        """Tokens of each context in the prefill or extension that was begun last, without padding."""
+        layout = StateLayout(state_shapes, dtype=dtype)
+        self._state_layout = layout if layout.parts else None
+        self.states = layout.zeros(num_rows, device=device) if layout.parts else None
+        """States of the rows; None for models without."""
+        self.computed_states: StateRows | None = None
+        """States of the contexts of a prefill, zero when it begins."""
 
     @property
     def num_bytes(self) -> int:
-        """Size of the rows in bytes."""
+        """Size of the rows' keys and values in bytes."""
         return self._storage.numel() * self._storage.element_size()
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of the rows' recurrent states in bytes."""
+        return 0 if self.states is None else self.states.num_bytes
+
+    @property
+    def state_tokens(self) -> int:
+        """Number of tokens whose keys and values take as much memory as one state, rounded up.
+
+        Limits in tokens count a state as that many.
+        """
+        return -(-self.state_bytes * self.context_length // self.num_bytes)
 
     # Decoding
 
@@ -157,11 +199,16 @@ class KVCache:
 
     # Prefill
 
-    def begin_prefill(self, *, num_contexts: int, num_positions: int) -> None:
-        """Prepares for one `fill` per layer, with this many contexts, right-padded to `num_positions`."""
+    def begin_prefill(self, lengths_B: NDArray[np.int64]) -> None:
+        """Prepares for one `fill` per layer, with contexts of `lengths_B` tokens, right-padded to the longest
+        one."""
         layers, _, _, heads, _, dim = self._storage.shape
-        shape = (layers, 2, num_contexts, heads, num_positions, dim)
+        num_contexts = len(lengths_B)
+        shape = (layers, 2, num_contexts, heads, int(lengths_B.max()), dim)
         self._computed_L2BHTD = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.new_lengths_B = lengths_B
+        if self._state_layout is not None:
+            self.computed_states = self._state_layout.zeros(num_contexts, device=self.device)
 
     def fill(self, layer: int, key_BHTD: Tensor, value_BHTD: Tensor) -> None:
         """Keeps one layer's computed keys and values until `end_prefill`."""
@@ -169,18 +216,29 @@ class KVCache:
         self._computed_L2BHTD[layer, 0, :, :heads, :, :key_dim] = key_BHTD
         self._computed_L2BHTD[layer, 1, :, :heads, :, : value_BHTD.shape[3]] = value_BHTD
 
-    def end_prefill(self, *, rows: Sequence[int], sources: Sequence[int]) -> Tensor:
-        """Copies computed context `sources[i]` to row `rows[i]`; returns all computed KV [L, 2, B, H, T, D].
+    def end_prefill(self, *, rows: Sequence[int], sources: Sequence[int]) -> None:
+        """Copies computed context `sources[i]` to row `rows[i]`.
 
         The KV of the padding after a shorter context is written too; the row's own tokens overwrite it before
         it is read.
         """
+        if not rows:
+            return
         computed = self._computed_L2BHTD
-        if rows:
-            target, source = torch.tensor(rows, device=self.device), torch.tensor(sources, device=self.device)
-            used = self._storage[:, :, :, :, : computed.shape[4]]
-            used.index_copy_(2, target, computed.index_select(2, source))
-        return computed
+        target, source = torch.tensor(rows, device=self.device), torch.tensor(sources, device=self.device)
+        used = self._storage[:, :, :, :, : computed.shape[4]]
+        used.index_copy_(2, target, computed.index_select(2, source))
+        if self.states is not None:
+            assert self.computed_states is not None, "begin_prefill first"
+            self.states.write(target, self.computed_states.select(source))
+
+    def computed_prefix(self, source: int) -> Prefix:
+        """Copies what the last prefill computed for context `source`."""
+        length, states = int(self.new_lengths_B[source]), self.computed_states
+        return Prefix(
+            kv_L2HTD=self._computed_L2BHTD[:, :, source, :, :length].clone(),
+            state_R=None if states is None else states.snapshot(source),
+        )
 
     # Extension
 
@@ -196,6 +254,7 @@ class KVCache:
         bias_BTS = np.where(
             self._arange_T[:num_positions] > position_BT[:, :, None], np.float32("-inf"), np.float32(0)
         )
+        self.new_lengths_B = lengths_B
         self._extension = Extension(
             num_positions=num_positions,
             position_BT=torch.from_numpy(position_BT).to(self.device),
@@ -222,10 +281,13 @@ class KVCache:
     # Rows
 
     def move(self, sources: Sequence[int], targets: Sequence[int], *, num_positions: int) -> None:
-        """Copies the first `num_positions` of rows `sources` to rows `targets`, which must not overlap."""
+        """Copies the first `num_positions` of rows `sources`, and their states, to rows `targets`, which must
+        not overlap."""
         source, target = (torch.tensor(rows, device=self.device) for rows in (sources, targets))
         used = self._storage[:, :, :, :, :num_positions]
         used.index_copy_(2, target, used.index_select(2, source))
+        if self.states is not None:
+            self.states.write(target, self.states.select(source))
 
     def write(self, row: int, kv_L2HTD: Tensor, *, start: int = 0) -> None:
         """Copies the KV of T tokens [L, 2, H, T, D] into a row, starting at position `start`."""
@@ -235,21 +297,31 @@ class KVCache:
         """Returns a view [L, 2, H, end - start, D] of a row's positions."""
         return self._storage[:, :, row, :, start:end]
 
+    def snapshot_state(self, row: int) -> Tensor | None:
+        """Returns a copy of a row's state; None for models without."""
+        return None if self.states is None else self.states.snapshot(row)
+
+    def restore_state(self, row: int, state_R: Tensor | None) -> None:
+        """Writes a snapshot into a row; does nothing for models without states."""
+        if self.states is not None:
+            assert state_R is not None, "a prefix without its state"
+            self.states.restore(row, state_R)
+
+    def begin_row(self, row: int) -> None:
+        """Prepares a row for a sequence of which nothing is computed before its first decode step.
+
+        KV need no preparation: positions that the sequence has not written are masked.
+        """
+        if self.states is not None:
+            self.states.clear(row)
+
     def clear_row(self, row: int) -> None:
         """Zeroes a row that holds values that are not finite.
 
         Otherwise they would reach the row's next sequence through masked positions: 0 times NaN is NaN.
         """
         self._storage[:, :, row].zero_()
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Prefix:
-    """What is kept of T adjacent tokens."""
-
-    kv_L2HTD: Tensor
-    routes_TLK: NDArray[Any] | None = None
-    """The experts chosen in the pass that computed the KV, if the engine records them."""
+        self.begin_row(row)
 
 
 class PrefixCache:
@@ -259,14 +331,20 @@ class PrefixCache:
     older weights is never found; a swap of weights drops all entries.
     """
 
-    def __init__(self, *, max_tokens: int) -> None:
+    def __init__(self, *, max_tokens: int, state_tokens: int = 0) -> None:
+        """`state_tokens`: of KVCache; each entry counts that many more."""
         self.max_tokens = max_tokens
+        self._state_tokens = state_tokens
         self.serial = 0
         self.num_tokens = 0
         self._entries: OrderedDict[tuple[int, tuple[int, ...]], Prefix] = OrderedDict()
 
     def __contains__(self, context: tuple[int, ...]) -> bool:
         return (self.serial, context) in self._entries
+
+    def size_of(self, context: tuple[int, ...]) -> int:
+        """Returns what an entry counts towards `max_tokens`."""
+        return len(context) + self._state_tokens
 
     def get(self, context: tuple[int, ...]) -> Prefix | None:
         """Returns the prefix of all but the last token of `context`, or None."""
@@ -281,13 +359,13 @@ class PrefixCache:
 
         An entry larger than `max_tokens` is not added.
         """
-        if len(context) > self.max_tokens or context in self:
+        if self.size_of(context) > self.max_tokens or context in self:
             return
         self._entries[(self.serial, context)] = prefix
-        self.num_tokens += len(context)
+        self.num_tokens += self.size_of(context)
         while self.num_tokens > self.max_tokens:
             (_, oldest), _ = self._entries.popitem(last=False)
-            self.num_tokens -= len(oldest)
+            self.num_tokens -= self.size_of(oldest)
 
     def clear(self, *, serial: int | None = None) -> None:
         """Drops everything; `serial` is the serial number of the weights that are now active."""

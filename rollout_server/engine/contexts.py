@@ -10,12 +10,18 @@ others a copy would be wasted. All KV that is kept was computed under the newest
 a row whose KV is older than the last swap is not kept. A sequence that goes on under an older adapter neither
 reads nor fills the caches.
 
+For models with linear attention, what is copied, computed and kept is the recurrent state too (states.py): a
+prompt of a group is kept with the state after it, and a conversation is continued from the end of a turn.
+Limits in tokens count a state as the tokens whose KV takes as much memory.
+
 Shapes: B contexts, T positions.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -30,6 +36,8 @@ from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.routes import RowRoutes
 from rollout_server.engine.rows import RowState
 from rollout_server.engine.scheduler import Sequence, ServedVersion
+
+logger = logging.getLogger(__name__)
 
 PREFILL_AHEAD_TOKENS = 128
 """A prefill with fewer tokens than this is filled up with prompts of sequences that still wait for a row."""
@@ -57,8 +65,12 @@ class Contexts:
         self._rows = rows
         self._max_prefill_tokens = options.max_prefill_tokens
         """Also the maximum number of tokens in one forward pass."""
-        self._prefixes = PrefixCache(max_tokens=options.prefix_cache_tokens)
-        self.kept = KeptPrefixes(max_tokens=options.kept_tokens)
+        self._state_tokens = cache.state_tokens
+        self._prefixes = PrefixCache(max_tokens=options.prefix_cache_tokens, state_tokens=self._state_tokens)
+        self.kept = KeptPrefixes(
+            max_tokens=options.kept_tokens(self._state_tokens), state_tokens=self._state_tokens
+        )
+        self._warn_of_small_caches()
         self.num_prefilled = 0
         """Context tokens computed."""
         self.num_copied = 0
@@ -67,6 +79,18 @@ class Contexts:
         """Sequences whose context was copied from another sequence instead of computed."""
         self.num_continued = 0
         """Sequences that started with KV kept from an earlier turn of their conversation."""
+
+    def _warn_of_small_caches(self) -> None:
+        limits = {
+            "prefix_cache_tokens": self._prefixes.max_tokens,
+            "conversation_cache_tokens": self.kept.max_tokens,
+        }
+        for name, max_tokens in limits.items():
+            if 0 < max_tokens <= self._state_tokens:
+                logger.warning(
+                    "%s=%d keeps nothing: a recurrent state of this model takes as much memory as %d tokens",
+                    name, max_tokens, self._state_tokens,
+                )  # fmt: skip
 
     def clear(self, *, serial: int | None = None) -> None:
         """Drops all KV outside the rows; `serial`: of the weights that new sequences get from now on."""
@@ -87,7 +111,16 @@ class Contexts:
     def keep(self, sequence: Sequence) -> None:
         """Keeps the KV of a sequence that has ended, before it leaves its row."""
         if self._rows.kv_serial[sequence.row] == self._prefixes.serial:
-            self.kept.insert(sequence.context[:-1], partial(self._read, sequence.row))
+            self._keep_row(sequence.row, sequence.context, is_shared=False)
+
+    def _keep_row(self, row: int, context: _Context, *, is_shared: bool) -> None:
+        """Keeps what a row holds, which is all but the last token of `context`."""
+        self.kept.insert(
+            context[:-1],
+            partial(self._read, row),
+            snapshot=partial(self._cache.snapshot_state, row),
+            is_shared=is_shared,
+        )
 
     def fill(self, admitted: list[Sequence], *, waiting: Iterable[Sequence]) -> None:
         """Fills the rows of new sequences with the KV of all but the last token of their contexts.
@@ -129,9 +162,12 @@ class Contexts:
                     missing[context] = [sequence.row]
             elif uses_caches and (prefix := self._prefixes.get(context)) is not None:
                 self._write(sequence.row, prefix)
+                self._cache.restore_state(sequence.row, prefix.state_R)
                 self._count_shared(sequence)
             elif len(context) > 1:
                 missing[context] = [sequence.row]
+            if len(context) == 1:
+                self._cache.begin_row(sequence.row)
         if not missing:
             return
         prompts = {sequence.prompt for sequence in admitted if not sequence.output_ids} - kept
@@ -150,7 +186,7 @@ class Contexts:
         for context in kept & missing.keys():
             if 2 * known.get(context, 0) > len(context):
                 continue  # a later turn, which no other sequence needs before it ends
-            self.kept.insert(context[:-1], partial(self._read, missing[context][0]))
+            self._keep_row(missing[context][0], context, is_shared=True)
 
     def _count_shared(self, sequence: Sequence) -> None:
         self.num_shared += 1
@@ -164,10 +200,12 @@ class Contexts:
     def _copy_kept(self, sequence: Sequence) -> int:
         """Copies the kept part of the sequence's context to its row; returns the number of tokens."""
         start = 0
-        for part in self.kept.match(sequence.context[:-1]):
+        parts, state_R = self.kept.match(sequence.context[:-1])
+        for part in parts:
             self._write(sequence.row, part, start=start)
             start += part.kv_L2HTD.shape[3]
         if start:
+            self._cache.restore_state(sequence.row, state_R)
             self.num_continued += 1
             self._count_copied(sequence, start)
         return start
@@ -179,7 +217,8 @@ class Contexts:
 
         Rows become free one by one, and a small prefill costs the same for sixteen prompts as for one.
         """
-        room = min(PREFILL_AHEAD_TOKENS, self._prefixes.max_tokens // 2) - sum(map(len, missing))
+        room = PREFILL_AHEAD_TOKENS - sum(map(len, missing))
+        cache_room = self._prefixes.max_tokens // 2 - sum(map(self._prefixes.size_of, missing))
         for sequence in waiting:
             prompt = sequence.prompt
             if sequence.output_ids or prompt in missing or prompt in self._prefixes or len(prompt) == 1:
@@ -187,7 +226,8 @@ class Contexts:
             if sequence.keeps_prefix:
                 continue
             room -= len(prompt)
-            if room < 0:
+            cache_room -= self._prefixes.size_of(prompt)
+            if min(room, cache_room) < 0:
                 break
             missing[prompt] = []
             prompts.add(prompt)
@@ -196,7 +236,7 @@ class Contexts:
         # Contexts of similar length share a batch, so that little computation is spent on padding.
         queue = sorted(missing.items(), key=lambda item: len(item[0]))
         while queue:
-            size = max(1, self._max_prefill_tokens // len(queue[-1][0]))
+            size = max(1, self._max_prefill_tokens // (len(queue[-1][0]) + self._state_tokens))
             queue, batch = queue[:-size], queue[-size:]
             self._prefill(batch, prompts)
 
@@ -209,9 +249,9 @@ class Contexts:
             self.num_prefilled += len(context) - 1
             rows += context_rows
             sources += [i] * len(context_rows)
-        self._cache.begin_prefill(num_contexts=tokens_BT.shape[0], num_positions=tokens_BT.shape[1])
+        self._cache.begin_prefill(np.array([len(context) - 1 for context, _ in batch], np.int64))
         self._model.prefill(self._tensor(tokens_BT), self._cache)
-        computed = self._cache.end_prefill(rows=rows, sources=sources)
+        self._cache.end_prefill(rows=rows, sources=sources)
         routes_BTLK = None if self._routes is None else self._routes.prefilled(len(batch))
         if self._routes is not None and routes_BTLK is not None:
             for row, source in zip(rows, sources, strict=True):
@@ -220,14 +260,10 @@ class Contexts:
             # Only prompts are cached: the other samples of a group share the prompt, but no other sequence
             # has the same prompt and output.
             if context in prompts:
-                num_tokens = len(context) - 1
-                self._prefixes.put(
-                    context,
-                    Prefix(
-                        kv_L2HTD=computed[:, :, i, :, :num_tokens].clone(),
-                        routes_TLK=None if routes_BTLK is None else routes_BTLK[i, :num_tokens].copy(),
-                    ),
-                )
+                prefix = self._cache.computed_prefix(i)
+                if routes_BTLK is not None:
+                    prefix = replace(prefix, routes_TLK=routes_BTLK[i, : len(context) - 1].copy())
+                self._prefixes.put(context, prefix)
 
     def _extend(self, left: list[tuple[_Context, int, int]]) -> None:
         """Computes the KV of contexts from a given position on, given what their rows hold before it.

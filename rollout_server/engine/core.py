@@ -27,7 +27,6 @@ from torch import Tensor
 from areal_like.errors import WeightSyncError
 from areal_like.trajectory import FinishReason
 from areal_like.weights.adapters import AdapterHeader
-from rollout_server.engine.cache import KVCache
 from rollout_server.engine.contexts import PREFILL_AHEAD_TOKENS, Contexts
 from rollout_server.engine.models.adapters import NO_SLOT
 from rollout_server.engine.models.base import CausalModel, Weights
@@ -61,12 +60,8 @@ class EngineCore:
         self._active_weights = weights
         self._shadow_weights: Weights | None = None
         self._rows = RowState(num_rows=options.max_running_requests, context_length=options.context_length)
-        self._cache = KVCache(
-            facts.kv_shapes,
-            num_rows=options.max_running_requests,
-            context_length=options.context_length,
-            dtype=facts.dtype,
-            device=facts.device,
+        self._cache = facts.new_cache(
+            num_rows=options.max_running_requests, context_length=options.context_length
         )
         self.routes: RowRoutes | None = None
         """Routes of the tokens in the rows; None: they are not recorded."""
@@ -86,6 +81,16 @@ class EngineCore:
     def version(self) -> str:
         """Version of the newest weights."""
         return self._newest.version
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of the rows' keys and values."""
+        return self._cache.num_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the rows' recurrent states."""
+        return self._cache.state_bytes
 
     # Requests
 
@@ -219,14 +224,12 @@ class EngineCore:
         step with the kernels with which it was sampled.
         """
         facts = self.model.facts
-        cache = KVCache(
-            facts.kv_shapes, num_rows=1, context_length=len(tokens), dtype=facts.dtype, device=facts.device
-        )
+        cache = facts.new_cache(num_rows=1, context_length=len(tokens))
         if self.model.adapters is not None:
             self.model.adapters.select_one(self._newest.slot)
         tokens_1T = torch.tensor([tokens], device=facts.device)
         if first > 1:
-            cache.begin_prefill(num_contexts=1, num_positions=first - 1)
+            cache.begin_prefill(np.array([first - 1], np.int64))
             self.model.prefill(tokens_1T[:, : first - 1], cache)
             cache.end_prefill(rows=[0], sources=[0])
         logprobs = []

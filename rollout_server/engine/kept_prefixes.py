@@ -7,7 +7,15 @@ sequence that extends a leaf lengthens that leaf. To make room, the least recent
 All KV in the tree was computed under one set of weights. `clear` drops everything at a swap, and a row whose
 KV is older than the swap is never put in (see Contexts.keep).
 
-Shapes: L layers, H KV heads, T tokens, D head size; of routes: T tokens, L layers with experts, K experts.
+A model with recurrent states continues a sequence only from where its state is known, and a state cannot be
+cut (states.py). So the tree also keeps a snapshot of the state at the end of each sequence put in, and a
+lookup finds the longest prefix that ends at one. The next turn of a conversation replaces the snapshot of the
+turn before it. The snapshot after a prompt stays while others may start from it, as the samples of a group
+do. A branch from the middle of a turn starts from the last snapshot before it. Left out: snapshots every so
+many tokens within a sequence: each takes as much memory as the KV of hundreds or thousands of tokens.
+
+Shapes: L layers, H KV heads, T tokens, D head size, R bytes of a snapshot; of routes: T tokens, L layers with
+experts, K experts.
 """
 
 from __future__ import annotations
@@ -42,70 +50,118 @@ class _Node:
     """Children by their first token."""
     used: int = 0
     """The tree's clock when a lookup or insertion last passed through this node."""
+    state_R: Tensor | None = None
+    """The recurrent state after the node's last token, if it was put in."""
+    is_shared: bool = False
+    """True if other sequences than the next turn may start from this state."""
 
 
 class KeptPrefixes:
-    """The KV of at most `max_tokens` tokens."""
+    """The KV of at most `max_tokens` tokens, of which each state takes the place of `state_tokens`."""
 
-    def __init__(self, *, max_tokens: int) -> None:
+    def __init__(self, *, max_tokens: int, state_tokens: int = 0) -> None:
+        """`state_tokens`: of KVCache; 0 for a model without recurrent states."""
         self.max_tokens = max_tokens
         self.num_tokens = 0
+        self.num_states = 0
+        self._state_tokens = state_tokens
         self._clock = 0
         self.clear()
 
     def clear(self) -> None:
         """Drops everything."""
         self._root = _Node(np.empty(0, np.int64), torch.empty(0), None, None)
-        self.num_tokens = 0
+        self.num_tokens = self.num_states = 0
 
     def num_matched(self, tokens: Sequence[int]) -> int:
-        """Returns how many tokens at the start of `tokens` have their KV here."""
-        return sum(length for _, length in self._walk(np.asarray(tokens, np.int64)))
+        """Returns how many tokens at the start of `tokens` need not be computed."""
+        return sum(length for _, length in self._known(tokens))
 
-    def match(self, tokens: Sequence[int]) -> list[Prefix]:
-        """Returns the longest prefix of `tokens` that is here, in adjacent parts. The parts are views: copy
-        them before the next insertion."""
-        return [
+    def match(self, tokens: Sequence[int]) -> tuple[list[Prefix], Tensor | None]:
+        """Returns the longest prefix of `tokens` that is here, in adjacent parts without states, and the
+        state after it, uint8[R] (None without a prefix, or for a model without states). All are views: copy them
+        before the next insertion."""
+        path = self._known(tokens)
+        state_R = path[-1][0].state_R if path and self._state_tokens else None
+        parts = [
             Prefix(
                 kv_L2HTD=node.kv_L2HTD[:, :, :, :length],
                 routes_TLK=None if node.routes_TLK is None else node.routes_TLK[:length],
             )
-            for node, length in self._walk(np.asarray(tokens, np.int64))
+            for node, length in path
         ]
+        return parts, state_R
 
-    def insert(self, tokens: Sequence[int], between: Callable[[int, int], Prefix]) -> None:
+    def _known(self, tokens: Sequence[int]) -> list[tuple[_Node, int]]:
+        """Returns the part of `_walk` from whose end a sequence can be continued."""
+        path = self._walk(np.asarray(tokens, np.int64))
+        while self._state_tokens and path:
+            node, length = path[-1]
+            if node.state_R is not None and length == len(node.tokens_T):
+                break
+            path.pop()
+        return path
+
+    def insert(
+        self,
+        tokens: Sequence[int],
+        between: Callable[[int, int], Prefix],
+        *,
+        snapshot: Callable[[], Tensor | None] | None = None,
+        is_shared: bool = False,
+    ) -> None:
         """Adds all `tokens`; the tree copies only the part that it does not have.
 
-        `between(start, end)`: what is kept of these tokens. Does nothing if there are more than `max_tokens`.
+        `between(start, end)`: what is kept of these tokens. `snapshot`: returns a copy of the state after all
+        tokens; for models with states. `is_shared`: the tokens are a prompt from which several sequences may
+        start. Does nothing if they do not fit into `max_tokens`.
         """
         tokens_T = np.asarray(tokens, np.int64)
-        if len(tokens_T) > self.max_tokens:
+        if not len(tokens_T) or len(tokens_T) + self._state_tokens > self.max_tokens:
             return
         path = self._walk(tokens_T)
         start = sum(length for _, length in path)
-        if start == len(tokens_T):
-            return
         node, length = path[-1] if path else (self._root, 0)
+        has_end = start == len(tokens_T) and (
+            not self._state_tokens or (node.state_R is not None and length == len(node.tokens_T))
+        )
+        if has_end:
+            node.is_shared |= is_shared
+            return
         if length < len(node.tokens_T):
             node = self._split(node, length)
-        self._make_room(len(tokens_T) - start)
-        added = between(start, len(tokens_T))
-        kv, routes = added.kv_L2HTD, added.routes_TLK
-        if node.children or node is self._root:
-            new = _Node(
-                tokens_T[start:],
-                kv.clone(),
-                None if routes is None else routes.copy(),
-                node,
-                used=self._clock,
-            )
-            node.children[int(tokens_T[start])] = new
-        else:
-            node.tokens_T = np.concatenate((node.tokens_T, tokens_T[start:]))
-            node.kv_L2HTD = torch.cat((node.kv_L2HTD, kv), 3)
-            if routes is not None and node.routes_TLK is not None:
-                node.routes_TLK = np.concatenate((node.routes_TLK, routes))
-        self.num_tokens += len(tokens_T) - start
+        self._make_room(len(tokens_T) - start + self._state_tokens, end=node)
+        if start < len(tokens_T):
+            added = between(start, len(tokens_T))
+            kv, routes = added.kv_L2HTD, added.routes_TLK
+            if node.children or node is self._root or (node.state_R is not None and node.is_shared):
+                new = _Node(
+                    tokens_T[start:],
+                    kv.clone(),
+                    None if routes is None else routes.copy(),
+                    node,
+                    used=self._clock,
+                )
+                node.children[int(tokens_T[start])] = new
+                node = new
+            else:
+                node.tokens_T = np.concatenate((node.tokens_T, tokens_T[start:]))
+                node.kv_L2HTD = torch.cat((node.kv_L2HTD, kv), 3)
+                if routes is not None and node.routes_TLK is not None:
+                    node.routes_TLK = np.concatenate((node.routes_TLK, routes))
+            self.num_tokens += len(tokens_T) - start
+        if self._state_tokens:
+            assert snapshot is not None, "a model with states keeps no KV without them"
+            self._set_state(node, snapshot())
+            node.is_shared = is_shared
+
+    def _set_state(self, node: _Node, state_R: Tensor | None) -> None:
+        self.num_states += (state_R is not None) - (node.state_R is not None)
+        node.state_R = state_R
+
+    @property
+    def _size(self) -> int:
+        return self.num_tokens + self.num_states * self._state_tokens
 
     def _walk(self, tokens_T: NDArray[np.int64]) -> list[tuple[_Node, int]]:
         """Returns the nodes along `tokens_T`, each with its number of matching tokens; marks them as used."""
@@ -147,23 +203,28 @@ class KeptPrefixes:
         node.used -= 1
         return first
 
-    def _make_room(self, num_tokens: int) -> None:
+    def _make_room(self, num_tokens: int, *, end: _Node) -> None:
         """Drops leaves, least recently used first, until `num_tokens` fit; keeps those that the last walk
-        passed."""
-        if self.num_tokens + num_tokens <= self.max_tokens:
+        passed, up to `end`, and drops their states if there is no other way."""
+        if self._size + num_tokens <= self.max_tokens:
             return
         most = self.max_tokens - self.max_tokens // _SPARE_PARTS - num_tokens
         leaves = [(node.used, id(node), node) for node in self._leaves()]
         heapq.heapify(leaves)
-        while leaves and self.num_tokens > most:
+        while leaves and self._size > most:
             used, _, node = heapq.heappop(leaves)
             if used == self._clock:
                 break
             assert node.parent is not None
             del node.parent.children[int(node.tokens_T[0])]
             self.num_tokens -= len(node.tokens_T)
+            self._set_state(node, None)
             if not node.parent.children and node.parent is not self._root:
                 heapq.heappush(leaves, (node.parent.used, id(node.parent), node.parent))
+        for node in _path_to(end):
+            if self._size + num_tokens <= self.max_tokens:
+                break
+            self._set_state(node, None)
 
     def _leaves(self) -> list[_Node]:
         leaves, nodes = [], list(self._root.children.values())
@@ -176,7 +237,7 @@ class KeptPrefixes:
 
     def check(self) -> None:
         """Asserts that token counts add up and that every node can be found by its first token."""
-        num_tokens, nodes = 0, [self._root]
+        num_tokens, num_states, nodes = 0, 0, [self._root]
         while nodes:
             node = nodes.pop()
             for token, child in node.children.items():
@@ -184,4 +245,15 @@ class KeptPrefixes:
                 assert child.kv_L2HTD.shape[3] == len(child.tokens_T) > 0
                 nodes.append(child)
             num_tokens += len(node.tokens_T)
-        assert num_tokens == self.num_tokens <= self.max_tokens
+            num_states += node.state_R is not None
+        assert (num_tokens, num_states) == (self.num_tokens, self.num_states)
+        assert self._size <= self.max_tokens
+
+
+def _path_to(node: _Node) -> list[_Node]:
+    """The nodes from the first one below the root to `node`; empty for the root."""
+    path = []
+    while node.parent is not None:
+        path.append(node)
+        node = node.parent
+    return path[::-1]

@@ -71,6 +71,12 @@ class Load:
     """Sequences that started with KV kept from an earlier turn of their conversation."""
     kept_tokens: int
     """Tokens whose KV is kept for the next turns of conversations."""
+    kept_states: int
+    """Recurrent states kept for them (models with linear attention)."""
+    kv_bytes: int
+    """Memory of the rows' keys and values."""
+    state_bytes: int
+    """Memory of the rows' recurrent states."""
     steps: int
     busy_s: float
     idle_s: float
@@ -205,6 +211,9 @@ class EngineLoop:
             shared_prefixes=core.contexts.num_shared,
             continued_prefixes=core.contexts.num_continued,
             kept_tokens=core.contexts.kept.num_tokens,
+            kept_states=core.contexts.kept.num_states,
+            kv_bytes=core.kv_bytes,
+            state_bytes=core.state_bytes,
             steps=core.num_steps,
             busy_s=self._busy_s,
             idle_s=self._idle_s + current_idle_s,

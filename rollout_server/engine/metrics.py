@@ -34,6 +34,9 @@ _GAUGES = {
     "kv_rows": ("rows", "KV rows"),
     "kv_rows_used": ("running", "KV rows in use"),
     "kept_tokens": ("kept_tokens", "Tokens whose KV is kept for later turns"),
+    "kept_states": ("kept_states", "Recurrent states kept for later turns"),
+    "kv_bytes": ("kv_bytes", "Memory of the rows' keys and values"),
+    "state_bytes": ("state_bytes", "Memory of the rows' recurrent states"),
     "paused": ("paused", "1 while generation is paused"),
     "weight_version": ("weight_version", "Active version, -1 if it is not a number"),
 }

@@ -37,10 +37,11 @@ class EngineOptions(Section):
     max_prefill_tokens: PositiveInt = 8192
     """Context tokens computed before a decode step."""
     prefix_cache_tokens: NonNegativeInt = 16384
-    """Tokens of prompts kept for the other samples of their groups; 0: none."""
+    """Tokens of prompts kept for the other samples of their groups; 0: none. A recurrent state counts as the
+    tokens whose KV takes as much memory."""
     conversation_cache_tokens: int | None = None
     """Tokens whose KV is kept for the next turns of conversations, allocated as they are needed; 0: none;
-    not given: as many as the rows hold."""
+    not given: as many as the rows hold. States count as in `prefix_cache_tokens`."""
     enable_return_routed_experts: bool = False
     """Record which experts are chosen for each token, for requests with `return_routed_experts`."""
     max_adapters: NonNegativeInt = 0
@@ -49,11 +50,11 @@ class EngineOptions(Section):
     random_seed: int = 0
     """Seed of sequences that have none of their own."""
 
-    @property
-    def kept_tokens(self) -> int:
-        """The resolved `conversation_cache_tokens`."""
+    def kept_tokens(self, state_tokens: int) -> int:
+        """The resolved `conversation_cache_tokens`. `state_tokens`: what a recurrent state counts as; 0 for a
+        model without."""
         tokens = self.conversation_cache_tokens
-        return self.max_running_requests * self.context_length if tokens is None else tokens
+        return self.max_running_requests * (self.context_length + state_tokens) if tokens is None else tokens
 
     def check(self) -> None:
         tokens = self.conversation_cache_tokens

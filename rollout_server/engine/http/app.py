@@ -51,6 +51,13 @@ def run(options: ProcessOptions, listener: socket.socket) -> int:
         records_routes=options.enable_return_routed_experts,
     )
     core = EngineCore(model, weights, options, version=options.weight_version)
+    logger.info(
+        "%d rows of %d tokens: %d bytes of KV, %d bytes of recurrent states",
+        options.max_running_requests,
+        options.context_length,
+        core.kv_bytes,
+        core.state_bytes,
+    )
     return asyncio.run(serve(options, core, listener))
 
 

@@ -19,6 +19,7 @@ from areal_like.weights.hf_layout import HfTensor
 from rollout_server.engine.cache import DecodeBatch, Extension, KVCache, KVShape
 from rollout_server.engine.models.adapters import AdapterSlots
 from rollout_server.engine.models.routes import RouteRecorder
+from rollout_server.engine.states import StateShape
 
 _ALIGNMENT = 64
 """Bytes; the alignment of torch's own allocator."""
@@ -26,7 +27,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Weights:
-    """A complete set of parameters, in the engine's dtype and on its device.
+    """A complete set of parameters, in their own dtypes and on the engine's device.
 
     One set is active, another receives updates.
     """
@@ -51,34 +52,57 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
     parameter_shapes: Mapping[str, tuple[int, ...]]
     """Shapes of the tensors of the model's checkpoint, by their names there, which pushes use too."""
+    parameter_dtypes: Mapping[str, torch.dtype]
+    """Their dtypes in the engine: `dtype`, or float32 for parts of some models (areal_like/precision.py)."""
     layout: Sequence[HfTensor]
     """The positions of these tensors in the parameters of the transformers module."""
     tied_names: frozenset[str]
     """Names that alias another parameter: a weight push may include or omit them."""
     kv_shapes: Sequence[KVShape]
+    """Of the layers that have keys and values, in order."""
+    kv_layers: Sequence[int]
+    """The indices of these layers in the model."""
+    state_shapes: Sequence[StateShape] = ()
+    """Of the layers that have a recurrent state, in order."""
+    state_layers: Sequence[int] = ()
+    """The indices of these layers in the model."""
     dtype: torch.dtype
     device: torch.device
     untrained_names: frozenset[str] = frozenset()
     """Tensors in the model's files that are not parameters here: encoders of other inputs, routers' biases. A
     checkpoint contains them unchanged."""
 
+    def new_cache(self, *, num_rows: int, context_length: int) -> KVCache:
+        """Rows for sequences of this model."""
+        return KVCache(
+            self.kv_shapes,
+            num_rows=num_rows,
+            context_length=context_length,
+            dtype=self.dtype,
+            device=self.device,
+            state_shapes=self.state_shapes,
+        )
+
 
 def new_arena(facts: ModelFacts, groups: Iterable[Sequence[str]]) -> tuple[Tensor, list[Tensor]]:
     """Allocates uninitialized memory for a set of weights.
 
-    `groups`: lists of tensor names; the tensors of one group are adjacent in memory. Returns the whole
-    arena (uint8) and, for each group, its part as a flat tensor of the model's dtype. Groups begin at
-    multiples of 64 bytes, as the matrix products need; in most models the size of every tensor is such a
-    multiple, so there are no gaps.
+    `groups`: lists of names of tensors of one dtype, which are adjacent in memory. Returns the whole arena
+    (uint8) and, for each group, its part as a flat tensor of its dtype. Groups begin at multiples of 64
+    bytes, as the matrix products need; in most models the size of every tensor is such a multiple, so there
+    are no gaps.
     """
+    groups = list(groups)
+    dtypes = [facts.parameter_dtypes[group[0]] for group in groups]
     sizes = [
-        sum(math.prod(facts.parameter_shapes[name]) for name in group) * facts.dtype.itemsize
-        for group in groups
+        sum(math.prod(facts.parameter_shapes[name]) for name in group) * dtype.itemsize
+        for group, dtype in zip(groups, dtypes, strict=True)
     ]
     starts = list(itertools.accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
     arena = torch.empty(starts[-1], dtype=torch.uint8, device=facts.device)
     return arena, [
-        arena[start : start + size].view(facts.dtype) for start, size in zip(starts, sizes, strict=False)
+        arena[start : start + size].view(dtype)
+        for start, size, dtype in zip(starts, sizes, dtypes, strict=False)
     ]
 
 

@@ -1,62 +1,49 @@
 """Runs any decoder-only transformers model through its own modules over our KV rows.
 
-Two documented hooks are enough: a cache object whose `update` writes into the rows and returns views of them,
-and a ready-made 4-D attention mask, which transformers uses instead of building one. `loading.load` compares
-the result with the model's own forward, so a model that ignores one of the hooks is refused.
+Two documented hooks are enough: a cache object (row_cache.py), and a ready-made 4-D attention mask, which
+transformers uses instead of building one. `loading.load` compares the result with the model's own forward, so
+a model that ignores one of the hooks is refused.
+
+Linear attention needs a third one, because padding must not change a state. transformers' own mask of
+padding zeroes the input of a layer, which is enough before the tokens, but ours comes after them: there the
+state would still decay, and take in what the convolution remembers. So the gates of padded positions are
+closed: from -inf the layer computes a decay of exactly 1, and 0 as the share of the new value.
 
 Shapes: N rows, B contexts, T positions, V vocabulary.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from areal_like.weights.adapters import AdapterHeader, linear_layers
-from rollout_server.engine.cache import DecodeBatch, Extension, KVCache, KVShape
+from rollout_server.engine.cache import DecodeBatch, Extension, KVCache
 from rollout_server.engine.models.adapters import AdapterSlots
 from rollout_server.engine.models.base import ModelFacts, Weights, new_arena
 from rollout_server.engine.models.routes import RouteRecorder
+from rollout_server.engine.models.row_cache import RowCache
+
+_GATES = ({"in_proj_ba"}, {"in_proj_a", "in_proj_b"}, {"a_proj", "b_proj"})
+"""Linear layers that compute the gates of a Gated DeltaNet (Qwen3-Next; Qwen3.5; OLMo Hybrid): a, how much of
+the state decays, and b, the share of the new value that is written."""
 
 
-class RowCache(Cache):
-    """A transformers cache that reads and writes the KV rows.
-
-    With `rows` None it keeps nothing and records the shapes of keys and values instead.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.rows: KVCache | None = None
-        self.mode: Literal["prefill", "extend", "decode"] = "prefill"
-        self.seen: dict[int, KVShape] = {}
-        """Layer index -> shape of its keys and values. Recorded in a forward pass, because model
-        configurations name these sizes differently."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Stores keys and values [B, H, T, D]; returns the ones that the layer's queries attend to."""
-        if self.rows is None:
-            self.seen[layer_idx] = KVShape(
-                num_heads=key_states.shape[1], key_dim=key_states.shape[3], value_dim=value_states.shape[3]
-            )
-        elif self.mode == "decode":
-            return self.rows.append(layer_idx, key_states.squeeze(2), value_states.squeeze(2))
-        elif self.mode == "extend":
-            return self.rows.extend(layer_idx, key_states, value_states)
-        else:
-            self.rows.fill(layer_idx, key_states, value_states)
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Always 0: positions are passed explicitly, so nothing may depend on this."""
-        return 0
+def gates_of(module: nn.Module) -> list[list[nn.Module]]:
+    """For each Gated DeltaNet of a model, the layers that compute its gates."""
+    gates = []
+    for layer in module.modules():
+        if hasattr(layer, "A_log") and hasattr(layer, "dt_bias"):
+            children = dict(layer.named_children())
+            gates += [[children[name] for name in names] for names in _GATES if names <= children.keys()]
+    return gates
 
 
 class GenericModel:
@@ -68,8 +55,13 @@ class GenericModel:
         self.routes: RouteRecorder | None = None
         self._module = module
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-        self._cache = RowCache()
+        self._cache = RowCache(facts)
         self._causal_11TT = torch.zeros(0)
+        self._padding_BT1: Tensor | None = None
+        """bool: the padding of this pass; None if there is none."""
+        if facts.state_shapes:
+            for layer in itertools.chain.from_iterable(gates_of(module)):
+                layer.register_forward_hook(self._close_padded)
 
     def new_weights(self) -> Weights:
         """An uninitialized set."""
@@ -111,6 +103,10 @@ class GenericModel:
             return out
         return self.adapters.add(layer, args[0].flatten(0, -2), out.flatten(0, -2)).view_as(out)
 
+    def _close_padded(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """A forward hook: closes the gates of padded positions."""
+        return out if self._padding_BT1 is None else out.masked_fill(self._padding_BT1, float("-inf"))
+
     def activate(self, weights: Weights) -> None:
         """Makes the module's parameters use this set's memory; tied parameters are one object."""
         for name, parameter in self._module.named_parameters():
@@ -129,23 +125,40 @@ class GenericModel:
             )
             self._causal_11TT = hidden.triu_(1)
         positions_BT = torch.arange(length, device=self.facts.device).expand_as(tokens_BT)
-        self._cache.mode = "prefill"
-        self._forward(tokens_BT, positions_BT, self._causal_11TT[..., :length, :length], cache)
+        lengths_B = self._begin_padded(cache.new_lengths_B, length)
+        self._cache.begin("prefill", cache, states=cache.computed_states, lengths_B=lengths_B)
+        self._forward(tokens_BT, positions_BT, self._causal_11TT[..., :length, :length])
 
     def extend(self, tokens_BT: Tensor, extension: Extension, cache: KVCache) -> None:
         """Computes the KV of right-padded tokens that extend the contents of rows, and writes it to the
         rows."""
-        self._cache.mode = "extend"
-        self._forward(tokens_BT, extension.position_BT, extension.bias_B1TS, cache)
+        lengths_B = self._begin_padded(cache.new_lengths_B, tokens_BT.shape[1])
+        states = None if cache.states is None else cache.states.select(extension.rows_B)
+        self._cache.begin("extend", cache, states=states, lengths_B=lengths_B)
+        self._forward(tokens_BT, extension.position_BT, extension.bias_B1TS)
+        if cache.states is not None and states is not None:
+            cache.states.write(extension.rows_B, states)
 
     def decode(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> Tensor:
         """Returns the logits [N, V] after one more token in each of rows 0..N-1."""
         mask_N11T = batch.bias_N1T.unsqueeze(1)
-        self._cache.mode = "decode"
-        return self._forward(tokens_N.unsqueeze(1), batch.position_N.unsqueeze(1), mask_N11T, cache)
+        self._padding_BT1 = None
+        states = None if cache.states is None else cache.states.first(batch.num_rows)
+        self._cache.begin("decode", cache, states=states)
+        return self._forward(tokens_N.unsqueeze(1), batch.position_N.unsqueeze(1), mask_N11T)
 
-    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
-        self._cache.rows = cache
+    def _begin_padded(self, lengths_B: NDArray[np.int64], num_positions: int) -> Tensor | None:
+        """Prepares the gates for contexts with padding; returns the lengths on the model's device, None for a
+        model without states."""
+        self._padding_BT1 = None
+        if not self.facts.state_shapes:
+            return None
+        if lengths_B.min() < num_positions:
+            padding_BT = np.arange(num_positions) >= lengths_B[:, None]
+            self._padding_BT1 = torch.from_numpy(padding_BT).to(self.facts.device).unsqueeze(2)
+        return torch.from_numpy(lengths_B).to(self.facts.device)
+
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         logits: Tensor = self._module(
             input_ids=tokens,
             position_ids=positions,

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from areal_like.errors import ConfigError, first_line
-from areal_like.precision import RouterDtype, route_in_float32, widen_head
+from areal_like.precision import RouterDtype, narrow_parameters, route_in_float32, widen_head
 from areal_like.weights.checkpoint_files import weight_files
 from areal_like.weights.hf_layout import hf_tensors
 from areal_like.weights.safetensors_header import tensors_in
@@ -30,14 +30,16 @@ from areal_like.weights.untrained import (
     set_apart,
     text_config,
 )
-from rollout_server.engine.cache import KVCache
 from rollout_server.engine.models import llama
 from rollout_server.engine.models.base import CausalModel, ModelFacts, Weights
-from rollout_server.engine.models.generic import GenericModel, RowCache
+from rollout_server.engine.models.generic import GenericModel, gates_of
 from rollout_server.engine.models.routes import RouteRecorder
+from rollout_server.engine.models.row_cache import ShapeProbe
 
 logger = logging.getLogger(__name__)
 
+LINEAR = "linear_attention"
+"""The kind of layers with a recurrent state, in `layer_types` of a model's configuration."""
 CHECK_TOKENS = 12
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 """Maximum log-prob difference that the check accepts, by dtype. A different order of summation alone causes
@@ -125,15 +127,21 @@ def _from_pretrained(path: str, *, dtype: torch.dtype) -> Any:
     folder = str(Path(path).expanduser())
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        is_linear = LINEAR in (getattr(text_config(config), "layer_types", None) or ())
         made_by = auto_class(config)
         with torch.device("meta"):
             frozen = frozen_parameters(made_by.from_config(copy.deepcopy(config), trust_remote_code=False))
-        module = made_by.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        module = made_by.from_pretrained(
+            folder, dtype=torch.float32 if is_linear else dtype, trust_remote_code=False
+        )
         set_apart(module, frozen=frozen)
         if files := _weight_files(path):
             read_buffers(module, files)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"--model-path {path}: {first_line(error)}") from None
+    if is_linear:
+        # transformers would round every parameter to `dtype`.
+        narrow_parameters(module, dtype)
     return module
 
 
@@ -151,13 +159,13 @@ def _stored_names(path: str) -> set[str]:
 
 
 def _check_attention(config: Any, *, context_length: int) -> None:
-    """Raises ConfigError for layers without KV rows, and for a sliding window shorter than
-    `context_length`."""
+    """Raises ConfigError for layers that are neither attention nor linear attention, and for a sliding window
+    shorter than `context_length`."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if other := kinds - {"full_attention", "sliding_attention"}:
+    if other := kinds - {"full_attention", "sliding_attention", LINEAR}:
         raise ConfigError(
             f"model type {config.model_type} has {', '.join(sorted(other))} layers: "
-            "the embedded engine runs attention only"
+            "the embedded engine runs attention and Gated DeltaNet only"
         )
     window = getattr(config, "sliding_window", None)
     implicit = not hasattr(config, "layer_types") and getattr(config, "use_sliding_window", True)
@@ -172,19 +180,16 @@ def _facts(
     module: Any, tokens_BT: Tensor, *, stored: set[str], dtype: torch.dtype, device: torch.device
 ) -> ModelFacts:
     config = text_config(module.config)
-    probe = RowCache()
+    probe = ShapeProbe()
     try:
         module(input_ids=tokens_BT, past_key_values=probe, use_cache=True)
     except _FORWARD_ERRORS as error:
         raise ConfigError(f"model type {config.model_type} cannot run over our KV cache: {error}") from None
-    if sorted(probe.seen) != list(range(config.num_hidden_layers)):
-        raise ConfigError(
-            f"model type {config.model_type}: the embedded engine needs keys and values from every layer, "
-            "and some layers of this model have none"
-        )
+    _check_layers(module, probe)
     unique = {name for name, _ in module.named_parameters()}
     every = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     layout = hf_tensors(module)
+    dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
     eos = module.generation_config.eos_token_id
     if eos is None:
         eos = config.eos_token_id
@@ -194,13 +199,38 @@ def _facts(
         max_positions=int(getattr(config, "max_position_embeddings", None) or 1 << 30),
         eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),),
         parameter_shapes={tensor.name: tensor.shape for tensor in layout},
+        parameter_dtypes={tensor.name: dtypes[tensor.param] for tensor in layout},
         layout=layout,
         tied_names=frozenset(every - unique),
         untrained_names=frozenset(stored - {tensor.name for tensor in layout}),
-        kv_shapes=[probe.seen[i] for i in range(config.num_hidden_layers)],
+        kv_shapes=[shape for _, shape in sorted(probe.kv.items())],
+        kv_layers=sorted(probe.kv),
+        state_shapes=[shape for _, shape in sorted(probe.states.items())],
+        state_layers=sorted(probe.states),
         dtype=dtype,
         device=device,
     )
+
+
+def _check_layers(module: Any, probe: ShapeProbe) -> None:
+    """Raises ConfigError if the probe has not seen each layer once, or saw states that padding would
+    change."""
+    config = text_config(module.config)
+    kind = f"model type {config.model_type}"
+    if sorted([*probe.kv, *probe.states]) != list(range(config.num_hidden_layers)):
+        raise ConfigError(
+            f"{kind}: the embedded engine needs keys and values or a recurrent state from every layer, "
+            "and some layers of this model have none"
+        )
+    if not probe.kv:
+        raise ConfigError(
+            f"{kind}: the embedded engine needs a layer with full attention, and this model has none"
+        )
+    if len(gates_of(module)) != len(probe.states):
+        raise ConfigError(
+            f"{kind}: the embedded engine runs the linear attention of Qwen3-Next and Qwen3.5 (Gated "
+            "DeltaNet), and this model has another"
+        )
 
 
 def _difference(model: CausalModel, tokens_BT: Tensor, reference: list[Tensor]) -> float:
@@ -212,17 +242,14 @@ def _difference(model: CausalModel, tokens_BT: Tensor, reference: list[Tensor]) 
     """
     facts = model.facts
     lengths = [CHECK_TOKENS, CHECK_TOKENS // 2]
-    cache = KVCache(
-        facts.kv_shapes, num_rows=2, context_length=CHECK_TOKENS, dtype=facts.dtype, device=facts.device
-    )
-    num_prefilled = [CHECK_TOKENS - 4, CHECK_TOKENS // 2 - 3]
-    cache.begin_prefill(num_contexts=2, num_positions=num_prefilled[0])
-    model.prefill(tokens_BT[:, : num_prefilled[0]], cache)
+    cache = facts.new_cache(num_rows=2, context_length=CHECK_TOKENS)
+    starts_B = np.array([CHECK_TOKENS - 4, CHECK_TOKENS // 2 - 3], np.int64)
+    cache.begin_prefill(starts_B)
+    model.prefill(tokens_BT[:, : int(starts_B[0])], cache)
     cache.end_prefill(rows=[0, 1], sources=[0, 1])
-    starts_B = np.array(num_prefilled, np.int64)
     lengths_B = np.array(lengths, np.int64) - 1 - starts_B
     new_BT = torch.zeros(2, int(lengths_B.max()), dtype=torch.int64, device=facts.device)
-    for row, (start, length) in enumerate(zip(num_prefilled, lengths_B, strict=True)):
+    for row, (start, length) in enumerate(zip(starts_B.tolist(), lengths_B.tolist(), strict=True)):
         new_BT[row, :length] = tokens_BT[row, start : start + length]
     model.extend(new_BT, cache.begin_extension(rows=[0, 1], starts_B=starts_B, lengths_B=lengths_B), cache)
     last_N = torch.stack([tokens_BT[row, length - 1] for row, length in enumerate(lengths)])

@@ -1,9 +1,9 @@
 """Receives the tensors of one weight update into the shadow weights, which no forward pass reads.
 
-A bucket whose layout equals the shadow weights' (same dtype, same tensors in the same order) is received
+A bucket whose layout equals the shadow weights' (same dtypes, same tensors in the same order) is received
 directly into them. Any other bucket is received into a buffer, and its tensors are copied and cast from
-there. While one bucket is being received, the previous one is verified: checksum, names, shapes, all values
-finite.
+there, each to the dtype that it has in the shadow weights. While one bucket is being received, the previous
+one is verified: checksum, names, shapes, all values finite.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class BucketReceiver:
         self.store(tensors)
 
     def store(self, tensors: dict[str, Tensor]) -> None:
-        """Copies tensors into the shadow weights, casting to the model's dtype.
+        """Copies tensors into the shadow weights, casting to the dtypes there.
 
         Raises WeightSyncError for an unknown name, a wrong shape, or values that are not finite. A name that
         aliases another parameter is skipped: its values come under the other name.
@@ -170,9 +170,10 @@ class BucketReceiver:
         arena, named = self.weights.arena, self.weights.named
         if arena is None or arena.device != device:
             return None
-        dtype = str(self.facts.dtype).removeprefix("torch.")
         if any(
-            s.name not in named or s.dtype != dtype or tuple(named[s.name].shape) != s.shape
+            s.name not in named
+            or s.dtype != _name_of(named[s.name].dtype)
+            or tuple(named[s.name].shape) != s.shape
             for s in bucket.tensors
         ):
             return None
@@ -204,9 +205,12 @@ class BucketReceiver:
         `buffer` is None if the bucket was received in place.
         """
         is_in_place = buffer is None
-        found, all_finite = (
-            checksum_and_finiteness(flat, dtype=self.facts.dtype) if is_in_place else (checksum(flat), True)
-        )
+        dtypes = {spec.dtype for spec in bucket.tensors}
+        if is_in_place and len(dtypes) == 1:
+            found, all_finite = checksum_and_finiteness(flat, dtype=getattr(torch, dtypes.pop()))
+        else:
+            # The tensors are checked one by one: below, or when they are copied.
+            found, all_finite = checksum(flat), not is_in_place
         try:
             if bucket.checksum not in (None, found):
                 raise WeightSyncError("a bucket's checksum is wrong: its bytes changed in transit")
@@ -224,4 +228,9 @@ class BucketReceiver:
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         if not is_finite(tensor):
-            raise WeightSyncError(f"tensor {name} has values that are not finite in {self.facts.dtype}")
+            raise WeightSyncError(f"tensor {name} has values that are not finite in {tensor.dtype}")
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype in a bucket."""
+    return str(dtype).removeprefix("torch.")

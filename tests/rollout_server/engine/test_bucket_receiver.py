@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from areal_like.errors import WeightSyncError
+from areal_like.precision import stays_float32
 from areal_like.weights.buckets import Bucket, checksum, cut_buckets, flatten, spec_of
 from areal_like.weights.integrity import BucketSums
 from areal_like.weights.weight_group import WeightGroup
@@ -17,6 +18,7 @@ from rollout_server.engine.models.base import CausalModel, Weights
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.weights.bucket_receiver import AdapterFacts, BucketReceiver
 from tests.support.engine_harness import save_model, weights_of
+from tests.support.hybrid_models import write_family
 from tests.support.waiting import HANG_LIMIT_S
 
 BUCKET_BYTES = 1 << 14
@@ -94,6 +96,31 @@ def test_bucket_with_the_shadow_layout_is_received_in_place(
     assert [spec.name for spec in receiver.received] == 2 * [
         spec.name for bucket in buckets for spec in bucket.tensors
     ]
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
+def test_tensors_get_the_dtypes_of_the_engine(family: str, tmp_path: Path) -> None:
+    """Some parameters of a bfloat16 engine are float32; a push has them in float32 or in bfloat16."""
+    path = write_family(family, tmp_path / family)
+    model, _ = load(str(path), dtype=torch.bfloat16, device=torch.device("cpu"), context_length=32)
+    tensors = weights_of(path)
+    wide = {name for name in tensors if stays_float32(name)}
+    assert len(wide) == 4
+    for all_narrow in (False, True):
+        sent = {
+            name: tensor if name in wide and not all_narrow else tensor.bfloat16()
+            for name, tensor in tensors.items()
+        }
+        buckets = cut_buckets([spec_of(n, t) for n, t in sent.items()], bucket_bytes=BUCKET_BYTES)
+        receiver = BucketReceiver(model.new_weights(), model.facts, [])
+        receive(receiver, buckets, [flatten(bucket, sent) for bucket in buckets])
+        assert not receiver.error
+        for name, tensor in receiver.weights.named.items():
+            assert tensor.dtype == (torch.float32 if name in wide else torch.bfloat16)
+            assert torch.equal(tensor, sent[name].to(tensor.dtype))
+    broken = {name: torch.full_like(tensors[name], float("inf")) for name in wide}
+    with pytest.raises(WeightSyncError, match=r"not finite in torch\.float32"):
+        receiver.store(broken)
 
 
 @pytest.mark.parametrize(("kind", "is_in_place"), [("llama", True), ("qwen2", False)])

@@ -257,36 +257,50 @@ def prefix_of(tokens: list[int], start: int, end: int) -> Prefix:
     return Prefix(kv_L2HTD=kv[:, :, :, start:end], routes_TLK=routes[start:end])
 
 
+def state_of(tokens: list[int]) -> torch.Tensor:
+    """A different state for every sequence of tokens."""
+    return torch.tensor(tokens)
+
+
 class KeptPrefixesMachine(RuleBasedStateMachine):
     """Against all sequences that were ever put in."""
 
     max_tokens = 40
+    state_tokens = 0
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept = KeptPrefixes(max_tokens=self.max_tokens)
+        self.kept = KeptPrefixes(max_tokens=self.max_tokens, state_tokens=self.state_tokens)
         self.inserted: list[list[int]] = []
 
-    @rule(tokens=st.lists(st.integers(0, 2), max_size=18), continues=st.booleans())
-    def insert(self, tokens: list[int], continues: bool) -> None:
+    @rule(tokens=st.lists(st.integers(0, 2), max_size=18), continues=st.booleans(), is_shared=st.booleans())
+    def insert(self, tokens: list[int], continues: bool, is_shared: bool) -> None:
         if continues and self.inserted:
             tokens = self.inserted[-1] + tokens
-        self.kept.insert(tokens, partial(prefix_of, tokens))
-        if len(tokens) <= self.max_tokens:
+        self.kept.insert(
+            tokens,
+            partial(prefix_of, tokens),
+            snapshot=lambda: state_of(tokens),
+            is_shared=is_shared,
+        )
+        if len(tokens) + self.state_tokens <= self.max_tokens:
             self.inserted.append(tokens)
             assert self.kept.num_matched(tokens) == len(tokens)
 
     @rule(tokens=st.lists(st.integers(0, 2), max_size=20))
     def look_up(self, tokens: list[int]) -> None:
-        parts = self.kept.match(tokens)
+        parts, state = self.kept.match(tokens)
         found = sum(part.kv_L2HTD.shape[3] for part in parts)
         longest = max((shared(tokens, other) for other in self.inserted), default=0)
-        assert found == longest if self.max_tokens > 1000 else found <= longest
+        assert found == longest if self.max_tokens > 1000 and not self.state_tokens else found <= longest
         if parts:
             want = prefix_of(tokens, 0, found)
             assert torch.equal(torch.cat([part.kv_L2HTD for part in parts], 3), want.kv_L2HTD)
             routes = [part.routes_TLK for part in parts if part.routes_TLK is not None]
             assert np.array_equal(np.concatenate(routes), want.routes_TLK)
+            assert tokens[:found] in self.inserted or not self.state_tokens
+        assert (state is not None) == (found > 0 and self.state_tokens > 0)
+        assert state is None or torch.equal(state, state_of(tokens[:found]))
 
     @rule()
     def clear(self) -> None:
@@ -305,6 +319,33 @@ class RoomyMachine(KeptPrefixesMachine):
     max_tokens = 1 << 30
 
 
+class StatesMachine(KeptPrefixesMachine):
+    """With recurrent states, of which three and a few tokens fit."""
+
+    state_tokens = 11
+
+
+class RoomyStatesMachine(StatesMachine):
+    """Nothing is dropped to make room, so that the state after a prompt is always found."""
+
+    max_tokens = 1 << 30
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompts: list[list[int]] = []
+
+    @rule(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=9))
+    def insert_prompt(self, tokens: list[int]) -> None:
+        self.insert(tokens, continues=False, is_shared=True)
+        self.prompts.append(tokens)
+
+    @invariant()
+    def knows_all_prompts(self) -> None:
+        if not self.inserted:  # cleared
+            self.prompts.clear()
+        assert all(self.kept.num_matched(prompt) == len(prompt) for prompt in self.prompts)
+
+
 def shared(one: list[int], other: list[int]) -> int:
     return next(
         (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
@@ -315,3 +356,7 @@ TestKeptPrefixes = KeptPrefixesMachine.TestCase
 TestKeptPrefixes.settings = settings(max_examples=40, stateful_step_count=25)
 TestRoomy = RoomyMachine.TestCase
 TestRoomy.settings = settings(max_examples=25, stateful_step_count=25)
+TestStates = StatesMachine.TestCase
+TestStates.settings = settings(max_examples=40, stateful_step_count=25)
+TestRoomyStates = RoomyStatesMachine.TestCase
+TestRoomyStates.settings = settings(max_examples=25, stateful_step_count=25)

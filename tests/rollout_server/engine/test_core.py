@@ -136,7 +136,12 @@ def test_generic_path_runs_other_architectures(
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [("bloom", "cannot run over our KV cache"), ("mamba", "runs attention only")]
+    ("kind", "message"),
+    [
+        ("bloom", "cannot run over our KV cache"),
+        ("mamba", "some layers of this model have none"),
+        ("lfm2", "attention and Gated DeltaNet only"),
+    ],
 )
 def test_architectures_that_cannot_run_are_refused(kind: str, message: str, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL)).save_pretrained(tmp_path / kind)
