@@ -78,9 +78,11 @@ class KeptPrefixes:
         return sum(length for _, length in self._known(tokens))
 
     def match(self, tokens: Sequence[int]) -> tuple[list[Prefix], Tensor | None]:
-        """Returns the longest prefix of `tokens` that is here, in adjacent parts without states, and the state
-        after it, uint8[R] (None without a prefix, or for a model without states). All are views: copy them
-        before the next insertion."""
+        """Returns the longest prefix of `tokens` that is here, in adjacent parts without states, and the
+        state after it, uint8[R] (None without a prefix, or for a model without states).
+
+        All are views: copy them before the next insertion.
+        """
         path = self._known(tokens)
         state_R = path[-1][0].state_R if path and self._state_tokens else None
         parts = [
