@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from areal_like.config import LoraConfig
 from areal_like.errors import ConfigError
@@ -59,7 +60,9 @@ def merge(adapter: str, into: Path, *, base: str = "", dtype: str = "") -> str:
     source = SafetensorsRows.of_model(base)
     check_base(adapter, base=base_digest(source.files))
     tensors, stored = stored_names(model, source, tied=tied)
-    own_dtype = getattr(torch, dtype) if dtype else model.config.dtype or torch.float32
+    # Not the skeleton's, whose configuration has the dtype that it was built in.
+    of_base = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config().dtype
+    own_dtype = getattr(torch, dtype) if dtype else of_base or torch.float32
     if own_dtype not in CODES:
         raise ConfigError(f"{base} has the dtype {own_dtype}: give --dtype float32 or --dtype bfloat16")
     float32_names = stored_wide(model, source, tied=tied)
