@@ -10,8 +10,8 @@ and casts the matrices to `model.dtype` for the forward, as it does with all wei
 The weights of the merged model, W + scale B A, are computed in float32 and then rounded: `merged_rows`. A
 rank's rows of B belong to the same outputs as its rows of W, so it needs only A from the other ranks.
 
-Left out: adapters on the output head, on embeddings and on routed experts, which transformers keeps as one
-parameter for all experts; PEFT's variants (DoRA, rsLoRA, biases).
+Left out: adapters on the output head, on embeddings, on routed experts, which transformers keeps as one
+parameter for all experts, and on shared experts; PEFT's variants (DoRA, rsLoRA, biases).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from areal_like.config import LoraConfig
 from areal_like.errors import ConfigError
+from areal_like.precision import routers
 from areal_like.weights.hf_layout import ADAPTER, is_adapter
 from trainer.distributed.sharding import local, row_range
 
@@ -69,7 +70,12 @@ def _targets(model: Any, settings: LoraConfig) -> tuple[str, ...]:
     """`model.lora.targets` as names of layers, sorted; raises ConfigError for one without a layer."""
     head = model.get_output_embeddings()
     modules = dict(model.named_modules())
+    of_routers = {id(router) for router in routers(model)}
+    # PEFT takes the names of shared experts for those of routed ones.
+    blocks = [modules[name.rpartition(".")[0]] for name, part in modules.items() if id(part) in of_routers]
+    of_experts = {name.rpartition(".")[2] for block in blocks for name, _ in block.named_modules()} - {""}
     linear = [name for name, part in modules.items() if isinstance(part, nn.Linear) and part is not head]
+    linear = [name for name in linear if name.rpartition(".")[2] not in of_experts]
     if isinstance(settings.targets, str):
         if not linear:
             raise ConfigError(f"model.lora.targets=all-linear: {type(model).__name__} has no linear layers")
@@ -77,7 +83,8 @@ def _targets(model: Any, settings: LoraConfig) -> tuple[str, ...]:
     known = sorted({name.rpartition(".")[2] for name in linear})
     for target in settings.targets:
         parts = [part for name, part in modules.items() if name == target or name.endswith(f".{target}")]
-        if not parts or any(not isinstance(part, nn.Linear) or part is head for part in parts):
+        is_expert = target.rpartition(".")[2] in of_experts
+        if not parts or is_expert or any(not isinstance(x, nn.Linear) or x is head for x in parts):
             why = "has no layer of this name" if not parts else "cannot have an adapter there"
             raise ConfigError(
                 f"model.lora.targets: {target}: {type(model).__name__} {why}; use some of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoConfig
 from areal_like.runtime.command_line import load_config
 from trainer.planning.linear_attention import _delta_rule
 from trainer.planning.planner import Plan, make_plan
+from trainer.planning.trace import trace_step
 
 SETTINGS = (
     "model.dtype=bfloat16",
@@ -57,9 +59,9 @@ def test_states_take_the_memory_of_the_cache(tmp_path: Path) -> None:
 
 def test_the_kernels_keep_less_than_torch(tmp_path: Path) -> None:
     """On a CPU transformers' own functions are traced, on a GPU the stand-ins."""
-    path = small(tmp_path)
-    on_gpu = planned(path, "trainer.gradient_checkpointing=false").trace
-    on_cpu = planned(path, "trainer.gradient_checkpointing=false", "trainer.device=cpu").trace
+    plan = planned(small(tmp_path), "trainer.gradient_checkpointing=false")
+    config = replace(plan.config, trainer=replace(plan.config.trainer, device="cpu"))
+    on_gpu, on_cpu = plan.trace, trace_step(config, plan.shape, plan.lengths)
     kept = [trace.peak_bytes["activations"] for trace in (on_gpu, on_cpu)]
     assert kept[0] < kept[1] / 2
     ratio = on_gpu.linear_flops["policy"] / on_cpu.linear_flops["policy"]
@@ -79,7 +81,7 @@ def test_products_of_the_delta_rule() -> None:
     products = ("CKC", "CCK", "CCV", "CKV", "KCV", "CKC", "CKV", "CCV")
     want = sum(2 * 2 * sizes[a] * sizes[b] * sizes[c] for a, b, c in products)
     assert out.shape == value.shape and forward == want
-    assert 2 * forward < counter.get_total_flops() - forward < 4 * forward
+    assert 3 * forward < counter.get_total_flops() - forward < 5 * forward, "it computes the states again"
     assert all(each.grad is not None for each in (query, key, value, gate, beta))
 
 
