@@ -42,6 +42,7 @@ from areal_like.weights.untrained import (
     auto_class,
     decoder_of,
     frozen_parameters,
+    is_wrapped,
     left_out,
     persistent_buffers,
     read_buffers,
@@ -82,7 +83,9 @@ class PackedModel(nn.Module):
         self.attention: Kind = "auto"
         """`trainer.attention`."""
         _check_layers(model)
-        model.set_attn_implementation(ATTENTION_NAME)
+        # Not of a wrapper: transformers would warn of the configurations of its encoders, which are absent.
+        wrapped = is_wrapped(model.config)
+        (decoder_of(model) if wrapped else model).set_attn_implementation(ATTENTION_NAME)
         route_in_float32(model, product=router_dtype)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
