@@ -104,7 +104,7 @@ def _dtype_of(base: str) -> Any:
     """The dtype that the base's config.json names, else float32."""
     # Read again: a skeleton's configuration has the dtype of the skeleton.
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    return config.dtype or text_config(config).dtype or torch.float32
+    return text_config(config).dtype or config.dtype or torch.float32
 
 
 def _advice(*, base: str, named: str) -> Advice:

@@ -1,4 +1,4 @@
-"""A tiny Qwen3-MoE with a tokenizer, and a job that trains it."""
+"""A tiny Qwen3-MoE with a tokenizer, and a job that trains it or another model."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from areal_like.weights.untrained import auto_class
 from tests.support.launching import launcher, processes_of
+from tests.support.wrapped_models import is_trained, stored, write_family
 from trainer.models.tiny import character_tokenizer
 
 NUM_EXPERTS = 8
@@ -39,13 +40,17 @@ def write_moe_model(directory: Path, *, vocab_size: int | None = None, seed: int
     return str(directory)
 
 
-def run_moe_job(cwd: Path, *settings: str, num_steps: int) -> list[dict[str, Any]]:
+def run_moe_job(cwd: Path, *settings: str, num_steps: int, family: str = "") -> list[dict[str, Any]]:
     """Runs a whole job on the model and checks that engine and trainer agree at every step.
 
-    With max_staleness=0 every trained token was sampled by the weights that compute its log-prob again.
-    Returns the rows of metrics.jsonl.
+    `family`: one of `wrapped_models` instead. With max_staleness=0 every trained token was sampled by the
+    weights that compute its log-prob again. Returns the rows of metrics.jsonl.
     """
-    path, root = write_moe_model(cwd / "model"), cwd / "runs" / "x"
+    root = cwd / "runs" / "x"
+    if family:
+        path = write_family(family, cwd / "model", vocab_size=len(character_tokenizer()))
+    else:
+        path = write_moe_model(cwd / "model")
     job = (
         "name=x",
         f"model.path={path}",
@@ -71,18 +76,20 @@ def run_moe_job(cwd: Path, *settings: str, num_steps: int) -> list[dict[str, Any
         assert max(row["mismatch_abs"] for row in rows) < 1e-5
         summary = json.loads((root / "summary.json").read_text())
         assert summary["max_trained_lag"] == 0 and summary["weights_version"] >= num_steps
-        _check_checkpoint(max((root / "checkpoints").glob("step_*")), Path(path))
+        _check_checkpoint(max((root / "checkpoints").glob("step_*")), Path(path), family=family)
     finally:
         left = processes_of(root)
     assert not left, "processes of the job outlived it"
     return rows
 
 
-def _check_checkpoint(saved: Path, initial: Path) -> None:
-    """It has the initial model's names and shapes, transformers loads it, and every expert was trained."""
-    model: Any = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+def _check_checkpoint(saved: Path, initial: Path, *, family: str) -> None:
+    """It has the initial model's names and shapes, transformers loads it, and all that is trained changed."""
+    made_by = auto_class(AutoConfig.from_pretrained(saved))
+    model: Any = made_by.from_pretrained(saved, dtype=torch.float32)
     model.save_pretrained(saved.parent / "again")
-    tensors, before = (load_file(d / "model.safetensors") for d in (saved.parent / "again", initial))
+    tensors, before = stored(saved.parent / "again"), stored(initial)
     assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in before.items()}
-    assert load_file(saved / "model.safetensors").keys() == before.keys()
-    assert not [name for name, tensor in tensors.items() if torch.equal(tensor, before[name])]
+    assert stored(saved).keys() == before.keys()
+    same = {name for name, tensor in tensors.items() if torch.equal(tensor, before[name].float())}
+    assert same == {name for name in before if family and not is_trained(name, family)}

@@ -13,6 +13,7 @@ from tests.support.trainer_ranks import last_gradient, main, make_runner
 from trainer.batching.packing import PackedBatch, TrainingSample, collate
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
+from trainer.distributed.sharding import reshard
 from trainer.step.runner import StepRunner
 from trainer.weights.snapshot import BackgroundGather
 
@@ -42,6 +43,7 @@ def steps(ranks: Ranks, out_dir: Path, *paths: str) -> None:
         runner = train(path, ranks)
         with torch.no_grad():
             logprobs_S = runner.policy(measured_batch()).logprobs_S
+        reshard(runner.policy)
         gradient = last_gradient(runner)
         gathering = BackgroundGather(runner.policy, ranks, bucket_bytes=5000, dtype="float32")
         snapshot = gathering.take_snapshot()

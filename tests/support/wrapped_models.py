@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoConfig
 
-from areal_like.weights.untrained import auto_class, is_wrapped, persistent_buffers
+from areal_like.weights.untrained import auto_class, is_wrapped, persistent_buffers, text_config
 from tests.support.trainer_helpers import VOCAB
 from trainer.models.tiny import character_tokenizer
 
@@ -67,13 +69,28 @@ WRAPPED: dict[str, dict[str, Any]] = {
 FAMILIES = (*BIASED, *WRAPPED)
 
 
-def write_family(name: str, directory: Path, *, seed: int = 0) -> str:
+def is_trained(name: str, family: str) -> bool:
+    """True for a tensor that training changes, by the names that the hub's files of these families have."""
+    if family in BIASED:
+        return "e_score_correction_bias" not in name
+    return "visual" not in name and "vision" not in name and "multi_modal_projector" not in name
+
+
+def stored(path: Path) -> dict[str, Tensor]:
+    """All tensors of a directory."""
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def write_family(
+    name: str, directory: Path, *, seed: int = 0, vocab_size: int = VOCAB, tokenizer: Any = None
+) -> str:
     """Writes a random model of a family in FAMILIES with a tokenizer; returns the path.
 
     A tower is in bfloat16, the rest in float32. Routers choose clearly: with near ties, another order of
     summation would choose other experts. Their biases change the choice.
     """
     config = AutoConfig.for_model(name, **(BIASED | WRAPPED)[name])
+    text_config(config).vocab_size = vocab_size
     torch.manual_seed(seed)
     model: Any = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -90,5 +107,5 @@ def write_family(name: str, directory: Path, *, seed: int = 0) -> str:
     if is_wrapped(config):
         processor = {"image_processor_type": "Fast", "patch_size": 4}
         (directory / "preprocessor_config.json").write_text(json.dumps(processor))
-    character_tokenizer().save_pretrained(directory)
+    (tokenizer or character_tokenizer()).save_pretrained(directory)
     return str(directory)

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoConfig
 
 from areal_like.config import Config, LoraConfig, ModelConfig
@@ -34,7 +33,7 @@ from tests.support.engine_harness import reference_logprobs
 from tests.support.trainer_helpers import dense_logprobs, random_groups, run_ranks
 from tests.support.trainer_ranks import last_gradient, make_runner
 from tests.support.untrained_ranks import NUM_STEPS, measured_batch, train
-from tests.support.wrapped_models import BIASED, FAMILIES, WRAPPED, write_family
+from tests.support.wrapped_models import BIASED, FAMILIES, WRAPPED, is_trained, stored, write_family
 from tests.trainer.test_policy import gradients, packed, sampled
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
@@ -74,18 +73,6 @@ def by_transformers(path: Path, dtype: torch.dtype = F32) -> Any:
     if dtype == torch.float64 and path.name in BIASED:
         model.set_experts_implementation("eager")
     return model
-
-
-def stored(path: Path) -> dict[str, Tensor]:
-    """All tensors of a directory."""
-    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def is_trained(name: str, family: str) -> bool:
-    """By the names that the hub's files of these families have."""
-    if family in BIASED:
-        return "e_score_correction_bias" not in name
-    return "visual" not in name and "vision" not in name and "multi_modal_projector" not in name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

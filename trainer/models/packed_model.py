@@ -42,6 +42,7 @@ from areal_like.weights.untrained import (
     auto_class,
     decoder_of,
     frozen_parameters,
+    is_wrapped,
     left_out,
     persistent_buffers,
     read_buffers,
@@ -94,7 +95,9 @@ class PackedModel(nn.Module):
         self.float32_names: frozenset[str] = frozenset()
         """Parameters of `model` that stay float32 beside a narrower `model.dtype`, pushed and saved too."""
         self._wide: WideVectors | None = None
-        model.set_attn_implementation(ATTENTION_NAME)
+        # Not of a wrapper: transformers would warn of the configurations of its encoders, which are absent.
+        wrapped = is_wrapped(model.config)
+        (decoder_of(model) if wrapped else model).set_attn_implementation(ATTENTION_NAME)
         route_in_float32(model, product=router_dtype)
         for module in model.modules():
             if isinstance(module, nn.Dropout):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
@@ -19,8 +20,10 @@ from areal_like.runtime.command_line import load_config
 from tests.support.launching import TEST_LIMIT_S, areal_like
 from tests.support.sft_model import addition_rows, write_rows, write_sft_model
 from tests.support.trainer_helpers import without_measured
+from tests.support.wrapped_models import is_trained, stored, write_family
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
+from trainer.models.tiny_chat import CHAT_TEMPLATE, chat_tokenizer
 from trainer.sft.run import SupervisedRun
 
 NUM_ROWS, BATCH_ROWS = 22, 5
@@ -120,6 +123,26 @@ def test_a_resumed_run_is_the_run_itself(root: Path) -> None:
         run(config_of(root, "stopped", batch_rows=4), resume="latest")
     longer = run(config_of(root, "stopped", num_epochs=3), resume="latest")
     assert len(metrics_of(longer)) == 14
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["qwen3_5", "glm4_moe"])
+def test_what_is_not_trained_is_kept(root: Path, family: str) -> None:
+    """Of a wrapped model and of a mixture with biased routers; also by a run that is resumed."""
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    write_family(family, root / "model", vocab_size=len(tokenizer), tokenizer=tokenizer)
+    whole = run(config_of(root, "whole"))
+    run(config_of(root, "stopped"), num_steps=6)
+    resumed = run(config_of(root, "stopped"), resume="latest")
+    assert metrics_of(resumed) == metrics_of(whole)
+    assert metrics_of(whole)[-1]["eval_loss"] < metrics_of(whole)[3]["eval_loss"]
+    last = f"step_{NUM_STEPS:06d}"
+    assert files_of(resumed.checkpoints / last) == files_of(whole.checkpoints / last)
+    before, after = stored(root / "model"), stored(whole.checkpoints / last)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) != is_trained(name, family), name
 
 
 @pytest.mark.timeout(TEST_LIMIT_S)
