@@ -168,6 +168,7 @@ class SglangProcess(EngineProcess):
                 name="the engine",
                 context_tokens=self._context_tokens,
                 fp32_head=head_precision(self._config),
+                needs_routes=self._routes is not None,
             )
         except BaseException:
             await client.close()
@@ -274,6 +275,7 @@ class SglangAtUrl:
             name=f"the engine at rollout.sglang.url={self._url}",
             context_tokens=self._context_tokens,
             fp32_head=head_precision(self._config),
+            needs_routes=self._routes is not None,
         )
         await client.fetch_info()
         await client.abort()
@@ -413,10 +415,16 @@ def head_precision(config: Config) -> bool | None:
 
 
 def check_server_info(
-    info: Mapping[str, Any], *, name: str, context_tokens: int, fp32_head: bool | None = None
+    info: Mapping[str, Any],
+    *,
+    name: str,
+    context_tokens: int,
+    fp32_head: bool | None = None,
+    needs_routes: bool = False,
 ) -> None:
     """Raises ConfigError if pushes cannot reach all ranks of the engine, if its output head has another
-    precision than the trainer's, or if a sequence does not fit into it.
+    precision than the trainer's, if a sequence does not fit into it, or if it does not return routes although
+    the job needs them.
 
     `info`: the response of `/server_info`; fields that it does not contain are not checked. `fp32_head`: of
     `head_precision`.
@@ -431,6 +439,11 @@ def check_server_info(
             f"model.fp32_head is {str(fp32_head).lower()} in this job, so log-probs would differ from the "
             f"trainer's: start it {'with' if fp32_head else 'without'} the option, or set "
             f"model.fp32_head={str(not fp32_head).lower()}"
+        )
+    if needs_routes and info.get("enable_return_routed_experts") is False:
+        raise ConfigError(
+            f"{name} returns no routes, which model.router_replay needs: start it with "
+            "--enable-return-routed-experts"
         )
     longest_prompt = info.get("max_req_input_len")
     if longest_prompt is None:
