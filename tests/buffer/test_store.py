@@ -18,7 +18,7 @@ import pytest
 
 from areal_like.errors import ConfigError, StoreCorruptError, UserError
 from areal_like.wire.messages.producer import Purpose
-from areal_like.wire.records import segment_path
+from areal_like.wire.records import Record, segment_path
 from buffer.prompts.order import Prompt
 from buffer.storage import sql
 from buffer.storage.base import LeaseRow, Recovered, RollbackRow, VersionRow
@@ -280,10 +280,16 @@ def test_an_incomplete_tail_is_removed(tmp_path: Path) -> None:
             file.write(tail)
         asyncio.run(write(ticket_id))
     rows = query(tmp_path, "SELECT offset, num_bytes FROM samples ORDER BY offset")
-    assert [offset for offset, _ in rows] == [
-        sum(size for _, size in rows[:number]) for number in range(len(rows))
+    records = [
+        Record.of(ticket_id, index, trajectory_of(ticket_id, index))
+        for ticket_id in range(1, 5)
+        for index in range(SIZE)
     ]
-    assert path.stat().st_size == sum(size for _, size in rows)
+    assert [size for _, size in rows] == [len(record.data) for record in records]
+    assert [offset for offset, _ in rows] == [
+        sum(record.num_bytes for record in records[:number]) for number in range(len(rows))
+    ]
+    assert path.stat().st_size == sum(record.num_bytes for record in records)
 
 
 def test_damaged_records_are_reported_and_never_served(

@@ -83,7 +83,9 @@ def check(directory: Path, acknowledged: set[tuple[int, int]], *, durability: st
     assert not (lost := acknowledged - found.keys()), f"acknowledged and lost: {sorted(lost)}"
     for (ticket_id, index), (released, location) in found.items():
         if not released:
-            record = read_record(directory, location, ticket_id=ticket_id, sample_index=index)
+            record = read_record(
+                directory, location, ticket_id=ticket_id, sample_index=index, with_routes=True
+            )
             assert is_same(record.trajectory(), trajectory_of(ticket_id, index)), (
                 f"sample {index} of ticket {ticket_id} differs from the one written"
             )

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from areal_like.errors import EngineTimeoutError, EpisodeBudgetError, EpisodeError, PromptRefusedError
 from areal_like.trajectory import NOT_SAMPLED, TOKEN_REWARDS, FinishReason
+from areal_like.wire.routes import Routes
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.turns import SampleRewards
@@ -74,7 +75,11 @@ class Scripted:
         elif len(ids) > sampling.max_new_tokens:
             ids, reason = ids[: sampling.max_new_tokens], FinishReason.LENGTH
         first = len(input_ids)
+        # Each token names its position and the request in which the model has seen it.
+        experts_TK = np.full((first + len(ids) - 1, 2), len(self.requests), np.uint8)
+        experts_TK[:, 0] = np.arange(len(experts_TK)) % 256
         return Generation(
+            routes=Routes(experts_TK[:, None], 256) if ids else None,
             output_ids=np.array(ids, np.int32),
             logprobs=-np.arange(first, first + len(ids)).astype(np.float32),
             versions=np.full(len(ids), len(self.requests), np.int32),
@@ -117,6 +122,13 @@ def check_export(conversation: Conversation) -> None:
     """Every sampled token is trained once, at the place in its segment where it was sampled."""
     trajectory = conversation.to_trajectory(SampleRewards())
     assert trajectory.num_sampled == sum(conversation.turn_lengths)
+    assert trajectory.segment_routes is not None
+    for segment, routes in zip(trajectory.segment_slices, trajectory.segment_routes, strict=True):
+        position_T, request_T = routes.experts_TLK[:, 0].T
+        assert (position_T == np.arange(len(position_T)) % 256).all()
+        # The routes of a token are those of the request that sampled the next one.
+        next_T = trajectory.versions[segment][1:]
+        assert (request_T[next_T >= 0] == next_T[next_T >= 0]).all()
     first = 0
     for length in trajectory.segments or (trajectory.num_tokens,):
         sampled = np.flatnonzero(trajectory.loss_mask[first : first + length])

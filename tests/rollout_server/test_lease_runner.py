@@ -186,6 +186,7 @@ class Served:
         on_failure: dict[str, str] | None = None,
         environments: TwoTurns | None = None,
         eval_sets: dict[str, SampleSource] | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         self.results: list[SampleResult] = []
         self.held = HeldLeases(engine_samples=AT_ENGINE, max_episodes=EPISODES)
@@ -196,6 +197,7 @@ class Served:
                 "rollout": {"reward_timeout_s": LIMIT_S},
                 "sampling": {"group_size": GROUP},
                 "buffer": {"on_failure": on_failure or {}},
+                **(settings or {}),
             }
         )
         self.runner = LeaseRunner(

@@ -1,4 +1,4 @@
-"""A stand-in for SGLang with LoRA: its HTTP API as 0.5.23 has it, and the rules of its registry of adapters.
+"""A stand-in for SGLang: its HTTP API as 0.5.23 has it, with its rules for adapters and its routes.
 
 It samples nothing: a request returns the tokens that `end` gives it, and the test looks at what was asked.
 """
@@ -6,6 +6,7 @@ It samples nothing: a request returns the tokens that `end` gives it, and the te
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from aiohttp import web
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,8 +34,14 @@ class Request:
 class PlayedSglang:
     """Serves `url` inside `running`."""
 
-    def __init__(self, *, max_loaded: int) -> None:
-        """`max_loaded`: `--max-loaded-loras`."""
+    def __init__(self, *, max_loaded: int = 0, routes_shape: tuple[int, int, int] | None = None) -> None:
+        """`max_loaded`: `--max-loaded-loras`. `routes_shape`: layers, experts per token and experts of its
+        model, with `--enable-return-routed-experts`; None: without it."""
+        self.routes_shape = routes_shape
+        self.forged_routes: str | None = None
+        """What it returns as routes, if they are not to be right."""
+        self.num_routed = 0
+        """Requests that asked for routes."""
         self.max_loaded = max_loaded
         self.loaded: dict[str, dict[str, Tensor]] = {}
         """Adapters by name: the tensors in their folders when they were loaded."""
@@ -64,6 +72,14 @@ class PlayedSglang:
             yield self
         finally:
             await runner.cleanup()
+
+    def _routes(self, num_tokens: int) -> str:
+        """Base64 of int32[tokens, layers, experts per token]: token t uses the experts t, t + 1, ..."""
+        assert self.routes_shape is not None
+        num_layers, num_chosen, num_experts = self.routes_shape
+        token_T = np.arange(num_tokens)[:, None, None]
+        chosen = (token_T + np.arange(num_chosen) + np.zeros((num_layers, 1), np.int64)) % num_experts
+        return base64.b64encode(chosen.astype("<i4").tobytes()).decode()
 
     async def _info(self, _: web.Request) -> web.Response:
         return web.json_response({"tp_size": 2, "device": "cuda", "weight_version": "0"})
@@ -117,6 +133,8 @@ class PlayedSglang:
                 error = {"error": {"message": f"Got LoRA adapter that has never been loaded: {name}"}}
                 return web.json_response(error, status=400)
         salts = body["cache_salt"]
+        assert isinstance(body.get("return_routed_experts", False), bool)  # it takes no list here
+        self.num_routed += bool(body.get("return_routed_experts"))
         requests = [Request(*each) for each in zip(body["rid"], names, salts, strict=True)]
         self.requests += requests
         stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -135,6 +153,9 @@ class PlayedSglang:
                     "weight_versions": [{"version": "0", "start": 0, "end": 3}],
                 },
             }  # fmt: skip
+            if body.get("return_routed_experts") and self.routes_shape is not None:
+                num_tokens = len(body["input_ids"][index]) + 3 - 1
+                event["meta_info"]["routed_experts"] = self.forged_routes or self._routes(num_tokens)
             await stream.write(b"data: " + json.dumps(event).encode() + b"\n\n")
 
         await asyncio.gather(*(finish(index, request) for index, request in enumerate(requests)))

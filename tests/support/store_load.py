@@ -20,6 +20,7 @@ from areal_like.config import BufferConfig
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import Record
+from areal_like.wire.routes import Routes
 from buffer.storage.durable import DurableStore
 from buffer.tickets import SampleSummary, State, Ticket
 
@@ -47,13 +48,25 @@ def trajectory_of(ticket_id: int, sample_index: int) -> Trajectory:
         finish_reason=FinishReason.LENGTH if ticket_id % 3 else FinishReason.STOP,
         generation_s=0.1 * sample_index,
         is_greedy=sample_index == 1,
+        routes=routes_of(ticket_id, num_tokens=num_prompt + num_sampled - 1),
     )
+
+
+def routes_of(ticket_id: int, *, num_tokens: int) -> Routes | None:
+    """Of every other ticket: with as many bytes as the tokens and log-probs."""
+    if ticket_id % 2:
+        return None
+    rng = np.random.default_rng([ticket_id, num_tokens])
+    return Routes(rng.integers(0, 8, (num_tokens, 2, 4), dtype=np.uint8), 8)
 
 
 def is_same(left: Trajectory, right: Trajectory) -> bool:
     """True if two trajectories are equal bit for bit."""
     arrays = ("tokens", "loss_mask", "logprobs", "versions")
     fields = ("reward", "reward_components", "finish_reason", "generation_s", "reward_s", "is_greedy")
+    routes = [None if one.routes is None else one.routes.to_bytes() for one in (left, right)]
+    if routes[0] != routes[1]:
+        return False
     return all(getattr(left, name).tobytes() == getattr(right, name).tobytes() for name in arrays) and all(
         getattr(left, name) == getattr(right, name) for name in fields
     )
