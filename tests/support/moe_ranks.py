@@ -21,7 +21,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.weights.snapshot import BackgroundGather, BoundaryGather
 
-PPO: dict[str, Any] = {"objective": {"name": "ppo", "prox": "snapshot", "interval": 2}}
+PPO: dict[str, Any] = {"objective": {"name": "decoupled_ppo", "prox": "snapshot", "interval": 2}}
 
 
 def steps(ranks: Ranks, out_dir: Path, path: str) -> None:

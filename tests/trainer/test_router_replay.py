@@ -163,9 +163,9 @@ def test_other_routes_equal_a_model_that_forces_them(
     assert 0.5 < float(num_other / num_choices) < 1, "two of eight experts at random"
     reference: Any = AutoModelForCausalLM.from_pretrained(moe, dtype=torch.float64).eval()
     want_S = torch.cat([forced_logprobs(reference, each) for each in trajectories])
-    torch.testing.assert_close(got_S.double(), want_S, rtol=0, atol=1e-5)
-    live_S = torch.cat([forced_logprobs(reference, replace(each, routes=None)) for each in trajectories[:1]])
-    assert float((live_S - want_S[: len(live_S)]).abs().max()) > 1e-3
+    torch.testing.assert_close(got_S.detach().double(), want_S.detach(), rtol=0, atol=1e-5)
+    live_S = forced_logprobs(reference, replace(trajectories[0], routes=None)).detach()
+    assert float((live_S - want_S.detach()[: len(live_S)]).abs().max()) > 1e-3
     want_S.sum().backward()
     got_S.sum().backward()
     want = gradients(reference)
@@ -227,12 +227,50 @@ def test_references_route_live_and_adapters_are_replayed(moe: str, ranks: Ranks)
     want_S = Policy.load(moe, ranks)(batch).logprobs_S
     live_S, replayed_S = BaseReference(policy)(batch).logprobs_S, policy(batch).logprobs_S
     torch.testing.assert_close(live_S, want_S)
-    assert float((replayed_S - live_S).abs().max()) > 1e-3
+    unrouted_S = policy(packed(without_routes(groups_of(moe, routes="random"))[0])).logprobs_S
+    torch.testing.assert_close(unrouted_S, want_S)
+    assert float((replayed_S.detach() - live_S).abs().max()) > 1e-3
     replayed_S.sum().backward()
     assert any(param.grad is not None and bool(param.grad.any()) for param in policy.parameters())
     assert not any(
         segment.routes for t in groups_of(moe, routes="random")[0] for _, segment in segments_of(t)
     )
+
+
+@pytest.mark.parametrize(
+    ("norms", "lora"), [("exact", None), ("ghost", LoraConfig(rank=2))], ids=["exact", "ghost-lora"]
+)
+def test_gradients_of_single_samples_are_replayed(
+    moe: str, ranks: Ranks, norms: str, lora: LoraConfig | None
+) -> None:
+    groups = groups_of(moe, routes="live")
+    settings: dict[str, Any] = {
+        "settings": {"objective": {"name": "vcpo", "norms": norms}},
+        "lora": lora,
+        "budget_tokens": 200,
+    }
+    want, _ = step_gradient(moe, without_routes(groups), **settings)
+    got, metrics = step_gradient(moe, groups, router_replay=True, **settings)
+    assert metrics["router_disagreement"] == 0
+    assert {name for name in want if not torch.equal(got[name], want[name])} == set()
+    other, _ = step_gradient(moe, groups_of(moe, routes="random"), router_replay=True, **settings)
+    assert any(not torch.equal(other[name], want[name]) for name in want)
+
+
+def test_a_critic_routes_live(moe: str, ranks: Ranks) -> None:
+    groups = groups_of(moe, routes="random")
+    found = []
+    for has_routes in (False, True):
+        settings = {"objective": {"name": "tis"}, "advantage": {"name": "gae"}}
+        runner = make_runner(
+            moe, ranks, dtype=torch.float32, beta1=0.0, settings=settings, router_replay=has_routes
+        )
+        metrics = runner.run(groups if has_routes else without_routes(groups), step=7)
+        assert runner.critic is not None and metrics["value_loss"] > 0
+        found.append((last_gradient(runner.critic), last_gradient(runner)))
+    (want, plain), (got, replayed) = found
+    assert {name for name in want if not torch.equal(got[name], want[name])} == set()
+    assert any(not torch.equal(replayed[name], plain[name]) for name in plain)
 
 
 # --- packing ---
@@ -387,14 +425,18 @@ FAMILIES: dict[str, Weights] = {
     "gpt_oss": chosen_softmax,
 }
 
+SIZES_OF: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"layer_types": ["full_attention"] * 2},
+    "deepseek_v3": dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank"), 8),
+}
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_follows_routes_with_its_own_weights(family: str) -> None:
     """The weights of the chosen experts are those of the router's own formula, of its present scores."""
     torch.manual_seed(0)
     sizes = SIZES | {"num_experts": 4, "num_local_experts": 4, "routed_scaling_factor": 2.5}
-    if family == "qwen3_next":
-        sizes |= {"layer_types": ["full_attention"] * 2}
+    sizes |= SIZES_OF.get(family, {})
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
     found: list[Any] = list(routers(model))
     for router in found:
