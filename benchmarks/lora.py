@@ -1,7 +1,7 @@
 """Trains the default job in full and with LoRA: held-out scores, steps, and the bytes of a push.
 
     python -m benchmarks.lora [--seeds 0 1 2] [--arms full lora ...] [--report]
-    python -m benchmarks.lora --arms rate-4e-4 rate-1.6e-3 lora-adapter --seeds 0   # other rates, other pushes
+    python -m benchmarks.lora --arms rate-4e-4 rate-1.6e-3 lora-adapter --seeds 0    # rates, adapter pushes
 
 The adapters have rank 8 and are on all linear layers (`ARMS`); everything else is the default job's. A run is
 added to benchmarks/results/lora.json when it ends and is not repeated, so the benchmark may be stopped and
