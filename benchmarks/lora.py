@@ -164,10 +164,11 @@ def scores(runs: list[dict[str, Any]], objective: str) -> str:
                 " ".join(f"{run['eval_after']:.3f}" for run in own),
                 " ".join(f"{run['eval_after'] - full[run['seed']]:+.3f}" for run in compared),
                 " ".join("never" if step is None else str(step) for step in reached),
+                " ".join(f"{run['reward_last']:.2f}" for run in own),
             ]
         )
     header = ["arm", "settings", "steps", "seeds", "held-out before", "after", "less full"]
-    return table([*header, f"within {NEAR:g} of full at step"], lines)
+    return table([*header, f"within {NEAR:g} of full at step", "samples at the end"], lines)
 
 
 def pushes(sizes: dict[str, dict[str, int]]) -> str:
