@@ -151,6 +151,7 @@ def push(policy: Policy, core: EngineCore, *, kind: str) -> None:
     snapshotter.close()
 
 
+@torch.inference_mode()
 def receive(snapshot: Snapshot, named: Mapping[str, Tensor]) -> None:
     """Copies every bucket into the tensors of these names."""
     for index, bucket in enumerate(snapshot.buckets):

@@ -8,7 +8,7 @@ from benchmarks.lora import ARMS, push_bytes, reached_at, scores
 
 
 def run(arm: str, seed: int, after: float, evals: list[tuple[int, float]]) -> dict[str, Any]:
-    rest = {"steps": 600, "eval_before": 0.2, "evals": evals, "settings": list(ARMS[arm])}
+    rest = {"steps": 600, "eval_before": 0.2, "reward_last": 0.7, "evals": evals, "settings": list(ARMS[arm])}
     return {"arm": arm, "seed": seed, "objective": "o", "eval_after": after, **rest}
 
 
@@ -32,6 +32,6 @@ def test_a_score_within_five_hundredths_counts_as_reached() -> None:
     ]
     full = run("full", 0, 1.0, [(100, 0.9)])
     line = scores([slow, full, run("lora", 1, 0.9, [])], "o").splitlines()[-1]
-    assert line.endswith("| 0 1 | 0.20 0.20 | 0.970 0.900 | -0.030 | 300 |"), line
+    assert line.endswith("| 0 1 | 0.20 0.20 | 0.970 0.900 | -0.030 | 300 | 0.70 0.70 |"), line
     changed = slow | {"settings": ["trainer.lr=1"]}
     assert "| lora |" not in scores([changed, full], "o"), "a run with other settings is of another arm"
