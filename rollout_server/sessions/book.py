@@ -16,7 +16,7 @@ from rollout_server.sessions.open_session import OpenSession, SessionState
 
 _MAX_REMEMBERED = 10_000
 """Number of gone sessions that are remembered, so that their clients are told why."""
-WRONG_ROUTES = ("responses", "messages", "embeddings", "other")
+WRONG_ROUTES = ("conversations", "batches", "embeddings", "other")
 """Last path components of other APIs' routes, which clients try in order to find out what this server
 supports."""
 _MAX_ROUTE_CHARS = 60
