@@ -1,5 +1,6 @@
-"""The argument of a task's `agent()`: a session with a model that speaks OpenAI's API and Anthropic's. And the
-default agent."""
+"""The argument of a task's `agent()`, a session with a model that speaks OpenAI's and Anthropic's APIs; the
+default agent.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ class Session:
     """One sample's session with the policy.
 
     Any program that speaks OpenAI's API or Anthropic's can use it: `OpenAI(base_url=..., api_key=...)`,
-    `Anthropic(base_url=session.anthropic_base_url, api_key=...)`. In the agent's process these values are also
-    in OPENAI_BASE_URL, ANTHROPIC_BASE_URL, OPENAI_API_KEY and ANTHROPIC_API_KEY, which most programs read on
-    their own.
+    `Anthropic(base_url=session.anthropic_base_url, api_key=...)`. In the agent's process these values are
+    also in OPENAI_BASE_URL, ANTHROPIC_BASE_URL, OPENAI_API_KEY and ANTHROPIC_API_KEY, which most programs read
+    on their own.
     """
 
     base_url: str
