@@ -22,8 +22,8 @@ class Session:
 
     Any program that speaks OpenAI's API or Anthropic's can use it: `OpenAI(base_url=..., api_key=...)`,
     `Anthropic(base_url=session.anthropic_base_url, api_key=...)`. In the agent's process these values are
-    also in OPENAI_BASE_URL, ANTHROPIC_BASE_URL, OPENAI_API_KEY and ANTHROPIC_API_KEY, which most programs read
-    on their own.
+    also in OPENAI_BASE_URL, ANTHROPIC_BASE_URL, OPENAI_API_KEY and ANTHROPIC_API_KEY, which most programs
+    read on their own.
     """
 
     base_url: str

@@ -190,6 +190,8 @@ class OpenSession:
         """Cause of the end, if it was not a client."""
         self.budget: FinishReason | None = None
         """The budget that refused the newest request."""
+        self.incomplete: FinishReason | None = None
+        """The limit that ended the newest turn, if its client was told that the response is incomplete."""
         self.refused_prompt: PromptRefusedError | None = None
         """Set if the first prompt did not fit."""
         self.reward: float | None = None
@@ -429,7 +431,7 @@ class OpenSession:
         self.touch()
         self._served_s = self._last_activity_s
         self.num_served += 1
-        self.budget = None
+        self.budget = self.incomplete = None
         self._was_refused = False
         self.last_sampled = sampled
         return sampled

@@ -26,6 +26,7 @@ from areal_like.chat.openai import ChatRequest, ChatRules, model_object, parse_c
 from areal_like.chat.responses import ItemReference, ResponsesRequest, bare_id, parse_responses
 from areal_like.errors import ArealError
 from areal_like.http.bodies import ParamError, parse_bounded_object, text
+from areal_like.trajectory import FinishReason
 from rollout_server.conversation.turns import SampledTurn
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.call_response import KEEP_ALIVE_S, CallResponse, begin_call, session_of
@@ -259,11 +260,14 @@ async def _next_turn(session: OpenSession, chat: ChatRequest | MessageRequest) -
 
 
 async def _next_response(session: OpenSession, request: ResponsesRequest) -> SampledTurn:
-    return await session.sample_turn(
+    turn = await session.sample_turn(
         _whole_messages(session, request),
         tools=request.tools,
         max_new_tokens=request.options.max_new_tokens,
     )
+    if turn.reply.finish_reason is not FinishReason.STOP:
+        session.incomplete = turn.reply.finish_reason  # some frameworks raise
+    return turn
 
 
 def _whole_messages(session: OpenSession, request: ResponsesRequest) -> list[dict[str, Any]]:
