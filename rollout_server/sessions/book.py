@@ -105,6 +105,11 @@ class SessionBook:
     def num_pending(self) -> int:
         return sum(one.num_pending for one in self._sessions.values())
 
+    @property
+    def num_kept_bytes(self) -> int:
+        """Size of the responses that later requests may refer to."""
+        return sum(one.kept.num_bytes for one in self._sessions.values())
+
     def waits(self) -> dict[str, float]:
         """Returns what sessions wait for -> seconds of the longest wait, for a server's status."""
         waiting = [one for one in self._sessions.values() if one.state is SessionState.WAITING]
