@@ -10,6 +10,8 @@
 #   make test-gpu                      the tests on this machine's GPUs, against the CPU's numbers
 #   make verifiers                     an environment with verifiers (areal_like/agents/verifiers_runner.py)
 #   make test-verifiers                the tests against it
+#   make clients                       an environment with clients and frameworks of agents (OpenAI, Anthropic, Pydantic AI, LiteLLM)
+#   make test-clients                  the tests of sessions with them
 #   make test-cluster                  the tests against real schedulers and a real Prometheus, of what is installed
 #   make trl                           an environment with TRL, for benchmarks/trl.py
 #   make docs                          the documentation as a web site in build/docs/html
@@ -28,7 +30,7 @@ REQUIREMENTS ?= $(shell cat .venv/.requirements 2>/dev/null || echo requirements
 STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 DOCS_STAMP := $(STAMP)-docs-$(shell cksum < requirements-docs.txt | cut -d' ' -f1)
 
-.PHONY: run sft test test-fast test-long chaos sglang test-sglang test-gpu verifiers test-verifiers test-cluster trl docs lint ruff format setup clean
+.PHONY: run sft test test-fast test-long chaos sglang test-sglang test-gpu verifiers test-verifiers clients test-clients test-cluster trl docs lint ruff format setup clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -76,6 +78,12 @@ verifiers: $(STAMP)
 
 test-verifiers: verifiers
 	@$(BIN)/python -m pytest -q -m verifiers tests/verifiers $(ARGS)
+
+clients: $(STAMP)
+	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" tests/clients/install.sh
+
+test-clients: clients
+	@$(BIN)/python -m pytest -q -m clients tests/clients $(ARGS)
 
 test-cluster: $(STAMP)
 	@$(BIN)/python -m pytest -q -m cluster tests/cluster $(ARGS)

@@ -107,6 +107,10 @@ _GAUGES = {
     "sessions_open": ("sessions_open", "Sessions that agents work on."),
     "sessions_waiting": ("sessions_waiting", "Sessions that an external agent can claim."),
     "session_requests_pending": ("session_requests_pending", "Requests of agents that have no response yet."),
+    "session_kept_bytes": (
+        "session_kept_bytes",
+        "Bytes of the responses that agents may refer to (previous_response_id).",
+    ),
     "tokens_per_s": ("tokens_per_second", "Tokens sampled per second, over the last heartbeats."),
     "weights_version": ("weights_version", "Version that the engine samples with."),
     "weights_age_s": ("weights_age_seconds", "Time since the engine has had that version."),
@@ -337,6 +341,7 @@ class ServerStats:
             "sessions_open": len(book.open),
             "sessions_waiting": book.num_waiting,
             "session_requests_pending": book.num_pending,
+            "session_kept_bytes": book.num_kept_bytes,
             "session_requests": book.num_calls,
             "session_fields_ignored": book.num_ignored.total(),
             **{name: book.num_ended[outcome] for outcome, name in _ENDED.items()},

@@ -54,6 +54,11 @@ class ClaimedSession:
     """Seconds without a request after which the session ends; a heartbeat counts as a request."""
     ca_file: str = ""
 
+    @property
+    def anthropic_base_url(self) -> str:
+        """Base URL for clients of Anthropic's API."""
+        return self.base_url.removesuffix("/v1")
+
     def reward(self, value: float, *, completion_id: str = "") -> None:
         """Sets the reward of the sample, or of the turn whose completion has this id; the last call counts.
 

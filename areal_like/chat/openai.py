@@ -28,7 +28,7 @@ it would take CPU time from the job's own samples, only to find that it is too l
 FREE_BYTES = 1 << 16
 _LEAST_LOGPROB = -9999.0
 """Replaces minus infinity, which JSON does not have."""
-_MAX_ERROR_CHARS = 2000
+MAX_ERROR_CHARS = 2000
 """Limit of an error message, which may quote a body."""
 _ERROR_TYPES = {
     401: "authentication_error",
@@ -90,11 +90,16 @@ def most_bytes(*, context_length: int) -> int:
     return FREE_BYTES + MAX_BYTES_PER_TOKEN * context_length
 
 
-def parse_options(body: Mapping[str, Any], rules: ChatRules) -> RequestOptions:
-    """Checks the common fields. Raises UserError for the first error."""
+def parse_model(body: Mapping[str, Any], rules: ChatRules) -> str:
+    """The model's name, which a response repeats. Raises ParamError."""
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise ParamError("model must be a text", param="model")
+    return model or rules.default_model
+
+
+def parse_options(body: Mapping[str, Any], rules: ChatRules) -> RequestOptions:
+    """Checks the common fields. Raises UserError for the first error."""
     stream_options = body.get("stream_options") or {}
     if not isinstance(stream_options, Mapping):
         raise ParamError("stream_options must be an object", param="stream_options")
@@ -104,8 +109,8 @@ def parse_options(body: Mapping[str, Any], rules: ChatRules) -> RequestOptions:
         if body.get(name) is not None
     ]
     return RequestOptions(
-        model=model or rules.default_model,
-        stop=_stops(body.get("stop")),
+        model=parse_model(body, rules),
+        stop=stop_texts(body, "stop"),
         max_new_tokens=min(limits, default=None),
         stream=flag(body, "stream"),
         include_usage=flag(stream_options, "include_usage"),
@@ -198,7 +203,9 @@ def _has_named_function(raw: Any) -> bool:
     return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
-def _stops(raw: Any) -> tuple[str, ...]:
+def stop_texts(body: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """The texts that end a response: one, a list, or none. Raises ParamError."""
+    raw = body.get(name)
     stops = [] if raw is None else [raw] if isinstance(raw, str) else raw
     if (
         not isinstance(stops, list)
@@ -206,7 +213,7 @@ def _stops(raw: Any) -> tuple[str, ...]:
         or not all(isinstance(one, str) and 0 < len(one) <= MAX_STOP_CHARS for one in stops)
     ):
         raise ParamError(
-            f"stop must be a text, or a list of at most {MAX_STOPS} texts, none of them empty", param="stop"
+            f"{name} must be a text, or a list of at most {MAX_STOPS} texts, none of them empty", param=name
         )
     return tuple(stops)
 
@@ -274,4 +281,4 @@ def error_object(
     status: int, message: str, *, code: str | int | None = None, param: str | None = None
 ) -> dict[str, Any]:
     kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message[:_MAX_ERROR_CHARS], "type": kind, "param": param, "code": code}}
+    return {"error": {"message": message[:MAX_ERROR_CHARS], "type": kind, "param": param, "code": code}}

@@ -119,6 +119,11 @@ def bearer_token(headers: list[tuple[bytes, bytes]]) -> str:
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
+def header_key(headers: list[tuple[bytes, bytes]], name: bytes) -> str:
+    """The key in a header of its own, such as `x-api-key`; empty if there is none, or more than one."""
+    return (_only(headers, name) or b"").decode("latin-1").strip()
+
+
 def single_key(key: str) -> RoleOfToken:
     """The token rule of an engine: one key permits everything."""
     return lambda token: KeyRole.OPERATOR if hmac.compare_digest(token.encode(), key.encode()) else None

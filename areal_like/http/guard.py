@@ -35,7 +35,7 @@ Headers = list[tuple[bytes, bytes]]
 Place = Callable[[Scope], contextlib.AbstractContextManager[Refusal | None]]
 
 
-def error_text(refusal: Refusal) -> tuple[bytes, Headers]:
+def error_text(refusal: Refusal, scope: Scope) -> tuple[bytes, Headers]:
     """The body of a refusal, and headers that belong to it: `{"error": MESSAGE}`."""
     return json.dumps({"error": refusal.message}).encode() + b"\n", []
 
@@ -52,8 +52,8 @@ class HttpGuard:
     """The body limit of one request, if it differs from that of `limits`."""
     on_refused: Callable[[Reason], None] = lambda reason: None
     """Counts refusals."""
-    describe: Callable[[Refusal], tuple[bytes, Headers]] = error_text
-    """Returns the bodies of refusals, as JSON."""
+    describe: Callable[[Refusal, Scope], tuple[bytes, Headers]] = error_text
+    """Returns the body of a refusal, as JSON, and headers that belong to it."""
     place: Place = lambda scope: contextlib.nullcontext()
     """Entered for a request that the rules accept, and left after its response; yields a refusal if there are
     too many requests."""
@@ -69,7 +69,7 @@ class HttpGuard:
                     refusal = await self._answer(scope, receive, send)
         if refusal is not None:
             self.on_refused(refusal.reason)
-            await self._refuse(refusal, send)
+            await self._refuse(refusal, scope, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Refusal | None:
         """The refusal, if the body cannot be read."""
@@ -106,8 +106,8 @@ class HttpGuard:
         except TimeoutError:
             return Refusal(408, Reason.SLOW, f"the body did not arrive within {self.limits.timeout_s:g} s")
 
-    async def _refuse(self, refusal: Refusal, send: Send) -> None:
-        content, more = self.describe(refusal)
+    async def _refuse(self, refusal: Refusal, scope: Scope, send: Send) -> None:
+        content, more = self.describe(refusal, scope)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(content)).encode()),

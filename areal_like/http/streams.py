@@ -36,9 +36,10 @@ _TOKENS = np.dtype("<i4")
 _LOGPROBS = np.dtype("<f4")
 
 
-def encode_event(event: Mapping[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
+def encode_event(event: Mapping[str, Any], *, name: str = "") -> bytes:
+    """One server-sent event. `name`: its type, in a line of its own; empty: none."""
+    line = b"event: " + name.encode() + b"\n" if name else b""
+    return line + b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
 
 
 def encode_frame(events: Sequence[object]) -> bytes:

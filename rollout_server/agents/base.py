@@ -1,4 +1,6 @@
-"""The argument of a task's `agent()`, a session with a model that speaks OpenAI's API; the default agent."""
+"""The argument of a task's `agent()`, a session with a model that speaks OpenAI's and Anthropic's APIs; the
+default agent.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,21 @@ from areal_like.errors import EpisodeError
 class Session:
     """One sample's session with the policy.
 
-    Any program that speaks OpenAI's API can use it: `OpenAI(base_url=..., api_key=...)`. Both values are also
-    set in the agent's process as OPENAI_BASE_URL and OPENAI_API_KEY, which most programs read on their own.
+    Any program that speaks OpenAI's API or Anthropic's can use it: `OpenAI(base_url=..., api_key=...)`,
+    `Anthropic(base_url=session.anthropic_base_url, api_key=...)`. In the agent's process these values are
+    also in OPENAI_BASE_URL, ANTHROPIC_BASE_URL, OPENAI_API_KEY and ANTHROPIC_API_KEY, which most programs
+    read on their own.
     """
 
     base_url: str
     """`http://host:port/sessions/<id>/v1`."""
     api_key: str = field(repr=False)
     """The session's secret key."""
+
+    @property
+    def anthropic_base_url(self) -> str:
+        """`http://host:port/sessions/<id>`: clients of Anthropic's API add `/v1/messages`."""
+        return self.base_url.removesuffix("/v1")
 
 
 def is_agent(function: Callable[..., Any]) -> bool:

@@ -82,7 +82,7 @@ class Conversation(Turns):
         self.renderer = renderer
         self.large_work = LargeWork()
         self._context_tokens = context_tokens
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._states: defaultdict[bytes, list[Turn]] = defaultdict(list)
         """Turns by the digest of the tools and of the messages up to and including the turn."""
         self.num_tool_calls = 0
@@ -119,13 +119,7 @@ class Conversation(Turns):
         reply's calls, so that an environment can tell the policy what is wrong. Otherwise such a reply is
         returned as plain text, as a client of OpenAI's API expects.
         """
-        known = canonical_messages(messages)
-        schemas = canonical_tools(tools)
-        if schemas and not self.renderer.supports_tools:
-            raise EpisodeError(
-                "the environment has tools, but the model's chat template does not render them: "
-                "use a model with a chat template for tools, or set model.renderer"
-            )
+        known, schemas = canonical_messages(messages), self._schemas(tools)
         known, parent, prompt = await self._prompt(known, schemas)
         return await self._sample(
             prompt,
@@ -136,6 +130,13 @@ class Conversation(Turns):
             max_new_tokens=max_new_tokens,
             keeps_malformed=keeps_malformed,
         )
+
+    async def num_prompt_tokens(
+        self, messages: Sequence[Message], *, tools: Sequence[ToolSchema] = ()
+    ) -> int:
+        """Returns the length of the prompt that `sample_turn` would send. Raises EpisodeError like it."""
+        _, _, prompt = await self._prompt(canonical_messages(messages), self._schemas(tools))
+        return len(prompt)
 
     async def continue_tokens(
         self, prompt_ids: Sequence[int], *, stop: Sequence[str] = (), max_new_tokens: int | None = None
@@ -203,6 +204,15 @@ class Conversation(Turns):
         """Returns one token as text; part of a multi-byte character becomes a replacement character."""
         return self.renderer.decode([token_id])
 
+    def _schemas(self, tools: Sequence[ToolSchema]) -> list[ToolSchema]:
+        schemas = canonical_tools(tools)
+        if schemas and not self.renderer.supports_tools:
+            raise EpisodeError(
+                "the environment has tools, but the model's chat template does not render them: "
+                "use a model with a chat template for tools, or set model.renderer"
+            )
+        return schemas
+
     async def _prompt(
         self, messages: list[Message], tools: list[ToolSchema]
     ) -> tuple[list[Message], Turn | None, NDArray[np.int32]]:
@@ -264,7 +274,7 @@ class Conversation(Turns):
         rooms = {
             FinishReason.LENGTH: self._policy.max_new_tokens,
             FinishReason.CONTEXT: self._context_tokens - start,
-            FinishReason.TOKENS: self._max_tokens - self._num_tokens_of_others(parent) - start,
+            FinishReason.TOKENS: self.max_tokens - self._num_tokens_of_others(parent) - start,
         }
         reason = min(rooms, key=lambda one: rooms[one])
         if rooms[reason] >= 1:
@@ -272,7 +282,7 @@ class Conversation(Turns):
         problem = (
             f"a prompt of {start} tokens leaves no room for a completion: a sequence may have "
             f"{self._context_tokens} tokens (rollout.max_context), and the episode has "
-            f"{rooms[FinishReason.TOKENS] + start} of {self._max_tokens} left (episode.max_tokens)"
+            f"{rooms[FinishReason.TOKENS] + start} of {self.max_tokens} left (episode.max_tokens)"
         )
         if not self._turns:
             raise PromptRefusedError(problem)

@@ -261,7 +261,8 @@ class SessionAttempt(Attempt):
                   no turn at all                                               -> a failed sample
 
     A request that exceeds the budget is refused in the API's own format. If an agent raises because of that,
-    the sample is truncated and keeps the rewards so far.
+    or because a response of the Responses API was incomplete, the sample is truncated and keeps the rewards
+    so far.
     """
 
     turns: Conversation
@@ -383,7 +384,9 @@ class SessionAttempt(Attempt):
         except EpisodeError as error:
             if not self.turns.turn_lengths:
                 raise self.session.refused_prompt or error from None
-            # The agent may end because its last request was refused: then the sample is truncated.
+            # The agent may end because its last request was refused, or its last response incomplete: then
+            # the sample is truncated.
+            self.session.budget = self.session.budget or self.session.incomplete
             if self.session.budget is None:
                 raise
             return self._posted()

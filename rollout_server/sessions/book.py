@@ -16,7 +16,7 @@ from rollout_server.sessions.open_session import OpenSession, SessionState
 
 _MAX_REMEMBERED = 10_000
 """Number of gone sessions that are remembered, so that their clients are told why."""
-WRONG_ROUTES = ("responses", "messages", "embeddings", "other")
+WRONG_ROUTES = ("conversations", "batches", "embeddings", "other")
 """Last path components of other APIs' routes, which clients try in order to find out what this server
 supports."""
 _MAX_ROUTE_CHARS = 60
@@ -104,6 +104,11 @@ class SessionBook:
     @property
     def num_pending(self) -> int:
         return sum(one.num_pending for one in self._sessions.values())
+
+    @property
+    def num_kept_bytes(self) -> int:
+        """Size of the responses that later requests may refer to."""
+        return sum(one.kept.num_bytes for one in self._sessions.values())
 
     def waits(self) -> dict[str, float]:
         """Returns what sessions wait for -> seconds of the longest wait, for a server's status."""

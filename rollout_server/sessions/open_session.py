@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from areal_like.chat.openai import most_bytes
 from areal_like.errors import (
     RAISED_BY_TASKS,
     EngineError,
@@ -35,11 +36,14 @@ from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.turns import SampledTurn, Turn
 from rollout_server.leases.held_leases import Place
 from rollout_server.sessions.claimants import Claimant
+from rollout_server.sessions.kept_responses import KeptResponses
 from rollout_server.tasks.base import Example, Split
 
 _CUT_S = 5.0
 """Wait after the time limit of the sample. The engine returns the tokens of a request that timed out faster
 than this."""
+_ID_CHARS = 32
+"""Length of a call's id, with which the id of its completion ends."""
 
 
 class Call:
@@ -109,8 +113,8 @@ class Calls:
         return call
 
     def find(self, completion_id: str) -> Call | None:
-        """Returns the call that produced a completion (`chatcmpl-...`, `cmpl-...`); None if there is none."""
-        call = self._by_id.get(completion_id.rpartition("-")[2])
+        """Returns the call that produced a completion (`chatcmpl-...`, `resp_...`); None if there is none."""
+        call = self._by_id.get(completion_id[-_ID_CHARS:])
         return call if call is not None and call.task.done() and not call.has_failed else None
 
     def completed(self) -> Iterator[tuple[Call, SampledTurn]]:
@@ -186,6 +190,8 @@ class OpenSession:
         """Cause of the end, if it was not a client."""
         self.budget: FinishReason | None = None
         """The budget that refused the newest request."""
+        self.incomplete: FinishReason | None = None
+        """The limit that ended the newest turn, if its client was told that the response is incomplete."""
         self.refused_prompt: PromptRefusedError | None = None
         """Set if the first prompt did not fit."""
         self.reward: float | None = None
@@ -208,6 +214,8 @@ class OpenSession:
         self._last_activity_s = self._served_s = self._loop.time()
         self._calls = Calls(gone=lambda: self.gone)
         self._turn_rewards: dict[Turn, float] = {}
+        self.kept = KeptResponses(max_bytes=most_bytes(context_length=self.conversation.max_tokens))
+        """The responses that later requests may refer to."""
 
     # --- Life ---
 
@@ -296,6 +304,21 @@ class OpenSession:
     async def continue_tokens(self, prompt_ids: list[int], **options: Any) -> SampledTurn:
         """Calls Conversation.continue_tokens within the session's budget. Also raises SessionGoneError."""
         return await self._sampled(lambda: self.conversation.continue_tokens(prompt_ids, **options))
+
+    async def count_tokens(self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]]) -> int:
+        """Returns the length of the prompt for these messages, in tokens; a sign of life, like `hear`.
+
+        Raises EpisodeError if the messages cannot be rendered, and SessionGoneError.
+        """
+        self.check_open()
+        try:
+            num_tokens = await self.conversation.num_prompt_tokens(messages, tools=tools)
+        except EpisodeError:
+            raise
+        except RAISED_BY_TASKS as error:
+            raise _unusable(error) from error
+        self.hear()
+        return num_tokens
 
     def set_reward(self, value: float, *, completion_id: str = "") -> None:
         """Sets the reward of the whole sample, or of one turn; the last value counts, so the request may be
@@ -398,7 +421,7 @@ class OpenSession:
         except EpisodeError:
             raise
         except RAISED_BY_TASKS as error:  # only this request fails
-            raise EpisodeError(f"the messages cannot be used: {type(error).__name__}: {error}") from error
+            raise _unusable(error) from error
         finally:
             self._was_refused = True
             self.num_pending -= 1
@@ -408,7 +431,7 @@ class OpenSession:
         self.touch()
         self._served_s = self._last_activity_s
         self.num_served += 1
-        self.budget = None
+        self.budget = self.incomplete = None
         self._was_refused = False
         self.last_sampled = sampled
         return sampled
@@ -425,3 +448,7 @@ class OpenSession:
                 await self._changed.wait()
         except TimeoutError:
             pass
+
+
+def _unusable(error: BaseException) -> EpisodeError:
+    return EpisodeError(f"the messages cannot be used: {type(error).__name__}: {error}")

@@ -210,12 +210,12 @@ class Task(ABC):
         return None
 
     async def agent(self, example: Example, session: Session) -> float | Mapping[str, float] | Score | None:
-        """Makes one sample of `example`. It may be any program that uses OpenAI's API, with `session` as its
-        model.
+        """Makes one sample of `example`. It may be any program that uses OpenAI's API or Anthropic's, with
+        `session` as its model.
 
-        Runs in a process of its own, which rebuilds the example, and has OPENAI_BASE_URL and OPENAI_API_KEY
-        set. Returns the reward; None: the value that `reward` computes from the last completion. If the task
-        has a `reward`, its value is added to the agent's.
+        Runs in a process of its own, which rebuilds the example, and has OPENAI_BASE_URL, OPENAI_API_KEY,
+        ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY set. Returns the reward; None: the value that `reward`
+        computes from the last completion. If the task has a `reward`, its value is added to the agent's.
         """
         raise NotImplementedError(f"{type(self).__name__} has no agent()")
 

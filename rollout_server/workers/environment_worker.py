@@ -110,10 +110,13 @@ class _Worker:
         # By these variables programs find their model. LangChain and LiteLLM read OPENAI_API_BASE first, and
         # the server's own environment may set it. Loopback addresses are excluded from proxies.
         os.environ |= dict.fromkeys(("OPENAI_BASE_URL", "OPENAI_API_BASE"), base_url)
-        os.environ["OPENAI_API_KEY"] = api_key
+        session = Session(base_url=base_url, api_key=api_key)
+        anthropic = ("ANTHROPIC_BASE_URL", "ANTHROPIC_API_BASE")
+        os.environ |= dict.fromkeys(anthropic, session.anthropic_base_url)
+        os.environ |= dict.fromkeys(("OPENAI_API_KEY", "ANTHROPIC_API_KEY"), api_key)
+        os.environ.pop("ANTHROPIC_AUTH_TOKEN", None)  # clients would send it too
         for name in ("no_proxy", "NO_PROXY"):
             os.environ[name] = ",".join(filter(None, (os.environ.get(name, ""), _LOOPBACK)))
-        session = Session(base_url=base_url, api_key=api_key)
         returned = await awaitable(self._task.agent(example, session), call="agent")
         return None if returned is None else score_fields(_agent_score(returned))
 

@@ -41,6 +41,7 @@ SCRIPTS = (
     "variables",
     "wrong turns",
     "one answer",
+    "incomplete",
 )
 """What the agent of example `index % len(SCRIPTS)` does."""
 
@@ -150,12 +151,20 @@ class AgentTask(Task):
                 assert os.environ["OPENAI_BASE_URL"] == session.base_url
                 assert os.environ["OPENAI_API_BASE"] == session.base_url
                 assert os.environ["OPENAI_API_KEY"] == session.api_key
+                base_url = session.base_url.removesuffix("/v1")
+                assert os.environ["ANTHROPIC_BASE_URL"] == session.anthropic_base_url == base_url
+                assert os.environ["ANTHROPIC_API_KEY"] == session.api_key
+                assert "ANTHROPIC_AUTH_TOKEN" not in os.environ
                 assert "127.0.0.1" in os.environ["no_proxy"].split(",")
                 chat(messages)
                 return float(os.getpid())
             case "wrong turns":
                 chat(messages)
                 return Score(turns=[1.0, 2.0])
+            case "incomplete":
+                chat(messages)
+                answer = post("responses", {"input": "go", "max_output_tokens": 2})
+                raise RuntimeError(answer["status"])  # as openai-agents
             case "one answer":
                 await complete_once(session, messages)
                 return 1.0

@@ -4,13 +4,13 @@
 ids start with all tokens through the end of an earlier turn continues that turn's segment. Any other prompt
 starts a new segment, including a text that is tokenized differently from how the policy sampled it.
 
-Every refusal has OpenAI's format, including that of a path that does not exist.
+Every refusal has the format of the client's API, including that of a path that does not exist.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,30 +21,39 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from areal_like.chat.anthropic import MessageRequest, parse_count, parse_message
 from areal_like.chat.openai import ChatRequest, ChatRules, model_object, parse_chat
+from areal_like.chat.responses import ItemReference, ResponsesRequest, bare_id, parse_responses
 from areal_like.errors import ArealError
 from areal_like.http.bodies import ParamError, parse_bounded_object, text
+from areal_like.trajectory import FinishReason
 from rollout_server.conversation.turns import SampledTurn
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.call_response import KEEP_ALIVE_S, CallResponse, begin_call, session_of
 from rollout_server.sessions.http.claims import ClaimRoutes
-from rollout_server.sessions.http.errors import described, error_response
+from rollout_server.sessions.http.errors import NoResponseError, described, error_response
 from rollout_server.sessions.http.formats import (
     CompletionRequest,
     chat_body,
     completion_body,
+    messages_body,
+    messages_failure,
+    openai_failure,
     parse_completion,
     parse_tokens,
+    responses_body,
+    responses_failure,
     session_rules,
     tokens_body,
 )
 from rollout_server.sessions.open_session import Call, OpenSession
 
-R = TypeVar("R", ChatRequest, CompletionRequest)
+R = TypeVar("R", ChatRequest, CompletionRequest, ResponsesRequest, MessageRequest)
 _FIRST_ERROR = 400
 _THERE = (
-    "there are chat/completions, completions, models, reward, heartbeat and end under /sessions/ID/v1, and "
-    "/sessions/ID/inference/v1/generate; not the Responses API, nor Anthropic's"
+    "there are chat/completions, completions, responses, responses/input_tokens, messages, "
+    "messages/count_tokens, models, reward, heartbeat and end under /sessions/ID/v1, and "
+    "/sessions/ID/inference/v1/generate"
 )
 
 
@@ -74,6 +83,10 @@ def session_app(
     routes = [
         Route(f"{session}/v1/chat/completions", one.chat, methods=["POST"]),
         Route(f"{session}/v1/completions", one.complete, methods=["POST"]),
+        Route(f"{session}/v1/responses", one.respond, methods=["POST"]),
+        Route(f"{session}/v1/responses/input_tokens", one.count_input, methods=["POST"]),
+        Route(f"{session}/v1/messages", one.message, methods=["POST"]),
+        Route(f"{session}/v1/messages/count_tokens", one.count_message, methods=["POST"]),
         Route(f"{session}/inference/v1/generate", one.generate, methods=["POST"]),
         Route(f"{session}/v1/models", one.models, methods=["GET"]),
         Route(f"{session}/v1/models/{{name:path}}", one.model, methods=["GET"]),
@@ -137,6 +150,31 @@ class _SessionRoutes:
     async def chat(self, request: Request) -> CallResponse:
         return await self._served(request, parse_chat, _next_turn, chat_body)
 
+    async def respond(self, request: Request) -> CallResponse:
+        kept = session_of(request, self.book).kept
+
+        def write(turn: SampledTurn, parsed: ResponsesRequest, *, id: str, **options: Any) -> bytes:
+            if parsed.is_stored and turn.turn is not None:
+                kept.keep(id, turn.turn.messages[1 if parsed.instructions else 0 :])
+            return responses_body(turn, parsed, id=id, **options)
+
+        return await self._served(request, parse_responses, _next_response, write, responses_failure)
+
+    async def message(self, request: Request) -> CallResponse:
+        return await self._served(request, parse_message, _next_turn, messages_body, messages_failure)
+
+    async def count_input(self, request: Request) -> Response:
+        """OpenAI's count of the tokens of a request."""
+        session, parsed = await self._parsed(request, parse_responses)
+        num_tokens = await session.count_tokens(_whole_messages(session, parsed), tools=parsed.tools)
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": num_tokens})
+
+    async def count_message(self, request: Request) -> Response:
+        """Anthropic's count of the tokens of a request."""
+        session, parsed = await self._parsed(request, parse_count)
+        num_tokens = await session.count_tokens(parsed.messages, tools=parsed.tools)
+        return JSONResponse({"input_tokens": num_tokens})
+
     async def complete(self, request: Request) -> CallResponse:
         return await self._served(request, parse_completion, _continuation, completion_body)
 
@@ -149,22 +187,36 @@ class _SessionRoutes:
         parse: Callable[[Mapping[str, Any], ChatRules], R],
         sample: Callable[[OpenSession, R], Coroutine[Any, Any, SampledTurn]],
         write: Callable[..., bytes],
+        write_failure: Callable[..., bytes] = openai_failure,
     ) -> CallResponse:
         """Parses a body, samples its turn and writes the response (`write`)."""
-        session = session_of(request, self.book)
-        conversation, content = session.conversation, await request.body()
-        parsed = await conversation.large_work.run(
-            lambda: parse(parse_bounded_object(content), self.rules), size=len(content)
-        )
+        session, parsed = await self._parsed(request, parse)
         self.book.num_ignored.update(parsed.options.ignored)
 
         def body_of(call: Call, turn: SampledTurn) -> bytes:
-            return write(turn, parsed, id=call.id, created_s=int(time.time()), conversation=conversation)
+            conversation, created_s = session.conversation, int(time.time())
+            return write(turn, parsed, id=call.id, created_s=created_s, conversation=conversation)
 
-        call = begin_call(request, session, content, lambda: sample(session, parsed))
+        def failure_of(call: Call, error: dict[str, Any]) -> bytes:
+            return write_failure(parsed, id=call.id, created_s=int(time.time()), error=error)
+
+        content = await request.body()
         return CallResponse(
-            call=call, write=body_of, is_stream=parsed.options.stream, keep_alive_s=self.keep_alive_s
+            call=begin_call(request, session, content, lambda: sample(session, parsed)),
+            write=body_of,
+            write_failure=failure_of,
+            is_stream=parsed.options.stream,
+            keep_alive_s=self.keep_alive_s,
         )
+
+    async def _parsed(
+        self, request: Request, parse: Callable[[Mapping[str, Any], ChatRules], R]
+    ) -> tuple[OpenSession, R]:
+        session, content = session_of(request, self.book), await request.body()
+        parsed = await session.conversation.large_work.run(
+            lambda: parse(parse_bounded_object(content), self.rules), size=len(content)
+        )
+        return session, parsed
 
     def _described(self, name: str) -> dict[str, Any]:
         return model_object(name, max_context=self.max_context)
@@ -200,11 +252,49 @@ class _SessionRoutes:
         return JSONResponse({"id": session.id, "ended": True, "problem": problem or None})
 
 
-async def _next_turn(session: OpenSession, chat: ChatRequest) -> SampledTurn:
+async def _next_turn(session: OpenSession, chat: ChatRequest | MessageRequest) -> SampledTurn:
     options = chat.options
     return await session.sample_turn(
         chat.messages, tools=chat.tools, stop=options.stop, max_new_tokens=options.max_new_tokens
     )
+
+
+async def _next_response(session: OpenSession, request: ResponsesRequest) -> SampledTurn:
+    turn = await session.sample_turn(
+        _whole_messages(session, request),
+        tools=request.tools,
+        max_new_tokens=request.options.max_new_tokens,
+    )
+    if turn.reply.finish_reason is not FinishReason.STOP:
+        session.incomplete = turn.reply.finish_reason  # some frameworks raise
+    return turn
+
+
+def _whole_messages(session: OpenSession, request: ResponsesRequest) -> list[dict[str, Any]]:
+    """Returns the instructions, the earlier messages that a request refers to, and its own. Raises
+    NoResponseError."""
+    messages: list[dict[str, Any]] = []
+    if request.instructions:
+        messages.append({"role": "system", "content": request.instructions})
+    if id := request.previous_response_id:
+        messages += _kept(session, bare_id(id), "previous_response_id")
+    for message in request.messages:
+        if isinstance(message, ItemReference):
+            message = _kept(session, message.response_id, message.where)[-1]
+        messages.append(message)
+    return messages
+
+
+def _kept(session: OpenSession, response_id: str, where: str) -> Sequence[dict[str, Any]]:
+    messages = session.kept.find(response_id)
+    if messages is None:
+        raise NoResponseError(
+            f"{where} names no response of this session that it has kept: those with store=false, and older "
+            f"ones once all have more than {session.kept.max_bytes} bytes, are not kept. Send their items in "
+            "input",
+            param=where,
+        )
+    return messages
 
 
 async def _continuation(session: OpenSession, request: CompletionRequest) -> SampledTurn:
@@ -222,7 +312,7 @@ async def _continuation(session: OpenSession, request: CompletionRequest) -> Sam
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return error_response(**described(error))
+    return error_response(**described(error), path=request.url.path)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -230,9 +320,10 @@ async def _refused(request: Request, error: Exception) -> Response:
     message = f"{request.method} {request.url.path:.200}: {error.detail.lower()}"
     if error.status_code == 404:
         message += f"; {_THERE}"
-    return error_response(error.status_code, message, headers=error.headers)
+    return error_response(error.status_code, message, path=request.url.path, headers=error.headers)
 
 
 async def _broken(request: Request, error: Exception) -> Response:
     """Responds to a bug in this code; uvicorn logs it."""
-    return error_response(500, f"the server made a mistake: {type(error).__name__}", code="internal_error")
+    message = f"the server made a mistake: {type(error).__name__}"
+    return error_response(500, message, code="internal_error", path=request.url.path)

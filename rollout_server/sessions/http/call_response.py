@@ -19,8 +19,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from areal_like.chat.openai import error_object
-from areal_like.http.streams import EVENTS, disconnected, encode_event
+from areal_like.http.streams import EVENTS, disconnected
 from rollout_server.conversation.turns import SampledTurn
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.errors import NoSessionError, described, error_response
@@ -32,6 +31,8 @@ _COMMENT = b": the policy is being sampled\n\n"
 
 WriteBody = Callable[[Call, SampledTurn], bytes]
 """The whole body: a JSON object, or the events of a stream."""
+WriteFailure = Callable[[Call, dict[str, Any]], bytes]
+"""The last events of a stream whose call has failed; its second argument is the result of `described`."""
 
 
 def session_of(request: Request, book: SessionBook) -> OpenSession:
@@ -72,6 +73,7 @@ class CallResponse:
 
     call: Call
     write: WriteBody
+    write_failure: WriteFailure
     is_stream: bool
     """True if `write` returns server-sent events."""
     keep_alive_s: float = KEEP_ALIVE_S
@@ -95,10 +97,10 @@ class CallResponse:
                 call.body = body = call.body or self.write(call, turn)
             except Exception as error:  # `described` raises what it does not know
                 if self._has_begun:
-                    await self._send_part(send, encode_event(error_object(**described(error))))
+                    await self._send_part(send, self.write_failure(call, described(error)))
                     await send({"type": "http.response.body", "body": b""})
                 else:
-                    await error_response(**described(error))(scope, receive, send)
+                    await error_response(**described(error), path=scope["path"])(scope, receive, send)
                 return
             await self._send_part(send, body)
             await drained(send)

@@ -1,4 +1,5 @@
-"""Errors in OpenAI's format, which determine what an SDK raises and whether it retries.
+"""Errors in the format of the client's API, which determine what an SDK raises and whether it retries: for
+/v1/messages that of Anthropic's Messages, for all else OpenAI's.
 
     400 a request that cannot be served | 404 no such session | 410 the session has ended
     429 no session waits (Retry-After)    | 500 the engine failed, and the sample with it
@@ -14,6 +15,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from areal_like.chat.anthropic import anthropic_error
 from areal_like.chat.openai import error_object
 from areal_like.errors import (
     EngineError,
@@ -28,10 +30,27 @@ from areal_like.trajectory import FinishReason
 
 CONTEXT_LENGTH = "context_length_exceeded"
 TURN_LIMIT = "turn_limit_exceeded"
+_ANTHROPIC = "/v1/messages"
+_RESPONSES = "/v1/responses"
 
 
 class NoSessionError(UserError):
     """No session has this id."""
+
+
+class NoResponseError(ParamError):
+    """A request refers to a response that its session does not have, or has forgotten."""
+
+
+def error_content(
+    path: str, status: int, message: str, *, code: str | None = None, param: str | None = None
+) -> bytes:
+    """Returns the body of the response for an error. `path`: of the request."""
+    if _ANTHROPIC in path:
+        return json.dumps(anthropic_error(status, message, code=code)).encode()
+    if _RESPONSES in path and param == "messages":
+        param = "input"
+    return json.dumps(error_object(status, message, code=code, param=param)).encode()
 
 
 def error_response(
@@ -40,10 +59,12 @@ def error_response(
     *,
     code: str | None = None,
     param: str | None = None,
+    path: str = "",
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """Returns the response for an error. Except for 429, it tells SDKs not to retry."""
-    content = json.dumps(error_object(status, message, code=code, param=param)).encode()
+    """Returns the response for an error. Except for 429, it tells SDKs not to retry. `path`: of the
+    request."""
+    content = error_content(path, status, message, code=code, param=param)
     fixed = {} if status == 429 else {"x-should-retry": "false"}
     return Response(content, status, headers={**fixed, **(headers or {})}, media_type="application/json")
 
@@ -61,6 +82,13 @@ def described(error: BaseException) -> dict[str, Any]:
             return {"status": 400, "message": message, "code": TURN_LIMIT}
         case EpisodeBudgetError() | PromptRefusedError():
             return {"status": 400, "message": message, "code": CONTEXT_LENGTH, "param": "messages"}
+        case NoResponseError():
+            return {
+                "status": 400,
+                "message": message,
+                "code": "previous_response_not_found",
+                "param": error.param,
+            }
         case ParamError():
             return {"status": 400, "message": message, "param": error.param}
         case EpisodeError() | UserError():

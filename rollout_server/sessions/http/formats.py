@@ -5,7 +5,8 @@ log-probs would not be those of the trained policy: temperature and the like are
 so are response formats and a forced choice of tool.
 
 A turn of the policy becomes one object, or all events of a stream: for /v1/chat/completions, /v1/completions,
-and vLLM's /inference/v1/generate in the form that verifiers' train client reads.
+and vLLM's /inference/v1/generate in the form that verifiers' train client reads. `areal_like.chat` has the
+formats of OpenAI's Responses and Anthropic's Messages.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from areal_like.chat.anthropic import MessageRequest, anthropic_error, message_body
 from areal_like.chat.openai import (
     ChatRequest,
     ChatRules,
@@ -23,10 +25,13 @@ from areal_like.chat.openai import (
     chat_delta,
     chat_head,
     chat_logprobs,
+    error_object,
     finite,
     parse_options,
     usage,
 )
+from areal_like.chat.reply import ChatReply
+from areal_like.chat.responses import ResponsesRequest, failed_events, response_body
 from areal_like.http.bodies import ParamError, flag, integer
 from areal_like.http.streams import END_OF_EVENTS, encode_event
 from areal_like.trajectory import FinishReason
@@ -197,6 +202,40 @@ def _chat_events(
     return b"".join(map(encode_event, events)) + END_OF_EVENTS
 
 
+def responses_body(
+    turn: SampledTurn, request: ResponsesRequest, *, id: str, created_s: int, conversation: Conversation
+) -> bytes:
+    logprobs: list[dict[str, Any]] = []
+    if request.logprobs:
+        logprobs = chat_logprobs(turn.token_ids.tolist(), turn.logprobs.tolist(), conversation.decode)
+    return response_body(_reply(turn, logprobs=logprobs), request, id=id, created_s=created_s)
+
+
+def messages_body(
+    turn: SampledTurn, request: MessageRequest, *, id: str, created_s: int, conversation: Conversation
+) -> bytes:
+    return message_body(_reply(turn, stop=request.options.stop), request, id=id)
+
+
+def _reply(
+    turn: SampledTurn, *, stop: Sequence[str] = (), logprobs: Sequence[Mapping[str, Any]] = ()
+) -> ChatReply:
+    reply = turn.reply
+    is_cut = reply.finish_reason is not FinishReason.STOP
+    # A turn ends as soon as a stop text is complete.
+    ended = [] if is_cut else [one for one in stop if one in reply.raw_text]
+    return ChatReply(
+        text=reply.text,
+        reasoning=reply.reasoning,
+        tool_calls=reply.message.get("tool_calls", ()),
+        is_cut=is_cut,
+        stop_text=ended[0] if ended else "",
+        num_prompt_tokens=len(turn.prompt_ids),
+        num_sampled_tokens=len(turn.token_ids),
+        logprobs=logprobs,
+    )
+
+
 def completion_body(
     turn: SampledTurn, request: CompletionRequest, *, id: str, created_s: int, conversation: Conversation
 ) -> bytes:
@@ -270,3 +309,23 @@ def _completion_logprobs(turn: SampledTurn, decode: DecodeToken) -> dict[str, An
         "top_logprobs": [{text: logprob} for text, logprob in zip(texts, logprobs, strict=True)],
         "text_offset": offsets,
     }
+
+
+# The last event of a stream that has failed; `error` are the results of `errors.described`.
+
+
+def openai_failure(request: Any, *, id: str, created_s: int, error: Mapping[str, Any]) -> bytes:
+    return encode_event(error_object(**error))
+
+
+def responses_failure(
+    request: ResponsesRequest, *, id: str, created_s: int, error: Mapping[str, Any]
+) -> bytes:
+    status, message, code = error["status"], error["message"], error.get("code", "")
+    return failed_events(request, id=id, created_s=created_s, status=status, message=message, code=code)
+
+
+def messages_failure(request: MessageRequest, *, id: str, created_s: int, error: Mapping[str, Any]) -> bytes:
+    return encode_event(
+        anthropic_error(error["status"], error["message"], code=error.get("code")), name="error"
+    )

@@ -38,7 +38,7 @@ from rollout_server.policy.engines.sglang.process import server_index
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.http.claims import MAX_WAITING
-from rollout_server.sessions.http.rules import SessionRules, most_bytes_of_body, openai_error
+from rollout_server.sessions.http.rules import SessionRules, error_of_refusal, most_bytes_of_body
 from rollout_server.tasks.base import Task
 
 _LOOPBACK = "127.0.0.1"
@@ -203,7 +203,7 @@ class SessionPlane:
             limits=BodyLimits(max_bytes=self.max_body_bytes, timeout_s=_BODY_TIMEOUT_S),
             max_bytes_of=lambda scope: most_bytes_of_body(scope, of_prompts=self.max_body_bytes),
             on_refused=self.on_refused,
-            describe=openai_error,
+            describe=error_of_refusal,
             place=rules.place,
         )
         return HttpServer(

@@ -13,19 +13,23 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import json
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from areal_like.chat.openai import error_object
 from areal_like.errors import SessionGoneError
-from areal_like.http.access import AccessRules, Reason, Refusal, RoleOfToken, bearer_token
+from areal_like.http.access import AccessRules, Reason, Refusal, RoleOfToken, bearer_token, header_key
 from areal_like.http.guard import Headers
 from areal_like.security.keys import KeyRole
 from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.http.errors import error_content
 
+_PROMPTS = (
+    "/completions", "/generate", "/responses", "/responses/input_tokens", "/messages",
+    "/messages/count_tokens",
+)  # fmt: skip
+"""Ends of the paths of requests that have a prompt."""
 _CLAIMING_ROLES = (KeyRole.AGENT, KeyRole.OPERATOR)
 _SMALL_BODY_BYTES = 1 << 16
 _CODES = {
@@ -59,8 +63,10 @@ class SessionRules:
         if refusal is not None:
             return refusal
         token = bearer_token(scope["headers"])
-        id = _session_id(scope["path"])
-        return self._session_refusal(id, token) if id else self._claim_refusal(token)
+        if not (id := _session_id(scope["path"])):
+            return self._claim_refusal(token)
+        # Programs that use Anthropic's API send the key in one header or the other, or another key besides.
+        return self._session_refusal(id, token, header_key(scope["headers"], b"x-api-key"))
 
     @contextlib.contextmanager
     def place(self, scope: Mapping[str, Any]) -> Iterator[Refusal | None]:
@@ -80,15 +86,18 @@ class SessionRules:
             finally:
                 session.num_requests -= 1
 
-    def _session_refusal(self, id: str, token: str) -> Refusal | None:
+    def _session_refusal(self, id: str, *tokens: str) -> Refusal | None:
         key = self.book.key_of(id)
-        is_key = hmac.compare_digest(token.encode(), (key or _NO_KEY).encode())
+        wanted_key = (key or _NO_KEY).encode()
+        is_key = any(hmac.compare_digest(token.encode(), wanted_key) for token in tokens)
         if not (is_key and key):
             wanted = (
                 "no session of this server has this id and this key: send the api_key of the session "
-                "(Authorization: Bearer API_KEY). If you do, the server was started again: claim another"
+                "(Authorization: Bearer API_KEY, or x-api-key). If you do, the server was started again: "
+                "claim another"
             )
-            if self.role_of is not None and self.role_of(token) is not None:
+            role_of = self.role_of
+            if role_of is not None and any(role_of(token) is not None for token in tokens):
                 wanted += "; a token of the job opens no session"
             return Refusal(401, Reason.TOKEN, wanted)
         try:
@@ -119,14 +128,15 @@ class SessionRules:
 def most_bytes_of_body(scope: Mapping[str, Any], *, of_prompts: int) -> int:
     """Returns the maximum body size of a request: `of_prompts` for requests to the model, a small one for
     others."""
-    has_prompt = str(scope["path"]).endswith(("/completions", "/generate"))
+    has_prompt = str(scope["path"]).endswith(_PROMPTS)
     return of_prompts if has_prompt else min(of_prompts, _SMALL_BODY_BYTES)
 
 
-def openai_error(refusal: Refusal) -> tuple[bytes, Headers]:
-    """Returns a refusal's body in OpenAI's format, and its headers."""
-    content = error_object(refusal.status, refusal.message, code=_CODES.get(refusal.reason))
-    return json.dumps(content).encode(), _RETRY.get(refusal.reason, [(b"x-should-retry", b"false")])
+def error_of_refusal(refusal: Refusal, scope: Mapping[str, Any]) -> tuple[bytes, Headers]:
+    """Returns a refusal's body in the format of the client's API, and its headers."""
+    code = _CODES.get(refusal.reason)
+    content = error_content(scope["path"], refusal.status, refusal.message, code=code)
+    return content, _RETRY.get(refusal.reason, [(b"x-should-retry", b"false")])
 
 
 def _session_id(path: str) -> str:

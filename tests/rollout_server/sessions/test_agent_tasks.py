@@ -40,6 +40,7 @@ TASK = {"_target_": "tests.support.agent_tasks.AgentTask"}
 @pytest.fixture(autouse=True)
 def processes_find_this_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3]))
+    monkeypatch.setenv("ANTHROPIC_AUTH_TOKEN", "of another service")
 
 
 class Job:
@@ -249,6 +250,10 @@ def test_each_budget_ends_a_session_as_a_truncated_sample() -> None:
                     record = result.record
                     assert (record.finish_reason, record.num_sampled) == (reason, num_sampled)
                     assert record.reward == reward and reason.is_truncated
+            result = await result_of(pool, "incomplete")
+            assert isinstance(result, SampleDone) and not result.failure, result
+            record = result.record
+            assert (record.finish_reason, record.num_sampled) == (FinishReason.LENGTH, 6)
             late = {"sample_timeout_s": 100.0, "max_context": 99}
             for script in ("hang", "block"):
                 result = await result_of(pool, script, idle_s=100.0, rollout=late)

@@ -1,4 +1,4 @@
-"""Whatever is sent: an error in OpenAI's format, never status 500."""
+"""Whatever is sent: an error in the format of the API, never status 500."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class Client:
             return response.status, answer
         answer = json.loads(answer)
         if response.status != 200:
-            assert set(answer["error"]) == {"message", "type", "param", "code"}
+            is_anthropic = path.startswith("v1/messages")
+            wanted = {"message", "type"} if is_anthropic else {"message", "type", "param", "code"}
+            assert set(answer["error"]) == wanted and is_anthropic == (answer.get("type") == "error")
             assert answer["error"]["message"] and response.headers["x-should-retry"] == "false"
         return response.status, answer
 
@@ -93,7 +95,7 @@ def test_a_malformed_request_is_refused(client: Client, body: Any, says: str) ->
 
 
 def test_other_paths_say_what_is_there(client: Client) -> None:
-    for path in ("v1/responses", "v1/messages", "v1/embeddings", "x", "end/", "v1/chat/completions/"):
+    for path in ("v1/responses/", "v1/conversations", "v1/embeddings", "x", "end/", "v1/chat/completions/"):
         status, answer = client.post({}, path=path)
         assert status == 404 and "chat/completions" in answer["error"]["message"]
     assert client.post(b"", method="GET")[0] == 405
@@ -157,12 +159,80 @@ BODIES = st.fixed_dictionaries(
     {"messages": st.lists(MESSAGES | JSONS, max_size=4) | JSONS},
     optional=dict.fromkeys(FIELDS.split(), JSONS),
 )
+CONTENTS = TEXTS | JSONS | st.lists(
+    st.fixed_dictionaries(
+        {
+            "type": st.sampled_from(["text", "input_text", "tool_use", "tool_result", "thinking", "image"])
+            | JSONS
+        },
+        optional={
+            "text": TEXTS,
+            "id": TEXTS | JSONS,
+            "name": TEXTS | JSONS,
+            "input": st.dictionaries(TEXTS, JSONS, max_size=2) | JSONS,
+            "tool_use_id": TEXTS | JSONS,
+            "content": TEXTS | PARTS | JSONS,
+            "thinking": TEXTS | JSONS,
+        },
+    )
+    | JSONS,
+    max_size=3,
+)  # fmt: skip
+ITEMS = st.fixed_dictionaries(
+    {
+        "type": st.sampled_from(
+            ["message", "reasoning", "function_call", "function_call_output", "item_reference"]
+        )
+        | JSONS
+    },
+    optional={
+        "role": st.sampled_from(["user", "assistant"]) | JSONS,
+        "content": CONTENTS,
+        "call_id": TEXTS | JSONS,
+        "id": TEXTS | JSONS,
+        "name": TEXTS | JSONS,
+        "arguments": TEXTS | JSONS,
+        "output": CONTENTS,
+    },
+)
+RESPONSES_FIELDS = (
+    "model tools tool_choice instructions stream store include metadata max_output_tokens text truncation "
+    "previous_response_id background conversation"
+)
+RESPONSES_BODIES = st.fixed_dictionaries(
+    {"input": TEXTS | st.lists(ITEMS | JSONS, max_size=4) | JSONS},
+    optional=dict.fromkeys(RESPONSES_FIELDS.split(), JSONS),
+)
+MESSAGES_FIELDS = "model tools tool_choice stream max_tokens stop_sequences thinking metadata mcp_servers"
+MESSAGES_BODIES = st.fixed_dictionaries(
+    {
+        "messages": st.lists(
+            st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": CONTENTS})
+            | JSONS,
+            max_size=4,
+        )
+        | JSONS
+    },
+    optional={**dict.fromkeys(MESSAGES_FIELDS.split(), JSONS), "system": CONTENTS},
+)
 
 
-@given(body=BODIES, cut=st.none() | st.integers(0, 200))
-@settings(max_examples=80, suppress_health_check=list(HealthCheck))
-def test_no_body_makes_a_server_error(client: Client, body: Any, cut: int | None) -> None:
+@pytest.mark.parametrize(
+    ("path", "bodies"),
+    [
+        ("v1/chat/completions", BODIES),
+        ("v1/responses", RESPONSES_BODIES),
+        ("v1/responses/input_tokens", RESPONSES_BODIES),
+        ("v1/messages", MESSAGES_BODIES),
+        ("v1/messages/count_tokens", MESSAGES_BODIES),
+    ],
+)
+@given(data=st.data(), cut=st.none() | st.integers(0, 200))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
+def test_no_body_makes_a_server_error(
+    client: Client, path: str, bodies: st.SearchStrategy[Any], data: st.DataObject, cut: int | None
+) -> None:
     # `json` writes NaN and halves of surrogate pairs, as some clients do.
     client.session = client.server.add(max_new_tokens=4)
-    assert client.post(json.dumps(body).encode()[:cut])[0] in (200, 400)
+    assert client.post(json.dumps(data.draw(bodies)).encode()[:cut], path=path)[0] in (200, 400)
     client.server.call(lambda: client.server.book.remove(client.session))

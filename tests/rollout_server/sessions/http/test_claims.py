@@ -276,14 +276,14 @@ def test_requests_that_are_not_to_the_model(server: SessionServer) -> None:
     session = server.add(example=EXAMPLE)
     claimed = claim(server.url)
     assert claimed is not None
-    for route in ("responses", "messages", "nonsense/x"):
+    for route in ("conversations", "embeddings", "nonsense/x"):
         with pytest.raises(UserError, match="404"):
             claimed._post(route, {})
     assert session.refused_route == "POST /v1/nonsense/x"
     with pytest.raises(UserError, match="404"):
         claimed._post("%1b[2J" + 100 * "x", {})
     assert session.refused_route == "POST /v1/?[2J" + 47 * "x", "it is shown in logs"
-    assert server.book.num_wrong_routes == {"responses": 1, "messages": 1, "other": 2}
+    assert server.book.num_wrong_routes == {"conversations": 1, "embeddings": 1, "other": 2}
     before = session.num_heard
     claimed.heartbeat()
     claimed.reward(1.0)

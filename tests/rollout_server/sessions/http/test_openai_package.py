@@ -10,10 +10,10 @@ import openai
 import pydantic
 import pytest
 
-from rollout_server.conversation.turns import SampleRewards
 from rollout_server.sessions.http import call_response
 from rollout_server.sessions.http.call_response import CallResponse
 from rollout_server.sessions.open_session import OpenSession
+from tests.support.session_requests import segments_of
 from tests.support.session_server import SessionServer
 from tests.support.waiting import HANG_LIMIT_S
 
@@ -26,18 +26,6 @@ CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 
 def client_of(server: SessionServer, session: OpenSession, **options: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=server.base_url(session), api_key=session.api_key, **options)
-
-
-def segments_of(server: SessionServer, session: OpenSession) -> int:
-    """Number of segments of the sample; all of its turns were delivered."""
-
-    def finish() -> int:
-        before = len(session.conversation.turns)
-        session.finish()
-        assert len(session.conversation.turns) == before
-        return len(session.conversation.to_trajectory(SampleRewards()).segments) or 1
-
-    return server.call(finish)
 
 
 def test_turns_continue_one_segment(server: SessionServer) -> None:

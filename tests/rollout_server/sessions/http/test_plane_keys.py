@@ -63,7 +63,9 @@ def test_a_session_takes_its_own_key_only(keyed: SimpleNamespace, external: bool
         {"Authorization": f"Basic {session.api_key}"},
         {"Authorization": session.api_key},
         {"Api-Key": session.api_key},
-        {"X-Api-Key": session.api_key},
+        {"X-Api-Key": f"{session.api_key}x"},
+        {"X-Api-Key": f"Bearer {session.api_key}"},
+        {"X-Api-Key": other.api_key, "Authorization": f"Bearer {earlier.api_key}"},
         *({"Authorization": f"Bearer {token}"} for token in keyed.tokens.values()),
     ]
     before = server.refused[Reason.TOKEN]
@@ -78,12 +80,31 @@ def test_a_session_takes_its_own_key_only(keyed: SimpleNamespace, external: bool
             assert "api_key" in error["message"] and answered["www-authenticate"] == "Bearer"
     assert server.refused[Reason.TOKEN] == before + 5 * len(wrong)
     assert session.num_calls == 0 and not server.policy.prompts
-    key = {"Authorization": f"Bearer {session.api_key}"}
-    status, content, _ = server.ask(
-        "POST", f"/sessions/{session.id}/v1/chat/completions", CHAT, external=external, headers=key
+    key = f"Bearer {session.api_key}"
+    right = (
+        {"Authorization": key},
+        {"X-Api-Key": session.api_key},
+        {"X-Api-Key": session.api_key, "Authorization": "Bearer of-another-service"},
+        {"X-Api-Key": "of-another-service", "Authorization": key},
     )
-    assert (status, content["choices"][0]["message"]["content"]) == (200, "ok")
+    for headers in right:
+        status, content, _ = server.ask(
+            "POST", f"/sessions/{session.id}/v1/chat/completions", CHAT, external=external, headers=headers
+        )
+        assert (status, content["choices"][0]["message"]["content"]) == (200, "ok"), headers
     server.policy.prompts.clear()
+
+
+def test_refusals_have_the_format_of_the_api(keyed: SimpleNamespace) -> None:
+    session = keyed.server.add()
+    for route in ("v1/messages", "v1/messages/count_tokens"):
+        status, content, answered = keyed.server.ask("POST", f"/sessions/{session.id}/{route}", CHAT)
+        assert (status, answered["x-should-retry"], content["type"]) == (401, "false", "error")
+        assert set(content["error"]) == {"type", "message"}
+        assert content["error"]["type"] == "authentication_error"
+    key = {"X-Api-Key": session.api_key, "Content-Length": str(1 << 30)}
+    status, content, _ = keyed.server.ask("POST", f"/sessions/{session.id}/v1/messages", b"", headers=key)
+    assert (status, content["error"]["type"]) == (413, "request_too_large")
 
 
 def test_a_key_that_is_sent_twice_is_refused(unkeyed: PlaneServer) -> None:
