@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from areal_like.agents.client import ClaimedSession, claim
-from areal_like.errors import ArealError, UserError
+from areal_like.client.areal_like_client import ClaimedSession, ClientError, RefusedError, claim
 from launch.audit.run import audit_run
 from tests.support.keys import make_keys
 from tests.support.launching import ROOT, TEST_LIMIT_S, areal_like, finish, launcher, wait_until
@@ -54,7 +53,7 @@ def work(url: str, token: str, stopping: threading.Event, done: list[str]) -> No
             session.reward(float(len(answer["choices"][0]["message"]["content"]) % 2))
             session.end()
             done.append(session.id)
-        except (ArealError, OSError):  # the job is over, and the session with it
+        except (ClientError, OSError):  # the job is over, and the session with it
             stopping.wait(0.2)
 
 
@@ -73,7 +72,7 @@ def test_agents_from_outside_make_all_samples(tmp_path: Path, cache: dict[str, s
         url = json.loads(endpoint.read_text())["sessions"]
         assert f"sessions for agents at {url}" in areal_like("status", str(run), cwd=tmp_path).stdout
         for token in ("", "x", tokens["monitor"], tokens["rollout"]):
-            with pytest.raises(UserError, match=r"40[13]"):
+            with pytest.raises(RefusedError, match=r"40[13]"):
                 claim(url, token=token)
         agents = [
             threading.Thread(target=work, args=(url, tokens["agent"], stopping, done), daemon=True)

@@ -1,9 +1,8 @@
-"""How frameworks send three turns with tool calls back, in the requests that follow: data, written after their
-serializers.
+"""How frameworks send three turns with tool calls back: data, written after their serializers.
 
-The policy says `SAID`; the response of its first turn has `content` "I add.", the reasoning "hm", the call
-`call00000` of `add` and the arguments `{"b": 2.0, "a": 1}`, and so on. Each framework's entry has the messages
-that it appends to the conversation after each turn.
+The policy says `SAID`; the response of its first turn has `content` "I add.", the reasoning "hm", and the
+call `call00000` of `add` with the arguments `{"b": 2.0, "a": 1}`. Each framework has the messages that
+it appends to the conversation after each turn.
 """
 
 from __future__ import annotations

@@ -25,14 +25,11 @@ from areal_like.http.access import AccessRules, Reason, Refusal, RoleOfToken, be
 from areal_like.http.guard import Headers
 from areal_like.security.keys import KeyRole
 from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.http.errors import gone_code
 
 _CLAIMING_ROLES = (KeyRole.AGENT, KeyRole.OPERATOR)
 _SMALL_BODY_BYTES = 1 << 16
-_CODES = {
-    Reason.TOKEN: "invalid_api_key",
-    Reason.GONE: "session_gone",
-    Reason.BUSY: "too_many_requests",
-}
+_CODES = {Reason.TOKEN: "invalid_api_key", Reason.BUSY: "too_many_requests"}
 _RETRY: Mapping[Reason, Headers] = {Reason.SLOW: [], Reason.BUSY: [(b"retry-after", b"1")]}
 """Headers of refusals after which a request may be repeated."""
 _NO_KEY = secrets.token_urlsafe(32)
@@ -125,7 +122,8 @@ def most_bytes_of_body(scope: Mapping[str, Any], *, of_prompts: int) -> int:
 
 def openai_error(refusal: Refusal) -> tuple[bytes, Headers]:
     """Returns a refusal's body in OpenAI's format, and its headers."""
-    content = error_object(refusal.status, refusal.message, code=_CODES.get(refusal.reason))
+    code = gone_code(refusal.message) if refusal.reason is Reason.GONE else _CODES.get(refusal.reason)
+    content = error_object(refusal.status, refusal.message, code=code)
     return json.dumps(content).encode(), _RETRY.get(refusal.reason, [(b"x-should-retry", b"false")])
 
 
