@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 from areal_like.http.access import bearer_token
 from areal_like.http.bodies import ParamError, flag, number, parse_bounded_object, text
 from areal_like.http.streams import disconnected
-from rollout_server.sessions.book import JOB_OVER, SERVER_ENDS, SessionBook
+from rollout_server.sessions.book import JOB_OVER, SessionBook
 from rollout_server.sessions.claimants import Claimant
 from rollout_server.sessions.http.call_response import drained
 from rollout_server.sessions.http.errors import error_response, gone_code
@@ -85,7 +85,7 @@ class ClaimRoutes:
             if self.book.is_job_over:
                 return error_response(410, JOB_OVER, code=gone_code(JOB_OVER))
             return _none(
-                SERVER_ENDS
+                "the server is ending: claim at another one, or after this one has restarted"
                 if self.book.is_closed
                 else "no session waits for an agent: all samples that the job needs now are in progress"
             )

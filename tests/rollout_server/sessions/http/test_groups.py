@@ -45,7 +45,8 @@ def test_a_group_is_claimed_as_a_whole(server: SessionServer) -> None:
     assert group is not None and (group.group, group.example["index"]) == (7, 7)
     assert [one.id for one in group.sessions] == [one.id for one in whole]
     assert [one.sample for one in group.sessions] == [1, 2, 3]
-    assert first.state is SessionState.OPEN and first.members == [first]
+    server.wait(lambda: first.state is SessionState.OPEN)
+    assert first.members == [first]
     assert len({one.api_key for one in group.sessions}) == 3
     rest = claim_group(server.url)
     assert rest is not None and len(rest.sessions) == 1
