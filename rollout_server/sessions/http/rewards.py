@@ -26,20 +26,18 @@ def parse_reward(body: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of `OpenSession.set_reward`. Raises ParamError."""
     value = None if body.get("reward") is None else _number(body["reward"], "reward", largest=LARGEST_REWARD)
     id = "" if body.get("completion_id") is None else text(body, "completion_id")
-    found = {
-        "turns": _numbers(body, "turns", most=MAX_TURNS, largest=LARGEST_REWARD),
-        "metrics": _numbers(body, "metrics", most=MAX_METRICS, largest=LARGEST_METRIC),
-        "label": "" if body.get("label") is None else text(body, "label"),
-    }
-    if value is None and (id or not any(found.values())):
+    turns = _numbers(body, "turns", most=MAX_TURNS, largest=LARGEST_REWARD)
+    metrics = _numbers(body, "metrics", most=MAX_METRICS, largest=LARGEST_METRIC)
+    label = "" if body.get("label") is None else text(body, "label")
+    if value is None and (id or not (turns or metrics or label)):
         raise ParamError("reward must be a number", param="reward")
-    if not _is_name(found["label"] or "-", most=MAX_LABEL_CHARS):
+    if not _is_name(label or "-", most=MAX_LABEL_CHARS):
         raise ParamError(f"label must have at most {MAX_LABEL_CHARS} printable characters", param="label")
-    if not all(_is_name(name, most=_MAX_NAME_CHARS) for name in found["metrics"]):
+    if not all(_is_name(name, most=_MAX_NAME_CHARS) for name in metrics):
         raise ParamError(
             f"metrics: names must have 1 to {_MAX_NAME_CHARS} printable characters", param="metrics"
         )
-    return {"value": value, "completion_id": id, **found}
+    return {"value": value, "completion_id": id, "turns": turns, "metrics": metrics, "label": label}
 
 
 def parse_group_rewards(body: Mapping[str, Any], *, ids: Collection[str]) -> dict[str, float]:

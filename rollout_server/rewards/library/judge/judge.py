@@ -172,9 +172,9 @@ class Judge(RewardFunction):
         shown = sorted(set(attempts), key=lambda text: hashlib.sha256(text.encode(errors="replace")).digest())
         if len(shown) < 2:
             return [0.5] * len(attempts)
-        bounds = {"lowest": self.lowest, "highest": self.highest}
-        messages = messages_for_comparison(self.rubric, task, shown, **bounds)
-        read = functools.partial(scores_in, num=len(shown), **bounds)
+        lowest, highest = self.lowest, self.highest
+        messages = messages_for_comparison(self.rubric, task, shown, lowest=lowest, highest=highest)
+        read = functools.partial(scores_in, num=len(shown), lowest=lowest, highest=highest)
         scores = dict(zip(shown, await self._client.ask(self._body(messages), read, Counts()), strict=True))
         return [scores[text] for text in attempts]
 
