@@ -14,7 +14,13 @@ from urllib.parse import urlsplit
 
 from openai import APIStatusError
 
-from areal_like.agents.client import ClaimedSession, claim
+from areal_like.client.areal_like_client import (
+    ClaimedSession,
+    JobOverError,
+    SessionOverError,
+    UnreachableError,
+    claim,
+)
 from rollout_server.agents.adding import add_up
 from rollout_server.agents.base import Session
 
@@ -63,8 +69,10 @@ async def work(url: str) -> int:
             if session is not None:
                 await solve(session)
                 num_sessions += 1
-        except OSError:  # the job has ended
+        except (JobOverError, UnreachableError):
             return num_sessions
+        except SessionOverError:  # its sample is not wanted any more: claim another
+            continue
 
 
 async def solve(session: ClaimedSession) -> None:

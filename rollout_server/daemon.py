@@ -55,7 +55,7 @@ from rollout_server.policy.engines.supervisor import (
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.sample.lease_runner import LeaseRunner
-from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.book import JOB_OVER, SERVER_ENDS, SessionBook
 from rollout_server.sessions.http.plane import SessionPlane, served_sessions
 from rollout_server.sources import (
     SampleSources,
@@ -144,6 +144,7 @@ class RolloutServer:
         pools = dict.fromkeys(source.environments for source in sources.values())
         self._environments = [pool for pool in pools if pool is not None]
         self._plane = plane
+        self._book = book
         self._gate = gate = GenerationGate()
         self._concurrency = ConcurrencyController(most=config.rollout.max_running)
         if config.rollout.adapts_concurrency:
@@ -256,7 +257,9 @@ class RolloutServer:
         """Announces DRAINING, aborts generations and returns the leases. `close` stops the engine."""
         self._buffers.announce(state=ServerState.DRAINING)
         supervision.cancel()
-        await self._runner.close()
+        is_over = self._runtime.is_finished
+        self._book.close(is_job_over=is_over)
+        await self._runner.close(reason=JOB_OVER if is_over else SERVER_ENDS)
         with self._runtime.waits("buffer: goodbye"):
             await self._buffers.leave()
 

@@ -22,8 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from areal_like.agents.client import ClaimedSession, claim
-from areal_like.errors import SessionGoneError, UserError
+from areal_like.client.areal_like_client import (
+    ClaimedSession,
+    ClientError,
+    JobOverError,
+    RefusedError,
+    SessionOverError,
+    claim,
+)
+from areal_like.errors import UserError
 
 _LOG = logging.getLogger("areal_like.agents.verifiers")
 _WAIT_S = 5.0
@@ -116,8 +123,10 @@ class Runner:
                 session = await asyncio.to_thread(
                     claim, self.url, token=self.token, wait_s=_WAIT_S, ca_file=self.ca_file
                 )
-            except UserError as error:
-                self._fail(error)
+            except RefusedError as error:
+                self._fail(UserError(str(error)))
+            except JobOverError:
+                self.stopping.set()
             except OSError as error:
                 failures += 1
                 if failures == _TRIES:
@@ -142,16 +151,16 @@ class Runner:
             task = self.rows.task(str(session.example["split"]), int(session.example["index"]))
             reward = await self._rollout(env, task, session)
             await asyncio.to_thread(session.reward, reward)
-        except UserError as error:
-            self._fail(error)
+        except (UserError, RefusedError) as error:
+            self._fail(UserError(str(error)))
             problem = str(error)
-        except SessionGoneError as error:
+        except SessionOverError as error:
             problem = str(error)
         except Exception as error:  # a rollout fails alone
             problem = f"{type(error).__name__}: {error}"
         try:
             await asyncio.to_thread(session.end)
-        except (OSError, UserError) as error:
+        except ClientError as error:
             problem = problem or str(error)
         self.num_done += not problem
         self.num_failed += bool(problem)

@@ -17,6 +17,9 @@ from areal_like.errors import EpisodeError
 from rollout_server.environments.base import Message
 
 _REASONING = "reasoning_content"
+_OF_A_REPLY = ("role", "content", _REASONING)
+"""Fields of an assistant message that are compared, besides its tool calls. SDKs add others, which say
+nothing to the policy (`refusal`, `annotations`, `parsed`, `provider_specific_fields`)."""
 _LARGEST_EXACT = 1 << 53
 
 
@@ -38,9 +41,9 @@ def canonical_tools(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 def comparable(messages: Sequence[Message]) -> list[Message]:
     """Returns canonical messages in a form in which equivalent messages are equal. For comparison only.
 
-    SDKs rewrite tool calls: they change the whitespace and key order of arguments, replace ids, and add the
-    tool's name to its result. Here ids are replaced by the number of the call, and arguments by their parsed
-    value.
+    SDKs rewrite tool calls: they change the whitespace and key order of arguments, replace ids, add fields,
+    and add the tool's name to its result. Here ids are replaced by the number of the call, arguments by their
+    parsed value, and an assistant message has no other fields than those that the policy wrote.
     """
     calls: dict[Any, tuple[int, str]] = {}
     forms = []
@@ -48,15 +51,15 @@ def comparable(messages: Sequence[Message]) -> list[Message]:
     for message in messages:
         form = dict(message)
         if message["role"] == "assistant":
-            form.pop("name", None)
+            form = {name: message[name] for name in _OF_A_REPLY if name in message}
         if "tool_calls" in message:
             form["tool_calls"] = []
             for call in message["tool_calls"]:
                 function = call["function"]
                 if isinstance(call.get("id"), str):
                     calls[call["id"]] = num_calls, function["name"]
-                parsed = {**function, "arguments": _parsed(function["arguments"])}
-                form["tool_calls"].append({**call, "id": num_calls, "function": parsed})
+                parsed = {"name": function["name"], "arguments": _parsed(function["arguments"])}
+                form["tool_calls"].append({"id": num_calls, "function": parsed})
                 num_calls += 1
         if message["role"] == "tool" and (id := message.get("tool_call_id")) in calls:
             form["tool_call_id"], name = calls[id]
@@ -125,18 +128,25 @@ def _without_reasoning(message: Message) -> Message:
 
 
 def _parsed(arguments: str) -> str:
-    """Returns the arguments of a call as normalized JSON text."""
+    """Returns the arguments of a call as normalized JSON text; none at all are those of `{}`."""
     try:
-        value = json.loads(arguments, parse_float=_number, parse_constant=_refuse_constant)
+        value = json.loads(
+            arguments.strip() or "{}",
+            parse_float=_number,
+            parse_int=_number,
+            parse_constant=_refuse_constant,
+        )
         return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     except (ValueError, RecursionError):
         return arguments
 
 
 def _number(text: str) -> float | int:
-    """Parses a number; a whole float becomes an int, because JavaScript writes 1.0 as 1."""
+    """Parses a number as JavaScript does, which writes 1.0 as 1 and knows no integers above 2^53."""
     value = float(text)
-    return int(value) if value.is_integer() and abs(value) < _LARGEST_EXACT else value
+    if value.is_integer() and abs(value) <= _LARGEST_EXACT:
+        return int(value)
+    return value
 
 
 def _refuse_constant(name: str) -> float:

@@ -165,6 +165,10 @@ class Turns:
         if turn in self._turns and turn not in followed:
             self._turns.remove(turn)
 
+    def limit_time(self, seconds: float) -> None:
+        """Lowers the time limit of all turns together, if it is longer. Call before the first turn."""
+        self._policy.timeout_s = min(self._policy.timeout_s, seconds)
+
     @property
     def is_sampling(self) -> bool:
         """True while a turn is being sampled or waits for the engine."""

@@ -41,7 +41,10 @@ from rollout_server.tasks.base import Completion, Score, Split
 from rollout_server.workers.environment_pool import EnvironmentPool, EnvironmentSession
 from rollout_server.workers.reward_pool import Reward, RewardPool
 
-NOT_WANTED = "its sample is no longer needed: the job has ended, or another server makes it"
+NOT_WANTED = (
+    "its sample is no longer needed, because the job has ended or another server makes it: "
+    "claim another session"
+)
 """Message to clients of a session whose lease was cancelled."""
 _MAX_METRICS = 64
 """Maximum number of metric names in one episode."""
@@ -281,6 +284,7 @@ class SessionAttempt(Attempt):
             score, limit = await self._run()
             session.end()
             turn_rewards = session.finish()
+            self.label = self.label or session.label
             finish_reason = limit or conversation.finish_reason
             num_turns = len(conversation.turn_lengths)
             if not num_turns:
@@ -308,7 +312,7 @@ class SessionAttempt(Attempt):
             raw_text=sampled.reply.raw_text if sampled is not None else "",
             messages=last.messages,
             step_rewards=turn_rewards,
-            metrics={"tool_calls": float(conversation.num_tool_calls)},
+            metrics={**session.metrics, "tool_calls": float(conversation.num_tool_calls)},
             score=score,
         )
 
@@ -355,7 +359,7 @@ class SessionAttempt(Attempt):
                 session.close("the session had no request that could be served for too long")
                 return self._posted(), session.budget or FinishReason.STOP
             if limit == "deadline":
-                session.close("the session timed out (rollout.sample_timeout_s)")
+                session.close(f"the session timed out ({self._deadline()}): claim another session")
                 return self._posted(), FinishReason.TIMEOUT
             score = await self._result(running)
             is_scored = score is not None or self.request.rewards is not None or session.has_rewards
@@ -404,11 +408,17 @@ class SessionAttempt(Attempt):
             return EnvironmentLostError(f"the session {self.session.id}: {problem}")
         return EpisodeError("agent() returned None and posted no reward, and the task has no reward()")
 
+    def _deadline(self) -> str:
+        asked_s = self.session.asked.deadline_s
+        is_asked = asked_s <= self.request.policy.timeout_s
+        return f"deadline_s={asked_s:g} of its claim" if is_asked else "rollout.sample_timeout_s"
+
     def _idle(self) -> EpisodeError:
-        problem = (
-            f"the session {self.session.id} had no request for "
-            f"sessions.idle_timeout_s={self.idle_timeout_s:g}"
+        limit_s = self.session.idle_limit_s(self.idle_timeout_s)
+        setting = (
+            "sessions.idle_timeout_s" if limit_s == self.idle_timeout_s else "its claim's idle_timeout_s"
         )
+        problem = f"the session {self.session.id} had no request for {setting}={limit_s:g}"
         self.session.close(problem)
         self._outcome = SessionOutcome.IDLE
         return EpisodeError(problem)

@@ -44,7 +44,7 @@ from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.sample.attempt import NOT_WANTED, Attempt
 from rollout_server.sample.maker import AttemptMaker
 from rollout_server.sample.prompts import Failure, LoadedPrompt, PromptLeader, PromptLoader, needs_leader
-from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.book import SERVER_ENDS, SessionBook
 from rollout_server.sources import SampleSources
 
 log = logging.getLogger(__name__)
@@ -185,12 +185,15 @@ class LeaseRunner:
             for task in self._samples.pop(lease_id, set()):
                 task.cancel(reason)
 
-    async def close(self) -> None:
-        """Cancels everything and waits until it has stopped."""
+    async def close(self, *, reason: str = SERVER_ENDS) -> None:
+        """Cancels everything and waits until it has stopped.
+
+        `reason`: message to clients of sessions.
+        """
         loading = {self._loading} if self._loading is not None else set()
         tasks = loading.union(*self._samples.values())
         for task in tasks:
-            task.cancel("the server is draining")
+            task.cancel(reason)
         if tasks:
             await asyncio.wait(tasks, timeout=_CLOSE_TIMEOUT_S)
         self._prompts.close()

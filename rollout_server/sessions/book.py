@@ -12,7 +12,15 @@ from enum import StrEnum
 
 from areal_like.errors import SessionGoneError
 from rollout_server.sessions.claimants import Claimants
-from rollout_server.sessions.open_session import OpenSession, SessionState
+from rollout_server.sessions.open_session import AskedLimits, OpenSession, SessionState
+
+JOB_OVER = "the job has ended: there is nothing left to claim"
+"""Message to clients of a finished run; its error code is `job_over`."""
+SERVER_ENDS = (
+    "the server is ending, and the sample is made elsewhere: claim another session, at another server or at "
+    "this one after it has restarted"
+)
+"""Message to clients whose session ends with its server."""
 
 _MAX_REMEMBERED = 10_000
 """Number of gone sessions that are remembered, so that their clients are told why."""
@@ -52,6 +60,8 @@ class SessionBook:
         """Called when a session can be claimed, or when none will be offered any more."""
         self.is_closed = False
         """True once no more sessions are offered."""
+        self.is_job_over = False
+        """True once the run is finished."""
         self._gone: OrderedDict[str, tuple[str, str]] = OrderedDict()
         """Reason and session key of sessions that have gone, by id."""
         self.num_ended = Counter[SessionOutcome]()
@@ -79,9 +89,13 @@ class SessionBook:
         """The sessions that agents are working on."""
         return [one for one in self._sessions.values() if one.state is SessionState.OPEN]
 
-    def close(self) -> None:
-        """Stops offering sessions; clients that wait for one are told so at once."""
+    def close(self, *, is_job_over: bool = False) -> None:
+        """Stops offering sessions; clients that wait for one are told so at once.
+
+        `is_job_over`: True if the run is finished. May be called again.
+        """
         self.is_closed = True
+        self.is_job_over = self.is_job_over or is_job_over
         self.on_waiting()
 
     def add(self, session: OpenSession) -> None:
@@ -166,7 +180,7 @@ class SessionBook:
     def find(self, id: str) -> OpenSession | None:
         """Returns a session, or None if it never existed. Raises SessionGoneError if it has gone."""
         if (gone := self._gone.get(id)) is not None:
-            raise SessionGoneError(gone[0])
+            raise SessionGoneError(JOB_OVER if self.is_job_over else gone[0])
         return self._sessions.get(id)
 
     def key_of(self, id: str) -> str:
@@ -186,14 +200,34 @@ class SessionBook:
                 return session
         return None
 
+    def offer_group(self) -> list[OpenSession]:
+        """Offers all sessions of the next prompt that can be claimed; empty if there is none. See `offer`."""
+        if (first := self.offer()) is None:
+            return []
+        group = [
+            first,
+            *(one for one in self._sessions.values() if _is_free(one) and _is_of_group(one, first)),
+        ]
+        for session in group:
+            session.is_offered = True
+            session.members = group
+        return list(group)
+
     def take_back(self, session: OpenSession) -> None:
         """Withdraws an offer: if it was not claimed, the session waits again. It gets a new key, because the
         client may have read the old one without the rest of the response."""
         session.is_offered = False
         if session.state is SessionState.WAITING:
             session.api_key = secrets.token_urlsafe(32)
+            session.members.remove(session)
+            session.members, session.asked = [session], AskedLimits()
             self.on_waiting()
 
 
 def _is_free(session: OpenSession) -> bool:
     return session.state is SessionState.WAITING and not session.is_offered
+
+
+def _is_of_group(session: OpenSession, other: OpenSession) -> bool:
+    """True if both are samples of one prompt."""
+    return (session.group, session.split, session.index) == (other.group, other.split, other.index)

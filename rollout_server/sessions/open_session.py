@@ -17,10 +17,11 @@ from __future__ import annotations
 import asyncio
 import math
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from areal_like.chat.openai import most_bytes
 from areal_like.errors import (
@@ -38,6 +39,10 @@ from rollout_server.leases.held_leases import Place
 from rollout_server.sessions.claimants import Claimant
 from rollout_server.sessions.kept_responses import KeptResponses
 from rollout_server.tasks.base import Example, Split
+
+MAX_METRICS = 32
+"""Maximum number of metric names that an agent may post for one sample."""
+_NONE: Mapping[str, float] = MappingProxyType({})
 
 _CUT_S = 5.0
 """Wait after the time limit of the sample. The engine returns the tokens of a request that timed out faster
@@ -149,6 +154,15 @@ class SessionState(StrEnum):
     """Its sample is no longer needed, or was given up."""
 
 
+class AskedLimits(NamedTuple):
+    """Time limits that an external agent asked for with its claim; they count if they are below the job's."""
+
+    deadline_s: float = math.inf
+    """Seconds from the first request to the model."""
+    idle_timeout_s: float = math.inf
+    """Seconds without a request."""
+
+
 @dataclass(eq=False, kw_only=True)
 class OpenSession:
     """The session of one sample. Belongs to one event loop."""
@@ -182,6 +196,11 @@ class OpenSession:
         """The external agent that it is offered to, or that claimed it."""
         self.claimed_s = 0.0
         """Loop time at which it was claimed."""
+        self.asked = AskedLimits()
+        """The claimant's own limits."""
+        self.members: list[OpenSession] = [self]
+        """The sessions of its prompt that were claimed together, itself included; they share the list. A sign
+        of life in one of them counts for all."""
         self.refused_route = ""
         """The newest request for a route that does not exist, such as `POST /v1/responses`."""
         self.reason = ""
@@ -196,6 +215,10 @@ class OpenSession:
         """Set if the first prompt did not fit."""
         self.reward: float | None = None
         """The posted reward of the whole sample."""
+        self.metrics: dict[str, float] = {}
+        """The posted metrics of the sample."""
+        self.label = ""
+        """The posted label of the sample."""
         self.num_requests = 0
         """Number of client requests being read or served."""
         self.num_pending = 0
@@ -224,6 +247,8 @@ class OpenSession:
         assert self.state is SessionState.WAITING
         self.is_offered = False
         self.claimed_s = self._served_s = self._loop.time()
+        if self.asked.deadline_s < math.inf:
+            self.conversation.limit_time(self.asked.deadline_s)
         self._set(SessionState.OPEN)
 
     def end(self) -> None:
@@ -256,13 +281,16 @@ class OpenSession:
                 await self._wait_changed(math.inf)
                 continue
             now_s, end_s = self._loop.time(), deadline_s()
-            idle_s = math.inf if self._is_busy else self._last_activity_s + idle_timeout_s
+            idle_s = math.inf if self._is_busy else self._last_activity_s + self.idle_limit_s(idle_timeout_s)
             end_s = math.inf if end_s is None else end_s
             if self.num_pending:
                 end_s += _CUT_S
             if end_s <= now_s:
                 return "deadline"
             if idle_s <= now_s:
+                if any(one._is_busy for one in self.members):
+                    self.touch()
+                    continue
                 return "idle"
             await self._wait_changed(min(idle_s, end_s) - now_s)
         return ""
@@ -270,6 +298,10 @@ class OpenSession:
     @property
     def now_s(self) -> float:
         return self._loop.time()
+
+    def idle_limit_s(self, idle_timeout_s: float) -> float:
+        """Returns the limit in force, in seconds. `idle_timeout_s`: the job's."""
+        return min(idle_timeout_s, self.asked.idle_timeout_s)
 
     @property
     def _is_busy(self) -> bool:
@@ -320,26 +352,46 @@ class OpenSession:
         self.hear()
         return num_tokens
 
-    def set_reward(self, value: float, *, completion_id: str = "") -> None:
-        """Sets the reward of the whole sample, or of one turn; the last value counts, so the request may be
-        repeated.
+    def set_reward(
+        self,
+        value: float | None = None,
+        *,
+        completion_id: str = "",
+        turns: Mapping[str, float] = _NONE,
+        metrics: Mapping[str, float] = _NONE,
+        label: str = "",
+    ) -> None:
+        """Sets the reward of the whole sample, or of one turn; the last values count, so the request may be
+        repeated. Sets everything or nothing.
 
-        Raises ValueError for a number that is too large or a completion that is not of this session, and
-        SessionGoneError.
+        `turns`: rewards of turns, by the ids of their completions. `metrics`: numbers that are not part of
+        the reward. Raises ValueError for a number that is too large, too many metrics, or a completion that
+        is not of this session, and SessionGoneError.
         """
         self.check_open()
-        if not abs(value) <= LARGEST_REWARD:  # also if it is NaN
-            raise ValueError(
-                f"reward must be a finite number of at most {LARGEST_REWARD:g} in size, got {value}"
-            )
-        if not completion_id:
+        by_id = dict(turns)
+        if completion_id and value is not None:
+            by_id[completion_id], value = value, None
+        for number in (*by_id.values(), *([] if value is None else [value])):
+            if not abs(number) <= LARGEST_REWARD:  # also if it is NaN
+                raise ValueError(
+                    f"reward must be a finite number of at most {LARGEST_REWARD:g} in size, got {number}"
+                )
+        rewards = {self._turn_of(id): number for id, number in by_id.items()}
+        merged = {**self.metrics, **metrics}
+        if len(merged) > MAX_METRICS:
+            raise ValueError(f"metrics: a sample may have {MAX_METRICS} names, and would have {len(merged)}")
+        self._turn_rewards |= {turn: number for turn, number in rewards.items() if turn is not None}
+        self.metrics, self.label = merged, label or self.label
+        if value is not None:
             self.reward = value
-            return
+
+    def _turn_of(self, completion_id: str) -> Turn | None:
+        """Returns the turn of a completion; None if it has no tokens. Raises ValueError."""
         call = self._calls.find(completion_id)
         if call is None:
             raise ValueError(f"completion_id {completion_id!r:.100} names no completion of this session")
-        if (turn := call.task.result().turn) is not None:
-            self._turn_rewards[turn] = value
+        return call.task.result().turn
 
     @property
     def has_rewards(self) -> bool:
@@ -354,17 +406,24 @@ class OpenSession:
         """Records a sign of life: a request from its agent that is not to the model. Raises
         SessionGoneError."""
         self.check_open()
-        if self.now_s - self._served_s < self.heartbeat_limit_s:
+        if self.now_s - max(one._served_s for one in self.members) < self.heartbeat_limit_s:
             self.num_heard += 1
-            self.touch()
+            self._keep_open()
             self._changed.set()
+
+    def _keep_open(self) -> None:
+        """Restarts the idle time of all sessions that were claimed together."""
+        for one in self.members:
+            one.touch()
 
     @property
     def problem(self) -> str:
         """Why there would be no sample if it ended now; empty if there would be one."""
         if not self.num_served:
-            return "no request to the model was answered"
-        return "no reward was posted" if self.needs_reward and not self.has_rewards else ""
+            return "no request to the model was answered: send requests to the session's base_url"
+        if self.needs_reward and not self.has_rewards:
+            return "no reward was posted, and the task computes none: post one before the end"
+        return ""
 
     def check_open(self) -> None:
         if self.state is not SessionState.OPEN:
@@ -428,7 +487,7 @@ class OpenSession:
             if self.num_pending == 0 and self.state is SessionState.OPEN:
                 self.on_move(Place.TOOL)
             self._changed.set()
-        self.touch()
+        self._keep_open()
         self._served_s = self._last_activity_s
         self.num_served += 1
         self.budget = self.incomplete = None

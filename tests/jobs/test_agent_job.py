@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from areal_like.agents.client import claim
+from areal_like.client.areal_like_client import JobOverError, claim
 from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
 from areal_like.wire.messages.consumer import CommitStep, EvalResult, Group, RequestEval, StartTraining
 from launch.audit.run import audit_run
@@ -46,7 +46,10 @@ def agents_from_outside(url: str, *, num: int) -> Iterator[None]:
 
     def play() -> None:
         while not is_over.is_set():
-            session = claim(url, wait_s=0.5)
+            try:
+                session = claim(url, wait_s=0.5)
+            except JobOverError:
+                return
             if session is None:
                 continue
             index = session.example["index"]

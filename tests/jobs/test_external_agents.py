@@ -10,8 +10,14 @@ from typing import Any
 
 import pytest
 
-from areal_like.agents.client import ClaimedSession, claim
-from areal_like.errors import ArealError, UserError
+from areal_like.client.areal_like_client import (
+    ClaimedSession,
+    ClientError,
+    JobOverError,
+    RefusedError,
+    claim,
+    claim_group,
+)
 from launch.audit.run import audit_run
 from tests.support.keys import make_keys
 from tests.support.launching import ROOT, TEST_LIMIT_S, areal_like, finish, launcher, wait_until
@@ -43,19 +49,35 @@ def ask(session: ClaimedSession, content: str) -> Any:
         return json.load(response)
 
 
-def work(url: str, token: str, stopping: threading.Event, done: list[str]) -> None:
+def work(url: str, token: str, stopping: threading.Event, done: list[str], *, claims_groups: bool) -> None:
     """One agent: samples until the end of the job."""
     while not stopping.is_set():
         try:
-            session = claim(url, token=token, wait_s=1)
-            if session is None:
-                continue
-            answer = ask(session, f"{session.example['index'] % 100}+1")
-            session.reward(float(len(answer["choices"][0]["message"]["content"]) % 2))
-            session.end()
-            done.append(session.id)
-        except (ArealError, OSError):  # the job is over, and the session with it
+            done += make_group(url, token) if claims_groups else make_one(url, token)
+        except JobOverError:
+            return
+        except (ClientError, OSError):  # the server has gone, or a sample is not wanted any more
             stopping.wait(0.2)
+
+
+def make_one(url: str, token: str) -> list[str]:
+    if (session := claim(url, token=token, wait_s=1)) is None:
+        return []
+    answer = ask(session, f"{session.example['index'] % 100}+1")
+    session.reward(float(len(answer["choices"][0]["message"]["content"]) % 2), metrics={"alone": 1})
+    session.end()
+    return [session.id]
+
+
+def make_group(url: str, token: str) -> list[str]:
+    if (group := claim_group(url, token=token, wait_s=1)) is None:
+        return []
+    answers = [ask(session, f"{group.example['index'] % 100}+1") for session in group.sessions]
+    lengths = [len(answer["choices"][0]["message"]["content"]) for answer in answers]
+    ranked = sorted(zip(lengths, group.sessions, strict=True), key=lambda one: one[0])
+    over = group.rank([session for _, session in ranked])
+    unmade = {*over, *group.end()}
+    return [session.id for session in group.sessions if session.id not in unmade]
 
 
 def test_agents_from_outside_make_all_samples(tmp_path: Path, cache: dict[str, str]) -> None:
@@ -73,11 +95,16 @@ def test_agents_from_outside_make_all_samples(tmp_path: Path, cache: dict[str, s
         url = json.loads(endpoint.read_text())["sessions"]
         assert f"sessions for agents at {url}" in areal_like("status", str(run), cwd=tmp_path).stdout
         for token in ("", "x", tokens["monitor"], tokens["rollout"]):
-            with pytest.raises(UserError, match=r"40[13]"):
+            with pytest.raises(RefusedError, match=r"40[13]"):
                 claim(url, token=token)
         agents = [
-            threading.Thread(target=work, args=(url, tokens["agent"], stopping, done), daemon=True)
-            for _ in range(NUM_AGENTS)
+            threading.Thread(
+                target=work,
+                args=(url, tokens["agent"], stopping, done),
+                kwargs={"claims_groups": number % 3 == 0},
+                daemon=True,
+            )
+            for number in range(NUM_AGENTS)
         ]
         for agent in agents:
             agent.start()

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 from openai import APIError, OpenAI
 
-from areal_like.agents.client import ClaimedSession, claim
-from areal_like.errors import ArealError
+from areal_like.client.areal_like_client import ClaimedSession, ClientError, claim
 from launch.audit.run import audit_run
 from rollout_server.policy.engines.sglang.process import find_python
 from tests.sglang.conftest import START_S
@@ -72,7 +71,7 @@ def agents_outside(url: str, *, num_threads: int = 8) -> Iterator[list[str]]:
                     answers.append("")
                 session.reward(float(answers[-1] == session.example["answer"]))
                 session.end()
-            except (OSError, ArealError):  # not started yet, or ended
+            except ClientError:  # not started yet, or ended
                 is_over.wait(0.5)
 
     threads = [threading.Thread(target=work) for _ in range(num_threads)]

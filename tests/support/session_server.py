@@ -114,8 +114,15 @@ class SessionServer:
         """Of a session, for clients of OpenAI's API."""
         return f"{self.url}/sessions/{session.id}/v1"
 
-    def add(self, *, example: Example | None = None, max_new_tokens: int = 256) -> OpenSession:
-        """A session; with an example, one that waits for an agent."""
+    def add(
+        self,
+        *,
+        example: Example | None = None,
+        max_new_tokens: int = 256,
+        group: int | None = None,
+        needs_reward: bool = False,
+    ) -> OpenSession:
+        """A session; with an example, one that waits for an agent. `group`: its own if it is None."""
 
         def make() -> OpenSession:
             policy = PolicyClient(
@@ -132,12 +139,13 @@ class SessionServer:
                     self.renderer, policy, context_tokens=MAX_CONTEXT, max_tokens=MAX_CONTEXT
                 ),
                 max_turns=self._max_turns,
-                group=number,
-                sample=0,
+                group=number if group is None else group,
+                sample=0 if group is None else number,
                 split="train",
-                index=number,
+                index=number if group is None else group,
                 example=example,
                 is_waiting=example is not None,
+                needs_reward=needs_reward,
             )
             self.sessions.append(session)
             self.book.add(session)

@@ -25,7 +25,7 @@ from areal_like.chat.anthropic import MessageRequest, parse_count, parse_message
 from areal_like.chat.openai import ChatRequest, ChatRules, model_object, parse_chat
 from areal_like.chat.responses import ItemReference, ResponsesRequest, bare_id, parse_responses
 from areal_like.errors import ArealError
-from areal_like.http.bodies import ParamError, parse_bounded_object, text
+from areal_like.http.bodies import ParamError, parse_bounded_object
 from areal_like.trajectory import FinishReason
 from rollout_server.conversation.turns import SampledTurn
 from rollout_server.sessions.book import SessionBook
@@ -46,6 +46,8 @@ from rollout_server.sessions.http.formats import (
     session_rules,
     tokens_body,
 )
+from rollout_server.sessions.http.groups import GroupRoutes
+from rollout_server.sessions.http.rewards import parse_reward
 from rollout_server.sessions.open_session import Call, OpenSession
 
 R = TypeVar("R", ChatRequest, CompletionRequest, ResponsesRequest, MessageRequest)
@@ -79,6 +81,7 @@ def session_app(
     one = _SessionRoutes(
         book=book, rules=session_rules(model), max_context=max_context, keep_alive_s=keep_alive_s
     )
+    group = GroupRoutes(book=book)
     session = "/sessions/{id}"
     routes = [
         Route(f"{session}/v1/chat/completions", one.chat, methods=["POST"]),
@@ -91,8 +94,9 @@ def session_app(
         Route(f"{session}/v1/models", one.models, methods=["GET"]),
         Route(f"{session}/v1/models/{{name:path}}", one.model, methods=["GET"]),
         *(
-            Route(f"{session}{v1}/{name}", endpoint, methods=["POST"])
-            for name, endpoint in (("reward", one.reward), ("heartbeat", one.heartbeat), ("end", one.end))
+            Route(f"{session}{v1}{of}/{name}", endpoint, methods=["POST"])
+            for of, to in (("", one), ("/group", group))
+            for name, endpoint in (("reward", to.reward), ("heartbeat", to.heartbeat), ("end", to.end))
             for v1 in ("", "/v1")
         ),
         Route("/sessions", claims.claim, methods=["POST"]),
@@ -222,19 +226,16 @@ class _SessionRoutes:
         return model_object(name, max_context=self.max_context)
 
     async def reward(self, request: Request) -> Response:
-        """Sets the `reward` of the sample, or of the turn `completion_id`."""
+        """Sets the `reward` of the sample or of the turn `completion_id`; its `turns`, `metrics`, `label`."""
         session = session_of(request, self.book)
-        body = parse_bounded_object(await request.body())
-        value = body.get("reward")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ParamError("reward must be a number", param="reward")
-        id = "" if body.get("completion_id") is None else text(body, "completion_id")
+        posted = parse_reward(parse_bounded_object(await request.body()))
         try:
-            session.set_reward(float(value), completion_id=id)
-        except (ValueError, OverflowError) as error:
-            raise ParamError(str(error), param="completion_id" if id else "reward") from None
+            session.set_reward(**posted)
+        except ValueError as error:
+            param = "completion_id" if posted["completion_id"] else "reward"
+            raise ParamError(str(error), param=param) from None
         session.hear()
-        return JSONResponse({"id": session.id, "reward": value})
+        return JSONResponse({"id": session.id, "reward": posted["value"]})
 
     async def heartbeat(self, request: Request) -> Response:
         """Records that the agent is working without the model."""

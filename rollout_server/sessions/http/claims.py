@@ -1,4 +1,4 @@
-"""POST /sessions: an external agent claims the sample of a lease.
+"""POST /sessions: an external agent claims the sample of a lease, or all samples of one (`group`).
 
     session.is_offered -> the response is sent -> claimed
           `------------> the client is gone -> waits again, with another key
@@ -9,12 +9,14 @@ A client may wait for a session. Waiting clients are served in the order of thei
 from __future__ import annotations
 
 import asyncio
+import bisect
 import hashlib
+import itertools
 import json
 import math
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from starlette.requests import Request
@@ -22,13 +24,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from areal_like.http.access import bearer_token
-from areal_like.http.bodies import ParamError, number, parse_bounded_object, text
+from areal_like.http.bodies import ParamError, flag, number, parse_bounded_object, text
 from areal_like.http.streams import disconnected
-from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.book import JOB_OVER, SessionBook
 from rollout_server.sessions.claimants import Claimant
 from rollout_server.sessions.http.call_response import drained
-from rollout_server.sessions.http.errors import error_response
-from rollout_server.sessions.open_session import OpenSession, SessionState
+from rollout_server.sessions.http.errors import error_response, gone_code
+from rollout_server.sessions.open_session import AskedLimits, OpenSession, SessionState
 
 MAX_WAIT_S = 30.0
 MAX_NAME_CHARS = 100
@@ -37,6 +39,8 @@ MAX_WAITING = 1024
 RETRY_AFTER_S = 5
 _DELIVERY_S = 10.0
 """Time limit for sending the response with a session; a client that reads more slowly does not get it."""
+_SHORTEST_S = 1.0
+"""Shortest time limit that an agent may ask for."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -48,7 +52,9 @@ class ClaimRoutes:
     """Host in a session's base URL; empty: the one by which the client reached the server."""
     sample_timeout_s: float | None
     idle_timeout_s: float
-    _waiting: deque[asyncio.Future[None]] = field(default_factory=deque, init=False)
+    _waiting: list[tuple[int, asyncio.Future[None]]] = field(default_factory=list, init=False)
+    """Clients that wait, in the order of their numbers, which are in the order of their requests."""
+    _numbers: Iterator[int] = field(default_factory=itertools.count, init=False)
 
     def __post_init__(self) -> None:
         self.book.on_waiting = self._wake
@@ -58,31 +64,40 @@ class ClaimRoutes:
         return JSONResponse({"waiting": self.book.num_waiting, "open": len(self.book.open)})
 
     async def claim(self, request: Request) -> Response | _Claimed:
-        """POST /sessions: claims a session."""
+        """POST /sessions: claims a session, or all of one prompt."""
         body = parse_bounded_object(await request.body())
         wait_s = number(body, "wait_s", 0.0, low=0.0, high=MAX_WAIT_S)
+        asked = AskedLimits(
+            deadline_s=number(body, "deadline_s", math.inf, low=_SHORTEST_S),
+            idle_timeout_s=number(body, "idle_timeout_s", math.inf, low=_SHORTEST_S),
+        )
+        is_group = flag(body, "group")
+        offer = self.book.offer_group if is_group else self._offer_one
         claimant = _claimant(request, body)
         if (held := self._held(claimant)) is not None:
             return held
-        session = self.book.offer() if not self._waiting else None
-        if session is None and wait_s and not self.book.is_closed:
+        sessions = offer() if not self._waiting else []
+        if not sessions and wait_s and not self.book.is_closed:
             if len(self._waiting) >= MAX_WAITING:
                 return _none(f"{MAX_WAITING} clients wait for a session already")
-            session = await self._wait(request, wait_s)
-        if session is None:
+            sessions = await self._wait(request, wait_s, offer)
+        if not sessions:
+            if self.book.is_job_over:
+                return error_response(410, JOB_OVER, code=gone_code(JOB_OVER))
             return _none(
                 "the server is ending: claim at another one, or after this one has restarted"
                 if self.book.is_closed
                 else "no session waits for an agent: all samples that the job needs now are in progress"
             )
         if (held := self._held(claimant)) is not None:  # its other sessions failed while it waited
-            self.book.take_back(session)
+            self._take_back(sessions)
             return held
-        session.claimant = claimant
+        for session in sessions:
+            session.claimant, session.asked = claimant, asked
         try:
-            return _Claimed(session, self._described(request, session), self.book)
+            return _Claimed(sessions, self._described(request, sessions, is_group=is_group), self.book)
         except BaseException:
-            self.book.take_back(session)
+            self._take_back(sessions)
             raise
 
     def _held(self, claimant: Claimant) -> Response | None:
@@ -95,40 +110,50 @@ class ClaimRoutes:
         headers = {"retry-after": str(math.ceil(hold.wait_s))}
         return error_response(429, hold.reason, code="agent_slowed", headers=headers)
 
+    def _offer_one(self) -> list[OpenSession]:
+        return [] if (session := self.book.offer()) is None else [session]
+
+    def _take_back(self, sessions: list[OpenSession]) -> None:
+        for session in sessions:
+            self.book.take_back(session)
+
     def _wake(self) -> None:
         while self._waiting:
-            first = self._waiting.popleft()
+            _, first = self._waiting.pop(0)
             if not first.done():
                 first.set_result(None)
                 if not self.book.is_closed:
                     return
 
-    async def _wait(self, request: Request, wait_s: float) -> OpenSession | None:
-        """Returns the next session; None if there was none in time, or the client disconnected."""
+    async def _wait(
+        self, request: Request, wait_s: float, offer: Callable[[], list[OpenSession]]
+    ) -> list[OpenSession]:
+        """Returns the next session or group; empty if there was none in time, or the client disconnected."""
         loop = asyncio.get_running_loop()
         end_s = loop.time() + wait_s
         gone = asyncio.ensure_future(disconnected(request.receive))
+        number = next(self._numbers)
         turn: asyncio.Future[None] = loop.create_future()
-        self._waiting.append(turn)
+        self._waiting.append((number, turn))
         try:
             while (left_s := end_s - loop.time()) > 0 and not gone.done():
                 await asyncio.wait({turn, gone}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
                 if gone.done() or not turn.done() or self.book.is_closed:
-                    return None
-                if (session := self.book.offer()) is not None:
-                    return session
-                turn = loop.create_future()  # it was this client's turn, but the session was gone by then
-                self._waiting.appendleft(turn)
-            return None
+                    return []
+                if sessions := offer():
+                    return sessions
+                turn = loop.create_future()  # it was this client's turn, but nothing was left by then
+                bisect.insort(self._waiting, (number, turn), key=itemgetter(0))
+            return []
         finally:
             gone.cancel()
-            if turn in self._waiting:
-                self._waiting.remove(turn)
+            if (number, turn) in self._waiting:
+                self._waiting.remove((number, turn))
             if turn.done() and self.book.num_waiting:
                 self._wake()  # the next client, in case this one did not take the session it was woken for
 
-    def _described(self, request: Request, session: OpenSession) -> bytes:
-        example = session.example
+    def _described(self, request: Request, sessions: list[OpenSession], *, is_group: bool) -> bytes:
+        session, example = sessions[0], sessions[0].example
         port = request.url.port
         host = self.advertise_host or request.url.hostname or "127.0.0.1"
         host = f"[{host}]" if ":" in host else host
@@ -141,24 +166,31 @@ class ClaimRoutes:
                 "metadata": _json(example.metadata),
                 "label": example.label,
             }
-        described = {
-            "id": session.id,
-            "base_url": f"{request.url.scheme}://{host}/sessions/{session.id}/v1",
-            "api_key": session.api_key,
+        own = [
+            {
+                "id": one.id,
+                "base_url": f"{request.url.scheme}://{host}/sessions/{one.id}/v1",
+                "api_key": one.api_key,
+                "sample": one.sample,
+            }
+            for one in sessions
+        ]
+        deadline_s = min(self.sample_timeout_s or math.inf, session.asked.deadline_s)
+        shared = {
             "example": shown,
             "group": session.group,
-            "sample": session.sample,
-            "deadline_s": self.sample_timeout_s,
-            "idle_timeout_s": self.idle_timeout_s,
+            "deadline_s": None if deadline_s == math.inf else deadline_s,
+            "idle_timeout_s": session.idle_limit_s(self.idle_timeout_s),
         }
+        described = {"sessions": own, **shared} if is_group else {**own[0], **shared}
         return json.dumps(described, separators=(",", ":")).encode()
 
 
 @dataclass(frozen=True)
 class _Claimed:
-    """The response with a session, as an ASGI application; claims the session if it was delivered."""
+    """The response with sessions, as an ASGI application; claims them if it was delivered."""
 
-    session: OpenSession
+    sessions: list[OpenSession]
     body: bytes
     book: SessionBook
 
@@ -182,9 +214,10 @@ class _Claimed:
             return  # the server closes the connection, because the response is incomplete
         finally:
             gone.cancel()
-            if is_sent and self.session.state is SessionState.WAITING:
-                self.session.claim()
-            self.book.take_back(self.session)
+            for session in self.sessions:
+                if is_sent and session.state is SessionState.WAITING:
+                    session.claim()
+                self.book.take_back(session)
         if is_sent:
             await send({"type": "http.response.body", "body": b""})
 

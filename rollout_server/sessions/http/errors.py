@@ -27,6 +27,7 @@ from areal_like.errors import (
 )
 from areal_like.http.bodies import ParamError
 from areal_like.trajectory import FinishReason
+from rollout_server.sessions.book import JOB_OVER
 
 CONTEXT_LENGTH = "context_length_exceeded"
 TURN_LIMIT = "turn_limit_exceeded"
@@ -69,13 +70,18 @@ def error_response(
     return Response(content, status, headers={**fixed, **(headers or {})}, media_type="application/json")
 
 
+def gone_code(message: str) -> str:
+    """Returns the code of a response with status 410. `message`: why the session is gone."""
+    return "job_over" if message == JOB_OVER else "session_gone"
+
+
 def described(error: BaseException) -> dict[str, Any]:
     """Returns the arguments of `error_response` and `error_object` for an exception of a request. Raises
     `error` if it is unexpected."""
     message = str(error)
     match error:
         case SessionGoneError():
-            return {"status": 410, "message": message, "code": "session_gone"}
+            return {"status": 410, "message": message, "code": gone_code(message)}
         case NoSessionError():
             return {"status": 404, "message": message, "code": "session_not_found"}
         case EpisodeBudgetError(reason=FinishReason.TURNS):

@@ -23,7 +23,7 @@ from areal_like.http.access import AccessRules, Reason, Refusal, RoleOfToken, be
 from areal_like.http.guard import Headers
 from areal_like.security.keys import KeyRole
 from rollout_server.sessions.book import SessionBook
-from rollout_server.sessions.http.errors import error_content
+from rollout_server.sessions.http.errors import error_content, gone_code
 
 _PROMPTS = (
     "/completions", "/generate", "/responses", "/responses/input_tokens", "/messages",
@@ -32,11 +32,7 @@ _PROMPTS = (
 """Ends of the paths of requests that have a prompt."""
 _CLAIMING_ROLES = (KeyRole.AGENT, KeyRole.OPERATOR)
 _SMALL_BODY_BYTES = 1 << 16
-_CODES = {
-    Reason.TOKEN: "invalid_api_key",
-    Reason.GONE: "session_gone",
-    Reason.BUSY: "too_many_requests",
-}
+_CODES = {Reason.TOKEN: "invalid_api_key", Reason.BUSY: "too_many_requests"}
 _RETRY: Mapping[Reason, Headers] = {Reason.SLOW: [], Reason.BUSY: [(b"retry-after", b"1")]}
 """Headers of refusals after which a request may be repeated."""
 _NO_KEY = secrets.token_urlsafe(32)
@@ -134,7 +130,7 @@ def most_bytes_of_body(scope: Mapping[str, Any], *, of_prompts: int) -> int:
 
 def error_of_refusal(refusal: Refusal, scope: Mapping[str, Any]) -> tuple[bytes, Headers]:
     """Returns a refusal's body in the format of the client's API, and its headers."""
-    code = _CODES.get(refusal.reason)
+    code = gone_code(refusal.message) if refusal.reason is Reason.GONE else _CODES.get(refusal.reason)
     content = error_content(scope["path"], refusal.status, refusal.message, code=code)
     return content, _RETRY.get(refusal.reason, [(b"x-should-retry", b"false")])
 

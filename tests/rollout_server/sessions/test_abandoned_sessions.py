@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 import pytest
 
 from areal_like.config import from_mapping
-from areal_like.errors import AgentLostError
+from areal_like.errors import AgentLostError, SessionGoneError
 from areal_like.failures import FailureKind
-from areal_like.trajectory import LARGEST_REWARD
+from areal_like.trajectory import LARGEST_REWARD, FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from rollout_server.leases.held_leases import SampleResult
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.sample.lease_runner import AgentTries, LeaseRunner
-from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.book import JOB_OVER, SessionBook
 from rollout_server.sessions.claimants import LONGEST_WAIT_S, Claimant
-from rollout_server.sessions.open_session import OpenSession
+from rollout_server.sessions.open_session import AskedLimits, OpenSession
 from rollout_server.sources import SampleSource
 from rollout_server.tasks.base import make_task
 from tests.rollout_server.test_environment_attempts import EOS, Ordinals, ScriptedEngine
@@ -73,11 +73,16 @@ class Job:
         runner.start([lease])
         return runner
 
-    async def claimed(self) -> OpenSession:
+    async def offered(self) -> OpenSession:
         """The next session."""
         async with asyncio.timeout(HANG_LIMIT_S):
             while (session := self.book.offer()) is None:
                 await asyncio.sleep(0.005)
+        return session
+
+    async def claimed(self) -> OpenSession:
+        """The next session, claimed."""
+        session = await self.offered()
         session.claim()
         return session
 
@@ -122,6 +127,67 @@ def test_the_next_agent_makes_an_abandoned_sample() -> None:
         assert isinstance(result, SampleDone) and result.lease_id == 1
         assert result.record.trajectory().num_turns == 1 and result.record.trajectory().reward == 0.5
         await runner.close()
+
+    moved_clock.run(run())
+
+
+def test_what_an_agent_posts_is_recorded() -> None:
+    async def run() -> None:
+        job = Job()
+        runner = job.start()
+        session = await job.claimed()
+        await delivered(session)
+        (id,) = session._calls._by_id
+        session.set_reward(1.0, turns={f"chatcmpl-{id}": 0.5}, metrics={"steps": 3.0}, label="hard")
+        session.end()
+        result = await job.result()
+        assert isinstance(result, SampleDone)
+        trajectory = result.record.trajectory()
+        assert (trajectory.reward, trajectory.label) == (1.5, "hard")
+        assert trajectory.metrics == {"steps": 3.0, "tool_calls": 0.0}
+        assert [reward for _, reward in trajectory.turns] == [0.5]
+        await runner.close()
+
+    moved_clock.run(run())
+
+
+def test_limits_that_an_agent_asked_for_count() -> None:
+    async def run() -> None:
+        job = Job()
+        runner = job.start()
+        first = await job.offered()
+        first.asked = AskedLimits(idle_timeout_s=IDLE_TIMEOUT_S / 10)
+        first.claim()
+        advance(IDLE_TIMEOUT_S / 10)
+        second = await job.offered()
+        with pytest.raises(SessionGoneError, match="its claim's idle_timeout_s=10"):
+            first.check_open()
+        second.asked = AskedLimits(deadline_s=IDLE_TIMEOUT_S / 2)
+        second.claim()
+        await delivered(second)
+        second.set_reward(0.5)
+        advance(IDLE_TIMEOUT_S / 2)
+        result = await job.result()
+        assert isinstance(result, SampleDone)
+        assert result.record.finish_reason is FinishReason.TIMEOUT
+        assert result.record.trajectory().reward == 0.5
+        with pytest.raises(SessionGoneError, match="deadline_s=50 of its claim"):
+            second.check_open()
+        await runner.close()
+
+    moved_clock.run(run())
+
+
+def test_a_session_says_that_the_job_is_over() -> None:
+    async def run() -> None:
+        job = Job()
+        runner = job.start()
+        session = await job.claimed()
+        job.book.close(is_job_over=True)
+        await runner.close(reason=JOB_OVER)
+        with pytest.raises(SessionGoneError, match=JOB_OVER):
+            session.check_open()
+        assert job.results == []
 
     moved_clock.run(run())
 

@@ -2,12 +2,16 @@
 
 If a judge cannot be reached, or gives no verdict after all retries, the reward fails
 (`buffer.on_failure.reward`). It is never 0, because the policy would learn from the judge's outage. Not
-supported: several votes, and comparisons of two completions.
+supported: several votes.
+
+A reward sees one completion. An agent that has claimed a whole group can have its samples compared
+(`Judge.compare`), and posts the scores as their rewards.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +26,15 @@ from rollout_server.rewards.library.judge.cache import ReplyCache
 from rollout_server.rewards.library.judge.client import Counts, JudgeClient
 from rollout_server.rewards.library.judge.grading import (
     Criterion,
+    attempts_of,
     check_rubric,
     criteria_of,
+    has_places,
     messages_for_checklist,
+    messages_for_comparison,
     messages_for_score,
     score_in,
+    scores_in,
     verdicts_in,
 )
 from rollout_server.tasks.base import Completion, Example, Score
@@ -147,6 +155,28 @@ class Judge(RewardFunction):
         reached = sum(one.weight for one, is_met in zip(self._criteria, verdicts, strict=True) if is_met)
         met = {f"criterion_{number}": float(is_met) for number, is_met in enumerate(verdicts, 1)}
         return reached / total, met
+
+    async def compare(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[float]:
+        """Scores the samples of one prompt relative to one another, in one request, by the rubric.
+
+        `conversations`: messages in OpenAI's format; the judge reads once what all of them begin with. Equal
+        samples are shown once and get equal scores. Returns one score from 0 to 1 for each; 0.5 if they are
+        all equal. A judge compares more reliably than it grades (RULER, OpenPipe 2025). Raises RewardError
+        after the last retry, ConfigError for a rubric with placeholders. `close` the judge in the same event
+        loop.
+        """
+        if not self.rubric.strip() or has_places(self.rubric):
+            raise ConfigError("judge.compare needs a `rubric` without {prompt}, {completion} and {answer}")
+        task, attempts = attempts_of(conversations)
+        # In an order that says nothing about them, because judges prefer some places.
+        shown = sorted(set(attempts), key=lambda text: hashlib.sha256(text.encode(errors="replace")).digest())
+        if len(shown) < 2:
+            return [0.5] * len(attempts)
+        lowest, highest = self.lowest, self.highest
+        messages = messages_for_comparison(self.rubric, task, shown, lowest=lowest, highest=highest)
+        read = functools.partial(scores_in, num=len(shown), lowest=lowest, highest=highest)
+        scores = dict(zip(shown, await self._client.ask(self._body(messages), read, Counts()), strict=True))
+        return [scores[text] for text in attempts]
 
     def _body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         body = {

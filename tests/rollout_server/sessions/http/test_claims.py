@@ -1,11 +1,13 @@
-"""POST /sessions: external agents claim sessions with the client of the standard library."""
+"""POST /sessions: external agents claim sessions with the client that is one file."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import http.client
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,20 +19,26 @@ from typing import Any
 
 import pytest
 
-from areal_like.agents import client
-from areal_like.agents.client import ClaimedSession, claim
-from areal_like.errors import SessionGoneError, UserError
+from areal_like.client import areal_like_client as client
+from areal_like.client.areal_like_client import (
+    ClaimedSession,
+    JobOverError,
+    RefusedError,
+    SessionOverError,
+    UnreachableError,
+    claim,
+)
 from rollout_server.sessions.book import SessionOutcome
 from rollout_server.sessions.claimants import LONGEST_WAIT_S, NUM_FREE, NUM_REFUSED, Claimant
 from rollout_server.sessions.http import claims
 from rollout_server.sessions.open_session import SessionState
 from rollout_server.tasks.base import Example
 from tests.support.certificates import make_certificate
-from tests.support.launching import ROOT
 from tests.support.session_plane import PlaneServer
 from tests.support.session_server import SessionServer
 from tests.support.waiting import HANG_LIMIT_S
 
+FILE = Path(client.__file__)
 EXAMPLE = Example(
     prompt=[{"role": "user", "content": "2+2"}], answer={4}, metadata={"level": 3}, label="sums"
 )
@@ -65,16 +73,16 @@ def test_a_session_is_claimed_and_used(server: SessionServer) -> None:
     claimed.reward(0.25)
     claimed.reward(0.5)
     assert session.reward == 0.5
-    with pytest.raises(UserError, match="finite"):
+    with pytest.raises(RefusedError, match="finite"):
         claimed.reward(1e300)
-    with pytest.raises(UserError, match="names no completion"):
+    with pytest.raises(RefusedError, match="names no completion"):
         claimed.reward(1.0, completion_id="chatcmpl-1")
     ask = {"messages": [{"role": "user", "content": "2+2"}]}
     claimed._post("chat/completions", ask)
     assert claimed.end() and session.state is SessionState.ENDED
     server.call(lambda: server.book.remove(session))
     assert not claimed.end()
-    with pytest.raises(SessionGoneError, match="ended"):
+    with pytest.raises(SessionOverError, match="ended"):
         claimed.reward(1.0)
     assert "key-0" not in repr(claimed)
 
@@ -191,7 +199,7 @@ BUSY = b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\n\r\n"
 
 @pytest.mark.parametrize("answer", [CUT, b"nonsense\r\n\r\n", DONE[:-2] + b"<>", CUT.replace(b"200", b"500")])
 def test_a_broken_answer_is_an_os_error(answer: bytes) -> None:
-    error = UserError if b"500" in answer else OSError
+    error = RefusedError if b"500" in answer else UnreachableError
     with answering(answer) as url, pytest.raises(error, match=url):
         claim(url)
 
@@ -207,7 +215,7 @@ def test_rewards_are_sent_until_they_arrive(monkeypatch: pytest.MonkeyPatch) -> 
             if DONE in answers:
                 session.reward(1.0)
             else:
-                with pytest.raises(OSError, match="too many requests of the session"):
+                with pytest.raises(UnreachableError, match="too many requests of the session"):
                     session.end()
 
 
@@ -264,7 +272,7 @@ def test_a_broken_agent_is_slowed_and_refused(server: SessionServer) -> None:
         assert fail()[0] == 200
     status, _, answer = fail()
     assert (status, answer["error"]["code"]) == (403, "agent_refused")
-    with pytest.raises(UserError, match="12 sessions in a row of the agents 'broken' at 127"):
+    with pytest.raises(RefusedError, match="12 sessions in a row of the agents 'broken' at 127"):
         claim(server.url, name="broken")
     healthy = Claimant(address="127.0.0.1", name="healthy")
     server.call(lambda: server.book.claimants.deliver(healthy))
@@ -277,10 +285,10 @@ def test_requests_that_are_not_to_the_model(server: SessionServer) -> None:
     claimed = claim(server.url)
     assert claimed is not None
     for route in ("conversations", "embeddings", "nonsense/x"):
-        with pytest.raises(UserError, match="404"):
+        with pytest.raises(RefusedError, match="404"):
             claimed._post(route, {})
     assert session.refused_route == "POST /v1/nonsense/x"
-    with pytest.raises(UserError, match="404"):
+    with pytest.raises(RefusedError, match="404"):
         claimed._post("%1b[2J" + 100 * "x", {})
     assert session.refused_route == "POST /v1/?[2J" + 47 * "x", "it is shown in logs"
     assert server.book.num_wrong_routes == {"conversations": 1, "embeddings": 1, "other": 2}
@@ -291,15 +299,110 @@ def test_requests_that_are_not_to_the_model(server: SessionServer) -> None:
     assert not claimed.end(), "there is no turn, so no sample"
 
 
-def test_the_client_needs_only_the_standard_library() -> None:
-    """It is copied to machines of agents, without torch and without this package's other files."""
-    code = "import sys, areal_like.agents.client; print(*sys.modules)"
+def test_the_client_is_one_file_of_the_standard_library(server: SessionServer, tmp_path: Path) -> None:
+    """It is copied to machines of agents, without torch and without this project."""
+    shutil.copy(FILE, tmp_path)
+    session = server.add(example=EXAMPLE)
+    code = (
+        "import sys, areal_like_client\n"
+        "session = areal_like_client.claim(sys.argv[1])\n"
+        "session.reward(0.5, metrics={'steps': 3})\n"
+        "session.end()\n"
+        "print(*(name for name in sys.modules if name.startswith('areal_like')))"
+    )
     alone = subprocess.run(
-        [sys.executable, "-S", "-c", code], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        [sys.executable, "-S", "-c", code, server.url], cwd=tmp_path, env={}, capture_output=True, text=True
     )
     assert alone.returncode == 0, alone.stderr
-    own = {name for name in alone.stdout.split() if name.startswith("areal_like")}
-    assert own == {"areal_like", "areal_like.errors", "areal_like.agents", "areal_like.agents.client"}
+    assert alone.stdout.split() == ["areal_like_client"]
+    assert session.reward == 0.5 and session.metrics == {"steps": 3.0}
+    assert f"session {session.id} is no sample: no request to the model was answered" in alone.stderr
+
+
+@pytest.mark.long
+def test_the_client_is_a_package(tmp_path: Path) -> None:
+    shutil.copytree(FILE.parent, tmp_path / "client", ignore=shutil.ignore_patterns("__pycache__"))
+    target = tmp_path / "site"
+    install = ["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--target", str(target)]
+    subprocess.run([sys.executable, *install, str(tmp_path / "client")], check=True)
+    assert (target / "areal_like_client.py").read_bytes() == FILE.read_bytes()
+    assert list(target.glob("areal_like_client-*.dist-info")) and not (target / "areal_like").exists()
+
+
+def test_end_says_why_there_is_no_sample(server: SessionServer, caplog: pytest.LogCaptureFixture) -> None:
+    session = server.add(example=EXAMPLE, needs_reward=True)
+    claimed = claim(server.url)
+    assert claimed is not None
+    claimed._post("chat/completions", {"messages": [{"role": "user", "content": "2+2"}]})
+    assert not claimed.end()
+    assert "no reward was posted, and the task computes none: post one before the end" in caplog.text
+    server.call(lambda: server.book.remove(session))
+    assert not claimed.end() and "claim another session" in caplog.text
+
+
+def test_the_end_of_the_job_is_told(server: SessionServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = server.add(example=EXAMPLE)
+    claimed = claim(server.url)
+    assert claimed is not None
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(claim, server.url, wait_s=claims.MAX_WAIT_S)
+        server.wait(lambda: num_clients(server) == 1)
+        server.call(lambda: server.book.close(is_job_over=True))
+        with pytest.raises(JobOverError, match="nothing left to claim"):
+            waiting.result()
+    server.call(lambda: server.book.remove(session))
+    with pytest.raises(JobOverError):
+        claimed.reward(1.0)
+    with pytest.raises(JobOverError):
+        claim(server.url)
+
+
+def test_a_server_that_is_gone_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_RETRY_S", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with pytest.raises(UnreachableError, match="claim again for a while"):
+        claim(url)
+    session = ClaimedSession(
+        id="1", base_url=f"{url}/sessions/1/v1", api_key="k", example={}, group=0, sample=0, deadline_s=None,
+        idle_timeout_s=1.0,
+    )  # fmt: skip
+    with pytest.raises(UnreachableError):
+        session.end()
+    with pytest.raises(RefusedError, match="want the URL"):
+        claim("file:///etc/passwd")
+
+
+def test_an_agent_asks_for_shorter_limits(server: SessionServer) -> None:
+    session = server.add(example=EXAMPLE)
+    claimed = claim(server.url, deadline_s=90.0, idle_timeout_s=5.0)
+    assert claimed is not None and (claimed.deadline_s, claimed.idle_timeout_s) == (90.0, 5.0)
+    server.wait(lambda: session.state is SessionState.OPEN)
+    waiting = asyncio.run_coroutine_threadsafe(
+        session.wait_ended(idle_timeout_s=500.0, deadline_s=lambda: None), server._loop
+    )
+    server.advance(4.0)
+    claimed.heartbeat()
+    server.advance(4.0)
+    claimed._post("chat/completions", {"messages": [{"role": "user", "content": "2+2"}]})
+    deadline_s = server.call(lambda: session.conversation._policy.deadline_s - session.now_s)
+    assert 80.0 < deadline_s <= 90.0
+    server.advance(5.0)
+    assert waiting.result(HANG_LIMIT_S) == "idle"
+    for wrong in ({"deadline_s": 0.5}, {"idle_timeout_s": "5"}, {"group": 1}):
+        assert posted(server, wrong)[0] == 400
+
+
+def test_heartbeats_are_sent_in_a_block(server: SessionServer) -> None:
+    session = server.add(example=EXAMPLE)
+    claimed = claim(server.url)
+    assert claimed is not None
+    quick = dataclasses.replace(claimed, idle_timeout_s=0.03)
+    with quick.heartbeats():
+        server.wait(lambda: session.num_heard >= 2)
+    server.call(lambda: server.book.remove(session))
+    with quick.heartbeats():  # it ends alone, because the session is over
+        pass
 
 
 def test_sessions_are_counted(server: SessionServer) -> None:
@@ -318,7 +421,7 @@ def test_a_restarted_server_does_not_know_it() -> None:
         assert claimed is not None
         other = dataclasses.replace(claimed, base_url=claimed.base_url.replace("/0-0-0/", "/7-0-0/"))
         assert not other.end()
-        with pytest.raises(SessionGoneError, match="claim another"):
+        with pytest.raises(SessionOverError, match="claim another"):
             other.reward(1.0)
         claimed.reward(1.0)
 
