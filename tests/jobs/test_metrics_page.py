@@ -46,6 +46,9 @@ LEADER_COLUMNS = {
 LORA_COLUMNS = {"lora_lost_updates"}
 """Columns of runs with `model.lora` (tests/jobs/test_lora_job.py checks them)."""
 
+ROUTE_COLUMNS = {"router_disagreement", "unrouted_share", "routes_missing", "routes_malformed"}
+"""Columns of runs with `model.router_replay` (tests/trainer/test_router_replay.py checks them)."""
+
 DEVICE_COLUMNS = {"mfu", "mfu_compute", "memory_reserved_peak_gb"}
 """Columns of ranks whose device has a known peak, or is a GPU (tests/trainer/test_speed.py checks them)."""
 
@@ -82,7 +85,9 @@ def test_every_column_is_on_the_page(tmp_path: Path, ranks: Ranks) -> None:
         )
         rows.append(step_row(4, metrics))
     seen = {re.sub(r"_\d+$", "_I", name) for row in rows for name in row}
-    others = LEADER_COLUMNS | DEVICE_COLUMNS | LORA_COLUMNS | {"greedy_reward", "reward_baseline"}
+    others = (
+        LEADER_COLUMNS | DEVICE_COLUMNS | LORA_COLUMNS | ROUTE_COLUMNS | {"greedy_reward", "reward_baseline"}
+    )
     assert seen | others == named_columns()
 
 

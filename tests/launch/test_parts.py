@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import random
@@ -109,7 +110,9 @@ def test_a_run_keeps_the_objective_that_auto_chose(tmp_path: Path) -> None:
 
     long = "sampling.max_new_tokens=2048"
     run = opened()
-    assert load_config(["--config", str(run.paths.config)]).objective == {"name": "tis"}
+    assert load_config(["--config", str(run.paths.config)]).objective == default_objective()
+    # A run of an earlier release, with its default.
+    save_config(dataclasses.replace(run.config, objective={"name": "tis"}), run.paths.config)
     (run.paths.checkpoints / "step_000010").mkdir(parents=True)
     file = tmp_path / "job.yaml"
     file.write_text(f"name: x\nruns_dir: {tmp_path}\nsampling: {{max_new_tokens: 2048}}\n")
@@ -120,7 +123,7 @@ def test_a_run_keeps_the_objective_that_auto_chose(tmp_path: Path) -> None:
     run = opened("resume=latest", "objective.cap=3")
     assert run.config.objective == {"name": "tis", "cap": 3}
     run = opened("resume=latest", "objective=auto")
-    assert run.config.objective["level"] == "token" and "2048" in run.announcement[-1]
+    assert run.config.objective == default_objective() and "2048" in run.announcement[-1]
     assert load_config(["--config", str(run.paths.config)]).objective == run.config.objective
     with pytest.raises(ConfigError, match="name the objective to change them"):
         open_run([f"runs_dir={tmp_path}", "name=y", "objective.cap=3"])

@@ -76,7 +76,7 @@ class LedgerOnDisk:
         )
         for index, one in enumerate(trajectories):
             record = Record.of(ticket_id, index, one)
-            (place,) = self.segments.write([record.data])
+            (place,) = self.segments.write([[record.data]])
             self.insert(
                 "samples",
                 **{"ticket_id": ticket_id, "sample_index": index, "lease_id": 1, "oldest_step": 0},

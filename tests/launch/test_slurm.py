@@ -246,6 +246,7 @@ def test_a_refused_job_takes_the_others_back(
 
 def test_a_run_that_has_begun_keeps_its_options(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     submit = ["submit", "--slurm", "name=x", "security.insecure=true", "trainer.world_size=4"]
+    submit.append("objective={name: tis}")
     given = ["--trainer-nodes", "2", "--partition", "p", "--sbatch-args=--qos=high", "--rollout-jobs", "2"]
     assert main([*submit, *given]) == 0
     kept = Path("runs/x/slurm/options.json")
