@@ -41,8 +41,7 @@ class EngineMemory:
     adapters: float
     """Slots for the versions of an adapter; 0 unless pushes carry adapters."""
     kv_cache: float
-    """Most memory of keys and values, with the embedded engine also of recurrent states; below zero if the
-    weights alone do not fit."""
+    """Most memory of keys and values; below zero if the weights alone do not fit."""
     kv_at_least: float
     """Least memory that is left for keys and values."""
     other: float
@@ -82,11 +81,10 @@ def engine_memory(job: PlannedJob, *, trainer_bytes: float = 0.0) -> EngineMemor
     if rollout.engine == "embedded":
         # A second set of weights receives a push while the first one decodes; of adapters only a slot more.
         rows = rollout.max_running * job.lengths.context * per_token
-        states = rollout.max_running * shape.state_bytes(job.param_bytes)
         return EngineMemory(
             weights=weights if adapters else 2 * weights,
             adapters=_FUSED * adapters,
-            kv_cache=rows + states,
+            kv_cache=rows,
             kv_at_least=rows,
             other=1 * GIB,
             kv_per_token=per_token,

@@ -27,34 +27,21 @@ class ModelShape:
     source: str
     """The origin of the shape, for the report."""
     num_layers: int
-    num_attention_layers: int
-    """Layers with keys and values; the others have a recurrent state (linear attention)."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    conv_values: int
-    """Numbers in the recurrent states of one sequence that have the model's dtype; 0 without such layers."""
-    matrix_values: int
-    """Numbers in them that are float32."""
     vocab_size: int
     max_positions: int
 
     @property
     def kv_values_per_token(self) -> int:
         """Numbers in the KV cache for one token: keys and values of all layers and heads."""
-        return 2 * self.num_attention_layers * self.num_kv_heads * self.head_dim
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     @property
     def attention_size(self) -> int:
-        """Layers times query heads times head size: FLOPs of attention are proportional to it.
-
-        Those of linear attention are left out: they do not grow with the context.
-        """
-        return self.num_attention_layers * self.num_heads * self.head_dim
-
-    def state_bytes(self, value_bytes: int) -> int:
-        """Bytes of the recurrent states of one sequence. `value_bytes`: of a number in the model's dtype."""
-        return self.conv_values * value_bytes + 4 * self.matrix_values
+        """Layers times query heads times head size: FLOPs of attention are proportional to it."""
+        return self.num_layers * self.num_heads * self.head_dim
 
 
 def known_shapes() -> list[str]:
@@ -81,35 +68,16 @@ def with_local_model(config: Config) -> tuple[Config, ModelShape]:
         dtype = "float32"  # the dtype in which `trainer.prepare_model` saves them
     local = replace(config, model=replace(config.model, path=str(directory), dtype=dtype))
     heads = int(hf_config.num_attention_heads)
-    num_layers = int(hf_config.num_hidden_layers)
-    kinds = getattr(hf_config, "layer_types", None) or ["full_attention"] * num_layers
-    num_linear = list(kinds).count("linear_attention")
-    conv_values, matrix_values = _state_values(hf_config) if num_linear else (0, 0)
     return local, ModelShape(
         directory=str(directory),
         source=source,
-        num_layers=num_layers,
-        num_attention_layers=num_layers - num_linear,
+        num_layers=int(hf_config.num_hidden_layers),
         num_heads=heads,
         num_kv_heads=int(getattr(hf_config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads),
-        conv_values=num_linear * conv_values,
-        matrix_values=num_linear * matrix_values,
         vocab_size=int(hf_config.vocab_size),
         max_positions=int(getattr(hf_config, "max_position_embeddings", None) or 1 << 30),
     )
-
-
-def _state_values(hf_config: Any) -> tuple[int, int]:
-    """Numbers in the state of one Gated DeltaNet: inputs of its convolution, and its matrices. (0, 0) for
-    another kind of linear attention."""
-    names = ("num_key_heads", "key_head_dim", "num_value_heads", "value_head_dim", "conv_kernel_dim")
-    sizes = [getattr(hf_config, f"linear_{name}", None) for name in names]
-    if not all(isinstance(size, int) for size in sizes):
-        return 0, 0
-    key_heads, key_dim, value_heads, value_dim, width = map(int, sizes)
-    channels = 2 * key_heads * key_dim + value_heads * value_dim
-    return channels * width, value_heads * key_dim * value_dim
 
 
 def _find(path: str) -> tuple[Path, str]:

@@ -13,15 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from areal_like.errors import ConfigError, first_line
-from areal_like.precision import narrow_parameters, route_in_float32, widen_head
+from areal_like.precision import route_in_float32, widen_head
+from areal_like.weights.checkpoint_files import weight_files
 from areal_like.weights.hf_layout import hf_buffers, hf_tensors
 from rollout_server.engine.models import llama
 from rollout_server.engine.models.base import CausalModel, ModelFacts, Weights
-from rollout_server.engine.models.generic import GenericModel, gates_of
+from rollout_server.engine.models.generic import GenericModel, delta_nets, gates_of
 from rollout_server.engine.models.row_cache import ShapeProbe
 
 logger = logging.getLogger(__name__)
@@ -110,12 +112,51 @@ def _from_pretrained(path: str, *, dtype: torch.dtype) -> Any:
         module = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32 if is_linear else dtype, trust_remote_code=False
         )
+        if is_linear and dtype != torch.float32:
+            _narrow(module, dtype, source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model-path {path}: {first_line(error)}") from None
-    if is_linear:
-        # transformers would round every parameter to `dtype`.
-        narrow_parameters(module, dtype)
     return module
+
+
+def _narrow(module: Any, dtype: torch.dtype, source: str) -> None:
+    """Casts the parameters of a float32 model to `dtype`, in place, except the vectors of linear attention
+    that the checkpoint stores in float32.
+
+    The decay of a state is exp(-exp(A_log) softplus(a + dt_bias)), and acts at every position: rounding A_log
+    changes how long a state lasts. The trainer has the same rule, and transformers rounds all parameters.
+    Raises OSError and ValueError for weights that cannot be read.
+    """
+    vectors = [
+        f"{path}.{name}"
+        for path, layer in delta_nets(module).items()
+        for name, param in layer.named_parameters()
+        if param.ndim == 1
+    ]
+    # Checkpoints may have other names before the number of the layer: `model.language_model.layers.0`.
+    ends = {name: name[name.rindex("layers.") :] for name in vectors if "layers." in name}
+    stored = _float32_vectors(source)
+    wide = {name for name, end in ends.items() if end in stored}
+    for name, param in module.named_parameters():
+        if name not in wide:
+            param.data = param.data.to(dtype)
+
+
+def _float32_vectors(source: str) -> set[str]:
+    """Names of the vectors of a checkpoint in float32, from `layers.` on; without those of layers that
+    predict further tokens (`mtp.`)."""
+    found = set()
+    try:
+        for path in weight_files(source):
+            with safe_open(path, framework="numpy") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    if "layers." in name and not name.startswith("mtp."):
+                        part = tensors.get_slice(name)
+                        if part.get_dtype() == "F32" and len(part.get_shape()) == 1:
+                            found.add(name[name.rindex("layers.") :])
+    except SafetensorError as error:
+        raise OSError(f"cannot read its weights: {error}") from None
+    return found
 
 
 def _check_attention(config: Any, *, context_length: int) -> None:
@@ -187,8 +228,8 @@ def _check_layers(module: Any, probe: ShapeProbe) -> None:
         )
     if len(gates_of(module)) != len(probe.states):
         raise ConfigError(
-            f"{kind}: the embedded engine runs the linear attention of Qwen3-Next and Qwen3.5 (Gated "
-            "DeltaNet), and this model has another"
+            f"{kind}: the embedded engine runs the linear attention of Qwen3-Next, Qwen3.5 and OLMo Hybrid "
+            "(Gated DeltaNet), and this model has another"
         )
 
 
