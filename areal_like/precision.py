@@ -28,11 +28,6 @@ Routers are found by transformers' own declaration of where router logits come f
 (`PreTrainedModel._can_record_outputs`). Left out: routers that are a linear layer whose block does the rest
 (Jamba, Llama 4), and routers made of other modules, which are float32 in transformers already (Ernie).
 
-The decay of linear attention (Gated DeltaNet): its parameters are the logarithm of a rate, which acts on the
-state at every position, and the bias of a step size. Both are float32 parameters of float32 arithmetic, a few
-numbers per head; rounded to bfloat16, a rate changes by up to 2^-8 of its logarithm, which adds up over a
-sequence.
-
 Shape suffixes: N rows, D hidden size, V vocabulary, I inner dimension of a product, M its columns.
 """
 
@@ -52,23 +47,6 @@ from areal_like.errors import ConfigError
 
 RouterDtype = Literal["float32", "bfloat16"]
 """A resolved `model.router_dtype`."""
-FLOAT32_PARAMETERS = ("A_log", "dt_bias")
-"""Last parts of the names of parameters that stay float32: the decay of a Gated DeltaNet."""
-
-
-def stays_float32(name: str) -> bool:
-    """True for the name of a parameter that is float32 whatever the dtype of the model is."""
-    return name.rpartition(".")[2] in FLOAT32_PARAMETERS
-
-
-def narrow_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts the parameters of a float32 model to `dtype`, in place, except those that stay float32.
-
-    Buffers keep their dtype.
-    """
-    for name, param in model.named_parameters():
-        if not stays_float32(name):
-            param.data = param.data.to(dtype)
 
 
 class Fp32Head(nn.Linear):

@@ -41,8 +41,7 @@ class EngineMemory:
     adapters: float
     """Slots for the versions of an adapter; 0 unless pushes carry adapters."""
     kv_cache: float
-    """Most memory of keys and values, with the embedded engine also of recurrent states; below zero if the
-    weights alone do not fit."""
+    """Most memory of keys and values; below zero if the weights alone do not fit."""
     kv_at_least: float
     """Least memory that is left for keys and values."""
     other: float
@@ -82,7 +81,7 @@ def engine_memory(job: PlannedJob, *, trainer_bytes: float = 0.0) -> EngineMemor
     is_fp8 = (option(words, ("--kv-cache-dtype",)) or "").startswith("fp8")
     value_bytes = 1 if is_fp8 else job.param_bytes
     per_token = float(shape.kv_values_per_token // shape.num_kv_heads * heads * value_bytes)
-    state = shape.state_bytes(job.param_bytes) / parallel
+    state = 4.0 * shape.state_values / parallel
     weights = job.weights_bytes / parallel
     # Of an adapter some matrices are divided over an engine's GPUs; all are counted whole.
     adapters = (job.config.num_adapters + 1) * job.pushed_bytes if job.config.num_adapters else 0.0

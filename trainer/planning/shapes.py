@@ -14,7 +14,7 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError, first_line
 from areal_like.paths import BUILT_MODELS
 from areal_like.runtime.command_line import CONFIGS
-from trainer.attention.linear import LINEAR
+from trainer.attention.linear import LINEAR, state_size
 
 SHAPES = CONFIGS / "scale" / "models"
 
@@ -31,14 +31,12 @@ class ModelShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    conv_values: int
-    """Numbers in the recurrent states of one sequence that have the model's dtype; 0 without such layers."""
-    matrix_values: int
-    """Numbers in them that are float32."""
     vocab_size: int
     max_positions: int
     num_linear_layers: int = 0
-    """Layers with linear attention, which have a recurrent state; the others have keys and values."""
+    """Layers with linear attention; the others have keys and values for every token."""
+    state_values: int = 0
+    """Numbers in the state of one sequence, over all layers with linear attention."""
 
     @property
     def num_attention_layers(self) -> int:
@@ -51,15 +49,8 @@ class ModelShape:
 
     @property
     def attention_size(self) -> int:
-        """Layers times query heads times head size: FLOPs of attention are proportional to it.
-
-        Those of linear attention are left out: they do not grow with the context.
-        """
+        """Layers times query heads times head size: FLOPs of attention are proportional to it."""
         return self.num_attention_layers * self.num_heads * self.head_dim
-
-    def state_bytes(self, value_bytes: int) -> int:
-        """Bytes of the recurrent states of one sequence. `value_bytes`: of a number in the model's dtype."""
-        return self.conv_values * value_bytes + 4 * self.matrix_values
 
 
 def known_shapes() -> list[str]:
@@ -87,7 +78,6 @@ def with_local_model(config: Config) -> tuple[Config, ModelShape]:
     local = replace(config, model=replace(config.model, path=str(directory), dtype=dtype))
     heads = int(hf_config.num_attention_heads)
     num_linear = list(getattr(hf_config, "layer_types", None) or ()).count(LINEAR)
-    conv_values, matrix_values = _state_values(hf_config) if num_linear else (0, 0)
     return local, ModelShape(
         directory=str(directory),
         source=source,
@@ -95,24 +85,11 @@ def with_local_model(config: Config) -> tuple[Config, ModelShape]:
         num_heads=heads,
         num_kv_heads=int(getattr(hf_config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads),
-        conv_values=num_linear * conv_values,
-        matrix_values=num_linear * matrix_values,
         vocab_size=int(hf_config.vocab_size),
         max_positions=int(getattr(hf_config, "max_position_embeddings", None) or 1 << 30),
         num_linear_layers=num_linear,
+        state_values=num_linear * state_size(hf_config),
     )
-
-
-def _state_values(hf_config: Any) -> tuple[int, int]:
-    """Numbers in the state of one Gated DeltaNet: inputs of its convolution, and its matrices. (0, 0) for
-    another kind of linear attention."""
-    names = ("num_key_heads", "key_head_dim", "num_value_heads", "value_head_dim", "conv_kernel_dim")
-    sizes = [getattr(hf_config, f"linear_{name}", None) for name in names]
-    if not all(isinstance(size, int) for size in sizes):
-        return 0, 0
-    key_heads, key_dim, value_heads, value_dim, width = map(int, sizes)
-    channels = 2 * key_heads * key_dim + value_heads * value_dim
-    return channels * width, value_heads * key_dim * value_dim
 
 
 def _find(path: str) -> tuple[Path, str]:

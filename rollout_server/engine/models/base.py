@@ -53,7 +53,7 @@ class ModelFacts:
     parameter_shapes: Mapping[str, tuple[int, ...]]
     """Shapes of the tensors of the model's checkpoint, by their names there, which pushes use too."""
     parameter_dtypes: Mapping[str, torch.dtype]
-    """Their dtypes in the engine: `dtype`, or float32 for parts of some models (areal_like/precision.py)."""
+    """Their dtypes in the engine: `dtype`, or float32 for vectors of some models (see `loading`)."""
     layout: Sequence[HfTensor]
     """The positions of these tensors in the parameters of the transformers module."""
     tied_names: frozenset[str]

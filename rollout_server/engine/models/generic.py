@@ -36,13 +36,21 @@ _GATES = ({"in_proj_ba"}, {"in_proj_a", "in_proj_b"}, {"a_proj", "b_proj"})
 the state decays, and b, the share of the new value that is written."""
 
 
+def delta_nets(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a model that are a Gated DeltaNet, by name; perhaps others that decay like it."""
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if hasattr(layer, "A_log") and hasattr(layer, "dt_bias")
+    }
+
+
 def gates_of(module: nn.Module) -> list[list[nn.Module]]:
     """For each Gated DeltaNet of a model, the layers that compute its gates."""
     gates = []
-    for layer in module.modules():
-        if hasattr(layer, "A_log") and hasattr(layer, "dt_bias"):
-            children = dict(layer.named_children())
-            gates += [[children[name] for name in names] for names in _GATES if names <= children.keys()]
+    for layer in delta_nets(module).values():
+        children = dict(layer.named_children())
+        gates += [[children[name] for name in names] for names in _GATES if names <= children.keys()]
     return gates
 
 

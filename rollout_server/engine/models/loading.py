@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from areal_like.errors import ConfigError, first_line
-from areal_like.precision import RouterDtype, narrow_parameters, route_in_float32, widen_head
+from areal_like.precision import RouterDtype, route_in_float32, widen_head
 from areal_like.weights.checkpoint_files import weight_files
 from areal_like.weights.hf_layout import hf_tensors
 from areal_like.weights.safetensors_header import tensors_in
@@ -32,7 +32,7 @@ from areal_like.weights.untrained import (
 )
 from rollout_server.engine.models import llama
 from rollout_server.engine.models.base import CausalModel, ModelFacts, Weights
-from rollout_server.engine.models.generic import GenericModel, gates_of
+from rollout_server.engine.models.generic import GenericModel, delta_nets, gates_of
 from rollout_server.engine.models.routes import RouteRecorder
 from rollout_server.engine.models.row_cache import ShapeProbe
 
@@ -135,13 +135,13 @@ def _from_pretrained(path: str, *, dtype: torch.dtype) -> Any:
             folder, dtype=torch.float32 if is_linear else dtype, trust_remote_code=False
         )
         set_apart(module, frozen=frozen)
-        if files := _weight_files(path):
+        files = _weight_files(path)
+        if files:
             read_buffers(module, files)
+        if is_linear and dtype != torch.float32:
+            _narrow(module, dtype, files)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"--model-path {path}: {first_line(error)}") from None
-    if is_linear:
-        # transformers would round every parameter to `dtype`.
-        narrow_parameters(module, dtype)
     return module
 
 
@@ -156,6 +156,41 @@ def _weight_files(path: str) -> list[Path]:
 def _stored_names(path: str) -> set[str]:
     """Names of the tensors in the safetensors files of a model."""
     return {tensor.name for file in _weight_files(path) for tensor in tensors_in(file)}
+
+
+def _narrow(module: Any, dtype: torch.dtype, files: list[Path]) -> None:
+    """Casts the parameters of a float32 model to `dtype`, in place, except the vectors of linear attention
+    that the checkpoint stores in float32.
+
+    The decay of a state is exp(-exp(A_log) softplus(a + dt_bias)), and acts at every position: rounding A_log
+    changes how long a state lasts. The trainer has the same rule, and transformers rounds all parameters.
+    Raises OSError and ValueError for weights that cannot be read.
+    """
+    vectors = [
+        f"{path}.{name}"
+        for path, layer in delta_nets(module).items()
+        for name, param in layer.named_parameters()
+        if param.ndim == 1
+    ]
+    # Checkpoints may have other names before the number of the layer: `model.language_model.layers.0`.
+    ends = {name: name[name.rindex("layers.") :] for name in vectors if "layers." in name}
+    stored = _float32_vectors(files)
+    wide = {name for name, end in ends.items() if end in stored}
+    for name, param in module.named_parameters():
+        if name not in wide:
+            param.data = param.data.to(dtype)
+
+
+def _float32_vectors(files: list[Path]) -> set[str]:
+    """Names of the vectors of a checkpoint in float32, from `layers.` on; without those of layers that
+    predict further tokens (`mtp.`)."""
+    return {
+        tensor.name[tensor.name.rindex("layers.") :]
+        for file in files
+        for tensor in tensors_in(file)
+        if "layers." in tensor.name and not tensor.name.startswith("mtp.")
+        if tensor.dtype == "F32" and len(tensor.shape) == 1
+    }
 
 
 def _check_attention(config: Any, *, context_length: int) -> None:
@@ -228,8 +263,8 @@ def _check_layers(module: Any, probe: ShapeProbe) -> None:
         )
     if len(gates_of(module)) != len(probe.states):
         raise ConfigError(
-            f"{kind}: the embedded engine runs the linear attention of Qwen3-Next and Qwen3.5 (Gated "
-            "DeltaNet), and this model has another"
+            f"{kind}: the embedded engine runs the linear attention of Qwen3-Next, Qwen3.5 and OLMo Hybrid "
+            "(Gated DeltaNet), and this model has another"
         )
 
 

@@ -53,11 +53,16 @@ class ShapeProbe(Cache):
         return False
 
     def update_conv_state(
-        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int
+        self,
+        conv_states: Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """Records the shape of a convolution with inputs [B, C, T], and returns them."""
-        if state_idx:
-            raise NotImplementedError(f"layer {layer_idx} has several recurrent states")
+        if state_idx or conv_kernel_size is None:
+            raise NotImplementedError(f"the convolution of layer {layer_idx} is not that of a Gated DeltaNet")
         self._convs[layer_idx] = conv_states.shape[1], conv_kernel_size
         return conv_states
 
@@ -65,7 +70,8 @@ class ShapeProbe(Cache):
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
         """Records the shape of matrices [B, H, K, V], and returns them."""
-        if layer_idx not in self._convs or recurrent_states.dtype != torch.float32:
+        is_float32 = recurrent_states.dtype == torch.float32
+        if layer_idx not in self._convs or recurrent_states.ndim != 4 or not is_float32:
             raise NotImplementedError(f"the state of layer {layer_idx} is not that of a Gated DeltaNet")
         num_channels, conv_width = self._convs[layer_idx]
         _, num_heads, key_dim, value_dim = recurrent_states.shape
@@ -85,8 +91,11 @@ class RowCache(Cache):
     def __init__(self, facts: ModelFacts) -> None:
         self._kv_index = {layer: index for index, layer in enumerate(facts.kv_layers)}
         self._state_index = {layer: index for index, layer in enumerate(facts.state_layers)}
-        num_layers = max(facts.state_layers, default=-1) + 1
-        super().__init__(layers=[_StateLayer(self, self._state_index.get(i, -1)) for i in range(num_layers)])
+        layers: list[Any] = [
+            _StateLayer(self, self._state_index.get(layer, -1))
+            for layer in range(max(facts.state_layers, default=-1) + 1)
+        ]
+        super().__init__(layers=layers)
         self.mode: Literal["prefill", "extend", "decode"] = "prefill"
         self._rows: KVCache | None = None
         self._states: StateRows | None = None
@@ -138,13 +147,18 @@ class RowCache(Cache):
         return self._states.conv_SCW[index], self._states.matrices_SHKV[index]
 
     def update_conv_state(
-        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int
+        self,
+        conv_states: Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """Takes a convolution's inputs [B, C, T]; returns them after the W before them [B, C, W + T], and
         keeps the last W of each context."""
         known_BCW, _ = self.states_of(self._state_index[layer_idx])
         inputs_BCT = torch.cat((known_BCW, conv_states), -1)
-        last_BW = self._lengths_B.unsqueeze(1) + torch.arange(conv_kernel_size, device=inputs_BCT.device)
+        last_BW = self._lengths_B.unsqueeze(1) + torch.arange(known_BCW.shape[2], device=inputs_BCT.device)
         known_BCW.copy_(inputs_BCT.gather(2, last_BW.unsqueeze(1).expand_as(known_BCW)))
         return inputs_BCT
 

@@ -136,15 +136,22 @@ def test_generic_path_runs_other_architectures(
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("kind", "settings", "message"),
     [
-        ("bloom", "cannot run over our KV cache"),
-        ("mamba", "some layers of this model have none"),
-        ("lfm2", "attention and Gated DeltaNet only"),
+        ("bloom", {}, "cannot run over our KV cache"),
+        ("mamba", {}, "some layers of this model have none"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "attention and Gated DeltaNet only"),
+        ("bamba", {
+            "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8,
+        }, "this model has another"),
     ],
-)
-def test_architectures_that_cannot_run_are_refused(kind: str, message: str, tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL)).save_pretrained(tmp_path / kind)
+)  # fmt: skip
+def test_architectures_that_cannot_run_are_refused(
+    kind: str, settings: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **settings})).save_pretrained(
+        tmp_path / kind
+    )
     with pytest.raises(ConfigError, match=message):
         load(str(tmp_path / kind), dtype=torch.float32, device=CPU, context_length=64)
 

@@ -25,6 +25,7 @@ from rollout_server.engine.models.generic import GenericModel
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams, Sequence
+from tests.support.adapters import make_adapter
 from tests.support.engine_harness import load_model, reference_logprobs, weights_of
 from tests.support.hybrid_models import FAMILIES, HYBRIDS, write_families, write_family
 
@@ -279,11 +280,13 @@ def test_random_requests_have_right_logprobs(kept_tokens: int | None, tmp_path: 
 
 
 def test_float32_parts_in_bfloat16(tmp_path: Path) -> None:
+    """Vectors of linear attention that a checkpoint stores in float32 stay so, and states always are."""
     path = write_family("qwen3_5", tmp_path / "m")
     saved = load_file(path / "model.safetensors")
     model, weights = load(str(path), dtype=torch.bfloat16, device=CPU, context_length=CONTEXT, fp32_head=True)
     stays = {name for name, tensor in weights.named.items() if tensor.dtype == torch.float32}
-    assert stays == {name for name in saved if name.endswith(("A_log", "dt_bias"))} and len(stays) == 4
+    assert len(stays) == 6
+    assert stays == {name for name in saved if name.endswith(("A_log", "dt_bias", "linear_attn.norm.weight"))}
     assert all(torch.equal(weights.named[name], saved[name]) for name in stays)
     core = EngineCore(
         model, weights, EngineOptions(max_running_requests=2, context_length=CONTEXT), version="0"
@@ -298,6 +301,27 @@ def test_float32_parts_in_bfloat16(tmp_path: Path) -> None:
     with torch.inference_mode():
         logits_NV = model.decode(torch.tensor([3, 4]), cache.begin_decode(np.array([0, 0])), cache)
     assert logits_NV.dtype == torch.float32
+    narrow = write_family("qwen3_5", tmp_path / "narrow", dtype=torch.bfloat16)
+    _, weights = load(str(narrow), dtype=torch.bfloat16, device=CPU, context_length=CONTEXT)
+    assert {tensor.dtype for tensor in weights.named.values()} == {torch.bfloat16}
+
+
+def test_an_adapter_of_linear_attention(tmp_path: Path) -> None:
+    """Also of the gates, whose padding is closed after the adapter's product."""
+    path = write_family("qwen3_5", tmp_path / "m")
+    targets = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "q_proj")
+    adapter = make_adapter(path, seed=1, targets=targets)
+    core = make_core(path, max_adapters=2)
+    tensors = core.new_adapter(adapter.header)
+    for name, tensor in tensors.items():
+        tensor.copy_(adapter.tensors[name])
+    base = submit(core, LONG[:9], 12)
+    run(core, steps=3)
+    core.activate_adapter(tensors, version="1", running="finish")
+    sequences = [submit(core, LONG[: 20 * i + 1], 8) for i in range(4)]
+    run(core)
+    assert errors(load_model(path), base).max() < TOLERANCE
+    assert max(errors(adapter.model, sequence).max() for sequence in sequences) < TOLERANCE
 
 
 def test_states_count_as_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
