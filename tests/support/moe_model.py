@@ -92,4 +92,7 @@ def _check_checkpoint(saved: Path, initial: Path, *, family: str) -> None:
     assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in before.items()}
     assert stored(saved).keys() == before.keys()
     same = {name for name, tensor in tensors.items() if torch.equal(tensor, before[name].float())}
-    assert same == {name for name in before if family and not is_trained(name, family)}
+    untrained = {name for name in before if family and not is_trained(name, family)}
+    assert untrained <= same
+    # An expert whose bias is low may get no token.
+    assert all(family and ".experts." in name for name in same - untrained)

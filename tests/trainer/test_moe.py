@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from areal_like.errors import ConfigError
+from areal_like.precision import RouterDtype, routers
+from rollout_server.engine.models.loading import load
 from tests.areal_like.test_hf_layout import config_of
 from tests.support.moe_model import NUM_EXPERTS, write_moe_model
 from tests.support.trainer_helpers import VOCAB, dense_logprobs, random_groups, run_ranks
@@ -40,6 +42,34 @@ def test_packed_and_grouped_equals_padded_and_eager(path: str) -> None:
     assert want.keys() == gradients(policy.model).keys()
     for name, grad in gradients(policy.model).items():
         torch.testing.assert_close(grad.double(), want[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("router_dtype", ["float32", "bfloat16"])
+def test_trainer_and_engine_route_alike(path: str, router_dtype: RouterDtype) -> None:
+    """In a bfloat16 model both round the routers' products, or both do not."""
+    policy = Policy.load(path, Ranks.alone(), dtype="bfloat16", router_dtype=router_dtype)
+    engine, _ = load(
+        path, dtype=torch.bfloat16, device=torch.device("cpu"), context_length=32, router_dtype=router_dtype
+    )
+    module = engine._module  # type: ignore[attr-defined]
+    chosen: dict[str, list[torch.Tensor]] = {"trainer": [], "engine": []}
+    for name, model in (("trainer", policy), ("engine", module)):
+        found = chosen[name]
+        for router in routers(model):
+
+            def note(_: Any, __: Any, output: Any, found: list[torch.Tensor] = found) -> None:
+                logits, _, indices = output
+                assert logits.dtype == torch.float32
+                assert torch.equal(logits, logits.bfloat16().float()) == (router_dtype == "bfloat16")
+                found.append(indices.sort(-1).values)
+
+            router.register_forward_hook(note)
+    [trajectory] = [group[0] for group in random_groups(1, longest=30, seed=3)]
+    with torch.no_grad():
+        policy(packed([trajectory]))
+        module(input_ids=torch.from_numpy(trajectory.tokens)[None].long(), use_cache=False)
+    assert len(chosen["engine"]) == 2
+    assert all(torch.equal(*pair) for pair in zip(chosen["trainer"], chosen["engine"], strict=True))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from areal_like.runtime.metrics import Metrics
 from tests.support.moe_model import write_moe_model
 from tests.support.trainer_helpers import ARCHITECTURES, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import make_runner
+from tests.support.wrapped_models import BIASED, write_family
 from trainer.batching.shared_prefixes import InputSequence, SharedRows
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.model_flops import ModelFlops
@@ -44,6 +45,17 @@ def test_flops_are_those_that_torch_counts(tmp_path: Path, architecture: str) ->
         model(input_ids=torch.ones((7, 1), dtype=torch.long), use_cache=False)
     flops = ModelFlops.of(model)
     assert flops.of_forward([1] * 7, num_targets=7) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", BIASED)
+def test_flops_of_mixtures_are_those_that_torch_counts(tmp_path: Path, family: str) -> None:
+    """DeepSeek-V3 has keys and values of different sizes."""
+    path = write_family(family, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    model.set_experts_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.ones((7, 1), dtype=torch.long), use_cache=False)
+    assert ModelFlops.of(model).of_forward([1] * 7, num_targets=7) == counter.get_total_flops()
 
 
 def test_attention_counts_the_pairs_that_see_each_other(tmp_path: Path) -> None:

@@ -44,13 +44,8 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import (
-    CHAT_TEMPLATE_FILE,
-    FEATURE_EXTRACTOR_NAME,
-    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
-    PROCESSOR_NAME,
-    VIDEO_PROCESSOR_NAME,
-)
+from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+from transformers.utils.hub import CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
 from areal_like.errors import ConfigError, first_line
 from areal_like.weights.hf_layout import HfTensor, adapter_tensors, hf_tensors

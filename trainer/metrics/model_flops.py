@@ -40,7 +40,7 @@ class ModelFlops:
     """The part of `body_weights` that is not trained."""
     is_head_frozen: bool = False
     heads_size: int
-    """Query heads times head size."""
+    """Query heads times head size; the mean of the sizes of keys and values."""
     num_layers_of: dict[int, int]
     """Layers by their attention window; window 0: none. Without those with linear attention."""
     state_values: float = 0.0
@@ -58,15 +58,13 @@ class ModelFlops:
             for name, param in model.named_parameters()
             if param.ndim >= 2 and id(param) not in apart
         ]
-        heads = int(config.num_attention_heads)
-        head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         num_linear = list(getattr(config, "layer_types", None) or ()).count(LINEAR)
         return cls(
             body_weights=sum(num for num, _ in used),
             head_weights=0.0 if head is None else float(head.weight.numel()),
             frozen_body_weights=sum(num for num, is_trained in used if not is_trained),
             is_head_frozen=head is not None and not head.weight.requires_grad,
-            heads_size=heads * head_dim,
+            heads_size=_heads_size(config),
             num_layers_of=dict(_windows(config)),
             state_values=float(num_linear * state_size(config)),
         )
@@ -117,6 +115,15 @@ def _pairs_N(length_N: NDArray[np.float64], window: int) -> NDArray[np.float64]:
     """Pairs of positions in causal attention over sequences of these lengths, each by itself."""
     seen_N = np.minimum(length_N, window) if window else length_N
     return seen_N * (seen_N + 1) / 2 + (length_N - seen_N) * seen_N
+
+
+def _heads_size(config: Any) -> int:
+    heads = int(config.num_attention_heads)
+    # Latent attention: keys have a part without positions and one with, and values another size.
+    parts = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
+    if all(parts):
+        return heads * sum(map(int, parts)) // 2
+    return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def _windows(config: Any) -> Counter[int]:

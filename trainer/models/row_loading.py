@@ -111,7 +111,7 @@ def stored_names(
     lookup = ignored | aliases | known
     buffers = dict(persistent_buffers(model))
     absent = set(buffers) if with_buffers else set()
-    names_in_model = NamesInModel(model, lookup | buffers)
+    names_in_model = NamesInModel(model, {**lookup, **buffers})
     is_obsolete, is_extra = _obsolete(model), _patterns(model._keys_to_ignore_on_load_unexpected or ())
     stored: dict[str, list[str]] = {tensor.name: [] for tensor in tensors}
     unknown, untouched, obsolete = [], [], []
