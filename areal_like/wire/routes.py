@@ -173,7 +173,11 @@ class Routes:
         array = np.ascontiguousarray(experts, dtype=experts.dtype.newbyteorder("<")).tobytes()
         padding = bytes(num_bytes - _HEADER.size - len(array))
         crc32 = zlib.crc32(padding, zlib.crc32(array, zlib.crc32(shape)))
-        return b"".join((struct.pack("<4sII", MAGIC, num_bytes, crc32), shape, array, padding))
+        data = b"".join((struct.pack("<4sII", MAGIC, num_bytes, crc32), shape, array, padding))
+        # From now on a view of the block, so that the experts are in memory only once.
+        view = np.frombuffer(data, experts.dtype, experts.size, _HEADER.size).reshape(experts.shape)
+        object.__setattr__(self, "experts_TLK", view)
+        return data
 
     @property
     def spec(self) -> RoutesSpec:

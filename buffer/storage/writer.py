@@ -124,6 +124,7 @@ class Writer:
                 if locations is None:
                     return
                 self._call_in_loop(self._on_done, batch, locations)
+                del batch  # it holds records and routes, and the next one may be long in coming
         # The outermost frame of the thread: if an error were not reported, acknowledgements would never come.
         except Exception as error:
             log.exception("the ledger cannot be written")

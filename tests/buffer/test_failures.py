@@ -52,7 +52,7 @@ def fail_row(ledger: Ledger, name: str, leases: list[Lease], kind: FailureKind) 
 # --- policies ---
 
 
-@pytest.mark.parametrize("kind", ["engine", "timeout", "prompt", "agent"])
+@pytest.mark.parametrize("kind", ["engine", "timeout", "prompt", "routes", "agent"])
 def test_zero_needs_sampled_tokens(kind: str) -> None:
     with pytest.raises(ConfigError, match=f"on_failure.{kind}=zero"):
         from_mapping({"buffer": {"on_failure": {kind: "zero"}}})

@@ -21,7 +21,7 @@ from areal_like.wire.routes import Routes, RoutesShape
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.leases.held_leases import SampleResult
 from rollout_server.policy.engines.process import check_routes_fit
-from rollout_server.policy.engines.sglang.process import launch_options, routes_reader
+from rollout_server.policy.engines.sglang.process import check_server_info, launch_options, routes_reader
 from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.routes import RoutesReader
@@ -295,3 +295,12 @@ def test_missing_and_too_long_routes_are_counted(engine: RoutedEngine, message: 
     for result in results:
         assert isinstance(result, SampleFailed) and result.kind is FailureKind.ROUTES
         assert message in result.error
+
+
+def test_an_engine_that_returns_no_routes_is_refused() -> None:
+    info = {"enable_return_routed_experts": False}
+    with pytest.raises(ConfigError, match="start it with --enable-return-routed-experts"):
+        check_server_info(info, name="the engine", context_tokens=10, needs_routes=True)
+    for known in ({}, {"enable_return_routed_experts": True}):
+        check_server_info(known, name="the engine", context_tokens=10, needs_routes=True)
+    check_server_info(info, name="the engine", context_tokens=10)

@@ -1,7 +1,7 @@
 """Records which experts the routers of a model choose, in every forward pass.
 
 Routers are those of `areal_like.precision.routers`: modules whose output includes the indices of the chosen
-experts. A model whose blocks choose outside of them (DeepSeek-V3, Jamba, Llama 4) is refused.
+experts. A model whose blocks choose elsewhere (Jamba, Llama 4) is refused.
 
 Shape suffixes: N tokens, padding included, L layers with experts, K experts per token.
 """

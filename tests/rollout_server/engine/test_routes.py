@@ -60,12 +60,13 @@ def run(core: EngineCore) -> None:
         core.step()
 
 
+@torch.inference_mode()
 def swap(core: EngineCore, path: Path, *, recompute: bool) -> None:
+    """As the engine's thread does it."""
     shadow = core.take_shadow_weights()
     for name, tensor in weights_of(path).items():
         shadow.named[name].copy_(tensor)
-    with torch.inference_mode():
-        core.swap_weights(shadow, version="1", recompute=recompute)
+    core.swap_weights(shadow, version="1", recompute=recompute)
 
 
 @torch.inference_mode()

@@ -164,7 +164,10 @@ class SglangProcess(EngineProcess):
         client = await super()._connect(port)
         try:
             check_server_info(
-                await client.server_info(), name="the engine", context_tokens=self._context_tokens
+                await client.server_info(),
+                name="the engine",
+                context_tokens=self._context_tokens,
+                needs_routes=self._routes is not None,
             )
         except BaseException:
             await client.close()
@@ -270,6 +273,7 @@ class SglangAtUrl:
             await client.server_info(),
             name=f"the engine at rollout.sglang.url={self._url}",
             context_tokens=self._context_tokens,
+            needs_routes=self._routes is not None,
         )
         await client.fetch_info()
         await client.abort()
@@ -400,15 +404,22 @@ def check_context_option(args: str, *, context_tokens: int) -> None:
         )
 
 
-def check_server_info(info: Mapping[str, Any], *, name: str, context_tokens: int) -> None:
-    """Raises ConfigError if pushes cannot reach all ranks of the engine, or if a sequence does not fit into
-    it.
+def check_server_info(
+    info: Mapping[str, Any], *, name: str, context_tokens: int, needs_routes: bool = False
+) -> None:
+    """Raises ConfigError if pushes cannot reach all ranks of the engine, if a sequence does not fit into it,
+    or if it does not return routes although the job needs them.
 
     `info`: the response of `/server_info`; fields that it does not contain are not checked.
     """
     for key in ("dp_size", "pp_size"):
         if int(info.get(key) or 1) > 1:
             raise ConfigError(f"{name} runs with {key}={info[key]}: {UNREACHABLE}")
+    if needs_routes and info.get("enable_return_routed_experts") is False:
+        raise ConfigError(
+            f"{name} returns no routes, which model.router_replay needs: start it with "
+            "--enable-return-routed-experts"
+        )
     longest_prompt = info.get("max_req_input_len")
     if longest_prompt is None:
         return
