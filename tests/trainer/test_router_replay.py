@@ -427,7 +427,10 @@ FAMILIES: dict[str, Weights] = {
 
 SIZES_OF: dict[str, dict[str, Any]] = {
     "qwen3_next": {"layer_types": ["full_attention"] * 2},
-    "deepseek_v3": dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank"), 8),
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank"), 8),
+    },
 }
 
 
@@ -480,6 +483,7 @@ def test_models_without_routers_to_replay_are_refused(tmp_path: Path) -> None:
 # --- several ranks ---
 
 
+@pytest.mark.long
 def test_two_ranks_replay_like_one(moe: str, tmp_path: Path) -> None:
     """One rank has fetched all samples: routes travel with them, and a rank without samples runs dummies."""
     for world_size in (1, 2):

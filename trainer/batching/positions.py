@@ -151,7 +151,7 @@ class Position:
         `masks_beyond`: those beyond the bound are.
         """
         if index in self.left_out:
-            return self.trajectories[index].loss_mask == 1
+            return self.trajectories[index].loss_mask.astype(bool)
         return self.beyond(index) if masks_beyond else None
 
     def beyond(self, index: int) -> NDArray[np.bool_] | None:

@@ -26,7 +26,7 @@ Shape suffixes: U rows of a forward, E experts of a layer, L layers with experts
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class RowRoutes:
 class RouterReplay:
     """Replays routes in the routers of one transformers model, which it modifies in place; made once."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
         """`model`: after `route_in_float32`; it may be on the meta device. `layers`: its decoder layers.
 
         Raises ConfigError for a model without experts, or with routers that cannot be replayed.
