@@ -93,7 +93,13 @@ def test_products_of_the_delta_rule() -> None:
     ],
 )
 def test_published_shapes(name: str, parameters: float, gpus: str) -> None:
-    plan = planned(name, gpus=gpus)
+    plan = planned(
+        name,
+        "rollout.engine=sglang",
+        "rollout.gpus_per_engine=8" if "80B" in name else "rollout.gpus_per_engine=1",
+        "trainer.groups_per_step=64",
+        gpus=gpus,
+    )
     assert plan.trace.num_params == pytest.approx(parameters, rel=0.01)
     states = 16 * plan.trace.num_trained / plan.trace.world_size
     named = ("weights (float32 masters)", "gradients", "Adam's moments")
