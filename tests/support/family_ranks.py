@@ -18,6 +18,7 @@ from trainer.batching.packing import TrainingSample, collate
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import RowShard, gather, local, shards_of
+from trainer.models import packed_model
 from trainer.models.policy import Policy
 from trainer.step.runner import StepRunner
 from trainer.weights.snapshot import BackgroundGather, BoundaryGather
@@ -63,6 +64,28 @@ def steps(ranks: Ranks, out_dir: Path, path: str) -> None:
             snapshot.release()
         snapshotter.close()
     _save(runner, ranks, out_dir, path)
+    _narrow(ranks, path)
+
+
+def _narrow(ranks: Ranks, path: str) -> None:
+    """In bfloat16, with layers sharded one by one: each layer of linear attention has its exact vectors."""
+    packed_model.SMALLEST_SHARDED_APART = 0
+    policy = Policy.load(path, ranks, dtype="bfloat16")
+    stored = load_file(Path(path) / "model.safetensors")
+    samples = [TrainingSample(trajectory=t, advantage=1.0, group=0) for t in measured(0, ranks.rank, 1)]
+    batch = collate(samples, shares_prefixes=policy.shares_prefixes)
+    with torch.no_grad():
+        want_S = Policy.load(path, ranks)(batch).logprobs_S
+    got_S = policy(batch).logprobs_S
+    assert float((got_S.detach() - want_S).abs().max()) < 0.2
+    for layer in policy.linear_layers:
+        prefix = f"model.layers.{layer.layer.layer_idx}.linear_attn."
+        assert layer.exact.keys() == {"A_log", "dt_bias", "norm.weight"}
+        assert all(torch.equal(value, stored[prefix + name]) for name, value in layer.exact.items())
+    got_S.sum().backward()  # type: ignore[no-untyped-call]
+    for name, param in policy.named_parameters():
+        assert param.grad is not None and param.grad.dtype == torch.float32, name
+        assert bool(local(param.grad).isfinite().all()), name
 
 
 def resume(ranks: Ranks, out_dir: Path, path: str) -> None:

@@ -16,8 +16,8 @@ from tests.support.families import write_family
 from tests.support.family_ranks import NUM_STEPS, measured
 from tests.support.trainer_helpers import run_ranks
 
-FAMILIES = ("qwen3_next", "qwen3_5", pytest.param("qwen3_moe", marks=pytest.mark.long))
-"""Dense models are trained on several ranks in `test_step.py` and `test_checkpoint.py`."""
+FAMILIES = ("qwen3_5", *(pytest.param(name, marks=pytest.mark.long) for name in ("qwen3_next", "qwen3_moe")))
+"""Quick tests of the others' packed forward are in `test_linear_attention.py` and `test_moe.py`."""
 
 
 def unpacked(model: Any, trajectories: list[Trajectory]) -> Tensor:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
+from areal_like.chat.token_row import TokenRow
 from areal_like.config import LoraConfig
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
@@ -44,6 +45,8 @@ from trainer.models import kernels
 from trainer.models.packed_model import decoder_layers
 from trainer.models.policy import Policy
 from trainer.models.value_model import ValueModel
+from trainer.optimizer import ShardedAdamW
+from trainer.sft.step import SupervisedStep
 from trainer.weights.snapshot import BackgroundGather
 
 STATE = ("A_log", "norm.weight")
@@ -276,6 +279,20 @@ def test_steps_share_no_prefixes(paths: dict[str, str], ranks: Ranks, balances: 
     with pytest.raises(AssertionError):
         samples = [TrainingSample(trajectory=t, advantage=1.0, group=0) for t in groups[0]]
         runner.policy(collate(samples))
+
+
+def test_supervised_steps_share_no_prefixes(paths: dict[str, str], ranks: Ranks) -> None:
+    policy = Policy.load(paths["qwen3_next"], ranks)
+    step = SupervisedStep(policy, ShardedAdamW(policy, ranks, lr=1e-2), ranks, budget_tokens=60)
+    rows = [
+        TokenRow(tokens=t.tokens.tolist(), loss_mask=t.loss_mask.tolist())
+        for group in random_groups(3, prompt=8)
+        for t in group
+    ]
+    found = [step.train(rows, step=number) for number in range(3)]
+    assert {each["shared_share"] for each in found} == {0.0} and found[0]["num_microbatches"] > 1
+    assert found[2]["loss"] < found[0]["loss"]
+    assert step.loss(rows) < found[2]["loss"]
 
 
 def test_float32_vectors_stay_float32(mixed: Path, tmp_path: Path, ranks: Ranks) -> None:

@@ -64,8 +64,7 @@ def test_the_kernels_keep_less_than_torch(tmp_path: Path) -> None:
     on_gpu, on_cpu = plan.trace, trace_step(config, plan.shape, plan.lengths)
     kept = [trace.peak_bytes["activations"] for trace in (on_gpu, on_cpu)]
     assert kept[0] < kept[1] / 2
-    ratio = on_gpu.linear_flops["policy"] / on_cpu.linear_flops["policy"]
-    assert 0.8 < ratio < 1.25, "the same products, in another order"
+    assert on_gpu.linear_flops["policy"] < on_cpu.linear_flops["policy"], "without padding"
 
 
 def test_products_of_the_delta_rule() -> None:
@@ -94,7 +93,13 @@ def test_products_of_the_delta_rule() -> None:
     ],
 )
 def test_published_shapes(name: str, parameters: float, gpus: str) -> None:
-    plan = planned(name, gpus=gpus)
+    plan = planned(
+        name,
+        "rollout.engine=sglang",
+        "rollout.gpus_per_engine=8" if "80B" in name else "rollout.gpus_per_engine=1",
+        "trainer.groups_per_step=64",
+        gpus=gpus,
+    )
     assert plan.trace.num_params == pytest.approx(parameters, rel=0.01)
     states = 16 * plan.trace.num_trained / plan.trace.world_size
     named = ("weights (float32 masters)", "gradients", "Adam's moments")
