@@ -46,6 +46,8 @@ from trainer.prepare_model import prepare_model
 
 CPU = torch.device("cpu")
 F32 = torch.float32
+QUICK = ("glm4_moe", "qwen3_5")
+ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +60,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks wrote after two steps, in a folder for each family."""
+def trained(models: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """What two ranks wrote after two steps, in a folder for each family that is tested."""
     out = tmp_path_factory.mktemp("trained")
-    paths = [str(models / name) for name in FAMILIES]
+    has_long = any(item.get_closest_marker("long") for item in request.session.items)
+    paths = [str(models / name) for name in (FAMILIES if has_long else QUICK)]
     run_ranks("steps", str(out), *paths, world_size=2, module="tests.support.untrained_ranks")
     return out
 
@@ -106,7 +109,7 @@ def test_the_skeleton_has_only_what_is_trained(family: str, models: Path) -> Non
         assert not critic(measured_batch()).any()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_two_ranks_compute_what_one_computes(family: str, models: Path, trained: Path) -> None:
     runner = train(str(models / family), Ranks.alone())
     want = {name: grad.contiguous() for name, grad in last_gradient(runner).items()}
@@ -127,7 +130,7 @@ def test_two_ranks_compute_what_one_computes(family: str, models: Path, trained:
     assert float((dense_S - before_S).abs().max()) > 0.01, "the steps changed the model"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_a_checkpoint_is_the_whole_initial_one(family: str, models: Path, trained: Path) -> None:
     [saved] = (trained / family / "checkpoints").glob("step_*")
     initial, now = stored(models / family), stored(saved)
@@ -161,7 +164,7 @@ def test_a_checkpoint_is_the_whole_initial_one(family: str, models: Path, traine
         assert (saved / name).read_bytes() == (models / family / name).read_bytes()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_a_checkpoint_resumes_on_one_rank(family: str, models: Path, trained: Path) -> None:
     path, out = str(models / family), trained / family
     config = Config(model=ModelConfig(path=path))
@@ -180,7 +183,7 @@ def test_a_checkpoint_resumes_on_one_rank(family: str, models: Path, trained: Pa
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_the_embedded_engine_takes_pushes_and_files(family: str, models: Path, trained: Path) -> None:
     [saved] = (trained / family / "checkpoints").glob("step_*")
     pushed = load_file(trained / family / "pushed.safetensors")
@@ -202,7 +205,7 @@ def test_the_embedded_engine_takes_pushes_and_files(family: str, models: Path, t
             assert float(abs(want - sequence.output_logprobs).max()) < 1e-4, way
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_an_engine_is_told_what_is_not_pushed(family: str, models: Path, trained: Path) -> None:
     """SGLang's checkpoint has tensors that no push contains; others must not be missing."""
     pushed = load_file(trained / family / "pushed.safetensors")

@@ -10,8 +10,9 @@ and casts the matrices to `model.dtype` for the forward, as it does with all wei
 The weights of the merged model, W + scale B A, are computed in float32 and then rounded: `merged_rows`. A
 rank's rows of B belong to the same outputs as its rows of W, so it needs only A from the other ranks.
 
-Left out: adapters on the output head, on embeddings, on routed experts, which transformers keeps as one
-parameter for all experts, and on shared experts; PEFT's variants (DoRA, rsLoRA, biases).
+Left out: adapters on the output head, on embeddings and on routed experts, which transformers keeps as one
+parameter for all experts, and so on layers of shared experts and dense blocks with the same names; PEFT's
+variants (DoRA, rsLoRA, biases).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from areal_like.config import LoraConfig
 from areal_like.errors import ConfigError
 from areal_like.precision import routers
-from areal_like.weights.hf_layout import ADAPTER, is_adapter
+from areal_like.weights.hf_layout import ADAPTER, hf_tensors, is_adapter
 from trainer.distributed.sharding import local, row_range
 
 _MOST_LISTED = 12
@@ -70,27 +71,43 @@ def _targets(model: Any, settings: LoraConfig) -> tuple[str, ...]:
     """`model.lora.targets` as names of layers, sorted; raises ConfigError for one without a layer."""
     head = model.get_output_embeddings()
     modules = dict(model.named_modules())
-    of_routers = {id(router) for router in routers(model)}
-    # PEFT takes the names of shared experts for those of routed ones.
-    blocks = [modules[name.rpartition(".")[0]] for name, part in modules.items() if id(part) in of_routers]
-    of_experts = {name.rpartition(".")[2] for block in blocks for name, _ in block.named_modules()} - {""}
-    linear = [name for name, part in modules.items() if isinstance(part, nn.Linear) and part is not head]
-    linear = [name for name in linear if name.rpartition(".")[2] not in of_experts]
+    routed = _routed(model)
+    linear = [
+        name
+        for name, part in modules.items()
+        if isinstance(part, nn.Linear) and part is not head and name.rpartition(".")[2] not in routed
+    ]
     if isinstance(settings.targets, str):
         if not linear:
             raise ConfigError(f"model.lora.targets=all-linear: {type(model).__name__} has no linear layers")
         return tuple(sorted({name.rpartition(".")[2] for name in linear}))
     known = sorted({name.rpartition(".")[2] for name in linear})
     for target in settings.targets:
+        if target.rpartition(".")[2] in routed:
+            raise ConfigError(
+                f"model.lora.targets: {target}: the routed experts of {type(model).__name__} have layers of "
+                "this name too, so PEFT and engines would want matrices for each of them; use some of "
+                f"{', '.join(known[:_MOST_LISTED])}, or all-linear"
+            )
         parts = [part for name, part in modules.items() if name == target or name.endswith(f".{target}")]
-        is_expert = target.rpartition(".")[2] in of_experts
-        if not parts or is_expert or any(not isinstance(x, nn.Linear) or x is head for x in parts):
+        if not parts or any(not isinstance(part, nn.Linear) or part is head for part in parts):
             why = "has no layer of this name" if not parts else "cannot have an adapter there"
             raise ConfigError(
                 f"model.lora.targets: {target}: {type(model).__name__} {why}; use some of "
                 f"{', '.join(known[:_MOST_LISTED])}, or all-linear"
             )
     return tuple(sorted(set(settings.targets)))
+
+
+def _routed(model: Any) -> frozenset[str]:
+    """Last parts of the names of the layers in routed experts, which shared experts have too."""
+    if next(routers(model), None) is None:
+        return frozenset()
+    return frozenset(
+        tensor.name.removesuffix(".weight").rpartition(".")[2]
+        for tensor in hf_tensors(model)
+        if ".experts." in tensor.name
+    )
 
 
 def targets_of(model: Any) -> tuple[str, ...]:
