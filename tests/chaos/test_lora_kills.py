@@ -52,7 +52,7 @@ def test_a_kill_in_mid_push_costs_only_that_push(tmp_path: Path, cache: dict[str
         wait_until(lambda: first.poll() is not None, what="the death", run_root=run)
         assert (tmp_path / "push:4").exists() and num_steps_done(run) in (3, 4)
         log = run / "logs" / "rollout-0.log"
-        wait_until(lambda: "PushWeights failed: version" in log.read_text(), what="a broken push")
+        wait_until(lambda: "PushWeights failed: engine" in log.read_text(), what="a broken push")
         before = load_file(run / "checkpoints" / "step_000003" / "adapter_model.safetensors")
 
         words = ("trainer.world_size=2", "trainer.lr=0", "resume=latest")
