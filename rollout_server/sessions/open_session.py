@@ -183,7 +183,7 @@ class OpenSession:
         self.claimed_s = 0.0
         """Loop time at which it was claimed."""
         self.refused_route = ""
-        """The newest request for a route that does not exist, such as `POST /v1/responses`."""
+        """The newest request for a route that does not exist, such as `POST /v1/embeddings`."""
         self.reason = ""
         """Why the session is gone."""
         self.failure: EngineError | None = None
