@@ -336,7 +336,9 @@ class SessionAttempt(Attempt):
         if self.session.num_served:
             return "the agent was gone before it had read a completion"
         made = "the agent has made no request to the model"
-        return f"{made} ({refused} is not served: chat/completions is)" if refused else made
+        if not refused:
+            return made
+        return f"{made} ({refused} is not served: chat/completions, responses and messages are)"
 
     async def _run(self) -> tuple[Score | None, FinishReason | None]:
         """Returns the agent's score, and the limit that ended the session. Raises EpisodeError,

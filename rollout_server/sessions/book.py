@@ -170,7 +170,7 @@ class SessionBook:
         return True
 
     def note_wrong_route(self, id: str, request: str) -> None:
-        """Records a client's request for a route that does not exist; `request`: `POST /v1/responses`."""
+        """Records a client's request for a route that does not exist; `request`: `POST /v1/embeddings`."""
         name = request.rpartition("/")[2]
         self.num_wrong_routes[name if name in WRONG_ROUTES else "other"] += 1
         if (session := self._sessions.get(id)) is not None:

@@ -202,7 +202,7 @@ class OpenSession:
         """The sessions of its prompt that were claimed together, itself included; they share the list. A sign
         of life in one of them counts for all."""
         self.refused_route = ""
-        """The newest request for a route that does not exist, such as `POST /v1/responses`."""
+        """The newest request for a route that does not exist, such as `POST /v1/embeddings`."""
         self.reason = ""
         """Why the session is gone."""
         self.failure: EngineError | None = None

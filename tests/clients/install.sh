@@ -19,7 +19,7 @@ if [[ ! -e $venv/.complete ]]; then
     "$python" -m venv "$venv"
     read -ra pip_args <<<"${PIP_ARGS:-}"
     "$venv/bin/python" -m pip install -q -q --disable-pip-version-check "${pip_args[@]}" -r "$here/requirements.txt" >&2
-    "$venv/bin/python" -c 'import agents, anthropic, litellm, openai, pydantic_ai' >&2
+    LITELLM_LOCAL_MODEL_COST_MAP=True "$venv/bin/python" -c 'import agents, anthropic, litellm, openai, pydantic_ai' >&2
     touch "$venv/.complete"
 fi
 ln -sfn "clients-$recipe" "$root/clients"

@@ -24,7 +24,7 @@ def test_a_tool_loop_is_one_segment(
     interpreter: str, server: SessionServer, tmp_path: Path, client: str, mode: str
 ) -> None:
     session = server.add()
-    server.policy.texts = [CALL, CALL + CALL, "It is sunny."]
+    server.policy.texts = [f"<think>hm</think>{CALL}", CALL + CALL, "It is sunny."]
     base_url = server.base_url(session)
     variables = {
         "OPENAI_BASE_URL": base_url,

@@ -90,7 +90,7 @@ def anthropic(stream: bool) -> str:
         while True:
             options: Any = {"model": "policy", "messages": messages, "tools": tools, "system": "Be short."}
             counted = client.messages.count_tokens(**options).input_tokens
-            options["max_tokens"] = 100
+            options["max_tokens"] = 256
             if stream:
                 with client.messages.stream(**options) as events:
                     text = "".join(events.text_stream)

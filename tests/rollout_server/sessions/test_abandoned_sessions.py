@@ -210,7 +210,7 @@ def test_a_sample_that_each_agent_abandons_fails() -> None:
     ("kind", "problem"),
     [
         ("ends", "the agent has made no request to the model"),
-        ("other_api", "the agent has made no request to the model (POST /v1/responses is not served"),
+        ("other_api", "the agent has made no request to the model (POST /v1/embeddings is not served"),
         ("no_reward", "its agent has ended it without a reward"),
         ("too_much", "the rewards that were posted cannot be used"),
     ],
@@ -226,7 +226,7 @@ def test_broken_agents_use_up_no_sample(kind: str, problem: str) -> None:
             session = await job.claimed()
             session.claimant = broken
             if kind == "other_api":
-                job.book.note_wrong_route(session.id, "POST /v1/responses")
+                job.book.note_wrong_route(session.id, "POST /v1/embeddings")
             if kind == "no_reward":
                 await session.sample_turn([{"role": "user", "content": "go"}])
             if kind == "too_much":

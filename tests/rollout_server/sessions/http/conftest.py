@@ -19,6 +19,13 @@ def server() -> Iterator[SessionServer]:
         yield serving
 
 
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[SessionServer]:
+    """One for all tests of a module that it refuses."""
+    with SessionServer().serving() as serving:
+        yield serving
+
+
 @pytest.fixture
 def late_policy(server: SessionServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The policy of the server says nothing before a stream has had a comment."""

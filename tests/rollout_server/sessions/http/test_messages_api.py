@@ -230,12 +230,12 @@ def test_fields_without_effect_are_counted(server: SessionServer) -> None:
         (b"{", "not JSON"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(server: SessionServer, fields: Any, says: str) -> None:
+def test_what_cannot_be_honoured_is_refused(shared_server: SessionServer, fields: Any, says: str) -> None:
     body = fields if isinstance(fields, bytes) else {"messages": HI, **fields}
-    status, answer = posted(server, server.add(), "v1/messages", body)
+    status, answer = posted(shared_server, shared_server.add(), "v1/messages", body)
     assert (status, answer["type"], set(answer["error"])) == (400, "error", {"type", "message"})
     assert answer["error"]["type"] == "invalid_request_error" and says in answer["error"]["message"]
-    assert server.policy.prompts == []
+    assert shared_server.policy.prompts == []
 
 
 def test_errors_have_the_format_of_the_api(server: SessionServer) -> None:

@@ -292,11 +292,11 @@ def test_fields_without_effect_are_counted(server: SessionServer) -> None:
         ({"store": 1}, "store"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(server: SessionServer, fields: Any, param: str) -> None:
-    status, answer = posted(server, server.add(), "v1/responses", {"input": "hi", **fields})
+def test_what_cannot_be_honoured_is_refused(shared_server: SessionServer, fields: Any, param: str) -> None:
+    status, answer = posted(shared_server, shared_server.add(), "v1/responses", {"input": "hi", **fields})
     assert (status, answer["error"]["param"]) == (400, param)
     assert set(answer["error"]) == {"message", "type", "param", "code"}
-    assert server.policy.prompts == []
+    assert shared_server.policy.prompts == []
 
 
 @pytest.mark.parametrize("stream", [False, True])
