@@ -388,8 +388,8 @@ class _Events:
 
     def add_item(self, item: dict[str, Any], index: int) -> None:
         """Adds the events of one item of the output."""
-        started = {**item, "status": "in_progress"}
-        started |= {"arguments": ""} if item["type"] == "function_call" else {"content": []}
+        empty: dict[str, Any] = {"arguments": ""} if item["type"] == "function_call" else {"content": []}
+        started = {**item, "status": "in_progress", **empty}
         self.add("response.output_item.added", output_index=index, item=started)
         place = {"item_id": item["id"], "output_index": index}
         if item["type"] == "function_call":

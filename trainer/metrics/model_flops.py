@@ -121,8 +121,9 @@ def _heads_size(config: Any) -> int:
     heads = int(config.num_attention_heads)
     # Latent attention: keys have a part without positions and one with, and values another size.
     parts = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
-    if all(parts):
-        return heads * sum(map(int, parts)) // 2
+    sizes = [int(part) for part in parts if part]
+    if len(sizes) == len(parts):
+        return heads * sum(sizes) // 2
     return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 

@@ -36,6 +36,7 @@ class Talk:
         self.turns: list[Turn] = []
         self.finish_reason = FinishReason.STOP
         self.num_sampling = 0
+        self.max_tokens = 100
 
     @property
     def is_sampling(self) -> bool:

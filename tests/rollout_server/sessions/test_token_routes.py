@@ -164,14 +164,13 @@ def test_bad_token_request_is_refused(
     asyncio.run(body())
 
 
-@pytest.mark.parametrize("path", ["responses", "messages", "embeddings"])
-def test_other_dialects_are_not_found(path: str, engine: Engine) -> None:
+def test_a_route_that_is_not_there_names_those_that_are(engine: Engine) -> None:
     async def body() -> None:
         async with opened(engine, []) as (_, _, http):
-            response = await http.post(path, json={"model": "m", "input": "hello"})
+            response = await http.post("embeddings", json={"model": "m", "input": "hello"})
             assert response.status_code == 404
             message = response.json()["error"]["message"]
-            assert "chat/completions" in message and "not the Responses API" in message
+            assert all(route in message for route in ("chat/completions", "responses", "messages"))
 
     asyncio.run(body())
 
