@@ -85,9 +85,9 @@ def _targets(model: Any, settings: LoraConfig) -> tuple[str, ...]:
     for target in settings.targets:
         if target.rpartition(".")[2] in routed:
             raise ConfigError(
-                f"model.lora.targets: {target}: the routed experts of {type(model).__name__} have layers of "
-                "this name too, so PEFT and engines would want matrices for each of them; use some of "
-                f"{', '.join(known[:_MOST_LISTED])}, or all-linear"
+                f"model.lora.targets: {target}: a layer of this name is in the blocks with routed experts of "
+                f"{type(model).__name__}, where PEFT and engines would want matrices for each expert; use some "
+                f"of {', '.join(known[:_MOST_LISTED])}, or all-linear"
             )
         parts = [part for name, part in modules.items() if name == target or name.endswith(f".{target}")]
         if not parts or any(not isinstance(part, nn.Linear) or part is head for part in parts):
@@ -100,14 +100,18 @@ def _targets(model: Any, settings: LoraConfig) -> tuple[str, ...]:
 
 
 def _routed(model: Any) -> frozenset[str]:
-    """Last parts of the names of the layers in routed experts, which shared experts have too."""
-    if next(routers(model), None) is None:
+    """Last parts of the names of the layers in blocks with routed experts: of these experts, which shared
+    experts have too, and of the gates beside them."""
+    of_routers = {id(router) for router in routers(model)}
+    if not of_routers:
         return frozenset()
-    return frozenset(
-        tensor.name.removesuffix(".weight").rpartition(".")[2]
-        for tensor in hf_tensors(model)
-        if ".experts." in tensor.name
-    )
+    modules = dict(model.named_modules())
+    blocks = [modules[name.rpartition(".")[0]] for name, part in modules.items() if id(part) in of_routers]
+    layers = [name for block in blocks for name, part in block.named_modules() if isinstance(part, nn.Linear)]
+    experts = [
+        tensor.name.removesuffix(".weight") for tensor in hf_tensors(model) if ".experts." in tensor.name
+    ]
+    return frozenset(name.rpartition(".")[2] for name in (*layers, *experts))
 
 
 def targets_of(model: Any) -> tuple[str, ...]:
