@@ -89,7 +89,7 @@ def test_products_of_the_delta_rule() -> None:
     ("name", "parameters", "gpus"),
     [
         ("Qwen/Qwen3.5-9B", 8.95e9, "2+6xH100"),
-        ("Qwen/Qwen3-Next-80B-A3B-Instruct", 79.7e9, "8+56xH100"),
+        ("Qwen/Qwen3-Next-80B-A3B-Instruct", 79.7e9, "8+64xH100"),
     ],
 )
 def test_published_shapes(name: str, parameters: float, gpus: str) -> None:
