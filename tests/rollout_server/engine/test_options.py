@@ -19,6 +19,7 @@ GIVEN: dict[str, Any] = {
     "max_running_requests": 3, "context_length": 77, "max_prefill_tokens": 5, "prefix_cache_tokens": 0,
     "conversation_cache_tokens": 9, "max_adapters": 4, "random_seed": -4, "model_path": "m", "port": 0,
     "port_file": "p", "device": "cuda:1", "dtype": "bfloat16", "enable_fp32_lm_head": True,
+    "enable_return_routed_experts": True,
     "weights_from": ("a", "b c"), "weight_version": "12", "num_threads": 2, "stream_interval": 8,
     "max_body_bytes": 10, "max_connections": 11, "weights_timeout_s": 1.5, "log_level": "DEBUG",
 }  # fmt: skip
