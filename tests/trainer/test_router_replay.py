@@ -377,6 +377,17 @@ def test_samples_without_routes_are_left_out(
     assert metrics["loss"] == masked["loss"] and metrics["reward"] == masked["reward"]
 
 
+@pytest.mark.parametrize("beyond", ["mask", "cap"])
+def test_left_out_samples_of_closed_groups(moe: str, ranks: Ranks, beyond: str) -> None:
+    """They are neither among the masked tokens nor among the lags of what is trained on."""
+    groups = groups_of(moe, routes="random")
+    groups[1][2] = replace(groups[1][2], routes=None)
+    _, metrics = step_gradient(moe, groups, router_replay=True, beyond=beyond)
+    assert (metrics["routes_missing"], metrics["masked_share"], metrics["beyond_share"]) == (1, 0, 0)
+    assert metrics["unrouted_share"] > 0
+    assert sum(metrics["lag_histogram"].values()) == metrics["num_sequences"] - 1
+
+
 def test_a_step_without_any_routes_trains_nothing(moe: str, ranks: Ranks) -> None:
     groups = without_routes(groups_of(moe, routes="random"))
     gradient, metrics = step_gradient(moe, groups, router_replay=True)
