@@ -388,8 +388,11 @@ class _Events:
 
     def add_item(self, item: dict[str, Any], index: int) -> None:
         """Adds the events of one item of the output."""
-        empty: dict[str, Any] = {"arguments": ""} if item["type"] == "function_call" else {"content": []}
-        started = {**item, "status": "in_progress", **empty}
+        started = {**item, "status": "in_progress"}
+        if item["type"] == "function_call":
+            started["arguments"] = ""
+        else:
+            started["content"] = []
         self.add("response.output_item.added", output_index=index, item=started)
         place = {"item_id": item["id"], "output_index": index}
         if item["type"] == "function_call":
@@ -403,7 +406,9 @@ class _Events:
     def _add_part(self, part: dict[str, Any], place: dict[str, Any]) -> None:
         place = {**place, "content_index": 0}
         kind = part["type"]
-        empty = {**part, "text": ""} | ({"logprobs": []} if kind == "output_text" else {})
+        empty = {**part, "text": ""}
+        if kind == "output_text":
+            empty["logprobs"] = []
         logprobs = {"logprobs": part["logprobs"]} if kind == "output_text" else {}
         self.add("response.content_part.added", **place, part=empty)
         if part["text"]:

@@ -86,8 +86,8 @@ def _targets(model: Any, settings: LoraConfig) -> tuple[str, ...]:
         if target.rpartition(".")[2] in routed:
             raise ConfigError(
                 f"model.lora.targets: {target}: a layer of this name is in the blocks with routed experts of "
-                f"{type(model).__name__}, where PEFT and engines would want matrices for each expert; use some "
-                f"of {', '.join(known[:_MOST_LISTED])}, or all-linear"
+                f"{type(model).__name__}, where PEFT and engines would want matrices for each expert; use "
+                f"some of {', '.join(known[:_MOST_LISTED])}, or all-linear"
             )
         parts = [part for name, part in modules.items() if name == target or name.endswith(f".{target}")]
         if not parts or any(not isinstance(part, nn.Linear) or part is head for part in parts):
