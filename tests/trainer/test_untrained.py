@@ -308,7 +308,7 @@ def test_a_bias_stays_in_float32(models: Path) -> None:
         assert bias.dtype == F32 and torch.equal(bias, want)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "glm4_moe"])
+@pytest.mark.parametrize("family", ["qwen3_5", pytest.param("glm4_moe", marks=pytest.mark.long)])
 def test_plan_counts_what_is_trained(family: str, models: Path, tmp_path: Path) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()  # of another test; a trace has its own

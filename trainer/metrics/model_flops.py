@@ -120,9 +120,9 @@ def _pairs_N(length_N: NDArray[np.float64], window: int) -> NDArray[np.float64]:
 def _heads_size(config: Any) -> int:
     heads = int(config.num_attention_heads)
     # Latent attention: keys have a part without positions and one with, and values another size.
-    parts = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
-    sizes = [int(part) for part in parts if part]
-    if len(sizes) == len(parts):
+    names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    sizes = [int(getattr(config, name, None) or 0) for name in names]
+    if all(sizes):
         return heads * sum(sizes) // 2
     return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
