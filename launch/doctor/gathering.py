@@ -94,7 +94,8 @@ def findings(config: Config, roles: Sequence[str], *, job: RunningJob | None = N
     gpus = _gpus(config, roles)
     versions = list(_versions(config, roles))
     yield from check_versions(versions, gpus)
-    needs_kernels = config.trainer.attention != "rectangles" and _has_linear_attention(config.model.path)
+    uses_kernels = config.trainer.attention != "rectangles" and config.model.dtype != "float32"
+    needs_kernels = uses_kernels and _has_linear_attention(config.model.path)
     if "trainer" in roles and trainer_gpus(config) and needs_kernels:
         yield from check_linear_attention(next(each for each in versions if each.of == "trainer"))
     yield from check_gpus(gpus)

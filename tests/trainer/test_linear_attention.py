@@ -241,6 +241,7 @@ def test_what_a_gpu_needs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
     with pytest.raises(ConfigError, match="pip install flash-linear-attention causal-conv1d"):
         check_kernels(CUDA, kind="auto", **settings)
     check_kernels(CUDA, kind="rectangles", **settings)
+    check_kernels(CUDA, kind="auto", dtype=torch.float32)
     absent.remove("flash-linear-attention")
     check_kernels(CUDA, kind="auto", **settings)
     with pytest.raises(ConfigError, match="varlen: causal-conv1d is absent"):
@@ -248,16 +249,15 @@ def test_what_a_gpu_needs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
     absent.clear()
     for _ in range(2):
         check_kernels(CUDA, kind="auto", **settings)
-    check_kernels(CUDA, kind="auto", dtype=torch.float32)
     check_kernels(CPU, kind="auto", dtype=torch.float32)
     with pytest.raises(ConfigError, match="need CUDA"):
         check_kernels(CPU, kind="varlen", **settings)
     ways = [record.message.removeprefix("linear attention: ") for record in caplog.records]
     assert ways == [
         "rectangles (trainer.attention=rectangles); prefixes are not shared",
+        "rectangles (the kernels of linear attention do not support float32); prefixes are not shared",
         "rectangles (causal-conv1d is absent); prefixes are not shared",
         "kernels; prefixes are not shared",
-        "rectangles (the kernels of linear attention do not support float32); prefixes are not shared",
         "rectangles (the kernels of linear attention need CUDA, and the trainer runs on cpu); prefixes are "
         "not shared",
     ]

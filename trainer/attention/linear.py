@@ -143,10 +143,10 @@ def pack_linear_layers(model: nn.Module) -> list[LinearAttention]:
 def check_kernels(device: torch.device, *, kind: Kind, dtype: torch.dtype) -> None:
     """Logs, once, how linear attention is computed on a device. `dtype`: of the forward.
 
-    Raises ConfigError on a GPU without flash-linear-attention, unless rectangles were chosen.
+    Raises ConfigError where flash-linear-attention fits and is missing, unless rectangles were chosen.
     """
     obstacle = _obstacle(device.type, dtype)
-    missing = _import_error("flash-linear-attention") if device.type == "cuda" else ""
+    missing = "" if _unfit(device.type, dtype) else _import_error("flash-linear-attention")
     if missing and kind != "rectangles":
         raise ConfigError(
             f"this model has linear attention, whose kernels are missing ({missing}): {INSTALL}. "
