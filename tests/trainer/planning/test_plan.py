@@ -104,7 +104,7 @@ def test_preset_fits(name: str) -> None:
 )
 def test_known_mixtures_are_traced(name: str, num_params: float) -> None:
     """From the numbers in their published config.json, without layers for speculative decoding."""
-    plan = small(f"model.path={name}", gpus="8+32xH100")
+    plan = small(f"model.path={name}", "trainer.groups_per_step=32", gpus="8+32xH100")
     assert plan.trace.num_params == pytest.approx(num_params, rel=0.002)
     states = sum(plan.trace.peak_bytes[part] for part in ("weights (float32 masters)", "Adam's moments"))
     assert states == pytest.approx(12 * num_params / 32, rel=0.01)
