@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("torch finds no GPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group_of_module() -> Iterator[None]:
+    """Ends the process group that `Ranks.alone` has left, because files of one process come in any order."""
+    yield
+    # Most files do not import torch, and would wait for it.
+    if (distributed := sys.modules.get("torch.distributed")) is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

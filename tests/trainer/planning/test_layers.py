@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from transformers import Qwen3Config
 
 from areal_like.runtime.command_line import load_config
@@ -15,13 +14,6 @@ from trainer.planning.planner import Plan, make_plan
 from trainer.planning.trace import trace_step
 
 NUM_LAYERS = 8
-
-
-@pytest.fixture(autouse=True)
-def without_group() -> None:
-    """Tests of other files leave a process group in this process, and a trace has its own."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def model_setting(directory: Path, **changes: Any) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
@@ -24,13 +23,6 @@ SETTINGS = (
     "trainer.tokens_per_microbatch=1024",
     "trainer.gradient_checkpointing=true",
 )
-
-
-@pytest.fixture(autouse=True)
-def without_group() -> None:
-    """Tests of other files leave a process group in this process, and a trace has its own."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def planned(model: str, *settings: str, gpus: str = "1+1xH100") -> Plan:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from transformers import MambaConfig, Qwen3Config
 
 from areal_like.config import Config
@@ -39,13 +38,6 @@ PARAMETERS = {
 }
 """As their authors publish them, tied embeddings counted once."""
 SMALL = ("sampling.max_new_tokens=448", "rollout.max_context=512", "model.dtype=bfloat16")
-
-
-@pytest.fixture(autouse=True)
-def without_group() -> None:
-    """Tests of other files leave a process group in this process, and a trace has its own."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
