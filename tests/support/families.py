@@ -22,12 +22,12 @@ _HYBRID: dict[str, Any] = {
 }  # fmt: skip
 _CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_next": {
-        "model_type": "qwen3_next", **_HYBRID, "num_experts": 4, "num_experts_per_tok": 2,
+        **_HYBRID, "num_experts": 4, "num_experts_per_tok": 2,
         "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
     },
-    "qwen3_5": {"model_type": "qwen3_5_text", **_HYBRID},
+    "qwen3_5_text": _HYBRID,
 }  # fmt: skip
-HYBRIDS = ("qwen3_next", "qwen3_5")
+HYBRIDS = ("qwen3_next", "qwen3_5_text")
 """Families with linear attention."""
 
 
@@ -40,10 +40,7 @@ def write_family(name: str, directory: Path) -> str:
         return write_model(directory, name, dtype=torch.float32)
     if name == "qwen3_moe":
         return write_moe_model(directory, vocab_size=VOCAB)
-    settings = dict(_CONFIGS[name])
-    config = AutoConfig.for_model(
-        settings.pop("model_type"), **settings, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2
-    )
+    config = AutoConfig.for_model(name, **_CONFIGS[name], vocab_size=VOCAB, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -45,7 +45,9 @@ WRAPPED: dict[str, dict[str, Any]] = {
     "qwen3_5": {
         "text_config": BODY
         | {
-            "layer_types": ["full_attention"] * 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 1, "linear_num_value_heads": 5, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 6,
             "rope_parameters": ROPE
             | {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.5},
         },

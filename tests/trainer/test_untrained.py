@@ -30,6 +30,7 @@ from rollout_server.engine.weights.updater import _store_checkpoint
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from tests.rollout_server.engine.test_core import make_core, run, submit
 from tests.support.engine_harness import reference_logprobs
+from tests.support.snapshot_ranks import received
 from tests.support.trainer_helpers import dense_logprobs, random_groups, run_ranks
 from tests.support.trainer_ranks import last_gradient, make_runner
 from tests.support.untrained_ranks import NUM_STEPS, measured_batch, train
@@ -41,8 +42,10 @@ from trainer.distributed.sharding import local
 from trainer.merge import merge
 from trainer.models.policy import Policy, build_policy
 from trainer.models.value_model import ValueModel
+from trainer.optimizer import ShardedAdamW
 from trainer.planning.planner import make_plan
 from trainer.prepare_model import prepare_model
+from trainer.weights.snapshot import BackgroundGather
 
 CPU = torch.device("cpu")
 F32 = torch.float32
@@ -222,7 +225,8 @@ def test_an_engine_is_told_what_is_not_pushed(family: str, models: Path, trained
 @pytest.mark.parametrize("family", ["qwen3_5", "glm4_moe"])
 def test_an_adapter_is_that_of_peft_and_is_merged(family: str, models: Path, tmp_path: Path) -> None:
     path, ranks = str(models / family), Ranks.alone()
-    lora = LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "o_proj"))
+    targets = ("q_proj", "o_proj", *(("in_proj_qkv", "out_proj") if family == "qwen3_5" else ()))
+    lora = LoraConfig(rank=2, alpha=4.0, targets=targets)
     runner = make_runner(path, ranks, dtype=F32, lora=lora)
     for step in range(2):
         runner.run(random_groups(4, seed=step), step=step)
@@ -306,6 +310,44 @@ def test_a_bias_stays_in_float32(models: Path) -> None:
     for model in (policy.model, module._module):  # type: ignore[attr-defined]
         [(_, bias)] = persistent_buffers(model)
         assert bias.dtype == F32 and torch.equal(bias, want)
+
+
+def test_float32_vectors_under_the_wrapper(models: Path, tmp_path: Path) -> None:
+    """Of linear attention, in a bfloat16 checkpoint: the trainer, its files and the engine keep them."""
+    path = shutil.copytree(models / "qwen3_5", tmp_path / "model")
+    wide = {
+        name: x for name, x in stored(path).items() if name.endswith(("A_log", "linear_attn.norm.weight"))
+    }
+    narrow = {name: x.to(torch.bfloat16) for name, x in stored(path).items()}
+    save_file(narrow | wide, path / "model.safetensors", {"format": "pt"})
+    want = {name: x.dtype for name, x in stored(path).items()}
+    policy = Policy.load(str(path), Ranks.alone(), dtype="bfloat16")
+    assert policy.float32_names == wide.keys() and len(wide) == 2
+    for param in policy.parameters():
+        local(param.detach()).mul_(1 + 2**-12)  # less than half a step of bfloat16's numbers
+    with torch.no_grad():
+        logprobs_S = policy(measured_batch()).logprobs_S
+    gathering = BackgroundGather(policy, Ranks.alone(), bucket_bytes=5000, dtype="bfloat16")
+    snapshot = gathering.take_snapshot()
+    assert snapshot is not None and snapshot.acquire()
+    pushed = received(snapshot)
+    gathering.close()
+    assert all(x.dtype == want[name] for name, x in pushed.items())
+    assert not any(torch.equal(pushed[name], x) for name, x in wide.items())
+    checkpoints = Checkpoints(tmp_path / "run", keep=1, tokenizer_path=str(path), dtype="bfloat16")
+    optimizer = ShardedAdamW(policy, Ranks.alone(), lr=1e-3)
+    checkpoints.save(1, policy, optimizer, Ranks.alone(), extra={})
+    checkpoints.close()
+    saved = stored(checkpoints.path(1))
+    assert {name: x.dtype for name, x in saved.items()} == want
+    assert not [name for name, x in pushed.items() if not torch.equal(saved[name], x)]
+    model, weights = load(str(checkpoints.path(1)), dtype=torch.bfloat16, device=CPU, context_length=32)
+    assert {name: x.dtype for name, x in weights.named.items()} == {name: want[name] for name in pushed}
+    assert not [name for name, x in weights.named.items() if not torch.equal(x, pushed[name])]
+    assert model.facts.parameter_dtypes == {name: want[name] for name in pushed}
+    with torch.no_grad():
+        exact_S = Policy.load(str(checkpoints.path(1)), Ranks.alone())(measured_batch()).logprobs_S
+    assert float((logprobs_S - exact_S).abs().max()) < 0.1
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "glm4_moe"])
