@@ -58,6 +58,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "deepseek_v3": (YES,) * 7,
     "qwen3_next": (YES, NOT_SHARED, *(YES,) * 5),
     "qwen3_5": (YES, NOT_SHARED, *(YES,) * 4, DENSE),
+    "qwen3_5_moe": (YES, NOT_SHARED, *(YES,) * 5),
     "qwen3_5_text": (YES, NOT_SHARED, *(YES,) * 4, DENSE),
     "qwen3_vl": (*(YES,) * 6, DENSE),
     "gemma3": (*(YES,) * 5, "has no linear layers named", DENSE),

@@ -41,15 +41,20 @@ BIASED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Routers with a correction bias: family -> its configuration."""
+HYBRID: dict[str, Any] = BODY | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 1, "linear_num_value_heads": 5, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "rope_parameters": ROPE
+    | {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.5},
+}  # fmt: skip
 WRAPPED: dict[str, dict[str, Any]] = {
-    "qwen3_5": {
-        "text_config": BODY
+    "qwen3_5": {"text_config": HYBRID, "vision_config": QWEN_TOWER},
+    "qwen3_5_moe": {
+        "text_config": HYBRID
         | {
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_key_heads": 1, "linear_num_value_heads": 5, "linear_key_head_dim": 8,
-            "linear_value_head_dim": 6,
-            "rope_parameters": ROPE
-            | {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.5},
+            "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
         },
         "vision_config": QWEN_TOWER,
     },
