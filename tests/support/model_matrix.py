@@ -23,11 +23,9 @@ from areal_like.weights.hf_layout import adapter_tensors, hf_tensors
 from areal_like.weights.untrained import auto_class
 from rollout_server.engine.models.loading import load
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
-from tests.support import families, wrapped_models
-from tests.support.families import HYBRIDS
+from tests.support.families import FAMILIES, stored, write_family
 from tests.support.routes import routed
-from tests.support.trainer_helpers import ARCHITECTURES, VOCAB, dense_logprobs, random_groups
-from tests.support.wrapped_models import stored
+from tests.support.trainer_helpers import VOCAB, dense_logprobs, random_groups
 from trainer.batching.packing import PackedBatch, TrainingSample, collate
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
@@ -70,10 +68,8 @@ MATRIX: dict[str, tuple[str, ...]] = {
 
 def write(family: str, directory: Path) -> str:
     """Writes a tiny random model of a family in MATRIX with a tokenizer; returns the path."""
-    if family in wrapped_models.FAMILIES:
-        return wrapped_models.write_family(family, directory)
-    if family in (*ARCHITECTURES, *HYBRIDS, "qwen3_moe"):
-        return families.write_family(family, directory)
+    if family in FAMILIES:
+        return write_family(family, directory)
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES))
     model.save_pretrained(directory)

@@ -136,7 +136,8 @@ def test_no_state_reaches_the_next_sequence(
     paths: dict[str, str], family: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = Policy.load(paths[family], ranks)
-    assert leak(policy) == 0.0
+    # The product of an expert has rows of both sequences, and their number may change its rounding.
+    assert leak(policy) <= (1e-6 if family == "qwen3_next" else 0.0)
 
     def as_one_sequence(forward: Callable[[Tensor], Tensor], hidden_UD: Tensor, _: object) -> Tensor:
         return forward(hidden_UD[None])[0]

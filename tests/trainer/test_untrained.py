@@ -30,11 +30,11 @@ from rollout_server.engine.weights.updater import _store_checkpoint
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from tests.rollout_server.engine.test_core import make_core, run, submit
 from tests.support.engine_harness import reference_logprobs
+from tests.support.families import BIASED, PARTLY_TRAINED, WRAPPED, is_trained, stored, write_family
 from tests.support.snapshot_ranks import received
 from tests.support.trainer_helpers import dense_logprobs, random_groups, run_ranks
 from tests.support.trainer_ranks import last_gradient, make_runner
 from tests.support.untrained_ranks import NUM_STEPS, measured_batch, train
-from tests.support.wrapped_models import BIASED, FAMILIES, WRAPPED, is_trained, stored, write_family
 from tests.trainer.test_policy import gradients, packed, sampled
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
@@ -50,14 +50,14 @@ from trainer.weights.snapshot import BackgroundGather
 CPU = torch.device("cpu")
 F32 = torch.float32
 QUICK = ("glm4_moe", "qwen3_5")
-ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
+ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in PARTLY_TRAINED]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a model of each family."""
     folder = tmp_path_factory.mktemp("models")
-    for name in FAMILIES:
+    for name in PARTLY_TRAINED:
         write_family(name, folder / name)
     return folder
 
@@ -67,7 +67,7 @@ def trained(models: Path, tmp_path_factory: pytest.TempPathFactory, request: pyt
     """What two ranks wrote after two steps, in a folder for each family that is tested."""
     out = tmp_path_factory.mktemp("trained")
     has_long = any(item.get_closest_marker("long") for item in request.session.items)
-    paths = [str(models / name) for name in (FAMILIES if has_long else QUICK)]
+    paths = [str(models / name) for name in (PARTLY_TRAINED if has_long else QUICK)]
     run_ranks("steps", str(out), *paths, world_size=2, module="tests.support.untrained_ranks")
     return out
 
@@ -81,7 +81,7 @@ def by_transformers(path: Path, dtype: torch.dtype = F32) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PARTLY_TRAINED)
 def test_packed_equals_transformers_unpacked(family: str, models: Path) -> None:
     """Of a wrapped model on text, its own forward, tower included."""
     trajectories = [trajectory for group in random_groups(3) for trajectory in group]
@@ -98,7 +98,7 @@ def test_packed_equals_transformers_unpacked(family: str, models: Path) -> None:
         torch.testing.assert_close(grad.double(), want[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PARTLY_TRAINED)
 def test_the_skeleton_has_only_what_is_trained(family: str, models: Path) -> None:
     policy = Policy.build(str(models / family))
     tensors = {name for name, _ in policy.model.named_parameters()}
@@ -322,7 +322,7 @@ def test_float32_vectors_under_the_wrapper(models: Path, tmp_path: Path) -> None
     save_file(narrow | wide, path / "model.safetensors", {"format": "pt"})
     want = {name: x.dtype for name, x in stored(path).items()}
     policy = Policy.load(str(path), Ranks.alone(), dtype="bfloat16")
-    assert policy.float32_names == wide.keys() and len(wide) == 2
+    assert policy.float32_names == wide.keys() and len(wide) == 4
     for param in policy.parameters():
         local(param.detach()).mul_(1 + 2**-12)  # less than half a step of bfloat16's numbers
     with torch.no_grad():
@@ -373,6 +373,6 @@ def test_a_wrapper_without_one_language_model_is_refused(tmp_path: Path) -> None
 
 
 def test_the_rows_of_every_rank_are_float32(models: Path) -> None:
-    for name in FAMILIES:
+    for name in PARTLY_TRAINED:
         policy = Policy.load(str(models / name), Ranks.alone())
         assert {local(param).dtype for param in policy.parameters()} == {F32}
