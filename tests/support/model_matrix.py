@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -22,10 +23,10 @@ from areal_like.weights.hf_layout import adapter_tensors, hf_tensors
 from areal_like.weights.untrained import auto_class
 from rollout_server.engine.models.loading import load
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
-from tests.support.moe_model import write_moe_model
-from tests.support.trainer_helpers import ARCHITECTURES, VOCAB, dense_logprobs, random_groups, write_model
-from tests.support.wrapped_models import FAMILIES, stored, write_family
-from trainer.batching.packing import TrainingSample, collate
+from tests.support.families import FAMILIES, stored, write_family
+from tests.support.routes import routed
+from tests.support.trainer_helpers import VOCAB, dense_logprobs, random_groups
+from trainer.batching.packing import PackedBatch, TrainingSample, collate
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
@@ -40,32 +41,35 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 YES = "yes"
 
+NOT_SHARED = "prefixes are not shared"
+DENSE = "has no experts"
+LINEAR = "has linear_attention layers"
+
 MATRIX: dict[str, tuple[str, ...]] = {
-    "llama": (YES,) * 6,
-    "qwen2": (YES,) * 6,
-    "qwen3": (YES,) * 6,
-    "gpt2": (*(YES,) * 5, "has no linear layers"),
-    "qwen3_moe": (YES,) * 6,
-    "mixtral": (YES,) * 6,
-    "glm4_moe": (YES,) * 6,
-    "deepseek_v3": (YES,) * 6,
-    "qwen3_5": (YES,) * 6,
-    "qwen3_vl": (YES,) * 6,
-    "gemma3": (*(YES,) * 5, "has no linear layers named"),
-    "gpt_oss": ("soft-capping or sinks",) * 2 + (YES,) * 3 + ("soft-capping or sinks",),
-    "jamba": ("has linear_attention layers",) * 6,
+    "llama": (*(YES,) * 6, DENSE),
+    "qwen2": (*(YES,) * 6, DENSE),
+    "qwen3": (*(YES,) * 6, DENSE),
+    "gpt2": (*(YES,) * 5, "has no linear layers", DENSE),
+    "qwen3_moe": (YES,) * 7,
+    "mixtral": (YES,) * 7,
+    "glm4_moe": (YES,) * 7,
+    "deepseek_v3": (YES,) * 7,
+    "qwen3_next": (YES, NOT_SHARED, *(YES,) * 5),
+    "qwen3_5": (YES, NOT_SHARED, *(YES,) * 4, DENSE),
+    "qwen3_5_moe": (YES, NOT_SHARED, *(YES,) * 5),
+    "qwen3_5_text": (YES, NOT_SHARED, *(YES,) * 4, DENSE),
+    "qwen3_vl": (*(YES,) * 6, DENSE),
+    "gemma3": (*(YES,) * 5, "has no linear layers named", DENSE),
+    "gpt_oss": ("soft-capping or sinks",) * 2 + (YES,) * 3 + ("soft-capping or sinks",) * 2,
+    "jamba": (LINEAR, LINEAR, "not that of a Gated DeltaNet", *(LINEAR,) * 4),
 }
 """Family -> for each of COLUMNS, YES or a part of the message with which it is refused."""
 
 
 def write(family: str, directory: Path) -> str:
     """Writes a tiny random model of a family in MATRIX with a tokenizer; returns the path."""
-    if family in ARCHITECTURES:
-        return write_model(directory, family, dtype=torch.float32)
     if family in FAMILIES:
         return write_family(family, directory)
-    if family == "qwen3_moe":
-        return write_moe_model(directory, vocab_size=VOCAB)
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES))
     model.save_pretrained(directory)
@@ -73,27 +77,29 @@ def write(family: str, directory: Path) -> str:
     return str(directory)
 
 
-def _logprobs_agree(path: str, trajectories: list[Trajectory], *, shares: bool) -> None:
-    """Packed log-probs are those of transformers."""
+def _logprobs_agree(path: str, trajectories: list[Trajectory]) -> PackedBatch:
+    """Packed log-probs are those of transformers; returns the batch."""
+    policy = Policy.load(path, Ranks.alone())
     samples = [TrainingSample(trajectory=t, advantage=1.0, group=0) for t in trajectories]
-    batch = collate(samples)
-    assert (batch.shared is not None) == shares
+    batch = collate(samples, shares_prefixes=policy.shares_prefixes)
     model = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
-        found_S = Policy.load(path, Ranks.alone())(batch).logprobs_S
+        found_S = policy(batch).logprobs_S
         wanted_BL = dense_logprobs(model, trajectories)
     masks = [torch.from_numpy(t.loss_mask) == 1 for t in trajectories]
     wanted_S = torch.cat([wanted_BL[i, : len(mask)][mask] for i, mask in enumerate(masks)])
     torch.testing.assert_close(found_S, wanted_S, rtol=0, atol=1e-4)
+    return batch
 
 
 def _trains(path: str) -> None:
-    _logprobs_agree(path, [t for group in random_groups(3) for t in group], shares=False)
+    assert _logprobs_agree(path, [t for group in random_groups(3) for t in group]).shared is None
 
 
 def _shares(path: str) -> None:
     groups = random_groups(3, prompt=12, longest=40, seed=2)
-    _logprobs_agree(path, [t for group in groups for t in group], shares=True)
+    if _logprobs_agree(path, [t for group in groups for t in group]).shared is None:
+        raise ConfigError(NOT_SHARED)  # what the trainer logs
 
 
 def _decodes(path: str) -> None:
@@ -136,6 +142,31 @@ def _adapts(path: str) -> None:
     assert shapes == {tensor.name: tensor.shape for tensor in adapter_tensors(policy.model)}
 
 
+def _replays(path: str) -> None:
+    """The trainer's routers take the experts that a sample's routes name, of which the engine records as
+    many."""
+    policy = Policy.load(path, Ranks.alone(), router_replay=True)
+    assert policy.replay is not None
+    shape = policy.replay.shape
+    rng = np.random.default_rng(0)
+    samples = [
+        TrainingSample(trajectory=routed(t, rng, shape=shape), advantage=1.0, group=0)
+        for t in random_groups(1)[0]
+    ]
+    batch = collate(samples, shares_prefixes=policy.shares_prefixes)
+    with torch.no_grad():
+        routed_S = policy(batch).logprobs_S
+        num_other, num_choices = policy.replay.disagreement()
+        with policy.routed_live():
+            live_S = policy(batch).logprobs_S
+    assert 0 < num_other < num_choices
+    assert routed_S.isfinite().all() and not torch.allclose(routed_S, live_S)
+    engine, _ = load(
+        path, dtype=torch.float32, device=torch.device("cpu"), context_length=64, records_routes=True
+    )
+    assert engine.routes is not None and engine.routes.shape == shape
+
+
 COLUMNS: dict[str, Callable[[str], None]] = {
     "training": _trains,
     "shared prefixes": _shares,
@@ -143,6 +174,7 @@ COLUMNS: dict[str, Callable[[str], None]] = {
     "names of pushes": _pushes,
     "checkpoints": _saves,
     "LoRA": _adapts,
+    "router replay": _replays,
 }
 
 
@@ -159,9 +191,7 @@ def table() -> str:
     """The table of the page."""
     rows = ["| family | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for family, cells in MATRIX.items():
-        shown = [YES if cell == YES else f"no: {cell}" for cell in cells]
-        if len(set(shown)) == 1 and shown[0] != YES:
-            shown[1:] = [""] * (len(shown) - 1)
+        shown = [{YES: YES, DENSE: "not a mixture"}.get(cell, f"no: {cell}") for cell in cells]
         rows.append(f"| `{family}` | " + " | ".join(shown) + " |")
     return "\n".join(rows) + "\n"
 

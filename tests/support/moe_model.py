@@ -7,43 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from areal_like.weights.untrained import auto_class
+from tests.support.families import is_trained, stored, write_family
 from tests.support.launching import launcher, processes_of
-from tests.support.wrapped_models import is_trained, stored, write_family
 from trainer.models.tiny import character_tokenizer
-
-NUM_EXPERTS = 8
 
 
 def write_moe_model(directory: Path, *, vocab_size: int | None = None, seed: int = 0) -> str:
-    """Writes a random Qwen3-MoE of 60 thousand parameters (8 experts, 2 for a token); returns the path.
-
-    Its routers choose clearly: with near ties, another order of summation would choose other experts.
-    """
-    tokenizer = character_tokenizer()
-    config = AutoConfig.for_model(
-        "qwen3_moe", vocab_size=vocab_size or len(tokenizer), hidden_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
-        num_experts=NUM_EXPERTS, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True,
-        max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            param.add_(torch.randn_like(param) * (1.0 if name.endswith("gate.weight") else 0.05))
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return str(directory)
+    """Writes a random Qwen3-MoE of 60 thousand parameters (8 experts, 2 for a token); returns the path."""
+    return write_family(
+        "qwen3_moe", directory, seed=seed, vocab_size=vocab_size or len(character_tokenizer())
+    )
 
 
 def run_moe_job(cwd: Path, *settings: str, num_steps: int, family: str = "") -> list[dict[str, Any]]:
     """Runs a whole job on the model and checks that engine and trainer agree at every step.
 
-    `family`: one of `wrapped_models` instead. With max_staleness=0 every trained token was sampled by the
+    `family`: one of `families` instead. With max_staleness=0 every trained token was sampled by the
     weights that compute its log-prob again. Returns the rows of metrics.jsonl.
     """
     root = cwd / "runs" / "x"

@@ -1,4 +1,4 @@
-"""Ranks that train models of `wrapped_models`, save and push them; the processes of `test_untrained.py`."""
+"""Ranks that train models of `families`, save and push them; the processes of `test_untrained.py`."""
 
 from __future__ import annotations
 

@@ -16,7 +16,10 @@ from tests.support.families import write_family
 from tests.support.family_ranks import NUM_STEPS, measured
 from tests.support.trainer_helpers import run_ranks
 
-FAMILIES = ("qwen3_5", *(pytest.param(name, marks=pytest.mark.long) for name in ("qwen3_next", "qwen3_moe")))
+FAMILIES = (
+    "qwen3_5_text",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("qwen3_next", "qwen3_moe")),
+)
 """Quick tests of the others' packed forward are in `test_linear_attention.py` and `test_moe.py`."""
 
 

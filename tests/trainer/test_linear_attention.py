@@ -63,11 +63,13 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def mixed(paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The second family in bfloat16, but for the vectors of STATE."""
     directory = tmp_path_factory.mktemp("mixed")
-    AutoModelForCausalLM.from_pretrained(paths["qwen3_5"], dtype=torch.bfloat16).save_pretrained(directory)
-    for file in Path(paths["qwen3_5"]).glob("tokenizer*"):
+    AutoModelForCausalLM.from_pretrained(paths["qwen3_5_text"], dtype=torch.bfloat16).save_pretrained(
+        directory
+    )
+    for file in Path(paths["qwen3_5_text"]).glob("tokenizer*"):
         (directory / file.name).write_bytes(file.read_bytes())
     tensors = load_file(directory / "model.safetensors")
-    wide = load_file(Path(paths["qwen3_5"]) / "model.safetensors")
+    wide = load_file(Path(paths["qwen3_5_text"]) / "model.safetensors")
     tensors |= {name: tensor for name, tensor in wide.items() if is_state(name)}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
@@ -134,7 +136,8 @@ def test_no_state_reaches_the_next_sequence(
     paths: dict[str, str], family: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = Policy.load(paths[family], ranks)
-    assert leak(policy) == 0.0
+    # The product of an expert has rows of both sequences, and their number may change its rounding.
+    assert leak(policy) <= (1e-6 if family == "qwen3_next" else 0.0)
 
     def as_one_sequence(forward: Callable[[Tensor], Tensor], hidden_UD: Tensor, _: object) -> Tensor:
         return forward(hidden_UD[None])[0]
@@ -217,8 +220,8 @@ def test_a_cpu_never_calls_kernels(
     paths: dict[str, str], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers would call them for any tensor once they can be imported."""
-    want_S = Policy.load(paths["qwen3_5"], ranks)(packed(trajectories())).logprobs_S
-    layer = type(Policy.build(paths["qwen3_5"]).linear_layers[0].layer)
+    want_S = Policy.load(paths["qwen3_5_text"], ranks)(packed(trajectories())).logprobs_S
+    layer = type(Policy.build(paths["qwen3_5_text"]).linear_layers[0].layer)
     module = sys.modules[layer.__module__]
     for name in (CONVOLUTION, DELTA_RULE):
 
@@ -228,7 +231,7 @@ def test_a_cpu_never_calls_kernels(
 
         monkeypatch.setattr(module, name, kernel)
     monkeypatch.setattr(linear, "_FORWARDS_IN_TORCH", {})
-    got_S = Policy.load(paths["qwen3_5"], ranks)(packed(trajectories())).logprobs_S
+    got_S = Policy.load(paths["qwen3_5_text"], ranks)(packed(trajectories())).logprobs_S
     assert torch.equal(got_S, want_S)
 
 
@@ -273,7 +276,12 @@ def test_steps_share_no_prefixes(paths: dict[str, str], ranks: Ranks, balances: 
     }
     groups = random_groups(3, prompt=8)
     runner = make_runner(
-        paths["qwen3_5"], ranks, dtype=torch.float32, settings=settings, balances=balances, budget_tokens=60
+        paths["qwen3_5_text"],
+        ranks,
+        dtype=torch.float32,
+        settings=settings,
+        balances=balances,
+        budget_tokens=60,
     )
     assert runner.run(groups, step=5)["shared_share"] == 0.0
     with pytest.raises(AssertionError):
@@ -389,16 +397,16 @@ def test_adapters_on_linear_attention(paths: dict[str, str], family: str, ranks:
 def test_ghost_norms_are_refused(paths: dict[str, str]) -> None:
     """Also with adapters: their layers run on padded rows."""
     for settings, part in ((None, "dt_bias"), (LoraConfig(rank=2), "in_proj_qkv")):
-        policy = Policy.build(paths["qwen3_5"], lora_settings=settings)
+        policy = Policy.build(paths["qwen3_5_text"], lora_settings=settings)
         with pytest.raises(ConfigError, match=rf"ghost does not support .*linear_attn\.{part}"):
             GhostTape(policy)
     of_attention = LoraConfig(rank=2, targets=("q_proj", "gate_proj"))
-    GhostTape(Policy.build(paths["qwen3_5"], lora_settings=of_attention))
+    GhostTape(Policy.build(paths["qwen3_5_text"], lora_settings=of_attention))
 
 
 def test_exact_norms_of_single_sequences(paths: dict[str, str], ranks: Ranks) -> None:
     settings = {"objective": {"name": "vcpo", "norms": "exact"}}
-    runner = make_runner(paths["qwen3_5"], ranks, dtype=torch.float32, settings=settings)
+    runner = make_runner(paths["qwen3_5_text"], ranks, dtype=torch.float32, settings=settings)
     metrics = runner.run(random_groups(4, prompt=6), step=5)
     assert metrics["grad_norm"] > 0 and metrics["shared_share"] == 0.0
 
@@ -419,13 +427,13 @@ def test_compilation_and_liger_leave_it_out(
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", patches)
     caplog.set_level("INFO")
-    assert not kernels.apply_liger(Policy.build(paths["qwen3_5"]).model)
+    assert not kernels.apply_liger(Policy.build(paths["qwen3_5_text"]).model)
     assert "Liger has none for models of type qwen3_5_text" in caplog.text
 
 
 def test_flops_of_linear_attention(paths: dict[str, str]) -> None:
     """Three products with the state of each layer, for each row; attention only in the layer that has it."""
-    policy = Policy.build(paths["qwen3_5"])
+    policy = Policy.build(paths["qwen3_5_text"])
     flops = ModelFlops.of(policy.model)
     config = policy.model.config
     state = 2 * config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim

@@ -15,7 +15,8 @@ from areal_like.errors import ConfigError
 from areal_like.precision import RouterDtype, routers
 from rollout_server.engine.models.loading import load
 from tests.areal_like.test_hf_layout import config_of
-from tests.support.moe_model import NUM_EXPERTS, write_moe_model
+from tests.support.families import NUM_EXPERTS
+from tests.support.moe_model import write_moe_model
 from tests.support.trainer_helpers import VOCAB, dense_logprobs, random_groups, run_ranks
 from tests.trainer.test_policy import gradients, packed, sampled
 from trainer.distributed.ranks import Ranks

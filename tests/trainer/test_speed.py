@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from areal_like.gpus import peak_flops
 from areal_like.runtime.metrics import Metrics
+from tests.support.families import BIASED, write_family
 from tests.support.moe_model import write_moe_model
 from tests.support.trainer_helpers import ARCHITECTURES, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import make_runner
-from tests.support.wrapped_models import BIASED, write_family
 from trainer.batching.shared_prefixes import InputSequence, SharedRows
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.model_flops import ModelFlops

@@ -30,10 +30,11 @@ from rollout_server.engine.weights.updater import _store_checkpoint
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from tests.rollout_server.engine.test_core import make_core, run, submit
 from tests.support.engine_harness import reference_logprobs
+from tests.support.families import BIASED, PARTLY_TRAINED, WRAPPED, is_trained, stored, write_family
+from tests.support.snapshot_ranks import received
 from tests.support.trainer_helpers import dense_logprobs, random_groups, run_ranks
 from tests.support.trainer_ranks import last_gradient, make_runner
 from tests.support.untrained_ranks import NUM_STEPS, measured_batch, train
-from tests.support.wrapped_models import BIASED, FAMILIES, WRAPPED, is_trained, stored, write_family
 from tests.trainer.test_policy import gradients, packed, sampled
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
@@ -41,20 +42,22 @@ from trainer.distributed.sharding import local
 from trainer.merge import merge
 from trainer.models.policy import Policy, build_policy
 from trainer.models.value_model import ValueModel
+from trainer.optimizer import ShardedAdamW
 from trainer.planning.planner import make_plan
 from trainer.prepare_model import prepare_model
+from trainer.weights.snapshot import BackgroundGather
 
 CPU = torch.device("cpu")
 F32 = torch.float32
 QUICK = ("glm4_moe", "qwen3_5")
-ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
+ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in PARTLY_TRAINED]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a model of each family."""
     folder = tmp_path_factory.mktemp("models")
-    for name in FAMILIES:
+    for name in PARTLY_TRAINED:
         write_family(name, folder / name)
     return folder
 
@@ -64,7 +67,7 @@ def trained(models: Path, tmp_path_factory: pytest.TempPathFactory, request: pyt
     """What two ranks wrote after two steps, in a folder for each family that is tested."""
     out = tmp_path_factory.mktemp("trained")
     has_long = any(item.get_closest_marker("long") for item in request.session.items)
-    paths = [str(models / name) for name in (FAMILIES if has_long else QUICK)]
+    paths = [str(models / name) for name in (PARTLY_TRAINED if has_long else QUICK)]
     run_ranks("steps", str(out), *paths, world_size=2, module="tests.support.untrained_ranks")
     return out
 
@@ -73,12 +76,12 @@ def by_transformers(path: Path, dtype: torch.dtype = F32) -> Any:
     """The whole model, with its tower, as transformers loads it."""
     config = AutoConfig.from_pretrained(path)
     model = auto_class(config).from_pretrained(path, dtype=dtype).eval()
-    if dtype == torch.float64 and path.name in BIASED:
+    if dtype == torch.float64 and path.name in (*BIASED, "qwen3_5_moe"):
         model.set_experts_implementation("eager")
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PARTLY_TRAINED)
 def test_packed_equals_transformers_unpacked(family: str, models: Path) -> None:
     """Of a wrapped model on text, its own forward, tower included."""
     trajectories = [trajectory for group in random_groups(3) for trajectory in group]
@@ -95,7 +98,7 @@ def test_packed_equals_transformers_unpacked(family: str, models: Path) -> None:
         torch.testing.assert_close(grad.double(), want[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PARTLY_TRAINED)
 def test_the_skeleton_has_only_what_is_trained(family: str, models: Path) -> None:
     policy = Policy.build(str(models / family))
     tensors = {name for name, _ in policy.model.named_parameters()}
@@ -222,7 +225,8 @@ def test_an_engine_is_told_what_is_not_pushed(family: str, models: Path, trained
 @pytest.mark.parametrize("family", ["qwen3_5", "glm4_moe"])
 def test_an_adapter_is_that_of_peft_and_is_merged(family: str, models: Path, tmp_path: Path) -> None:
     path, ranks = str(models / family), Ranks.alone()
-    lora = LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "o_proj"))
+    targets = ("q_proj", "o_proj", *(("in_proj_qkv", "out_proj") if family == "qwen3_5" else ()))
+    lora = LoraConfig(rank=2, alpha=4.0, targets=targets)
     runner = make_runner(path, ranks, dtype=F32, lora=lora)
     for step in range(2):
         runner.run(random_groups(4, seed=step), step=step)
@@ -308,6 +312,44 @@ def test_a_bias_stays_in_float32(models: Path) -> None:
         assert bias.dtype == F32 and torch.equal(bias, want)
 
 
+def test_float32_vectors_under_the_wrapper(models: Path, tmp_path: Path) -> None:
+    """Of linear attention, in a bfloat16 checkpoint: the trainer, its files and the engine keep them."""
+    path = shutil.copytree(models / "qwen3_5", tmp_path / "model")
+    wide = {
+        name: x for name, x in stored(path).items() if name.endswith(("A_log", "linear_attn.norm.weight"))
+    }
+    narrow = {name: x.to(torch.bfloat16) for name, x in stored(path).items()}
+    save_file(narrow | wide, path / "model.safetensors", {"format": "pt"})
+    want = {name: x.dtype for name, x in stored(path).items()}
+    policy = Policy.load(str(path), Ranks.alone(), dtype="bfloat16")
+    assert policy.float32_names == wide.keys() and len(wide) == 4
+    for param in policy.parameters():
+        local(param.detach()).mul_(1 + 2**-12)  # less than half a step of bfloat16's numbers
+    with torch.no_grad():
+        logprobs_S = policy(measured_batch()).logprobs_S
+    gathering = BackgroundGather(policy, Ranks.alone(), bucket_bytes=5000, dtype="bfloat16")
+    snapshot = gathering.take_snapshot()
+    assert snapshot is not None and snapshot.acquire()
+    pushed = received(snapshot)
+    gathering.close()
+    assert all(x.dtype == want[name] for name, x in pushed.items())
+    assert not any(torch.equal(pushed[name], x) for name, x in wide.items())
+    checkpoints = Checkpoints(tmp_path / "run", keep=1, tokenizer_path=str(path), dtype="bfloat16")
+    optimizer = ShardedAdamW(policy, Ranks.alone(), lr=1e-3)
+    checkpoints.save(1, policy, optimizer, Ranks.alone(), extra={})
+    checkpoints.close()
+    saved = stored(checkpoints.path(1))
+    assert {name: x.dtype for name, x in saved.items()} == want
+    assert not [name for name, x in pushed.items() if not torch.equal(saved[name], x)]
+    model, weights = load(str(checkpoints.path(1)), dtype=torch.bfloat16, device=CPU, context_length=32)
+    assert {name: x.dtype for name, x in weights.named.items()} == {name: want[name] for name in pushed}
+    assert not [name for name, x in weights.named.items() if not torch.equal(x, pushed[name])]
+    assert model.facts.parameter_dtypes == {name: want[name] for name in pushed}
+    with torch.no_grad():
+        exact_S = Policy.load(str(checkpoints.path(1)), Ranks.alone())(measured_batch()).logprobs_S
+    assert float((logprobs_S - exact_S).abs().max()) < 0.1
+
+
 @pytest.mark.parametrize("family", ["qwen3_5", pytest.param("glm4_moe", marks=pytest.mark.long)])
 def test_plan_counts_what_is_trained(family: str, models: Path, tmp_path: Path) -> None:
     if dist.is_initialized():
@@ -331,6 +373,6 @@ def test_a_wrapper_without_one_language_model_is_refused(tmp_path: Path) -> None
 
 
 def test_the_rows_of_every_rank_are_float32(models: Path) -> None:
-    for name in FAMILIES:
+    for name in PARTLY_TRAINED:
         policy = Policy.load(str(models / name), Ranks.alone())
         assert {local(param).dtype for param in policy.parameters()} == {F32}

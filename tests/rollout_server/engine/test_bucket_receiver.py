@@ -97,7 +97,7 @@ def test_bucket_with_the_shadow_layout_is_received_in_place(
     ]
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text"])
 def test_tensors_get_the_dtypes_of_the_engine(family: str, tmp_path: Path) -> None:
     """Some parameters of a bfloat16 engine are float32; a push has them in float32 or in bfloat16."""
     path = write_family(family, tmp_path / family)

@@ -27,7 +27,8 @@ from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from tests.support.adapters import make_adapter
 from tests.support.engine_harness import load_model, reference_logprobs, weights_of
-from tests.support.hybrid_models import FAMILIES, HYBRIDS, write_families, write_family
+from tests.support.families import HYBRIDS
+from tests.support.hybrid_models import FAMILIES, write_families, write_family
 
 CPU = torch.device("cpu")
 CONTEXT = 128
@@ -160,7 +161,7 @@ def test_turns_continue_from_the_last_state(tmp_path: Path) -> None:
 
 
 def test_a_group_starts_from_a_kept_prompt(tmp_path: Path) -> None:
-    path = write_family("qwen3_5", tmp_path / "m")
+    path = write_family("qwen3_5_text", tmp_path / "m")
     core, model = make_core(path), load_model(path)
     group = [submit(core, LONG, 5 + i, keeps=True) for i in range(5)]
     run(core)
@@ -174,7 +175,7 @@ def test_a_group_starts_from_a_kept_prompt(tmp_path: Path) -> None:
 def test_a_long_turn_is_computed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of a few tokens, whose state comes from the part before."""
     monkeypatch.setattr("rollout_server.engine.contexts.MAX_SCORES", 300)
-    path = write_family("qwen3_5", tmp_path / "m")
+    path = write_family("qwen3_5_text", tmp_path / "m")
     core, model = make_core(path, max_running=4), load_model(path)
     said = [list(range(5, 12 + i)) for i in range(4)]
     for new in (20, 17):
@@ -240,7 +241,7 @@ def test_an_update_keeps_the_state(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept_tokens", [0, 150, None])
 def test_random_requests_have_right_logprobs(kept_tokens: int | None, tmp_path: Path) -> None:
     """Conversations, groups, aborts, retractions, updates and flushes in any order on three rows."""
-    paths = write_families("qwen3_5", tmp_path)
+    paths = write_families("qwen3_5_text", tmp_path)
     models = [load_model(path) for path in paths]
     rng = random.Random(repr(kept_tokens))
     core = make_core(paths[0], prefix_cache_tokens=150, conversation_cache_tokens=kept_tokens)
@@ -281,7 +282,7 @@ def test_random_requests_have_right_logprobs(kept_tokens: int | None, tmp_path: 
 
 def test_float32_parts_in_bfloat16(tmp_path: Path) -> None:
     """Vectors of linear attention that a checkpoint stores in float32 stay so, and states always are."""
-    path = write_family("qwen3_5", tmp_path / "m")
+    path = write_family("qwen3_5_text", tmp_path / "m")
     saved = load_file(path / "model.safetensors")
     model, weights = load(str(path), dtype=torch.bfloat16, device=CPU, context_length=CONTEXT, fp32_head=True)
     stays = {name for name, tensor in weights.named.items() if tensor.dtype == torch.float32}
@@ -301,14 +302,14 @@ def test_float32_parts_in_bfloat16(tmp_path: Path) -> None:
     with torch.inference_mode():
         logits_NV = model.decode(torch.tensor([3, 4]), cache.begin_decode(np.array([0, 0])), cache)
     assert logits_NV.dtype == torch.float32
-    narrow = write_family("qwen3_5", tmp_path / "narrow", dtype=torch.bfloat16)
+    narrow = write_family("qwen3_5_text", tmp_path / "narrow", dtype=torch.bfloat16)
     _, weights = load(str(narrow), dtype=torch.bfloat16, device=CPU, context_length=CONTEXT)
     assert {tensor.dtype for tensor in weights.named.values()} == {torch.bfloat16}
 
 
 def test_an_adapter_of_linear_attention(tmp_path: Path) -> None:
     """Also of the gates, whose padding is closed after the adapter's product."""
-    path = write_family("qwen3_5", tmp_path / "m")
+    path = write_family("qwen3_5_text", tmp_path / "m")
     targets = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "q_proj")
     adapter = make_adapter(path, seed=1, targets=targets)
     core = make_core(path, max_adapters=2)
@@ -325,10 +326,11 @@ def test_an_adapter_of_linear_attention(tmp_path: Path) -> None:
 
 
 def test_states_count_as_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = write_family("qwen3_5", tmp_path / "m")
+    path = write_family("qwen3_5_text", tmp_path / "m")
     core = make_core(path, max_running=2)
-    num_channels, heads, key_dim, value_dim = 2 * 2 * 8 + 4 * 4, 4, 8, 4
-    state = 2 * 4 * (num_channels * 4 + heads * key_dim * value_dim)  # two layers, four bytes a number
+    num_channels, heads, key_dim, value_dim = 2 * 8 + 5 * 6, 5, 8, 6
+    # Two layers, four bytes a number; every tensor begins at a multiple of 64 bytes.
+    state = 2 * sum(-(-4 * size // 64) * 64 for size in (num_channels * 4, heads * key_dim * value_dim))
     token = 4 * 2 * 2 * 16
     assert core.state_bytes == 2 * state and core.kv_bytes == 2 * CONTEXT * token
     size = -(-state // token)

@@ -17,10 +17,10 @@ from areal_like.config import Config, LoraConfig, from_mapping
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
+from tests.support.families import is_trained, stored, write_family
 from tests.support.launching import TEST_LIMIT_S, areal_like
 from tests.support.sft_model import addition_rows, write_rows, write_sft_model
 from tests.support.trainer_helpers import without_measured
-from tests.support.wrapped_models import is_trained, stored, write_family
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.models.tiny_chat import CHAT_TEMPLATE, chat_tokenizer
