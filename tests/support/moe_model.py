@@ -22,17 +22,14 @@ def write_moe_model(directory: Path, *, vocab_size: int | None = None, seed: int
     )
 
 
-def run_moe_job(cwd: Path, *settings: str, num_steps: int, family: str = "") -> list[dict[str, Any]]:
+def run_moe_job(cwd: Path, *settings: str, num_steps: int, family: str = "qwen3_moe") -> list[dict[str, Any]]:
     """Runs a whole job on the model and checks that engine and trainer agree at every step.
 
-    `family`: one of `families` instead. With max_staleness=0 every trained token was sampled by the
+    `family`: one of `tests.support.families`. With max_staleness=0 every trained token was sampled by the
     weights that compute its log-prob again. Returns the rows of metrics.jsonl.
     """
     root = cwd / "runs" / "x"
-    if family:
-        path = write_family(family, cwd / "model", vocab_size=len(character_tokenizer()))
-    else:
-        path = write_moe_model(cwd / "model")
+    path = write_family(family, cwd / "model", vocab_size=len(character_tokenizer()))
     job = (
         "name=x",
         f"model.path={path}",
@@ -74,7 +71,7 @@ def _check_checkpoint(saved: Path, initial: Path, *, family: str) -> None:
     assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in before.items()}
     assert stored(saved).keys() == before.keys()
     same = {name for name, tensor in tensors.items() if torch.equal(tensor, before[name].float())}
-    untrained = {name for name in before if family and not is_trained(name, family)}
+    untrained = {name for name in before if not is_trained(name, family)}
     assert untrained <= same
     # An expert whose bias is low may get no token.
-    assert all(family and ".experts." in name for name in same - untrained)
+    assert all(family != "qwen3_moe" and ".experts." in name for name in same - untrained)
