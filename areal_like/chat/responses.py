@@ -157,6 +157,8 @@ class _Messages:
         self._found: list[dict[str, Any] | ItemReference] = []
         self._reply: dict[str, Any] | None = None
         """The reply that the next item may belong to; its content is None until its text is known."""
+        self._referred: set[str] = set()
+        """Ids of the replies that stand in the input by reference, each once as a whole."""
 
     def closed(self) -> list[dict[str, Any] | ItemReference]:
         """Returns the messages."""
@@ -186,9 +188,9 @@ class _Messages:
                 self._found.append({"role": "tool", "tool_call_id": call_id, "content": output})
             case "item_reference":
                 reference = ItemReference(response_id=bare_id(_name(item, "id", where)), where=where)
-                last = self._found[-1] if self._found and self._reply is None else None
-                if isinstance(last, ItemReference) and last.response_id == reference.response_id:
+                if reference.response_id in self._referred:
                     return  # another item of the same reply
+                self._referred.add(reference.response_id)
                 self._close()
                 self._found.append(reference)
             case _:

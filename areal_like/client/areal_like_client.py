@@ -65,6 +65,8 @@ _PAUSE_S = 1.0
 """Pause between two such requests."""
 _BEATS = 3
 """Heartbeats sent in each `idle_timeout_s`."""
+_OF_PROXIES = (502, 503, 504)
+"""Statuses of a proxy that does not reach the server; the server itself has others."""
 
 
 class ClientError(Exception):
@@ -397,6 +399,8 @@ def _error_of(error: urllib.error.HTTPError, url: str) -> Exception:
         return _BusyError(message, code=code, wait_s=_seconds(error.headers.get("Retry-After")))
     if code == "job_over":
         return JobOverError(message)
+    if error.code in _OF_PROXIES:
+        return UnreachableError(f"{url}: {error.code}: {message}: the server has ended or is starting again")
     # The session's key came from the server: if the server does not know it, it has been started again since.
     if error.code == 410 or (error.code == 401 and "/sessions/" in url):
         advice = "" if "claim another" in message else ": claim another session"

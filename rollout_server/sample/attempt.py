@@ -134,7 +134,7 @@ class Attempt(ABC):
                 step_metrics=played.metrics,
             )
         except ValueError as error:
-            raise RewardError(str(error)) from None
+            raise self._too_much(str(error)) from None
         try:
             return turns.to_trajectory(
                 outcome,
@@ -145,6 +145,10 @@ class Attempt(ABC):
             )
         except ValueError as error:
             raise EngineError(f"the engine's completion cannot be used: {error}") from None
+
+    def _too_much(self, problem: str) -> RewardError | EpisodeError:
+        """Returns the error of a sample whose rewards do not add up."""
+        return RewardError(problem)
 
     @property
     def num_sampled(self) -> int:
@@ -321,6 +325,13 @@ class SessionAttempt(Attempt):
         trained on."""
         self.session.finish()
         return super().without_reward()
+
+    def _too_much(self, problem: str) -> RewardError | EpisodeError:
+        """The task's own rewards were checked before: what an external agent posted is the cause. Its failure
+        must not be a RewardError, because those may end a job at its start."""
+        if self.run_agent is not None:
+            return super()._too_much(problem)
+        return AgentLostError(f"the rewards that were posted cannot be added to the task's: {problem}")
 
     def _failure(
         self, problem: EpisodeError | PromptRefusedError, *, is_of_sample: bool

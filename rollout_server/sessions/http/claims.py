@@ -41,6 +41,8 @@ _DELIVERY_S = 10.0
 """Time limit for sending the response with a session; a client that reads more slowly does not get it."""
 _SHORTEST_S = 1.0
 """Shortest time limit that an agent may ask for."""
+_LONGEST_S = 1e9
+"""Longest one: an integer of any size would not be a time."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -68,8 +70,8 @@ class ClaimRoutes:
         body = parse_bounded_object(await request.body())
         wait_s = number(body, "wait_s", 0.0, low=0.0, high=MAX_WAIT_S)
         asked = AskedLimits(
-            deadline_s=number(body, "deadline_s", math.inf, low=_SHORTEST_S),
-            idle_timeout_s=number(body, "idle_timeout_s", math.inf, low=_SHORTEST_S),
+            deadline_s=number(body, "deadline_s", math.inf, low=_SHORTEST_S, high=_LONGEST_S),
+            idle_timeout_s=number(body, "idle_timeout_s", math.inf, low=_SHORTEST_S, high=_LONGEST_S),
         )
         is_group = flag(body, "group")
         offer = self.book.offer_group if is_group else self._offer_one

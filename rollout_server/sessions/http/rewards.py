@@ -76,7 +76,7 @@ def _places(raw: Any) -> list[list[str]]:
 
 def _check_ids(given: list[str], ids: Collection[str], *, param: str) -> None:
     known = frozenset(ids)
-    if strange := next((id for id in given if id not in known), None):
+    if (strange := next((id for id in given if id not in known), None)) is not None:
         raise ParamError(f"{param}: {strange!r:.100} is no session of this group", param=param)
     if len(set(given)) < len(given):
         raise ParamError(f"{param}: a session is there twice", param=param)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,9 @@ from rollout_server.sessions.book import JOB_OVER, SessionBook
 from rollout_server.sessions.claimants import LONGEST_WAIT_S, Claimant
 from rollout_server.sessions.open_session import AskedLimits, OpenSession
 from rollout_server.sources import SampleSource
-from rollout_server.tasks.base import make_task
+from rollout_server.tasks.base import Score, make_task
+from rollout_server.tasks.external import ExternalTask
+from rollout_server.workers.reward_pool import Reward
 from tests.rollout_server.test_environment_attempts import EOS, Ordinals, ScriptedEngine
 from tests.rollout_server.test_episodes import Digits
 from tests.support import moved_clock
@@ -40,6 +43,8 @@ class Job:
 
     book: SessionBook = field(default_factory=SessionBook)
     results: list[SampleResult] = field(default_factory=list)
+    rewards: Any = None
+    """Of the task; None: it has none."""
 
     def start(self) -> LeaseRunner:
         config = from_mapping(
@@ -59,7 +64,7 @@ class Job:
                     task=make_task(TASK, seed=0),
                     renderer=Digits(stop_token_ids=(EOS,), chat=chat),  # type: ignore[arg-type]
                     context_tokens=200,
-                    rewards=None,  # type: ignore[arg-type]  # the task has none
+                    rewards=self.rewards,
                 )
             },
             gate=GenerationGate(),
@@ -245,6 +250,30 @@ def test_broken_agents_use_up_no_sample(kind: str, problem: str) -> None:
         session.end()
         assert isinstance(await job.result(), SampleDone)
         assert job.book.claimants.hold(healthy, now_s=session.now_s) is None
+        await runner.close()
+
+    moved_clock.run(run())
+
+
+def test_posted_rewards_cannot_fail_the_tasks_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed reward of the task may end the job at its start."""
+
+    class Task:
+        async def score(self, **options: Any) -> Reward:
+            return Reward(score=Score(value=1e6), seconds=0.0)
+
+    monkeypatch.setattr(ExternalTask, "is_rewarded", lambda self, example: True)
+
+    async def run() -> None:
+        job = Job(rewards=Task())
+        runner = job.start()
+        for posted in (LARGEST_REWARD, 0.5):
+            session = await job.claimed()
+            await delivered(session)
+            session.set_reward(posted)
+            session.end()
+        result = await job.result()
+        assert isinstance(result, SampleDone) and result.record.trajectory().reward == 1e6 + 0.5
         await runner.close()
 
     moved_clock.run(run())

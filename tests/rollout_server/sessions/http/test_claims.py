@@ -197,7 +197,15 @@ DONE = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 BUSY = b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\n\r\n"
 
 
-@pytest.mark.parametrize("answer", [CUT, b"nonsense\r\n\r\n", DONE[:-2] + b"<>", CUT.replace(b"200", b"500")])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        CUT,
+        b"nonsense\r\n\r\n",
+        DONE[:-2] + b"<>",
+        *(CUT.replace(b"200", status) for status in (b"500", b"502")),
+    ],
+)
 def test_a_broken_answer_is_an_os_error(answer: bytes) -> None:
     error = RefusedError if b"500" in answer else UnreachableError
     with answering(answer) as url, pytest.raises(error, match=url):
@@ -389,7 +397,7 @@ def test_an_agent_asks_for_shorter_limits(server: SessionServer) -> None:
     assert 80.0 < deadline_s <= 90.0
     server.advance(5.0)
     assert waiting.result(HANG_LIMIT_S) == "idle"
-    for wrong in ({"deadline_s": 0.5}, {"idle_timeout_s": "5"}, {"group": 1}):
+    for wrong in ({"deadline_s": 0.5}, {"deadline_s": 10**400}, {"idle_timeout_s": "5"}, {"group": 1}):
         assert posted(server, wrong)[0] == 400
 
 

@@ -94,6 +94,7 @@ def test_places_become_rewards() -> None:
         ({"rewards": [1, 2]}, "must be an object"),
         ({"ranking": ["A"]}, "not over"),
         ({"ranking": ["A", "A", "B"]}, "twice"),
+        ({"ranking": ["", "A", "B"]}, "'' is no session of this group"),
         ({"ranking": ["A", ["B", "x"]]}, "'x' is no session"),
         ({"ranking": ["A", []]}, "must be a list"),
         ({"ranking": ["A", [["B"]]]}, "must be a list"),

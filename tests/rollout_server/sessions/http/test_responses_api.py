@@ -163,6 +163,25 @@ def test_unknown_responses_are_refused(server: SessionServer, of: str) -> None:
     assert len(server.policy.prompts) == num_prompts
 
 
+def test_a_reply_is_in_a_prompt_once(server: SessionServer) -> None:
+    """Otherwise a small body could refer to a long reply thousands of times."""
+    session = server.add()
+    server.policy.texts = [f"{CALL}{CALL}", "x" * 200, "done", "done"]
+    options: dict[str, Any] = {"model": "m", "tools": TOOLS}
+    with client_of(server, session) as client:
+        calls = client.responses.create(input=HI, **options)
+        items: list[Any] = [*HI]
+        for one in calls.output:
+            output = {"type": "function_call_output", "call_id": one.call_id, "output": "3"}
+            items += [{"type": "item_reference", "id": one.id}, output]
+        long = client.responses.create(input=items, **options)
+        assert segments_of(server, session) == 1
+        items += [*references(long), {"type": "item_reference", "id": calls.output[0].id}] * 100
+        client.responses.create(input=[*items, *HI], **options)
+    assert segments_of(server, session) == 1
+    assert server.renderer.decode(server.policy.prompts[-1]).count("x" * 200) == 1
+
+
 def test_the_oldest_responses_are_forgotten(server: SessionServer) -> None:
     session = server.add()
     with client_of(server, session) as client:
