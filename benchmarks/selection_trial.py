@@ -76,7 +76,12 @@ JOBS = {
         ),
         context_tokens=counting.MAX_CHARACTERS + 8,
     ),
-    "tool": TrialJob(lr=5e-4, num_steps=100, settings=("--config", "configs/jobs/tools.yaml")),
+    "tool": TrialJob(
+        lr=5e-4,
+        num_steps=100,
+        # The warm start that the job had when its trials were run.
+        settings=("--config", "configs/jobs/tools.yaml", "model.warm_start_steps=400"),
+    ),
     "agents": TrialJob(lr=5e-4, num_steps=40, settings=("--config", "configs/jobs/agents.yaml")),
 }
 

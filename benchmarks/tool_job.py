@@ -22,7 +22,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 CONFIG = ("--config", "configs/jobs/tools.yaml")
-VARIANTS = {"calculator": (), "none": ("task.use_tool=false", "trainer.lr=1e-4")}
+VARIANTS = {
+    "calculator": (),
+    "none": ("task.use_tool=false", "trainer.lr=1e-4", "model.warm_start_steps=400"),
+}
 """Name of the tool -> settings. Without the tool hardly any completion is correct: with the larger learning
 rate, the few rewards would make the policy worse."""
 KEPT = (

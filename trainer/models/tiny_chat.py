@@ -68,7 +68,8 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 def build_tiny_chat_model(out_dir: Path, *, seed: int, warm_start_steps: int, uses_tool: bool) -> None:
     """Writes a model that is warm-started on additions, with its tokenizer, into `out_dir`.
 
-    Half a minute on one thread for 400 steps. `uses_tool`: see `areal_like.adding.noisy_demonstration`.
+    A minute on one thread for 1,000 steps; after 400 some seeds cannot copy numbers yet. `uses_tool`: see
+    `areal_like.adding.noisy_demonstration`.
     """
     tokenizer = chat_tokenizer()
     model = untrained_model(
