@@ -221,6 +221,14 @@ def test_routes_of_a_whole_sequence_must_fit_a_message() -> None:
         check_routes_fit(job, reader, context_tokens=180_000)
 
 
+def test_routes_of_all_segments_must_fit_a_message() -> None:
+    """Otherwise an agent that branches makes samples that fail, and these count against the server."""
+    reader = RoutesReader.of_model(QWEN3_30B)
+    check_routes_fit(from_mapping({"episode": {"max_tokens": 170_000}}), reader, context_tokens=1000)
+    with pytest.raises(ConfigError, match=r"a sample of 180000 tokens .*episode\.max_tokens"):
+        check_routes_fit(from_mapping({"episode": {"max_tokens": 180_000}}), reader, context_tokens=1000)
+
+
 class RoutedEngine(CountingEngine):
     """Returns routes of `num_layers` layers where they are requested, or raises `error`."""
 
