@@ -26,7 +26,7 @@ import fcntl
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from areal_like.config import BufferConfig, Config
@@ -112,7 +112,7 @@ class DurableStore(RowRecorder):
         segments = sql.read_segments(self._connection)
         self._retained = frozenset(row.segment for row in segments if row.retained)
         last = segments[-1] if segments else SegmentRow(segment=0, num_bytes=0, retained=False)
-        self._verify(last.segment, _placed_parts(recovered, ignoring=ignoring), ignoring=ignoring)
+        self._verify(segments, _placed_parts(recovered, ignoring=ignoring), ignoring=ignoring)
         num_whole, num_torn_bytes = unreferenced_tail(
             self._directory, segment=last.segment, offset=last.num_bytes
         )
@@ -244,13 +244,20 @@ class DurableStore(RowRecorder):
         )
 
     def _verify(
-        self, last_segment: int, placed: Mapping[tuple[int, int], int], *, ignoring: Collection[int]
+        self,
+        segments: Sequence[SegmentRow],
+        placed: Mapping[tuple[int, int], int],
+        *,
+        ignoring: Collection[int],
     ) -> None:
-        """Checks that every record that is needed is on disk; in the last segment, also its checksum.
+        """Checks that every record that is needed is on disk; in the last segment and in a file that is
+        shorter than its row says, also its checksum and its routes.
 
         Older segments were complete when the last one was started. Their checksums are verified only when
         records are read, because a buffer must not take minutes to start. Raises StoreCorruptError.
         """
+        whole = {row.segment: row.num_bytes for row in segments[:-1]}
+        """Bytes that were written to each older segment, routes included."""
         sizes: dict[int, int] = {}
         damaged = []
         for ticket_id, locations in self._locations.items():
@@ -261,7 +268,7 @@ class DurableStore(RowRecorder):
                 path = segment_path(self._directory, location.segment)
                 size = sizes.setdefault(location.segment, path.stat().st_size if path.exists() else -1)
                 try:
-                    if location.segment == last_segment or location.offset + location.num_bytes > size:
+                    if location.segment not in whole or size < whole[location.segment]:
                         read_record(
                             self._directory,
                             location,

@@ -47,7 +47,7 @@ class RoutesReader:
         try:
             shape = RoutesShape(*map(int, raw))
             shape.check()
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise RoutesError(f"the engine reports routes_shape={raw!r}: {error}") from None
         return cls(shape=shape, layers=tuple(range(shape.num_layers)), num_reported=shape.num_layers)
 
@@ -107,10 +107,15 @@ class RoutesReader:
 
 
 def _has_experts(facts: Mapping[str, Any], layer: int) -> bool:
-    """By the fields of Qwen's (`mlp_only_layers`, `decoder_sparse_step`) and DeepSeek's config.json."""
+    """By the fields of Qwen's (`mlp_only_layers`, `decoder_sparse_step`) and DeepSeek's config.json, or by a
+    list with an entry for each layer (GLM with sparse attention, MiniMax)."""
+    kinds, step = facts.get("mlp_layer_types"), facts.get("moe_layer_freq")
+    if isinstance(kinds, list) and layer < len(kinds):
+        return bool(kinds[layer] == "sparse")
+    if isinstance(step, list) and layer < len(step):
+        return bool(step[layer])
     dense: Sequence[int] = facts.get("mlp_only_layers") or ()
     if layer in dense or (layer + 1) % int(facts.get("decoder_sparse_step") or 1):
         return False
     first = int(facts.get("first_k_dense_replace") or 0)
-    step = facts.get("moe_layer_freq")
     return layer >= first and (not isinstance(step, int) or layer % step == 0)

@@ -178,6 +178,35 @@ def test_damaged_routes_are_reported_at_the_start(cut: bool, tmp_path: Path) -> 
         asyncio.run(read())
 
 
+def test_routes_cut_off_in_an_older_file_are_reported(tmp_path: Path) -> None:
+    """As after a power failure with durability=process_crash, when older files may lack their ends too."""
+
+    async def write() -> Ticket:
+        async with opened(tmp_path, segment_bytes=1 << 16) as (store, _):
+            tickets: list[Ticket] = []
+            while num_segments(tmp_path) < 2:
+                tickets.append(full_ticket(store, ROUTED + 2 * len(tickets)))
+                await durable(store)
+            return tickets[0]
+
+    intact = asyncio.run(write())
+    ((segment, end, ticket_id, index),) = query(
+        tmp_path,
+        "SELECT segment, offset + num_bytes, ticket_id, sample_index FROM samples "
+        "WHERE segment = (SELECT min(segment) FROM segments) ORDER BY offset DESC LIMIT 1",
+    )
+    assert ticket_id != intact.ticket_id
+    with segment_path(tmp_path, segment).open("r+b") as file:
+        file.truncate(end + 40)
+
+    async def read() -> None:
+        async with opened(tmp_path):
+            pytest.fail("the buffer started")
+
+    with pytest.raises(StoreCorruptError, match=f"^sample {index} of ticket {ticket_id} .*routes.*$"):
+        asyncio.run(read())
+
+
 def test_damaged_routes_are_never_served(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path, segment_bytes=1 << 16) as (store, _):

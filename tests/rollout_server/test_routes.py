@@ -55,6 +55,8 @@ def test_bytes_a_token_of_a_large_model() -> None:
         ({"decoder_sparse_step": 2}, (1, 3)),
         ({"mlp_only_layers": [0, 2]}, (1, 3)),
         ({"first_k_dense_replace": 1, "moe_layer_freq": 1}, (1, 2, 3)),
+        ({"mlp_layer_types": ["dense", "dense", "sparse", "sparse"]}, (2, 3)),
+        ({"moe_layer_freq": [0, 1, 1, 1]}, (1, 2, 3)),
         ({"num_experts": None, "num_local_experts": 8}, (0, 1, 2, 3)),
         ({"num_experts": None, "n_routed_experts": 8}, (0, 1, 2, 3)),
     ],
@@ -111,7 +113,7 @@ def test_wrong_routes_are_refused(raw: Any, message: str) -> None:
     assert READER.read(in_text(RIGHT), num_tokens=4).num_tokens == 4
 
 
-@pytest.mark.parametrize("raw", [[2, 2], [2, 2, 0], "x", 7, [2, 2, 1 << 20]])
+@pytest.mark.parametrize("raw", [[2, 2], [2, 2, 0], "x", 7, [2, 2, 1 << 20], [2, 2, math.inf]])
 def test_a_wrong_shape_is_an_engines_error(raw: Any) -> None:
     with pytest.raises(RoutesError, match="routes_shape"):
         RoutesReader.of_embedded(raw)
@@ -219,6 +221,14 @@ def test_routes_of_a_whole_sequence_must_fit_a_message() -> None:
     check_routes_fit(job, reader, context_tokens=170_000)
     with pytest.raises(ConfigError, match=r"384 a token.*buffer\.max_message_bytes=67108864"):
         check_routes_fit(job, reader, context_tokens=180_000)
+
+
+def test_routes_of_all_segments_must_fit_a_message() -> None:
+    """Otherwise an agent that branches makes samples that fail, and these count against the server."""
+    reader = RoutesReader.of_model(QWEN3_30B)
+    check_routes_fit(from_mapping({"episode": {"max_tokens": 170_000}}), reader, context_tokens=1000)
+    with pytest.raises(ConfigError, match=r"a sample of 180000 tokens .*episode\.max_tokens"):
+        check_routes_fit(from_mapping({"episode": {"max_tokens": 180_000}}), reader, context_tokens=1000)
 
 
 class RoutedEngine(CountingEngine):

@@ -274,14 +274,16 @@ class EmbeddedProcess(EngineProcess):
 
 
 def check_routes_fit(config: Config, routes: RoutesReader | None, *, context_tokens: int) -> None:
-    """Raises ConfigError if the routes of a whole sequence do not fit into a message to the buffer."""
-    most = config.buffer.max_message_bytes
-    if routes is None or (num_bytes := routes.shape.block_bytes(context_tokens)) <= most:
+    """Raises ConfigError if the routes of a sample do not fit into a message to the buffer: those of a whole
+    sequence, or of all segments of a conversation (`episode.max_tokens`)."""
+    most, num_tokens = config.buffer.max_message_bytes, max(context_tokens, config.episode.max_tokens)
+    if routes is None or (num_bytes := routes.shape.block_bytes(num_tokens)) <= most:
         return
     raise ConfigError(
-        f"with model.router_replay a sequence of {context_tokens} tokens has routes of {num_bytes} bytes "
+        f"with model.router_replay a sample of {num_tokens} tokens has routes of {num_bytes} bytes "
         f"({routes.shape.bytes_per_token} a token), and one message has at most "
-        f"buffer.max_message_bytes={most}: raise it in all roles, or use shorter sequences"
+        f"buffer.max_message_bytes={most}: raise it in all roles, or use shorter sequences "
+        "(rollout.max_context, episode.max_tokens)"
     )
 
 
