@@ -508,17 +508,17 @@ class Config(Section):
         On GPUs completions are long: rebuilding the KV cache of every running sequence at each push would
         cost more than it gains. A salt keeps SGLang's cached prefixes of different weights apart. SGLang
         cannot keep KV under another adapter, so there running requests finish under their own. With
-        `model.router_replay` it keeps the KV on CPUs too: it reports only the routes of the last pass.
+        `model.router_replay` it does the same on CPUs: it reports only the routes of the last pass.
         """
         if self.weights.update_mode != "auto":
             return self.weights.update_mode
         if self._trains_on_intervals:
             return "drain"
         on_gpu = self.rollout.engine == "sglang" and self.rollout.engine_device != "cpu"
-        if on_gpu and self.weights.lora == "adapter":
-            return "drain"
         reports_last_routes = self.rollout.engine == "sglang" and self.model.router_replay
-        return "keep" if on_gpu or reports_last_routes else "recompute"
+        if not on_gpu and not reports_last_routes:
+            return "recompute"
+        return "drain" if self.weights.lora == "adapter" else "keep"
 
     @property
     def _trains_on_intervals(self) -> bool:

@@ -217,8 +217,14 @@ def _checkpoint_bytes(config: Config) -> int:
 
 def _has_linear_attention(model: str) -> bool:
     """False if the model's config.json is not on this machine."""
+    file = Path(model).expanduser() / "config.json"
     try:
-        facts = json.loads((Path(model).expanduser() / "config.json").read_text())
+        if not file.is_file():
+            # Imported here: it takes half a second, which only a model of the hub needs.
+            from huggingface_hub import try_to_load_from_cache
+
+            file = Path(str(try_to_load_from_cache(model, "config.json")))
+        facts = json.loads(file.read_text())
         return any("linear_num_value_heads" in part for part in (facts, facts.get("text_config") or {}))
     except (OSError, ValueError, AttributeError, TypeError):
         return False

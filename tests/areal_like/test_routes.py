@@ -257,6 +257,10 @@ def test_without_routes_every_byte_is_as_before() -> None:
 def test_sglang_needs_an_update_mode_that_keeps_routes() -> None:
     job: dict[str, Any] = {"model": {"router_replay": True}, "rollout": {"engine": "sglang"}}
     assert from_mapping(job).update_mode == "keep"
+    on_cpu = {"engine": "sglang", "engine_device": "cpu"}
+    adapter = {"model": {"router_replay": True, "lora": {"rank": 4}}, "weights": {"lora": "adapter"}}
+    assert from_mapping(job | {"rollout": on_cpu}).update_mode == "keep"
+    assert from_mapping(adapter | {"rollout": on_cpu}).update_mode == "drain", "SGLang cannot keep the KV"
     with pytest.raises(ConfigError, match="update_mode=recompute with model"):
         from_mapping(job | {"weights": {"update_mode": "recompute"}})
     assert from_mapping({"model": {"router_replay": True}}).update_mode == "recompute"

@@ -173,6 +173,18 @@ def test_models_with_linear_attention_are_known_by_their_config(tmp_path: Path) 
         assert gathering._has_linear_attention(str(directory)) == (name != "qwen3-8b")
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"linear_num_value_heads": 32}}))
     assert gathering._has_linear_attention(str(tmp_path))
+
+
+def test_configs_in_the_cache_of_the_hub_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert not gathering._has_linear_attention("owner/hybrid"), "not on this machine"
+    snapshot = tmp_path / "models--owner--hybrid" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps({"linear_num_value_heads": 32}))
+    (tmp_path / "models--owner--hybrid" / "refs").mkdir()
+    (tmp_path / "models--owner--hybrid" / "refs" / "main").write_text("a" * 40)
+    assert gathering._has_linear_attention("owner/hybrid")
+    assert not gathering._has_linear_attention("no/such/name")
     assert not gathering._has_linear_attention("some/hub-name")
 
 

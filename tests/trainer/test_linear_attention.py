@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -340,6 +342,17 @@ def test_float32_vectors_stay_float32(mixed: Path, tmp_path: Path, ranks: Ranks)
     for name, tensor in files.items():
         assert torch.equal(sent[name], tensor + 1e-4 if is_state(name) else tensor), name
     snapshotter.close()
+
+
+def test_a_resume_needs_the_files_of_the_dtypes(mixed: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """Without them the vectors that are float32 would be rounded, silently."""
+    path = shutil.copytree(mixed, tmp_path / "model")
+    (path / "model.safetensors").unlink()
+    for dtype in ("bfloat16", "float32"):
+        policy = Policy.build(str(path)).shard(ranks, dtype=dtype)
+        refused = pytest.raises(ConfigError, match=r"no model\.safetensors")
+        with refused if dtype == "bfloat16" else contextlib.nullcontext():
+            policy.read_untrained()
 
 
 def test_files_keep_the_dtypes(mixed: Path, tmp_path: Path, ranks: Ranks) -> None:

@@ -84,8 +84,10 @@ class PackedModel(nn.Module):
         self._ranks: Ranks | None = None
         self.replay: RouterReplay | None = None
         """`model.router_replay`."""
+        self.dtype = torch.float32
+        """Dtype of the forward; see `shard`."""
         self.reshard_after_forward = True
-        """Dtype of the layers; see `shard`."""
+        """See `shard`."""
         self.attention: Kind = "auto"
         """`trainer.attention`."""
         _check_layers(model)
@@ -184,7 +186,7 @@ class PackedModel(nn.Module):
         Returns itself, with undefined weights. Gradients are summed over ranks and not averaged: the step
         divides by global counts, once.
         """
-        compute = DTYPES[dtype]
+        compute = self.dtype = DTYPES[dtype]
         if self.linear_layers:
             check_kernels(ranks.device, kind=self.attention, dtype=compute)
         precision = MixedPrecisionPolicy(
@@ -316,6 +318,8 @@ class PackedModel(nn.Module):
 
         For a caller that reads a checkpoint instead of `read_initial_weights`. Raises ConfigError.
         """
+        if self.linear_layers and self.dtype != torch.float32:
+            self._stored  # noqa: B018 - without these files `float32_names` would be empty
         if self.has_adapter:
             self.read_base()
         else:

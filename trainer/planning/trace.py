@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 
 from areal_like.automatic_settings import router_dtype, uses_fp32_head
 from areal_like.config import Config, LoraConfig
@@ -382,7 +383,8 @@ class _Trace:
     def _merged(self, policy: Policy) -> MergedWeights:
         """The source of the pushes, after two of them: the second one is compared with the first."""
         with self._memory.as_(PUSH, phase="push"):
-            merged = MergedWeights(policy.model, self._ranks, dtype=DTYPES[str(self._config.model.dtype)])
+            with _disable_current_modes():  # names of experts are found by the values of real tensors
+                merged = MergedWeights(policy.model, self._ranks, dtype=DTYPES[str(self._config.model.dtype)])
             for _ in range(2):
                 merged.begin()
                 for tensor in merged.tensors:

@@ -9,9 +9,10 @@ import pytest
 from transformers import Qwen3Config
 
 from areal_like.runtime.command_line import load_config
+from tests.support.families import write_family
 from trainer.planning.layers import has_equal_layers
 from trainer.planning.planner import Plan, make_plan
-from trainer.planning.trace import trace_step
+from trainer.planning.trace import PUSH, trace_step
 
 NUM_LAYERS = 8
 
@@ -100,3 +101,12 @@ def test_unequal_layers_are_all_traced(tmp_path: Path) -> None:
     plan = make_plan(load_config([model, *SHORT]), gpus="1+2xH100")
     assert not has_equal_layers(plan.shape)
     assert plan.trace.num_params > 8 * 3 * 256 * 768
+
+
+def test_adapters_of_mixtures_are_merged_in_the_trace(tmp_path: Path) -> None:
+    settings = (f"model.path={write_family('qwen3_moe', tmp_path)}", *SHORT, "model.lora.rank=4")
+    merged, apart = (
+        make_plan(load_config([*settings, f"weights.lora={way}"]), gpus="1+2xH100").trace.resident_bytes
+        for way in ("merged", "adapter")
+    )
+    assert merged[PUSH] > 0 == apart.get(PUSH, 0)
