@@ -7,7 +7,7 @@ into the run's config.yaml, and the buffer refuses a peer whose dtype differs fr
     model.fp32_head                  on where model.dtype is bfloat16; in float32 it changes nothing
     model.router_dtype               bfloat16 where model.dtype is bfloat16; in float32 it changes nothing
     trainer.gradient_checkpointing   on where the trainer is on GPUs
-    objective                        by the longest answer (`areal_like/config/default_objective.py`)
+    objective                        the default method (`areal_like/config/default_objective.py`)
 
 Only config.json is read, never weights. For a model that is given by its hub name, it may be downloaded.
 

@@ -12,8 +12,8 @@ Trials with fixed ages run `--jobs` at a time with one thread each; real jobs ru
 need a quiet machine, because their seconds are wall time.
 
 The candidates are VCPO with proxy norms, the same with each sample left out of its own baseline, VESPO, GSPO,
-decoupled PPO, token TIS with a geometric band, and `tis`, the present default. VCPO with exact or ghost norms
-is not one: it needs the gradient of every sequence, which large models on GPUs cannot afford.
+decoupled PPO, token TIS with a geometric band, and `tis`, the default until then. VCPO with exact or ghost
+norms is not one: it needs the gradient of every sequence, which large models on GPUs cannot afford.
 
 The rule
 ========

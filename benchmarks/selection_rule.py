@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 """Label -> the settings of a job with the method."""
 PRESENT = "tis"
-"""The present default, which stays unless another method is chosen."""
+"""The default when the trials were run, which stays unless another method is chosen."""
 MAX_RUNS = 150
 """Trials of both stages together."""
 STAGE_1_JOBS = ("default", "long")

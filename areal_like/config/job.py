@@ -197,8 +197,8 @@ class Config(Section):
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     objective: dict[str, Any] = field(default_factory=lambda: {"name": AUTO})
-    """`name` or `_target_`, that objective's own settings, and `masks`: a list of such mappings. `auto`: one
-    objective for answers of up to 512 tokens and one for longer ones, without settings of its own."""
+    """`name` or `_target_`, that objective's own settings, and `masks`: a list of such mappings. `auto`: the
+    preset `gspo`, without settings of its own."""
     advantage: dict[str, Any] = field(default_factory=lambda: {"name": "grpo"})
     """`name` or `_target_`, that advantage's own settings, `turn_discount` (1), and `shaping`: a list of such
     mappings."""

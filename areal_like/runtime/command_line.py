@@ -146,7 +146,7 @@ def role_arguments(argv: Sequence[str], *, default_name: str) -> tuple[Config, s
 
 
 def load_role_config(argv: Sequence[str]) -> Config:
-    """`load_config` for a daemon: with the objective of its run, or the one that `objective=auto` chooses."""
+    """`load_config` for a daemon: with the objective of its run, or the one that `objective=auto` is."""
     config = load_config(argv)
     own = RunPaths.of(config).config
     return with_kept_objective(config, argv, own=own).with_resolved_objective()
@@ -156,8 +156,8 @@ def with_kept_objective(config: Config, argv: Sequence[str], *, own: Path) -> Co
     """The configuration, with the objective that the run's own config.yaml has if `objective=auto` is only a
     default.
 
-    Another release, or another limit of the answers, might choose another objective, and a run keeps its own.
-    `objective=auto` in `argv` chooses again. A file that cannot be read changes nothing.
+    Another release may have another default, and a run keeps its own objective. `objective=auto` in `argv`
+    takes the default of this one. A file that cannot be read changes nothing.
     """
     if not config.objective_choice or any(arg.lstrip("+").startswith("objective=") for arg in argv):
         return config

@@ -36,6 +36,7 @@ _RENAMED = {
     "mu_S": "behavior_logp_S",
     "prox_S": "prox_logp_S",
     "ref_S": "ref_logp_S",
+    "segment_S": "sample_S",
 }
 """Earlier attribute names and the present ones, for the error message that an older custom objective gets."""
 
@@ -128,11 +129,6 @@ class SampledTokens:
             name: torch.cat([getattr(part, name) for part in parts]).detach() for name in first._of_tokens
         }
         return replace(first, **tensors, length_N=torch.stack([part.length_N for part in parts]).sum(0))
-
-    @property
-    def segment_S(self) -> Tensor:
-        """Earlier name of `sample_S`, for custom objectives."""
-        return self.sample_S
 
     @property
     def _of_tokens(self) -> list[str]:

@@ -23,7 +23,7 @@ class Plan(PlannedJob):
     model_path: str
     """The setting `model.path`."""
     objective_choice: str
-    """The objective that `objective=auto` chooses, and why; empty if the job names one."""
+    """The objective that `objective=auto` is, and why; empty if the job names one."""
     memory: MemoryPlan
     estimate: Estimate | None
     """None if the job does not fit."""

@@ -256,7 +256,13 @@ def test_error_for_an_old_class_attribute_gives_the_new_name(
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("pi_S", "logp_S"), ("mu_S", "behavior_logp_S"), ("prox_S", "prox_logp_S"), ("ref_S", "ref_logp_S")],
+    [
+        ("pi_S", "logp_S"),
+        ("mu_S", "behavior_logp_S"),
+        ("prox_S", "prox_logp_S"),
+        ("ref_S", "ref_logp_S"),
+        ("segment_S", "sample_S"),
+    ],
 )
 def test_error_for_an_old_tokens_attribute_gives_the_new_name(old: str, new: str) -> None:
     with pytest.raises(AttributeError, match=f"no attribute '{old}': renamed to {new}$"):
