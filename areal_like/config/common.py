@@ -116,6 +116,7 @@ def choices_of(annotation: Any) -> tuple[Any, ...]:
     return tuple(choice for literal in literals for choice in typing.get_args(literal))
 
 
+@functools.cache
 def field_texts(cls: type) -> dict[str, str]:
     """Field name -> its docstring on one line, for the fields of a dataclass and of its bases.
 
