@@ -7,12 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from benchmarks.report import table
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from benchmarks.report import pyplot, table
 
 PEERS = ("job", "none")
 """The whole job is killed and resumed from a checkpoint, with nothing else left."""
@@ -81,7 +76,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         "all processes, resumed as\npeers do: from a checkpoint" if key == PEERS else _NAMES[key[0]]
         for key in bars
     ]
-    figure, panels = pyplot.subplots(1, len(_PANELS), figsize=(10, 3.2), dpi=140, sharey=True)
+    figure, panels = pyplot().subplots(1, len(_PANELS), figsize=(10, 3.2), dpi=140, sharey=True)
     for axes, (column, title) in zip(panels, _PANELS.items(), strict=True):
         for place, (key, kills) in enumerate(bars.items()):
             values = [kill[column] for kill in kills]
@@ -111,4 +106,4 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    pyplot.close(figure)
+    pyplot().close(figure)

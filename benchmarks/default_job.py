@@ -12,12 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from benchmarks.report import ROOT, run_job, table, write
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from benchmarks.report import ROOT, pyplot, run_job, table, write
 
 KEPT = (
     "steps", "eval_before", "eval_after", "reward_first", "reward_last", "training_seconds", "wall_seconds",
@@ -77,7 +72,7 @@ def main() -> None:
 
 def draw(runs: list[dict[str, Any]], path: Path, *, window: int = 15) -> None:
     """Plots the moving average of the training samples' reward over `window` steps against seconds."""
-    figure, axes = pyplot.subplots(figsize=(7, 3.6), dpi=140)
+    figure, axes = pyplot().subplots(figsize=(7, 3.6), dpi=140)
     for run in runs:
         seconds, rewards = zip(*run["curve"], strict=True)
         smooth = [

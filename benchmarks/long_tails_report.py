@@ -7,12 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from benchmarks.report import table
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from benchmarks.report import pyplot, table
 
 Row = dict[str, Any]
 COLORS = {"wait": "tab:red", "drop": "tab:orange", "close": "tab:blue", "unbounded": "tab:gray"}
@@ -116,7 +111,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     panels = sorted({key[:2] for key in groups if key[2] != "unbounded" and key[0] != "even"})
     if not panels:
         return
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.2 * len(panels), 3), sharey=True, squeeze=False)
+    figure, axes = pyplot().subplots(
+        1, len(panels), figsize=(3.2 * len(panels), 3), sharey=True, squeeze=False
+    )
     for axis, (objective, bound) in zip(axes[0], panels, strict=True):
         for (name, found_bound, side), some in groups.items():
             if name == objective and (found_bound == bound or side == "unbounded"):
@@ -131,4 +128,4 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes[0][-1].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    pyplot().close(figure)

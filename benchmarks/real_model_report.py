@@ -11,13 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
 from areal_like.evaluation.statistics import wilson_interval
-from benchmarks.report import table
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from benchmarks.report import pyplot, table
 
 ALL = "all"
 KEPT = (
@@ -160,7 +155,7 @@ def difference(value: float | None) -> str:
 
 def draw(result: dict[str, Any], path: Path, *, window: int = 10) -> None:
     """Held-out scores with intervals, and the training reward as a moving average, over the steps."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), dpi=140)
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 3.6), dpi=140)
     steps = [int(step) for step in result["curve"]]
     for name in result["scores"]["rl"]:
         at = [result["curve"][str(step)][name] for step in steps]

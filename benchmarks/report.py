@@ -49,6 +49,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
+def pyplot() -> Any:
+    """matplotlib.pyplot for figures in files; imported at the first one, because most importers draw none."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def run_job(
     name: str, overrides: Sequence[str], *, runs_dir: Path, timeout_s: float
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -6,12 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
+from benchmarks.report import pyplot
 from trainer.planning.staleness import least_staleness
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 Rows = Sequence[dict[str, Any]]
 ENOUGH = 0.95
@@ -91,7 +87,7 @@ def _samples(row: dict[str, Any]) -> int:
 def draw(rows: Rows, path: Path) -> None:
     """Throughput by bound: one panel per spread, one line per number of slots."""
     spreads = list(dict.fromkeys(row["job"]["spread"] for row in rows))
-    figure, panels = pyplot.subplots(1, len(spreads), figsize=(10, 3), sharey=True)
+    figure, panels = pyplot().subplots(1, len(spreads), figsize=(10, 3), sharey=True)
     for panel, spread in zip(panels, spreads, strict=True):
         for slots in dict.fromkeys(row["slots_a_step"] for row in rows):
             some = [row for row in rows if (row["job"]["spread"], row["slots_a_step"]) == (spread, slots)]
@@ -106,4 +102,4 @@ def draw(rows: Rows, path: Path) -> None:
     panels[-1].legend(title="slots / samples of a step", frameon=False, fontsize=8, title_fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    pyplot().close(figure)

@@ -13,13 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-from benchmarks.report import table
+from benchmarks.report import pyplot, table
 from benchmarks.staleness_cell import Cell, CellResult
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 COMMON_RATE = 3e-4
 """The learning rate of the right half of the figure; with it, every method learns from fresh samples."""
@@ -94,8 +89,8 @@ def draw(done: list[tuple[Cell, CellResult]], methods: Iterable[str], path: Path
     """
     names, settings = in_order(done, methods)
     found = scores(done)
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), dpi=140, sharey=True)
-    palette = pyplot.get_cmap("tab20" if len(names) > 10 else "tab10").colors
+    figure, panels = pyplot().subplots(1, 2, figsize=(10, 4.2), dpi=140, sharey=True)
+    palette = pyplot().get_cmap("tab20" if len(names) > 10 else "tab10").colors
     colors = [color for color in palette if len(set(color)) > 1]  # gray is that of no correction
     titles = ("each method at its best learning rate", f"all at the learning rate {COMMON_RATE:g}")
     for rank, (axes, title) in enumerate(zip(panels, titles, strict=True)):
@@ -138,4 +133,4 @@ def draw(done: list[tuple[Cell, CellResult]], methods: Iterable[str], path: Path
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    pyplot.close(figure)
+    pyplot().close(figure)

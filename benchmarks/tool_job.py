@@ -14,12 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from benchmarks.report import RESULTS, ROOT, run_job, table, write
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from benchmarks.report import RESULTS, ROOT, pyplot, run_job, table, write
 
 CONFIG = ("--config", "configs/jobs/tools.yaml")
 VARIANTS = {
@@ -132,7 +127,7 @@ def progress(runs: list[dict[str, Any]]) -> str:
 
 def draw(runs: list[dict[str, Any]], path: Path, *, window: int = 5) -> None:
     """Plots reward, and turns and tool calls per sample, over the steps, as moving averages over `window`."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), dpi=140)
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 3.6), dpi=140)
     seeds = sorted({run["seed"] for run in runs})
     for run in runs:
         color, has_tool = COLORS[seeds.index(run["seed"]) % len(COLORS)], run["variant"] == "calculator"

@@ -14,12 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from benchmarks.report import RESULTS, ROOT, table
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from benchmarks.report import RESULTS, ROOT, pyplot, table
 
 WINDOW = 5
 REWARDS = (0.7, 0.9)
@@ -141,7 +136,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Seconds to the first reward and seconds per step: a bar for the median, a dot for each run."""
     reward = str(REWARDS[0])
     jobs = list(dict.fromkeys(run["job"] for run in runs))
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 2.8), sharey=True)
+    figure, panels = pyplot().subplots(1, 2, figsize=(10, 2.8), sharey=True)
     for number, job in enumerate(jobs):
         for shift, side in ((-0.2, "ours"), (0.2, "TRL")):
             some = [run for run in runs if (run["job"], run["side"]) == (job, side)]
@@ -167,7 +162,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    pyplot().close(figure)
 
 
 def phases_of(runs: Sequence[dict[str, Any]]) -> str:

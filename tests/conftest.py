@@ -85,6 +85,15 @@ def process_group_of_module() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def processes_of_module() -> Iterator[None]:
+    """Ends what a failed test of a file has left, which would slow the others down for as long as it runs."""
+    yield
+    # By its name: what a fixture names is what every test uses (selection.py).
+    if (starter := sys.modules.get("tests.support.warm_start")) is not None:
+        starter.end_started()
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment with one cache directory for all xdist workers, so that jobs build the tiny model once."""

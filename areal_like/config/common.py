@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import functools
 import inspect
 import itertools
 import math
@@ -80,17 +81,27 @@ class Section:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value outside the choices or bounds of its field, then calls `check`."""
-        for name, annotation in typing.get_type_hints(type(self), include_extras=True).items():
-            # Another attribute may be a property, or not be set yet.
-            if choices_of(annotation) or hasattr(annotation, "__metadata__"):
-                key, value = f"{self.key}.{name}".lstrip("."), getattr(self, name)
-                check_choice(annotation, value, key=key)
-                for bounds in getattr(annotation, "__metadata__", ()):
-                    bounds.check(value, key=key)
+        for name, annotation in _checked_fields(type(self)):
+            key, value = f"{self.key}.{name}".lstrip("."), getattr(self, name)
+            check_choice(annotation, value, key=key)
+            for bounds in getattr(annotation, "__metadata__", ()):
+                bounds.check(value, key=key)
         self.check()
 
     def check(self) -> None:
         """Checks ranges and rules over several fields. Raises ConfigError that says what to change."""
+
+
+@functools.cache
+def _checked_fields(section: type) -> tuple[tuple[str, Any], ...]:
+    """Names and annotations of the fields with choices or bounds.
+
+    Another attribute of a section may be a property, or not be set yet.
+    """
+    hints = typing.get_type_hints(section, include_extras=True)
+    return tuple(
+        (name, hint) for name, hint in hints.items() if choices_of(hint) or hasattr(hint, "__metadata__")
+    )
 
 
 def members_of(annotation: Any) -> tuple[Any, ...]:
@@ -105,6 +116,7 @@ def choices_of(annotation: Any) -> tuple[Any, ...]:
     return tuple(choice for literal in literals for choice in typing.get_args(literal))
 
 
+@functools.cache
 def field_texts(cls: type) -> dict[str, str]:
     """Field name -> its docstring on one line, for the fields of a dataclass and of its bases.
 

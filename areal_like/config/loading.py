@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
@@ -55,16 +56,22 @@ def build(cls: type[T], raw: Any, *, path: str = "") -> T:
     Raises ConfigError for unknown keys and wrong types or values.
     """
     require(isinstance(raw, dict), f"{path.rstrip('.') or 'config'}: want a mapping, got {raw!r}")
-    hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
+    hints = _hints_of(cls)
     values = {}
     for key, value in raw.items():
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"did you mean `{path}{near[0]}`?" if near else f"known keys: {', '.join(names)}"
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean `{path}{near[0]}`?" if near else f"known keys: {', '.join(hints)}"
             raise ConfigError(f"unknown key `{path}{key}`: {hint}")
         values[key] = _convert(hints[key], value, path=f"{path}{key}")
     return cls(**values)
+
+
+@functools.cache
+def _hints_of(cls: type) -> dict[str, Any]:
+    """Field of a dataclass -> its type."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(typing.cast(Any, cls))}
 
 
 def _convert(hint: Any, value: Any, *, path: str) -> Any:

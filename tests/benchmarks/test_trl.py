@@ -1,6 +1,7 @@
 """The comparison with TRL: both sides get the same prompts, and the figures are read from the steps' rows."""
 
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -182,27 +183,63 @@ def test_answers_of_counting_have_a_long_tail() -> None:
     assert task.reward(examples[0], answer + "0") == 0.0
 
 
-@pytest.mark.skipif(not trl.PYTHON.exists(), reason="needs TRL in an environment of its own: make trl")
-@pytest.mark.parametrize("num_updates", [1, 2])
-def test_trl_takes_prompts_in_order(tmp_path: Path, num_updates: int) -> None:
-    build_tiny_model(tmp_path / "model", seed=0, warm_start_steps=0, swap_prob=0.5)
+RUNS = """
+import os, runpy, sys
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+script, *specs = sys.argv[1:]
+for spec in specs:
+    if not os.fork():
+        sys.argv[1:] = [spec]
+        runpy.run_path(script, run_name="__main__")
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(1)
+"""
+"""Runs TRL's side once for each specification: forks, because it imports its packages for eight seconds."""
+
+
+@pytest.fixture(scope="module")
+def runs_of_trl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what TRL's side wrote in three steps, under `1` and `2`, its updates a batch."""
+    folder = tmp_path_factory.mktemp("trl")
+    build_tiny_model(folder / "model", seed=0, warm_start_steps=0, swap_prob=0.5)
     examples = trl.examples_of(SortTask(seed=0), 6, seed=0)
     settings = trl.settings_of(trl.JOBS["default"], lr=8e-5) | {"samples": 4, "group_size": 2}
-    spec = {
-        "model": str(tmp_path / "model"), "prompts": [e.prompt for e in examples],
-        "answers": [e.answer for e in examples], "out": str(tmp_path / "out"), "seed": 0, "num_threads": 1,
-        "trl": {"num_iterations": num_updates}, "stop_at": 2.0, "stop_after_s": 600.0, "window": 5,
-        "weights": str(tmp_path / "weights"), "settings": settings | {"num_steps": 3 * num_updates},
-    }  # fmt: skip
-    (tmp_path / "spec.json").write_text(json.dumps(spec))
-    command = [str(trl.PYTHON), "-P", str(ROOT / "benchmarks/trl_side.py"), str(tmp_path / "spec.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    specs = []
+    for num_updates in (1, 2):
+        out = folder / str(num_updates)
+        out.mkdir()
+        spec = {
+            "model": str(folder / "model"), "prompts": [e.prompt for e in examples],
+            "answers": [e.answer for e in examples], "out": str(out / "out"), "seed": 0, "num_threads": 1,
+            "trl": {"num_iterations": num_updates}, "stop_at": 2.0, "stop_after_s": 600.0, "window": 5,
+            "weights": str(out / "weights"), "settings": settings | {"num_steps": 3 * num_updates},
+        }  # fmt: skip
+        specs.append(out / "spec.json")
+        specs[-1].write_text(json.dumps(spec))
+    command = [str(trl.PYTHON), "-P", "-c", RUNS, str(ROOT / "benchmarks/trl_side.py"), *map(str, specs)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    facts, *rows = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    return folder
+
+
+@pytest.mark.skipif(not trl.PYTHON.exists(), reason="needs TRL in an environment of its own: make trl")
+@pytest.mark.parametrize("num_updates", [1, 2])
+def test_trl_takes_prompts_in_order(
+    runs_of_trl: Path, num_updates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = trl.examples_of(SortTask(seed=0), 6, seed=0)
+    written = runs_of_trl / str(num_updates)
+    facts, *rows = [json.loads(line) for line in (written / "out").read_text().splitlines()]
     assert facts["arguments"]["loss_type"] == "dapo"
+    assert facts["arguments"]["num_iterations"] == num_updates
     assert [row["first_prompt"] for row in rows] == [examples[i].prompt for i in (0, 2, 4)]
     assert [row["samples"] for row in rows] == [4, 4, 4]
     assert rows[0]["prompt_tokens"] == 2 * sum(len(e.prompt) for e in examples[:2])
     # A linear warm-up of ten steps to 8e-5, then constant.
     assert [row["next_lr"] for row in rows] == pytest.approx([8e-6 * (1 + row["step"]) for row in rows])
-    assert trl.held_out(trl.JOBS["default"], tmp_path / "weights", seed=0) == {"greedy": 0.0, "sampled": 0.0}
+    monkeypatch.setattr(trl, "HELD_OUT_PROMPTS", 32)
+    weights = written / "weights"
+    assert trl.held_out(trl.JOBS["default"], weights, seed=0) == {"greedy": 0.0, "sampled": 0.0}

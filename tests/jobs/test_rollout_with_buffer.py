@@ -29,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     "sampling": {"group_size": 4},
     "trainer": {"num_steps": NUM_STEPS, "groups_per_step": 8},
     "eval": {"num_prompts": 16},
+    "buffer": {"lease_timeout_s": 5.0},
     "rollout": {"max_running": 8, "queue_samples": 8},
 }
 

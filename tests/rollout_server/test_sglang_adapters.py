@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError
@@ -27,8 +26,11 @@ from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from tests.support.adapter_pushes import Server, Spoiled, held, push, pushing, serving
 from tests.support.adapters import ALPHA, RANK, TARGETS, PeftAdapter, make_adapter
 from tests.support.engine_harness import VOCAB, load_model, sample, save_model
+from tests.support.lazily import lazily
 from tests.support.played_sglang import PlayedSglang
 from trainer.weights.broadcaster import Broadcaster
+
+peft = lazily("peft")
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def test_a_push_reaches_requests_and_old_adapters_are_unloaded(
             for name, tensor in adapters[number].tensors.items():
                 assert torch.equal(sglang.loaded[f"v{number}"][name], tensor)
         # peft reads the folder too, and computes what the trainer computes.
-        loaded = PeftModel.from_pretrained(load_model(path), str(scene.directory / "v2"))
+        loaded = peft.PeftModel.from_pretrained(load_model(path), str(scene.directory / "v2"))
         tokens = torch.arange(3, 20)[None]
         with torch.inference_mode():
             assert torch.allclose(loaded(tokens).logits, adapters[2].model(tokens).logits, atol=1e-5)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
 from areal_like.weights.adapters import AdapterHeader, base_digest
 from tests.support.engine_harness import load_model
+from tests.support.lazily import lazily
+
+peft = lazily("peft")
 
 TARGETS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 RANK, ALPHA = 4, 12
@@ -35,8 +37,8 @@ def make_adapter(
 ) -> PeftAdapter:
     """An adapter that changes log-probs visibly: peft starts B at zero, here it is random."""
     torch.manual_seed(seed)
-    model = get_peft_model(
-        load_model(base), LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
+    model = peft.get_peft_model(
+        load_model(base), peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
     ).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

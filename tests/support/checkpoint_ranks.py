@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import CheckpointError, ConfigError, DiskFullError
-from tests.support.memory import peak, reset_peak
+from tests.support.memory import peak, release_freed_memory, reset_peak
 from tests.support.trainer_helpers import random_groups
 from tests.support.trainer_ranks import main, make_runner
 from trainer.checkpoints import directory
@@ -62,6 +62,7 @@ def rows(ranks: Ranks, out_dir: Path, path: str, wide: str, disk: str) -> None:
 
 def memory(ranks: Ranks, out_dir: Path, path: str) -> None:
     """A rank's memory may grow by what it holds of the state, and one tensor."""
+    release_freed_memory()
 
     def build() -> tuple[Policy, ShardedAdamW]:
         policy = Policy.build(path).shard(ranks)

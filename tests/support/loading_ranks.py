@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama  # noqa: F401
 from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
 
-from tests.support.memory import peak, reset_peak
+from tests.support.memory import peak, release_freed_memory, reset_peak
 from tests.support.trainer_helpers import random_groups
 from tests.support.trainer_ranks import main
 from trainer.batching.packing import TrainingSample, collate
@@ -37,6 +37,7 @@ def loading(ranks: Ranks, _: Path, large: str, small: str) -> None:
 def memory(ranks: Ranks, large: str, small: str) -> None:
     """Loads the small model, so that everything is imported, then the large one, and checks the peak."""
     Policy.load(small, ranks)
+    release_freed_memory()
     source = SafetensorsRows.of_model(large)
     sizes = [4 * torch.Size(source.shape(name)).numel() for name in source.names]
     bound = sum(sizes) / ranks.world_size + max(sizes) + SLACK_BYTES

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from pathlib import Path
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""glibc's mallopt(3)."""
+_LARGE_BYTES = 1 << 16
+
+
+def release_freed_memory() -> None:
+    """From now on freed tensors go back to the system at once, so the peak is that of live tensors.
+
+    Otherwise glibc keeps freed blocks of up to 32 MiB for later, and how many depends on what the process has
+    freed before. Its environment variables for this have no effect here: the ranks of the tests are forks,
+    and glibc reads the variables when a program starts.
+    """
+    libc = ctypes.CDLL("libc.so.6")
+    assert libc.mallopt(_TRIM_THRESHOLD, _LARGE_BYTES) and libc.mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
+    libc.malloc_trim(0)
 
 
 def reset_peak() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch.distributed as dist
 
 from areal_like.config import Config, from_mapping
 from areal_like.trajectory import FinishReason, Trajectory
-from tests.support.memory import peak, reset_peak
+from tests.support.memory import peak, release_freed_memory, reset_peak
 from tests.support.trainer_ranks import main
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import build_policy
@@ -32,7 +31,7 @@ def memory(ranks: Ranks, out_dir: Path, settings: str) -> None:
     # Once before: libraries, threads and work buffers stay.
     run_steps(build_runner(config, ranks), config, lengths, microbatches=[1])
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    release_freed_memory()
     before = reset_peak()
     run_steps(build_runner(config, ranks), config, lengths, microbatches=[1, 2])
     measured = peak() - before

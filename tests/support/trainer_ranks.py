@@ -33,7 +33,9 @@ from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import IncompleteStepError, Ranks
 from trainer.distributed.sharding import MODEL_PREFIX, gather, local, shards_of
+from trainer.metrics import speed
 from trainer.metrics.named_means import KINDS
+from trainer.metrics.speed import Clock
 from trainer.models.policy import BaseReference, Policy
 from trainer.models.value_model import ValueModel
 from trainer.objectives import Need, build_objective
@@ -46,6 +48,8 @@ SHARES = {"even": [0, 1, 0, 1, 0, 1, 0, 1], "uneven": [0, 0, 0, 1, 0, 0, 0, 0], 
 """The rank that gets each of eight groups."""
 BUDGET_TOKENS = 40
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
+LATE_S = 300.0
+"""More than a step takes on any machine."""
 
 
 def make_runner(
@@ -325,12 +329,23 @@ def _abandon(ranks: Ranks, path: str) -> None:
     _assert_equal(runner, want)
 
 
+class LateClock(Clock):
+    """The host's clock, set forward by `late_s`."""
+
+    late_s = 0.0
+
+    def mark(self) -> float:
+        return time.perf_counter() + self.late_s
+
+
 def straggler(ranks: Ranks, out_dir: Path, path: str) -> None:
-    """Rank 1's groups arrive late; writes rank 0's metrics."""
+    """Rank 1's groups arrive LATE_S late, by its clock; writes rank 0's metrics."""
+    clock = LateClock()
+    speed.clock_of = lambda _: clock
     runner = make_runner(path, ranks)
 
     def groups() -> Iterator[Any]:
-        time.sleep(0.3 * ranks.rank)
+        clock.late_s += LATE_S * ranks.rank
         yield from random_groups(8)[ranks.rank :: 2]
 
     metrics = runner.run(groups(), step=5)

@@ -40,6 +40,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -71,6 +72,16 @@ _IMPORTED = (
     "rollout_server.engine.__main__",
     "trainer.daemon",
 )
+_USED_LATER = (
+    "hydra.core.override_parser.overrides_parser",
+    "tests.support.snapshot_ranks",
+    "tests.support.trainer_ranks",
+    "trainer.models.tiny",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen3.modeling_qwen3",
+)
+"""What they import when they need it."""
 _PARENTS = ("launch", "launch.doctor.gpu.process", "rollout_server", "trainer", "trainer.sft")
 _INHERITED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PADDING = "WARM_START_PADDING"
@@ -136,6 +147,17 @@ def _end(ended: Nursery, process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+_started: weakref.WeakSet[Popen] = weakref.WeakSet()
+
+
+def end_started() -> None:
+    """Kills the forked processes of this process that still run, as after a test that failed."""
+    for process in list(_started):
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
 class Popen(subprocess.Popen[Any]):
     """`subprocess.Popen`; `python -m MODULE` and `python -c CODE` are forked from the nursery."""
 
@@ -161,6 +183,7 @@ class Popen(subprocess.Popen[Any]):
         finally:
             self._close_pipe_fds(*pipes)
         self._child_created = True
+        _started.add(self)
 
     def _can_fork(self, call: Mapping[str, Any]) -> bool:
         """False for what only an exec can do, and for other programs."""
@@ -376,8 +399,10 @@ def _end_after(request: Mapping[str, Any]) -> NoReturn:
 def main() -> None:
     """The first nursery: imports what daemons import, and serves."""
     with uncollected():
-        for module in _IMPORTED:
+        for module in (*_IMPORTED, *_USED_LATER):
             importlib.import_module(module)
+        for verb in sys.modules["launch.cli"].COMMANDS:
+            sys.modules["launch.cli"].parser_of(verb)
     num_threads = sum(1 for _ in Path("/proc/self/task").iterdir())
     assert num_threads == 1, f"an import has started threads ({num_threads}): a fork would not have them"
     request = serve(socket.socket(fileno=int(sys.argv[1])))

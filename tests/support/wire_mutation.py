@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import random
 import struct
 import types
@@ -94,7 +95,7 @@ def example(hint: Any, rng: random.Random) -> Any:
     if hint is Record:
         return record(rng)
     if dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint)
+        hints = _hints_of(hint)
         names = [field.name for field in dataclasses.fields(hint)]
         while True:  # a message may refuse values that its annotations allow
             with contextlib.suppress(ValueError):
@@ -108,6 +109,11 @@ def example(hint: Any, rng: random.Random) -> Any:
         bool: [False, True],
     }
     return rng.choice(choices[hint])
+
+
+@functools.cache
+def _hints_of(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def encoded(rng: random.Random, *, kinds: typing.Collection[type] | None = None) -> Frames:

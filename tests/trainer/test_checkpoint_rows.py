@@ -154,9 +154,7 @@ def test_damaged_files_are_named(tmp_path: Path, ranks: Ranks) -> None:
         assert str(bad / name) in str(caught.value), (case, caught.value)
 
 
-def test_ranks_write_their_rows_or_no_checkpoint(
-    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_write_their_rows_or_no_checkpoint(tmp_path: Path, ranks: Ranks) -> None:
     """Long, because ranks hang or die in checkpoints, and the others wait for them."""
     path = write_model(tmp_path / "model", dtype=torch.float32)
     wide = tmp_path / "wide"
@@ -170,8 +168,6 @@ def test_ranks_write_their_rows_or_no_checkpoint(
     )
     config.save_pretrained(wide)
     character_tokenizer().save_pretrained(wide)
-    # Freed memory goes back to the system at once, so that the peak shows every allocation.
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     with small_disk(tmp_path / "disk", num_mib=4) as disk:
         module = "tests.support.checkpoint_ranks"
         run_ranks("rows", str(tmp_path), path, str(wide), str(disk), world_size=4, module=module)

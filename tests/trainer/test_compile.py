@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 from transformers import AutoConfig
 
 from areal_like.config.loading import from_mapping
@@ -25,6 +24,8 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 @needs_compiler
 def test_compiled_layers_change_nothing_but_rounding(tmp_path: Path) -> None:
     """Long, because torch compiles the layers."""
+    from torch._dynamo.utils import counters
+
     path = write_model(tmp_path, "qwen3", dtype=torch.float32)
     batches = [
         collate([TrainingSample(trajectory=t, advantage=1.0, group=0) for group in groups for t in group])

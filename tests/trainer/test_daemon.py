@@ -187,7 +187,7 @@ def test_a_request_whose_reply_was_lost_is_sent_again(
 
             buffer.fail(ArealError("no more weights"))
             with pytest.raises(ArealError, match="no more weights"):
-                buffer.wait(buffer.submit(asyncio.sleep(5)), name="anything", timeout_s=20)
+                buffer.wait(buffer.submit(asyncio.sleep(1e6)), name="anything", timeout_s=20)
 
 
 def test_waits_last_while_servers_make_progress(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -217,7 +217,7 @@ def test_waits_last_while_servers_make_progress(tmp_path: Path, caplog: pytest.L
             assert num_beats > 20
             assert "waiting for group 0 of step 0" in caplog.text, "a long wait is reported while it lasts"
             with pytest.raises(DeadlineError, match=r"the evaluation, and no .*\(eval\.timeout_s after"):
-                sleep = buffer.submit(asyncio.sleep(5))
+                sleep = buffer.submit(asyncio.sleep(1e6))
                 buffer.wait(sleep, name="the evaluation", stall_s=0.3, setting="eval.timeout_s")
 
 

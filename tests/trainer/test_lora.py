@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +21,7 @@ from areal_like.trajectory import Trajectory
 from areal_like.weights.hf_layout import adapter_tensors, is_adapter
 from areal_like.weights.snapshots_on_disk import newest_snapshot
 from launch import cli
+from tests.support.lazily import lazily
 from tests.support.lora_ranks import LORA, METHODS, adapter_of, pushed
 from tests.support.moe_model import write_moe_model
 from tests.support.trainer_helpers import VOCAB, dense_logprobs, random_groups, run_ranks, write_model
@@ -38,6 +38,7 @@ from trainer.step.runner import StepRunner
 from trainer.weights.push_source import LOST_UPDATES
 from trainer.weights.snapshot import BackgroundGather, BoundaryGather
 
+peft = lazily("peft")
 F32 = torch.float32
 
 

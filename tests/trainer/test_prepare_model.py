@@ -1,6 +1,5 @@
 """The initial policy: the tokenizer's round trip, the warm start, the cache, and error messages."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from areal_like.config import Config, ModelConfig
 from areal_like.errors import ConfigError
 from areal_like.sorting import noisy_demonstration
+from tests.support import warm_start
 from trainer.models.tiny import CHARACTERS, character_tokenizer
 from trainer.prepare_model import main, prepare_model
 
@@ -90,7 +90,7 @@ def test_smollm2_without_its_extra_gives_the_pip_command(monkeypatch: pytest.Mon
 
 def test_command_line_exits_2_with_only_the_message(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "trainer.prepare_model", f"model.path={tmp_path}/nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm_start.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: model.path=") and "Traceback" not in done.stderr
 
@@ -105,6 +105,6 @@ def test_settings_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
         "objective=ppo",
         "objective.clpi=0.2",
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm_start.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "unknown key `objective.clpi`" in done.stderr and "Traceback" not in done.stderr

@@ -20,7 +20,7 @@ from areal_like.runtime.metrics import Metrics
 from tests.support.families import BIASED, write_family
 from tests.support.moe_model import write_moe_model
 from tests.support.trainer_helpers import ARCHITECTURES, random_groups, run_ranks, write_model
-from tests.support.trainer_ranks import make_runner
+from tests.support.trainer_ranks import LATE_S, make_runner
 from trainer.batching.shared_prefixes import InputSequence, SharedRows
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.model_flops import ModelFlops
@@ -118,7 +118,7 @@ class Stream(Clock):
 
 
 def test_phases_of_a_gpu_are_read_at_the_end_only() -> None:
-    clock = Stream([0.0, 2.0, 2.0, 3.0, 3.0, 3.5, 3.5, 7.0])
+    started_s, clock = time.perf_counter(), Stream([0.0, 2.0, 2.0, 3.0, 3.0, 3.5, 3.5, 7.0])
     timer = PhaseTimer(("wait_s", "compute_s", "update_s"), clock=clock)
     groups = timer.timed("wait_s", ["group"])
     next(groups)
@@ -129,7 +129,7 @@ def test_phases_of_a_gpu_are_read_at_the_end_only() -> None:
         pass
     assert clock.num_waits == 0
     seconds = timer.seconds()
-    assert seconds.pop("step_s") < 1.0
+    assert 0 < seconds.pop("step_s") < time.perf_counter() - started_s
     assert seconds == {"wait_s": 2.5, "compute_s": 4.5, "update_s": 0.0}
 
 
@@ -223,7 +223,7 @@ def test_mfu_of_a_step_with_a_given_peak(tmp_path: Path, ranks: Ranks) -> None:
 def test_two_ranks_report_their_slowest_and_all_lengths(tmp_path: Path) -> None:
     run_ranks("straggler", str(tmp_path), write_model(tmp_path / "model"), world_size=2)
     metrics = json.loads((tmp_path / "straggler.json").read_text())
-    assert metrics["wait_s_min"] < 0.2 < metrics["wait_s_max"]
+    assert metrics["wait_s_min"] < LATE_S <= metrics["wait_s_max"]
     assert metrics["wait_s"] == metrics["wait_s_min"], "rank 0 has all its groups at once"
     assert metrics["compute_s_min"] <= metrics["compute_s"] <= metrics["compute_s_max"]
     samples = [t for group in random_groups(8) for t in group]

@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,6 +30,7 @@ from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from tests.rollout_server.engine.test_core import make_core, run, submit
 from tests.support.engine_harness import reference_logprobs
 from tests.support.families import BIASED, PARTLY_TRAINED, WRAPPED, is_trained, stored, write_family
+from tests.support.lazily import lazily
 from tests.support.snapshot_ranks import received
 from tests.support.trainer_helpers import dense_logprobs, random_groups, run_ranks
 from tests.support.trainer_ranks import last_gradient, make_runner
@@ -47,6 +47,7 @@ from trainer.planning.planner import make_plan
 from trainer.prepare_model import prepare_model
 from trainer.weights.snapshot import BackgroundGather
 
+peft = lazily("peft")
 CPU = torch.device("cpu")
 F32 = torch.float32
 QUICK = ("glm4_moe", "qwen3_5")

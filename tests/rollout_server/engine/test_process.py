@@ -109,9 +109,11 @@ def test_sigterm_returns_partial_outputs_and_exits_0(models: Models) -> None:
 
 
 PARENT = """
-import subprocess, sys, time
-process = subprocess.Popen([sys.executable, "-m", "rollout_server.engine", *sys.argv[1:]])
-print(process.pid, flush=True)
+import os, runpy, sys, time
+if (pid := os.fork()) == 0:
+    sys.argv[0] = "rollout_server.engine"
+    runpy.run_module("rollout_server.engine", run_name="__main__", alter_sys=True)
+print(pid, flush=True)
 time.sleep(3600)
 """
 
@@ -120,7 +122,7 @@ def test_engine_dies_with_its_parent(models: Models, tmp_path: Path) -> None:
     port_file = tmp_path / "port"
     arguments = ["--model-path", str(models[0]), "--api-key-file", str(key_file(tmp_path))]
     arguments += ["--port", "0", "--port-file", str(port_file)]
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, *arguments], stdout=subprocess.PIPE, text=True)
+    parent = warm_start.Popen([sys.executable, "-c", PARENT, *arguments], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     while not port_file.exists():

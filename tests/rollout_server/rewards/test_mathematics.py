@@ -14,9 +14,12 @@ from rollout_server.rewards.library import make_rewards
 from rollout_server.rewards.library import mathematics as module
 from rollout_server.tasks.base import Completion, Example, Score
 
-pytest.importorskip("math_verify", reason="needs areal-like[rewards]")
-
 ENDLESS = r"The answer is $9^{9^{9^{9}}}$"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def math_verify() -> None:
+    pytest.importorskip("math_verify", reason="needs areal-like[rewards]")
 
 
 def scored(text: str, answer: Any, **settings: Any) -> Score:

@@ -13,33 +13,37 @@ from areal_like.errors import ConfigError
 from areal_like.trajectory import FinishReason
 from rollout_server.environments.base import Environment, Reply, Step
 from rollout_server.tasks.base import Task, make_task
+from tests.support.lazily import lazily
 
-gymnasium = pytest.importorskip("gymnasium")
+gymnasium = lazily("gymnasium", reason="needs gymnasium")
 
 
-class Echo(gymnasium.Env):  # type: ignore[misc, name-defined]
-    """A word has to be said; the observation names it. The space may be a Discrete one."""
+def echo_class() -> Any:
+    class Echo(gymnasium.Env):  # type: ignore[misc, name-defined]
+        """A word has to be said; the observation names it. The space may be a Discrete one."""
 
-    def __init__(self, is_discrete: bool = False, is_text: bool = True) -> None:
-        spaces = gymnasium.spaces
-        self.observation_space = spaces.Text(100)
-        self.action_space = spaces.Discrete(2) if is_discrete else spaces.Text(5, charset="abc")
-        self.is_text = is_text
-        self.closed = False
+        def __init__(self, is_discrete: bool = False, is_text: bool = True) -> None:
+            spaces = gymnasium.spaces
+            self.observation_space = spaces.Text(100)
+            self.action_space = spaces.Discrete(2) if is_discrete else spaces.Text(5, charset="abc")
+            self.is_text = is_text
+            self.closed = False
 
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.word = "".join(self.np_random.choice(list("abc"), 3))
-        return f"Say {self.word}." if self.is_text else 5, {}
+        def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+            super().reset(seed=seed)
+            self.word = "".join(self.np_random.choice(list("abc"), 3))
+            return f"Say {self.word}." if self.is_text else 5, {}
 
-    def step(self, action: Any) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        is_right = action in (self.word, 1)
-        return ("Right." if is_right else f"Not {action}."), float(is_right), is_right, False, {}
+        def step(self, action: Any) -> tuple[str, float, bool, bool, dict[str, Any]]:
+            is_right = action in (self.word, 1)
+            return ("Right." if is_right else f"Not {action}."), float(is_right), is_right, False, {}
+
+    return Echo
 
 
 @pytest.fixture(autouse=True, scope="module")
 def echo() -> None:
-    gymnasium.register("Echo-v0", entry_point=Echo, max_episode_steps=3)
+    gymnasium.register("Echo-v0", entry_point=echo_class(), max_episode_steps=3)
 
 
 def reply(text: str) -> Reply:

@@ -258,7 +258,11 @@ def test_what_python_answers() -> None:
     assert python("x = 1") == "(no output)"
     failed = python("print(1); 1 / 0")
     assert failed.startswith("1\nTraceback") and failed.endswith("division by zero\n[exit code 1]")
-    assert python("import time; print(1); time.sleep(3600)", timeout_s=2) == "1\n[killed after 2 s]"
+    for limit_s in (1, 10, 100):  # a busy machine starts it late
+        killed = python("import time; print(1); time.sleep(3600)", timeout_s=limit_s)
+        if killed.startswith("1"):
+            break
+    assert killed == f"1\n[killed after {limit_s} s]"
     assert (
         python("print('x' * 5000)", max_output_bytes=100)
         == "x" * 100 + "\n[the output is cut after 100 bytes]"

@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -161,7 +160,7 @@ def test_settings_of_several_machines_are_checked(settings: dict[str, Any], mess
 def test_an_open_meeting_place_needs_keys() -> None:
     settings = ("trainer.num_hosts=2", "trainer.world_size=2", "trainer.rendezvous=192.0.2.1:29400")
     command = [sys.executable, "-m", "trainer", *settings]
-    refused = subprocess.run(
+    refused = warm_start.run(
         command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert refused.returncode == 2

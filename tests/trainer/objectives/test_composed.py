@@ -2,7 +2,6 @@
 
 import math
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
+from tests.support import warm_start
 from tests.support.objective_helpers import BEHAVIOR_LOGP, LOGP, evaluate, published, tokens_of
 from trainer.advantages import ADVANTAGES
 from trainer.advantages.reward_shaping import SHAPINGS
@@ -220,7 +220,7 @@ def test_custom_objective_from_the_working_directory(tmp_path: Path) -> None:
         "print(type(objective.inner).__name__, objective.inner.power, len(objective.masks))"
     )
     root = str(Path(__file__).resolve().parents[3])
-    done = subprocess.run(
+    done = warm_start.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": root},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -59,6 +60,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"model.path={directory}"
 
 
+@functools.cache
 def small(model: str, *settings: str, gpus: str = "1+1xH100") -> Plan:
     return make_plan(load_config([model, *SMALL, *settings]), gpus=gpus)
 

@@ -12,17 +12,20 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from openai import APIStatusError, AsyncOpenAI
-from openai.types.responses import ResponseTextDeltaEvent
-from openai.types.shared import Reasoning
 from pydantic import BaseModel
 
 from tests.support.engine_harness import Engine
 from tests.support.framework_sessions import FrameworkSession, framework_session
+from tests.support.lazily import lazily
 from tests.support.scripted_policy import tool_call
 
-agents = pytest.importorskip("agents", reason="needs openai-agents")
-agents.set_tracing_disabled(True)
+agents = lazily("agents", reason="needs openai-agents")
+openai, responses, shared = lazily("openai"), lazily("openai.types.responses"), lazily("openai.types.shared")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_tracing() -> None:
+    agents.set_tracing_disabled(True)
 
 
 @asynccontextmanager
@@ -30,15 +33,18 @@ async def sampling(engine: Engine, *replies: str) -> AsyncIterator[tuple[Framewo
     """A session, and the SDK's model for it."""
     async with (
         framework_session(engine, *replies) as session,
-        AsyncOpenAI(base_url=session.base_url, api_key=session.api_key) as client,
+        openai.AsyncOpenAI(base_url=session.base_url, api_key=session.api_key) as client,
     ):
         yield session, agents.OpenAIChatCompletionsModel(model="policy", openai_client=client)
 
 
-@agents.function_tool  # type: ignore[untyped-decorator]
-def get_weather(city: str) -> str:
-    """Returns the weather of a city."""
-    return f"The weather in {city} is sunny."
+@pytest.fixture
+def weather() -> Any:
+    def get_weather(city: str) -> str:
+        """Returns the weather of a city."""
+        return f"The weather in {city} is sunny."
+
+    return agents.function_tool(get_weather)
 
 
 def test_an_agent_without_tools(engine: Engine, reference: Any) -> None:
@@ -52,7 +58,7 @@ def test_an_agent_without_tools(engine: Engine, reference: Any) -> None:
     asyncio.run(scenario())
 
 
-def test_a_tool_is_called_and_answered(engine: Engine, reference: Any) -> None:
+def test_a_tool_is_called_and_answered(engine: Engine, reference: Any, weather: Any) -> None:
     async def scenario() -> None:
         async with sampling(engine, tool_call("get_weather", city="Tokyo"), "It is sunny.") as (
             session,
@@ -61,7 +67,7 @@ def test_a_tool_is_called_and_answered(engine: Engine, reference: Any) -> None:
             agent = agents.Agent(
                 name="Hello world",
                 instructions="You are a helpful agent.",
-                tools=[get_weather],
+                tools=[weather],
                 model=model,
             )
             result = await agents.Runner.run(agent, input="What's the weather in Tokyo?")
@@ -72,15 +78,17 @@ def test_a_tool_is_called_and_answered(engine: Engine, reference: Any) -> None:
     asyncio.run(scenario())
 
 
-def test_a_run_is_streamed(engine: Engine, reference: Any) -> None:
+def test_a_run_is_streamed(engine: Engine, reference: Any, weather: Any) -> None:
     async def scenario() -> None:
         replies = ("Let me see." + tool_call("get_weather", city="Tokyo"), "It is sunny.")
         async with sampling(engine, *replies) as (session, model):
-            agent = agents.Agent(name="Hello world", tools=[get_weather], model=model)
+            agent = agents.Agent(name="Hello world", tools=[weather], model=model)
             result = agents.Runner.run_streamed(agent, input="What's the weather in Tokyo?")
             said, items = "", []
             async for event in result.stream_events():
-                if event.type == "raw_response_event" and isinstance(event.data, ResponseTextDeltaEvent):
+                if event.type == "raw_response_event" and isinstance(
+                    event.data, responses.ResponseTextDeltaEvent
+                ):
                     said += event.data.delta
                 elif event.type == "run_item_stream_event":
                     items.append(event.item.type)
@@ -96,17 +104,17 @@ def test_a_run_is_streamed(engine: Engine, reference: Any) -> None:
     asyncio.run(scenario())
 
 
-def test_tools_are_called_in_parallel(engine: Engine, reference: Any) -> None:
+def test_tools_are_called_in_parallel(engine: Engine, reference: Any, weather: Any) -> None:
     async def scenario() -> None:
         both = tool_call("get_weather", city="Tokyo") + tool_call("get_weather", city="Lima")
         async with sampling(engine, both, "Sunny in both.") as (session, model):
             agent = agents.Agent(
                 name="Hello world",
-                tools=[get_weather],
+                tools=[weather],
                 model=model,
                 model_settings=agents.ModelSettings(
                     parallel_tool_calls=True, tool_choice="required", temperature=0.3, top_p=0.5, store=True,
-                    reasoning=Reasoning(effort="low"), max_tokens=200, include_usage=True,
+                    reasoning=shared.Reasoning(effort="low"), max_tokens=200, include_usage=True,
                 ),
             )  # fmt: skip
             result = await agents.Runner.run(agent, input="Tokyo or Lima?")
@@ -117,10 +125,10 @@ def test_tools_are_called_in_parallel(engine: Engine, reference: Any) -> None:
     asyncio.run(scenario())
 
 
-def test_a_run_hits_its_maximum_of_turns(engine: Engine, reference: Any) -> None:
+def test_a_run_hits_its_maximum_of_turns(engine: Engine, reference: Any, weather: Any) -> None:
     async def scenario() -> None:
         async with sampling(engine, *3 * [tool_call("get_weather", city="Tokyo")]) as (session, model):
-            agent = agents.Agent(name="Hello world", tools=[get_weather], model=model)
+            agent = agents.Agent(name="Hello world", tools=[weather], model=model)
             with pytest.raises(agents.MaxTurnsExceeded):
                 await agents.Runner.run(agent, input="Again and again.", max_turns=3)
             session.check_segments([0, 1, 2], reference=reference)
@@ -228,7 +236,7 @@ def test_a_run_is_told_that_its_sample_is_not_wanted(engine: Engine) -> None:
         async with sampling(engine, "never said") as (session, model):
             agent = agents.Agent(name="Assistant", model=model)
             session.session.close("the server is draining")
-            with pytest.raises(APIStatusError, match="the server is draining") as caught:
+            with pytest.raises(openai.APIStatusError, match="the server is draining") as caught:
                 await agents.Runner.run(agent, "Hello")
             assert caught.value.status_code == 410 and session.policy.num_requests == 0
 

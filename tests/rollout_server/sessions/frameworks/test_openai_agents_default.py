@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from rollout_server.sessions.open_session import OpenSession
+from tests.support.lazily import lazily
 from tests.support.session_requests import segments_of
 from tests.support.session_server import SessionServer
 
-openai = pytest.importorskip("openai")
-agents = pytest.importorskip("agents", reason="needs openai-agents")
-agents.set_tracing_disabled(True)
+openai = lazily("openai", reason="needs openai")
+agents = lazily("agents", reason="needs openai-agents")
 CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "Tokyo"}}</tool_call>'
 
 
@@ -24,7 +24,6 @@ def server() -> Iterator[SessionServer]:
         yield serving
 
 
-@agents.function_tool  # type: ignore[untyped-decorator]
 def get_weather(city: str) -> str:
     """Returns the weather of a city."""
     return f"sunny in {city}"
@@ -32,9 +31,12 @@ def get_weather(city: str) -> str:
 
 async def run(server: SessionServer, session: OpenSession, *, stream: bool, **options: Any) -> Any:
     """The result of a run in the session."""
+    agents.set_tracing_disabled(True)
     async with openai.AsyncOpenAI(base_url=server.base_url(session), api_key=session.api_key) as client:
         provider = agents.OpenAIProvider(openai_client=client)
-        agent = agents.Agent(name="Assistant", instructions="Be short.", tools=[get_weather])
+        agent = agents.Agent(
+            name="Assistant", instructions="Be short.", tools=[agents.function_tool(get_weather)]
+        )
         options["run_config"] = agents.RunConfig(model_provider=provider)
         if not stream:
             return await agents.Runner.run(agent, "Tokyo?", **options)

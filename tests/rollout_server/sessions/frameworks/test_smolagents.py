@@ -15,21 +15,27 @@ import pytest
 
 from tests.support.engine_harness import Engine, load_model, running_engine
 from tests.support.framework_sessions import FrameworkSession, framework_session
+from tests.support.lazily import lazily
 from tests.support.scripted_policy import save_chat_model, tool_call
 
-smolagents = pytest.importorskip("smolagents", reason="needs smolagents")
+smolagents = lazily("smolagents", reason="needs smolagents")
 CONTEXT = 16384
 """The framework's own system prompts have ten thousand characters, and each is a token here."""
 
 
-class ModelDownloads(smolagents.Tool):  # type: ignore[misc, name-defined]
-    name = "model_download_tool"
-    description = "Returns the most downloaded model of a task."
-    inputs: ClassVar[dict[str, Any]] = {"task": {"type": "string", "description": "The task category."}}
-    output_type = "string"
+def model_downloads() -> Any:
+    """A tool as the documentation writes it."""
 
-    def forward(self, task: str) -> str:
-        return f"the best of {task}"
+    class ModelDownloads(smolagents.Tool):  # type: ignore[misc, name-defined]
+        name = "model_download_tool"
+        description = "Returns the most downloaded model of a task."
+        inputs: ClassVar[dict[str, Any]] = {"task": {"type": "string", "description": "The task category."}}
+        output_type = "string"
+
+        def forward(self, task: str) -> str:
+            return f"the best of {task}"
+
+    return ModelDownloads()
 
 
 Run = Callable[..., tuple[Any, FrameworkSession]]
@@ -85,7 +91,7 @@ def test_a_tool_calling_agent_calls_its_tools(run: Run, streams: bool) -> None:
         tool_call("model_download_tool", task="text-to-video"),
         "I know it." + tool_call("final_answer", answer="the best of text-to-video"),
         agent=lambda model: smolagents.ToolCallingAgent(
-            tools=[ModelDownloads()], model=model, stream_outputs=streams, verbosity_level=0
+            tools=[model_downloads()], model=model, stream_outputs=streams, verbosity_level=0
         ),
         task="Which is the most downloaded text-to-video model?",
         segments=[[0], [1]],
@@ -99,7 +105,7 @@ def test_tools_are_called_in_parallel(run: Run) -> None:
         tool_call("model_download_tool", task="a") + tool_call("model_download_tool", task="b"),
         tool_call("final_answer", answer="both"),
         agent=lambda model: smolagents.ToolCallingAgent(
-            tools=[ModelDownloads()], model=model, verbosity_level=0
+            tools=[model_downloads()], model=model, verbosity_level=0
         ),
         task="Which are the best?",
         segments=[[0], [1]],
@@ -115,7 +121,7 @@ def test_an_agent_hits_its_maximum_of_steps(run: Run) -> None:
         tool_call("model_download_tool", task="b"),
         "I give up.",
         agent=lambda model: smolagents.ToolCallingAgent(
-            tools=[ModelDownloads()], model=model, max_steps=2, verbosity_level=0
+            tools=[model_downloads()], model=model, max_steps=2, verbosity_level=0
         ),
         task="Which is the best?",
         segments=[[0], [1], [2]],
@@ -126,7 +132,7 @@ def test_an_agent_hits_its_maximum_of_steps(run: Run) -> None:
 def test_an_agent_manages_another_one(run: Run) -> None:
     def agent(model: Any) -> Any:
         searcher = smolagents.ToolCallingAgent(
-            tools=[ModelDownloads()],
+            tools=[model_downloads()],
             model=model,
             name="web_search_agent",
             description="Runs web searches for you.",
