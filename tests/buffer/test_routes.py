@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 
 from areal_like.errors import StoreCorruptError
+from areal_like.wire.codec import decode, encode
+from areal_like.wire.messages.consumer import StartTraining
 from areal_like.wire.messages.producer import Lease, SampleDone
 from areal_like.wire.records import Record, RecordLocation, read_record, segment_path
-from areal_like.wire.routes import Routes
+from areal_like.wire.routes import Routes, RoutesShape
+from buffer.ledger.recovery import recover
 from buffer.storage.memory import MemoryStore
 from buffer.tickets import State, Ticket, Verdict
 from launch.audit.ledger import audit_ledger
 from tests.buffer.test_store import full_ticket, is_whole, num_segments, opened, query
-from tests.support.ledger_simulation import add_server, deliver, done, new_ledger
+from tests.support.ledger_simulation import add_server, deliver, done, ledger_settings, new_ledger
+from tests.support.row_store import RowStore
 from tests.support.store_load import SIZE, durable, move, new_ticket, sample_of, trajectory_of
 
 ROUTED, PLAIN = 2, 1
@@ -60,6 +64,32 @@ def test_without_the_setting_routes_are_refused() -> None:
     ledger, lease = leased()
     assert deliver(ledger, "a", with_routes(done(lease, 0, [0, 0]))) is Verdict.INVALID
     assert deliver(ledger, "a", done(lease, 1, [0, 0])) is Verdict.ACCEPTED
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4), (3, 1, 4), (2, 2, 4), (2, 1, 8), None])
+def test_routes_of_another_model_are_refused(shape: tuple[int, int, int] | None) -> None:
+    """By the shape that the trainer has declared, which a restarted buffer still has."""
+    store, settings = RowStore(), ledger_settings(router_replay=True, durable=True)
+    ledger = recover(settings, store, now_s=0.0)
+    want = None if shape is None else RoutesShape(*shape)
+    ledger.trainer.start_training(incarnation=1, step=0, stream={}, routes_shape=want)
+    ledger = recover(settings, store.copy(), now_s=0.0)
+    ledger.state.prompts.set_num_train_prompts(8)
+    add_server(ledger, "a", capacity=16)
+    lease = ledger.dispatcher.grant(now_s=0.0)["a"][0]
+    is_right = shape in (None, (2, 1, 4))
+    verdict = deliver(ledger, "a", with_routes(done(lease, 0, [0, 0])))
+    assert verdict is (Verdict.ACCEPTED if is_right else Verdict.INVALID)
+    counters = ledger.state.counters.summary()
+    assert counters["failed_routes_retry"] == counters["refusals_invalid"] == int(not is_right)
+
+
+def test_a_trainer_declares_possible_routes_only() -> None:
+    message = StartTraining(step=0, routes_shape=[48, 8, 128])
+    assert decode(encode(message)) == (message, 0)
+    for shape in ([48, 8], [0, 8, 128], [48, 8, 1 << 20]):
+        with pytest.raises((ValueError, TypeError)):
+            StartTraining(step=0, routes_shape=shape)
 
 
 def test_memory_without_a_ledger_counts_routes() -> None:
