@@ -31,6 +31,13 @@ class SampleIntake(TicketRules):
         self._num_without_spread = 0
         """Consecutive groups that the `spread` filter dropped."""
 
+    @property
+    def is_full(self) -> bool:
+        """True while nothing can be written and memory has more than `buffer.cache_bytes` of samples and
+        their routes: further ones wait at their servers."""
+        blocked = bool(self._store.write_blocked_reason)
+        return blocked and self._store.num_bytes > self._settings.buffer.cache_bytes
+
     def samples_done(self, name: str, samples: Sequence[SampleDone]) -> list[Verdict]:
         """Takes the samples that a server sent. The caller acknowledges them when they are durable."""
         verdicts = [self._take(name, sample) for sample in samples]

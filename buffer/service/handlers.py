@@ -169,7 +169,8 @@ class Handlers:
                 self._take_stats(peer, message.stats)
                 return self._heartbeat_ack(sent_s=message.sent_s)
             case producer.Samples():
-                self._samples(peer, message.samples)
+                if not self._ledger.intake.is_full:  # else the server sends them again
+                    self._samples(peer, message.samples)
             case producer.SampleFailed():
                 log.warning(
                     "%s could not make sample %d of ticket %d (%s): %s",
