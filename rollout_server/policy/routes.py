@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from areal_like.errors import ConfigError, RoutesError
 from areal_like.wire.routes import Routes, RoutesShape, dtype_of
 
 _REPORTED = np.dtype("<i4")
 _OTHER_BYTES = 1 << 16
+_PIECE_CHARS = 1 << 20
 _NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 """Names of the number of experts in config.json; the model families differ."""
 
@@ -71,7 +73,7 @@ class RoutesReader:
         """The routes of a completion. `raw`: `routed_experts` of its response, None if it has none;
         `num_tokens`: its prompt and output but for the last token.
 
-        Raises RoutesError for anything but routes of so many tokens.
+        May run in any thread. Raises RoutesError for anything but routes of so many tokens.
         """
         if raw is None:
             raise RoutesError(
@@ -80,10 +82,7 @@ class RoutesReader:
             )
         num_chosen, num_experts = self.shape.num_chosen, self.shape.num_experts
         try:
-            if isinstance(raw, bytes):
-                flat = np.frombuffer(raw, dtype_of(num_experts))
-            else:
-                flat = np.frombuffer(base64.b64decode(raw, validate=True), _REPORTED)
+            flat = np.frombuffer(raw, dtype_of(num_experts)) if isinstance(raw, bytes) else _decoded(raw)
             if flat.size != num_tokens * self.num_reported * num_chosen:
                 raise ValueError(
                     f"want {num_chosen} experts of {self.num_reported} layers for each of {num_tokens} "
@@ -104,6 +103,16 @@ class RoutesReader:
         """Upper limit of the bytes that the routes of so many tokens add to a response."""
         num_bytes = num_tokens * self.num_reported * self.shape.num_chosen * _REPORTED.itemsize
         return num_bytes * 4 // 3 + _OTHER_BYTES
+
+
+def _decoded(text: Any) -> NDArray[Any]:
+    """int32[N] of base64, decoded in pieces between which other threads run. Raises ValueError and
+    TypeError."""
+    if not isinstance(text, str):
+        raise TypeError(f"want base64, got {type(text).__name__}")
+    starts = range(0, len(text), _PIECE_CHARS)
+    pieces = [base64.b64decode(text[start : start + _PIECE_CHARS], validate=True) for start in starts]
+    return np.concatenate([np.frombuffer(piece, _REPORTED) for piece in pieces])
 
 
 def _has_experts(facts: Mapping[str, Any], layer: int) -> bool:

@@ -249,7 +249,7 @@ def test_a_server_without_an_entry_registers_again(message: Any) -> None:
     async def run() -> None:
         ledger, peers = new_ledger(), ConnectedPeers(job="job", dataset="d")
         listener = Listener(host="127.0.0.1", port=0, handler=lambda _: None, max_message_bytes=1 << 20)
-        outbox = Outbox(ledger, peers, listener)
+        outbox = Outbox(ledger, peers, listener, on_error=pytest.fail)
         handlers = Handlers(
             ledger,
             peers,

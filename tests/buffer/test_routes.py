@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,23 @@ import pytest
 
 from areal_like.errors import StoreCorruptError
 from areal_like.wire.codec import decode, encode
-from areal_like.wire.messages.consumer import StartTraining
+from areal_like.wire.messages.consumer import Group, StartTraining
+from areal_like.wire.messages.hello import Ok
 from areal_like.wire.messages.producer import Lease, SampleDone
 from areal_like.wire.records import Record, RecordLocation, read_record, segment_path
 from areal_like.wire.routes import Routes, RoutesShape
+from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
+from buffer.ledger.state import LedgerState
+from buffer.service.outbox import Outbox
+from buffer.service.peers import ConnectedPeers
 from buffer.storage.memory import MemoryStore
 from buffer.tickets import State, Ticket, Verdict
 from launch.audit.ledger import audit_ledger
 from tests.buffer.test_store import full_ticket, is_whole, num_segments, opened, query
 from tests.support.ledger_simulation import add_server, deliver, done, ledger_settings, new_ledger
 from tests.support.row_store import RowStore
-from tests.support.store_load import SIZE, durable, move, new_ticket, sample_of, trajectory_of
+from tests.support.store_load import SIZE, durable, is_same, move, new_ticket, sample_of, trajectory_of
 
 ROUTED, PLAIN = 2, 1
 """Tickets of store_load.py, with and without routes."""
@@ -246,7 +252,7 @@ def test_damaged_routes_are_never_served(tmp_path: Path) -> None:
                 await durable(store)
             damage(tmp_path, ROUTED)
             with pytest.raises(StoreCorruptError, match=f"of ticket {ROUTED} .*routes"):
-                store.records_of(tickets[0])
+                store.routes_reader(store.records_of(tickets[0]))()
             assert is_whole(store, tickets[1])
 
     asyncio.run(run())
@@ -286,3 +292,43 @@ def test_records_are_read_without_their_routes(tmp_path: Path) -> None:
     (place,) = query(tmp_path, "SELECT segment, offset, num_bytes, crc32 FROM samples WHERE sample_index = 1")
     record = read_record(tmp_path, RecordLocation(*place), ticket_id=ROUTED, sample_index=1)
     assert record.lacks_routes and record.trajectory().routes is None
+
+
+def test_a_group_is_sent_when_its_routes_are_read(tmp_path: Path) -> None:
+    """A thread reads them. Damage ends the job, unless the group is no longer recorded."""
+
+    async def run() -> None:
+        async with opened(tmp_path) as (store, _):
+            ticket = full_ticket(store, ROUTED)
+            await durable(store)
+            ledger = Ledger(LedgerState(ledger_settings(), store))
+            happened: asyncio.Queue[Any] = asyncio.Queue()
+            listener: Any = SimpleNamespace(send=lambda peer, message, rid: happened.put_nowait(message))
+            outbox = Outbox(
+                ledger, ConnectedPeers(job="j", dataset="d"), listener, on_error=happened.put_nowait
+            )
+
+            async def answered() -> Any:
+                records = store.records_of(ticket)
+                assert all(record.lacks_routes for record in records)
+                group = Group(
+                    step=ticket.step, position=0, ticket_id=ROUTED, prompt_index=0, records=records,
+                    version_steps=[0] * SIZE,
+                )  # fmt: skip
+                outbox.send_when_durable(b"", group, rid=1)
+                assert happened.empty(), "it was read in the loop"
+                outbox.send_when_durable(b"", Ok(), rid=2)
+                assert await happened.get() == Ok(), "others do not wait"
+                return await happened.get()
+
+            sent = await answered()
+            assert all(
+                is_same(record.trajectory(), trajectory_of(ROUTED, index))
+                for index, record in enumerate(sent.records)
+            )
+            damage(tmp_path, ROUTED)
+            ledger.state.steps.add(ticket)
+            assert isinstance(await answered(), StoreCorruptError)
+            outbox.close()
+
+    asyncio.run(run())
