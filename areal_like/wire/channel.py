@@ -337,13 +337,17 @@ class Link:
                 type(message).__name__,
             )
 
-    async def call(self, message: Any, *, timeout_s: float) -> Any:
-        """Sends a request and returns its reply.
+    def new_rid(self) -> int:
+        """The id of a request that may be sent several times: a late reply to any of them is its reply."""
+        return next(self._rids)
+
+    async def call(self, message: Any, *, timeout_s: float, rid: int = 0) -> Any:
+        """Sends a request and returns its reply. `rid`: of `new_rid`; 0: another one.
 
         Raises DeadlineError without a reply in time, PeerLostError when the link is closed meanwhile,
         RefusedError for `Refused`, RunFinishedError for `JobFinished`, ArealError for `JobFailed`.
         """
-        rid = next(self._rids)
+        rid = rid or self.new_rid()
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._pending[rid] = (message, future)
         try:

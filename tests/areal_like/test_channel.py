@@ -95,6 +95,25 @@ def test_unsolicited_messages_and_deadlines() -> None:
     moved_clock.run(body())
 
 
+def test_a_late_reply_answers_a_repeated_request() -> None:
+    async def body() -> None:
+        envelopes: list[Envelope] = []
+        listener = serve(lambda _, envelope: envelopes.append(envelope))
+        link = Link(tcp_address("127.0.0.1", listener.port), handler=lambda _: None)
+        rid = link.new_rid()
+        with pytest.raises(DeadlineError):
+            await link.call(AllocVersion(step=1), timeout_s=0.05, rid=rid)
+        again = asyncio.ensure_future(link.call(AllocVersion(step=1), timeout_s=HANG_LIMIT_S, rid=rid))
+        while len(envelopes) < 2:
+            await asyncio.sleep(0.01)
+        listener.send(envelopes[0].peer, VersionGranted(version=7), rid=envelopes[0].rid)
+        assert (await again).version == 7
+        link.close()
+        listener.close()
+
+    run(body)
+
+
 def test_unhandled_messages_wait_at_the_sender() -> None:
     async def body() -> None:
         listener = serve(reply)
