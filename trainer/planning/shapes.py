@@ -37,6 +37,7 @@ class ModelShape:
     head_dim: int
     """Of queries and keys."""
     value_dim: int
+    """Of values."""
     vocab_size: int
     max_positions: int
     num_linear_layers: int = 0
@@ -82,8 +83,7 @@ def with_local_model(config: Config) -> tuple[Config, ModelShape]:
     """
     path = config.model.path
     directory, source = _find(path)
-    whole = _read(directory, path=path)
-    hf_config = text_config(whole)
+    whole, hf_config = _read(directory, path=path)
     needed = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
     if missing := [name for name in needed if getattr(hf_config, name, None) is None]:
         raise ConfigError(
@@ -147,12 +147,14 @@ def _cached(name: str) -> Path | None:
     return None if file is None else Path(file).parent
 
 
-def _read(directory: Path, *, path: str) -> Any:
+def _read(directory: Path, *, path: str) -> tuple[Any, Any]:
+    """The configuration, and the language model's part of it."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+        return config, text_config(config)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ConfigError(
             f"model.path={path}: transformers cannot read its config.json ({first_line(error)})"
