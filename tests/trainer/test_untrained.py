@@ -282,7 +282,7 @@ def test_other_tensors_of_the_files_are_kept(models: Path, tmp_path: Path) -> No
 
 def test_a_resume_without_other_tensors_is_refused(tmp_path: Path) -> None:
     """Of a model that needs nothing else of the initial files; the files of a checkpoint can replace them."""
-    path = Path(write_family("qwen3_moe", tmp_path / "model"))
+    path = Path(write_family("qwen3_next", tmp_path / "model"))
     file = path / "model.safetensors"
     save_file(load_file(file) | {"mtp.scale": torch.tensor(0.5)}, file, {"format": "pt"})
     runner = make_runner(str(path), Ranks.alone(), dtype=F32)
