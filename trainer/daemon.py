@@ -164,6 +164,7 @@ class Trainer:
                     step=self._step,
                     stream=self._stream,
                     push_bytes=sum(bucket.num_bytes for bucket in snapshot.buckets),
+                    routes_shape=() if (replay := self._policy.replay) is None else replay.shape,
                     started_s=self._started_s,
                 )
             except RunFinishedError as error:

@@ -83,13 +83,14 @@ class Leader:
         step: int,
         stream: dict[str, Any],
         push_bytes: int,
+        routes_shape: Sequence[int] = (),
         started_s: float,
     ) -> None:
         """Sends the buffer the step at which training starts.
 
         `step`: completed steps, 0 for a new run. `stream`: the `stream_state` in the checkpoint; empty for a
-        new run. `push_bytes`: size of one push of the weights. `started_s`: start of the process, monotonic
-        clock.
+        new run. `push_bytes`: size of one push of the weights. `routes_shape`: `RoutesShape` of the
+        model with `model.router_replay`. `started_s`: start of the process, monotonic clock.
 
         Raises UserError if the buffer cannot continue from this step: a restart would be refused too.
         Raises RunFinishedError if the run is finished and this is its last step.
@@ -111,7 +112,12 @@ class Leader:
         self._last_checks: dict[str, CheckReport] = {}
         """Server -> its last check."""
         self._push_limit_s = 2 * config.weights.deadline_s(push_bytes)  # staging and broadcast
-        start = StartTraining(step=step, stream=stream.get("stream", {}), settings=configured(config))
+        start = StartTraining(
+            step=step,
+            stream=stream.get("stream", {}),
+            settings=configured(config),
+            routes_shape=list(routes_shape),
+        )
         try:
             welcome = buffer.call(start, timeout_s=_CALL_TIMEOUT_S)
         except RefusedError as error:

@@ -4,7 +4,7 @@ The result is a Hugging Face directory. This runs once before the daemons start,
 must load the same weights. Models that are built here (`tiny`, `smollm2`) are cached under a hash of
 everything that determines them, including the code that builds them, and then linked into the run's
 directory, so that the run stays complete when the cache is cleared. Any other model is only checked: its
-configuration, its tokenizer, its layers, and the names and shapes in its files.
+configuration, its tokenizer, its layers, the kernels that they need, and the names and shapes in its files.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_like import adding, sorting
+from areal_like.automatic_settings import compute_dtype
 from areal_like.built_model import note_settings
 from areal_like.chat import learned_tokens
 from areal_like.config import Config
@@ -182,10 +183,13 @@ def _check_existing(config: Config) -> str:
     """Checks everything that needs no weights in memory, before any daemon loads the model."""
     path = model_path(config)  # refuses a directory that does not exist before torch is imported
     with uncollected():
+        import torch
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoTokenizer
 
         from areal_like.weights.untrained import auto_class
+        from trainer.attention.linear import check_kernels
+        from trainer.models.packed_model import DTYPES
         from trainer.models.policy import Policy
 
     try:
@@ -204,7 +208,11 @@ def _check_existing(config: Config) -> str:
             f"{found.model_type}"
         )
     # This also downloads the files from a hub, once for all processes.
-    Policy.build(path).check_initial_weights()
+    policy = Policy.build(path)
+    policy.check_initial_weights()
+    if policy.linear_layers:
+        dtype = DTYPES[compute_dtype(config)]
+        check_kernels(torch.device(config.trainer.device), kind=config.trainer.attention, dtype=dtype)
     return path
 
 

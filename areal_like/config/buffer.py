@@ -135,7 +135,7 @@ class BufferConfig(Section, key="buffer"):
     needed any more."""
     cache_bytes: NonNegativeInt = 256 << 20
     """Size of the cache of trajectories in memory, in bytes. Other trajectories are read back from disk when
-    a rank fetches them."""
+    a rank fetches them. While the disk is full, no more samples than that are taken from servers."""
     min_free_bytes: NonNegativeInt = 256 << 20
     """Free disk space to keep, in bytes: with less, nothing is admitted or acknowledged until space is
     available again."""

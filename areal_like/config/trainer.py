@@ -93,7 +93,8 @@ class TrainerConfig(Section, key="trainer"):
     attention: Literal["auto", "rectangles", "varlen"] = "auto"
     """Attention over packed sequences. `varlen`: torch's CUDA kernel for sequences of different lengths, for
     16-bit dtypes only; `rectangles`: sequences padded to equal lengths, on any device; `auto`: varlen where
-    it runs. Linear attention follows it with kernels of its own (flash-linear-attention)."""
+    it runs. Linear attention follows it with kernels of its own (flash-linear-attention; `varlen` needs
+    causal-conv1d too)."""
     kernels: Literal["auto", "torch"] = "auto"
     """`auto`: FlashAttention 3 (`flash_attn_interface`, compute capability 9.0) and Liger's norms, rotary
     embeddings and SwiGLU where they are installed, on GPUs; `torch`: only torch's own kernels."""

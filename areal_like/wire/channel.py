@@ -27,7 +27,7 @@ from areal_like.errors import (
     WireVersionError,
 )
 from areal_like.security.keys import AllowedKey
-from areal_like.wire.codec import decode, encode, read_prefix
+from areal_like.wire.codec import MAX_ROUTES, decode, encode, read_prefix
 from areal_like.wire.curve import CurveClient, CurveServer
 from areal_like.wire.messages.hello import JobFailed, JobFinished, Refused
 from areal_like.wire.pump import KeyedPump, Pump, connection_socket, log_at_powers_of_2
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 _Value = TypeVar("_Value", int, float)
 _ALLOWED = 16
 """Malformed frames that are read before a peer is muted; those of another wire version get a refusal."""
+_MAX_FRAMES = 3 + MAX_ROUTES
+"""Frames of a message: the sender's routing id, the header, the data, and routes."""
 _MUTED_S = 10.0
 _MAX_PEERS = 1024
 """Peers that are remembered; the one that was added first is forgotten first."""
@@ -156,7 +158,16 @@ class Listener:
                 f"cannot bind {host}:{port} ({error.strerror}): set {setting} to a free port or 0"
             ) from None
         self.port = int(socket.get_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
-        self._pump = Pump(socket, self._on_frames) if curve is None else self._keyed_pump(socket, curve)
+        # A sample's record and its routes, each in a frame.
+        limits: dict[str, Any] = {
+            "max_frames": _MAX_FRAMES,
+            "max_bytes": 2 * max_message_bytes,
+            "on_excess": lambda peer: self._count_bad(peer, "a message with too many frames or bytes"),
+        }
+        if curve is None:
+            self._pump = Pump(socket, self._on_frames, **limits)
+        else:
+            self._pump = self._keyed_pump(socket, curve, limits)
 
     def send(self, peer: bytes, message: Any, *, rid: int = 0) -> bool:
         """Queues a message for a peer.
@@ -200,7 +211,7 @@ class Listener:
         if self._curve is not None:
             self._curve.context.term()
 
-    def _keyed_pump(self, socket: zmq.Socket[bytes], curve: CurveServer) -> Pump:
+    def _keyed_pump(self, socket: zmq.Socket[bytes], curve: CurveServer, limits: dict[str, Any]) -> Pump:
         def on_frames(frames: list[bytes]) -> None:
             key = curve.sender(pump.user_id)
             if key is not None:
@@ -210,7 +221,7 @@ class Listener:
                 self.send(frames[0], Refused(field="key", reason="this key was revoked or has expired"))
 
         curve.bound()
-        pump = KeyedPump(socket, on_frames)
+        pump = KeyedPump(socket, on_frames, **limits)
         return pump
 
     def _on_frames(self, frames: list[bytes], key: AllowedKey | None = None) -> None:
@@ -226,16 +237,19 @@ class Listener:
                 return
             message, rid = decode(frames[1:], prefix)
         except WireError as error:
-            self.num_bad_frames += 1
-            self._bad_peers.record(peer, now_s=self._clock())
-            log_at_powers_of_2(self.num_bad_frames, "bad frame refused: %s (%d so far)", error)
-            self._on_malformed(peer, str(error))
+            self._count_bad(peer, str(error))
             # The peer cannot decode the refusal, but can read our wire version in its header.
             if isinstance(error, WireVersionError):
                 self.send(peer, Refused(field="wire version", reason=str(error)))
             return
         num_bytes = sum(map(len, frames))
         self._handler(Envelope(peer=peer, rid=rid, message=message, num_bytes=num_bytes, key=key))
+
+    def _count_bad(self, peer: bytes, what: str) -> None:
+        self.num_bad_frames += 1
+        self._bad_peers.record(peer, now_s=self._clock())
+        log_at_powers_of_2(self.num_bad_frames, "bad frame refused: %s (%d so far)", what)
+        self._on_malformed(peer, what)
 
 
 class Link:
@@ -323,13 +337,17 @@ class Link:
                 type(message).__name__,
             )
 
-    async def call(self, message: Any, *, timeout_s: float) -> Any:
-        """Sends a request and returns its reply.
+    def new_rid(self) -> int:
+        """The id of a request that may be sent several times: a late reply to any of them is its reply."""
+        return next(self._rids)
+
+    async def call(self, message: Any, *, timeout_s: float, rid: int = 0) -> Any:
+        """Sends a request and returns its reply. `rid`: of `new_rid`; 0: another one.
 
         Raises DeadlineError without a reply in time, PeerLostError when the link is closed meanwhile,
         RefusedError for `Refused`, RunFinishedError for `JobFinished`, ArealError for `JobFailed`.
         """
-        rid = next(self._rids)
+        rid = rid or self.new_rid()
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._pending[rid] = (message, future)
         try:

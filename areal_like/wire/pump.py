@@ -16,8 +16,14 @@ left and whose receive queue is full (a stopped or flooded daemon). Other mechan
 Queues are bounded. A peer is not read while _MAX_WAITING of its messages wait to be handled; the rest stay in
 its TCP connection. At most _MAX_QUEUED messages wait for a peer that does not read; further ones are dropped
 and counted, which costs no data, because every request, sample and heartbeat is sent again until the peer has
-responded. Credit keeps healthy peers far below this number. The socket limits the size of a message
-(ZMQ_MAXMSGSIZE), and the codec the size of its header.
+responded. Credit keeps healthy peers far below this number. The socket limits the size of a frame
+(ZMQ_MAXMSGSIZE), the pump the frames and bytes of a message, and the codec the size of its header.
+
+libzmq 4.3.5 limits neither the number of a message's frames nor their sum: it keeps a message until its last
+frame has arrived, and counts it towards no queue before. A frame takes 64 bytes there, and two on an
+unencrypted connection. So who may connect bounds this memory: this machine's processes, or holders of keys.
+The pump takes no more of such a message than its limits, skips the rest without stalling the loop, and
+counts it as malformed.
 
 Control returns to the event loop after _DRAIN_S, so that HTTP requests are served during a flood. ZeroMQ
 reads the peers in turn, so a peer that sends much does not delay the others by more than one message each.
@@ -27,6 +33,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 
 import zmq
@@ -88,9 +95,24 @@ class Pump:
     every send.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes], on_frames: Callable[[list[bytes]], None]) -> None:
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        on_frames: Callable[[list[bytes]], None],
+        *,
+        max_frames: float = math.inf,
+        max_bytes: float = math.inf,
+        on_excess: Callable[[bytes], None] = lambda first: None,
+    ) -> None:
+        """`on_excess(first frame)` is called for a message of more than `max_frames` frames, or with another
+        frame after more than `max_bytes`; its other frames are skipped."""
         self._socket = socket
         self._on_frames = on_frames
+        self._on_excess = on_excess
+        self._max_frames = max_frames
+        self._max_bytes = max_bytes
+        self._is_skipping = False
+        """True within a message that is too large."""
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(socket.fileno(), self._drain)
         self._scheduled = False
@@ -121,14 +143,37 @@ class Pump:
             if self._socket.closed:
                 return
             try:
+                if self._is_skipping:
+                    self._socket.recv(flags=zmq.NOBLOCK)
+                    self._is_skipping = self._has_more
+                    continue
                 frames = self._receive()
             except zmq.Again:
                 return
-            self._on_frames(frames)
+            if self._is_skipping:
+                self._on_excess(frames[0])
+            else:
+                self._on_frames(frames)
         self._schedule()
 
     def _receive(self) -> list[bytes]:
-        return self._socket.recv_multipart(flags=zmq.NOBLOCK)
+        """The next message; the first frames of one that is too large, which is then skipped."""
+        frames = [self._first_frame()]
+        num_bytes = 0
+        while self._has_more:
+            if len(frames) == self._max_frames or num_bytes > self._max_bytes:
+                self._is_skipping = True
+                break
+            frames.append(self._socket.recv(flags=zmq.NOBLOCK))
+            num_bytes += len(frames[-1])
+        return frames
+
+    def _first_frame(self) -> bytes:
+        return self._socket.recv(flags=zmq.NOBLOCK)
+
+    @property
+    def _has_more(self) -> bool:
+        return bool(self._socket.get(zmq.RCVMORE))
 
 
 class KeyedPump(Pump):
@@ -136,10 +181,10 @@ class KeyedPump(Pump):
 
     user_id = ""
 
-    def _receive(self) -> list[bytes]:
+    def _first_frame(self) -> bytes:
         route = self._socket.recv(flags=zmq.NOBLOCK, copy=False)
         self.user_id = str(route["User-Id"])
-        return [route.bytes, *self._socket.recv_multipart(flags=zmq.NOBLOCK)]
+        return route.bytes
 
 
 def log_at_powers_of_2(count: int, message: str, *args: object) -> None:

@@ -190,6 +190,12 @@ class Routes:
         )
 
     @property
+    def shape(self) -> RoutesShape:
+        """What these routes say about their model."""
+        _, num_layers, num_chosen = self.experts_TLK.shape
+        return RoutesShape(num_layers=num_layers, num_chosen=num_chosen, num_experts=self.num_experts)
+
+    @property
     def num_tokens(self) -> int:
         return len(self.experts_TLK)
 

@@ -25,6 +25,7 @@ from collections.abc import Collection, Mapping
 
 from areal_like.errors import ConfigError
 from areal_like.wire.messages.producer import Purpose
+from areal_like.wire.routes import RoutesShape
 from buffer.ledger.lease_dispatcher import CONTENT
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.state import LedgerState
@@ -73,6 +74,8 @@ def recover(
     _restore_settings(state, recovered)
     _restore_evals(state, recovered)
     state.trainer_incarnation = recovered.scalars.get("trainer_incarnation", 0)
+    if all(shape := [recovered.scalars.get(f"routes:{name}", 0) for name in RoutesShape._fields]):
+        state.routes_shape = RoutesShape(*shape)
     state.is_finished = recovered.scalars.get("finished_steps", 0) >= settings.num_steps and not reopen
     ledger = Ledger(state)
     if state.settings_changed:

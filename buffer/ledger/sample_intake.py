@@ -31,6 +31,13 @@ class SampleIntake(TicketRules):
         self._num_without_spread = 0
         """Consecutive groups that the `spread` filter dropped."""
 
+    @property
+    def is_full(self) -> bool:
+        """True while nothing can be written and memory has more than `buffer.cache_bytes` of samples and
+        their routes: further ones wait at their servers."""
+        blocked = bool(self._store.write_blocked_reason)
+        return blocked and self._store.num_bytes > self._settings.buffer.cache_bytes
+
     def samples_done(self, name: str, samples: Sequence[SampleDone]) -> list[Verdict]:
         """Takes the samples that a server sent. The caller acknowledges them when they are durable."""
         verdicts = [self._take(name, sample) for sample in samples]
@@ -78,9 +85,9 @@ class SampleIntake(TicketRules):
         lease_id, record, index = done.lease_id, done.record, done.record.sample_index
         verdict, ticket = self._find(name, lease_id=lease_id, ticket_id=record.ticket_id, sample_index=index)
         num_sampled = record.num_sampled
-        kind = FailureKind.ENGINE
+        kind, fault = FailureKind.ENGINE, ""
         if ticket is not None:
-            if not self._has_right_routes(ticket, record):
+            if fault := self._fault_of_routes(ticket, record):
                 verdict, kind = Verdict.INVALID, FailureKind.ROUTES
             elif num_sampled == 0 or self._is_invalid(ticket, record) or self._is_invalid_zero(done):
                 verdict = Verdict.INVALID
@@ -108,7 +115,7 @@ class SampleIntake(TicketRules):
                 index,
                 kind=kind,
                 num_tokens=0,
-                error=f"it sent a sample that cannot be used ({verdict.value})",
+                error=f"it sent a sample that cannot be used ({fault or verdict.value})",
             )
         return verdict
 
@@ -136,11 +143,16 @@ class SampleIntake(TicketRules):
             or record.longest_segment > self._settings.max_segment_tokens
         )
 
-    def _has_right_routes(self, ticket: Ticket, record: Record) -> bool:
-        """True if a sample has routes exactly where the trainer needs them."""
+    def _fault_of_routes(self, ticket: Ticket, record: Record) -> str:
+        """Empty if a sample has routes exactly where the trainer needs them, and they are of its model."""
         is_trained_on = ticket.purpose is Purpose.TRAIN and not ticket.is_greedy(record.sample_index)
         needs_routes = self._settings.router_replay and is_trained_on
-        return (record.structure.routes is not None) is needs_routes
+        if (record.structure.routes is not None) is not needs_routes:
+            return "it has no routes" if needs_routes else "it has routes that nobody needs"
+        want, routes = self._state.routes_shape, record.routes
+        if want is not None and routes is not None and routes.shape != want:
+            return f"its routes are those of {routes.shape}, and the trainer's model has {want}"
+        return ""
 
     def _accept(self, ticket: Ticket, sample: SampleSummary, record: Record) -> None:
         self._lifecycle.remove_from_lease(ticket, sample.lease_id, record.sample_index, arrived=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from areal_like.wire.routes import RoutesShape
 from buffer.scheduling.admission import Admission
 from buffer.scheduling.staleness import StalenessBound
 from buffer.scheduling.step_log import StepLog
@@ -96,6 +97,8 @@ class LedgerState:
         """Fingerprint of the data that prompts come from, as servers reported it; 0: not known."""
         self.recorded_settings: dict[str, int] = {}
         """The settings that recorded steps depend on, as scalars to compare at the next start."""
+        self.routes_shape: RoutesShape | None = None
+        """What the routes of samples must be like, as the trainer has said; None: not known."""
 
     @property
     def configured(self) -> dict[str, str]:
@@ -112,6 +115,13 @@ class LedgerState:
         """Sets the incarnation of the newest trainer; requests of older trainers are refused."""
         self.trainer_incarnation = incarnation
         self.store.put_scalar("trainer_incarnation", incarnation)
+
+    def set_routes_shape(self, shape: RoutesShape | None) -> None:
+        """Sets what the routes of samples must be like; a restarted buffer remembers it."""
+        if shape != self.routes_shape:
+            self.routes_shape = shape
+            for name, number in zip(RoutesShape._fields, shape or (0, 0, 0), strict=True):
+                self.store.put_scalar(f"routes:{name}", number)
 
     def set_finished(self, is_finished: bool) -> None:
         """Sets or removes the mark of a finished run; it refers to the current number of steps."""

@@ -22,6 +22,7 @@ from areal_like.wire.messages.consumer import ClosedGroup, EarlyMember, Group, S
 from areal_like.wire.messages.evaluation import EvalResult
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import sampled_versions
+from areal_like.wire.routes import RoutesShape
 from buffer.ledger.lifecycle import TicketRules
 from buffer.prompts.order import Prompt
 from buffer.storage.base import EvaluationRow, RollbackRow
@@ -58,13 +59,15 @@ class TrainerSession(TicketRules):
         step: int,
         stream: dict[str, Any],
         settings: Mapping[str, str] = MappingProxyType({}),
+        routes_shape: RoutesShape | None = None,
         unix_s: float = 0.0,
     ) -> None:
         """A trainer starts with `step` completed steps; older trainers are refused from now on. Idempotent.
 
         Raises RunFinishedError if the run is finished and this is its last step; an earlier step reopens it.
         `stream`: the `stream_state` in its checkpoint; empty without a checkpoint. `settings`: the trainer's
-        values of the settings that may change during the run.
+        values of the settings that may change during the run. `routes_shape`: what the routes of samples must
+        be like; None: not known.
         """
         self.refuse_older_trainer(incarnation)
         if incarnation == self._state.trainer_incarnation:
@@ -76,6 +79,7 @@ class TrainerSession(TicketRules):
             self._state.set_finished(False)
         self._start_at(step, stream, incarnation=incarnation, unix_s=unix_s)
         self._state.set_trainer(incarnation)
+        self._state.set_routes_shape(routes_shape)
         self._state.live.begin(step, base | self._state.configured, unix_s=unix_s)
         self._state.set_closed("")
         self._lifecycle.record_ready_groups()

@@ -87,6 +87,10 @@ class StepLog:
         """Tickets of these steps, by position."""
         return [ticket for step in steps for _, ticket in sorted(self.recorded.get(step, {}).items())]
 
+    def has(self, step: int, ticket_id: int) -> bool:
+        """True if this ticket is recorded in this step."""
+        return any(ticket.ticket_id == ticket_id for ticket in self.tickets_of(step))
+
     def tickets_from(self, step: int) -> list[Ticket]:
         """Tickets of this step and later ones, by (step, position)."""
         return self.tickets_of(*sorted(recorded for recorded in self.recorded if recorded >= step))

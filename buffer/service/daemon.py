@@ -164,7 +164,7 @@ class BufferDaemon:
             screen=self._screen,
             on_malformed=self._on_malformed,
         )
-        self._outbox = Outbox(self._ledger, self._peers, self._listener)
+        self._outbox = Outbox(self._ledger, self._peers, self._listener, on_error=self._fail)
         self._handlers = Handlers(
             self._ledger,
             self._peers,

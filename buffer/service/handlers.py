@@ -25,6 +25,7 @@ from areal_like.wire.messages.hello import (
     Welcome,
 )
 from areal_like.wire.pump import log_at_powers_of_2
+from areal_like.wire.routes import RoutesShape
 from buffer.ledger.ledger import Ledger
 from buffer.service.outbox import Outbox
 from buffer.service.peers import ConnectedPeers, Peer, PeerKeys
@@ -168,7 +169,8 @@ class Handlers:
                 self._take_stats(peer, message.stats)
                 return self._heartbeat_ack(sent_s=message.sent_s)
             case producer.Samples():
-                self._samples(peer, message.samples)
+                if not self._ledger.intake.is_full:  # else the server sends them again
+                    self._samples(peer, message.samples)
             case producer.SampleFailed():
                 log.warning(
                     "%s could not make sample %d of ticket %d (%s): %s",
@@ -283,6 +285,7 @@ class Handlers:
             step=message.step,
             stream=message.stream,
             settings=message.settings,
+            routes_shape=RoutesShape(*message.routes_shape) if message.routes_shape else None,
             unix_s=time.time(),
         )
         follow_level(self._ledger.state.live.log_level)

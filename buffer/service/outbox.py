@@ -13,8 +13,11 @@ the next.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from areal_like.errors import ArealError
@@ -22,6 +25,7 @@ from areal_like.wire.channel import Listener
 from areal_like.wire.limits import shortened
 from areal_like.wire.messages import consumer, producer
 from areal_like.wire.messages.hello import JobFailed, JobFinished, Role
+from areal_like.wire.records import Record
 from buffer.ledger.ledger import Ledger
 from buffer.service.peers import ConnectedPeers, Peer
 from buffer.tickets import Verdict
@@ -32,10 +36,20 @@ log = logging.getLogger(__name__)
 class Outbox:
     """OPEN -> close() -> CLOSED (sends nothing more)."""
 
-    def __init__(self, ledger: Ledger, peers: ConnectedPeers, listener: Listener) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        peers: ConnectedPeers,
+        listener: Listener,
+        *,
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        """`on_error` is called for routes that cannot be read from disk."""
         self._ledger = ledger
         self._peers = peers
         self._listener = listener
+        self._on_error = on_error
+        self._reading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="routes")
         self._acks: dict[bytes, dict[tuple[int, str], dict[int, None]]] = {}
         """Indices of samples that arrived since the last flush, by route and (lease, reason of a refusal)."""
         self._fetches: dict[tuple[bytes, int, int], int] = {}
@@ -56,18 +70,41 @@ class Outbox:
     def close(self) -> None:
         """Stops sending: the socket is about to be closed."""
         self._is_closed = True
+        self._reading.shutdown(wait=False, cancel_futures=True)
 
     def send(self, route: bytes, message: Any, *, rid: int = 0) -> bool:
         """Sends at once. False if the peer cannot be reached."""
         return not self._is_closed and self._listener.send(route, message, rid=rid)
 
     def send_when_durable(self, route: bytes, reply: Any, *, rid: int) -> None:
-        """Sends once everything written so far is durable."""
+        """Sends once everything written so far is durable, and routes that are only on disk are read."""
 
         def send() -> None:
             self.send(route, reply, rid=rid)
 
-        self._ledger.state.store.when_durable(send)
+        store = self._ledger.state.store
+        if isinstance(reply, consumer.Group) and any(record.lacks_routes for record in reply.records):
+            read = store.routes_reader(reply.records)
+            store.when_durable(lambda: self._send_with_routes(route, reply, read, rid=rid))
+        else:
+            store.when_durable(send)
+
+    def _send_with_routes(
+        self, route: bytes, group: consumer.Group, read: Callable[[], list[Record]], *, rid: int
+    ) -> None:
+        """Sends a group when a thread has read its routes."""
+
+        def send(reading: asyncio.Future[list[Record]]) -> None:
+            if reading.cancelled() or self._is_closed:
+                return
+            if not isinstance(error := reading.exception(), Exception):
+                self.send(route, dataclasses.replace(group, records=reading.result()), rid=rid)
+            # Otherwise they were released meanwhile, and no rank waits for them.
+            elif self._ledger.state.steps.has(group.step, group.ticket_id):
+                self._on_error(error)
+
+        if not self._is_closed:
+            asyncio.get_running_loop().run_in_executor(self._reading, read).add_done_callback(send)
 
     def acknowledge(
         self, peer: Peer, sample: producer.SampleDone | producer.SampleFailed, verdict: Verdict

@@ -16,7 +16,7 @@ Left out: expiry times of leases (a restarted buffer sets new ones).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -224,11 +224,20 @@ class Store:
         raise NotImplementedError
 
     def records_of(self, ticket: Ticket) -> list[Record]:
-        """All records of a complete ticket with their routes, in the order of `Ticket.record_keys`.
+        """All records of a complete ticket, in the order of `Ticket.record_keys`; those with routes on disk
+        lack them (`routes_reader`).
 
         Raises StoreCorruptError if they are damaged.
         """
         raise NotImplementedError
+
+    def routes_reader(self, records: Sequence[Record]) -> Callable[[], list[Record]]:
+        """A function that returns these records (of `records_of`) with their routes.
+
+        It may run in any thread, as the routes of a group can have a hundred MB. It raises StoreCorruptError
+        if they are damaged, or were released meanwhile.
+        """
+        return lambda: list(records)
 
     def when_durable(self, then: Callable[[], None]) -> None:
         """Calls `then` in the event loop once everything written so far is as durable as the store promises:

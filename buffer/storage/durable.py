@@ -153,17 +153,38 @@ class DurableStore(RowRecorder):
         records = []
         for ticket_id, index in ticket.record_keys:
             record = self._cache.get(ticket_id, index)
-            if record is None or record.lacks_routes:
+            if record is None:
                 record = read_record(
                     self._directory,
                     self._locations[ticket_id][index],
                     ticket_id=ticket_id,
                     sample_index=index,
-                    with_routes=True,
                 )
             records.append(record)
             self._cache.mark_served(ticket_id)
         return records
+
+    def routes_reader(self, records: Sequence[Record]) -> Callable[[], list[Record]]:
+        places = [
+            self._locations[record.ticket_id][record.sample_index] if record.lacks_routes else None
+            for record in records
+        ]
+
+        def read() -> list[Record]:
+            return [
+                record
+                if place is None
+                else read_record(
+                    self._directory,
+                    place,
+                    ticket_id=record.ticket_id,
+                    sample_index=record.sample_index,
+                    with_routes=True,
+                )
+                for record, place in zip(records, places, strict=True)
+            ]
+
+        return read
 
     def when_durable(self, then: Callable[[], None]) -> None:
         if self.changes:

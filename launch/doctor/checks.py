@@ -189,8 +189,11 @@ def check_versions(versions: Sequence[Versions], gpus: GpuFacts) -> Iterator[Fin
             yield ok("NCCL", f"{nccl['trainer']} in both")
 
 
-def check_linear_attention(trainer: Versions) -> Iterator[Finding]:
-    """The kernels of a model with linear attention are installed, for a trainer on GPUs."""
+def check_linear_attention(trainer: Versions, *, attention: str) -> Iterator[Finding]:
+    """The kernels of a model with linear attention are installed, for a trainer on GPUs.
+
+    `attention`: `trainer.attention`, not `rectangles`; with `varlen` the trainer needs both packages.
+    """
     if trainer.flash_linear_attention:
         yield ok("flash-linear-attention", trainer.flash_linear_attention)
     else:
@@ -202,6 +205,12 @@ def check_linear_attention(trainer: Versions) -> Iterator[Finding]:
         )
     if trainer.causal_conv1d:
         yield ok("causal-conv1d", trainer.causal_conv1d)
+    elif attention == "varlen":
+        yield error(
+            "causal-conv1d",
+            "not installed, and trainer.attention=varlen needs it for linear attention",
+            "pip install causal-conv1d, or set trainer.attention=auto",
+        )
     else:
         yield warning(
             "causal-conv1d",

@@ -97,7 +97,8 @@ def findings(config: Config, roles: Sequence[str], *, job: RunningJob | None = N
     uses_kernels = config.trainer.attention != "rectangles" and config.model.dtype != "float32"
     needs_kernels = uses_kernels and _has_linear_attention(config.model.path)
     if "trainer" in roles and trainer_gpus(config) and needs_kernels:
-        yield from check_linear_attention(next(each for each in versions if each.of == "trainer"))
+        trainer = next(each for each in versions if each.of == "trainer")
+        yield from check_linear_attention(trainer, attention=config.trainer.attention)
     yield from check_gpus(gpus)
     yield from _limits(uses_gpus=bool(gpus.wanted), num_hosts=config.trainer.num_hosts)
     yield from _secrets(config, roles)

@@ -66,9 +66,14 @@ class Contexts:
         self._max_prefill_tokens = options.max_prefill_tokens
         """Also the maximum number of tokens in one forward pass."""
         self._state_tokens = cache.state_tokens
-        self._prefixes = PrefixCache(max_tokens=options.prefix_cache_tokens, state_tokens=self._state_tokens)
+        # Kept routes take the place of KV.
+        kv_share = 1.0 if routes is None else cache.num_bytes / (cache.num_bytes + routes.num_bytes)
+        self._prefixes = PrefixCache(
+            max_tokens=int(kv_share * options.prefix_cache_tokens), state_tokens=self._state_tokens
+        )
         self.kept = KeptPrefixes(
-            max_tokens=options.kept_tokens(self._state_tokens), state_tokens=self._state_tokens
+            max_tokens=int(kv_share * options.kept_tokens(self._state_tokens)),
+            state_tokens=self._state_tokens,
         )
         self._warn_of_small_caches()
         self.num_prefilled = 0

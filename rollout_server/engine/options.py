@@ -37,11 +37,11 @@ class EngineOptions(Section):
     max_prefill_tokens: PositiveInt = 8192
     """Context tokens computed before a decode step."""
     prefix_cache_tokens: NonNegativeInt = 16384
-    """Tokens of prompts kept for the other samples of their groups; 0: none. A recurrent state counts as the
-    tokens whose KV takes as much memory."""
+    """Tokens of prompts kept for the other samples of their groups; 0: none. A recurrent state, and
+    the routes of tokens, count as the tokens whose KV takes as much memory."""
     conversation_cache_tokens: int | None = None
     """Tokens whose KV is kept for the next turns of conversations, allocated as they are needed; 0: none;
-    not given: as many as the rows hold. States count as in `prefix_cache_tokens`."""
+    not given: as many as the rows hold. States and routes count as in `prefix_cache_tokens`."""
     enable_return_routed_experts: bool = False
     """Record which experts are chosen for each token, for requests with `return_routed_experts`."""
     max_adapters: NonNegativeInt = 0

@@ -31,6 +31,11 @@ class RowRoutes:
             (num_rows, context_length, shape.num_layers, shape.num_chosen), dtype_of(shape.num_experts)
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the rows' routes in bytes."""
+        return self._experts_STLK.nbytes
+
     def decoded(self, position_N: NDArray[np.int64]) -> None:
         """Takes the routes of a decode step over rows 0..N-1 with tokens at these positions."""
         self._experts_STLK[np.arange(len(position_N)), position_N] = self._recorder.take()

@@ -50,8 +50,8 @@ log = logging.getLogger(__name__)
 
 _HELLO_TIMEOUT_S = 5.0
 _RESEND_AFTER_S = 5.0
-"""An acknowledgement takes milliseconds; after this time the result or its acknowledgement is considered
-lost."""
+"""An acknowledgement takes milliseconds; after this time a small result, or its acknowledgement, is
+considered lost. `HeldLeases` gives others more time."""
 _GOODBYE_TIMEOUT_S = 2.0
 _LARGE_RISE = 0.1
 """Increase in capacity that is announced before the next heartbeat is due, as a fraction of the samples that
@@ -135,7 +135,7 @@ class BufferClient(BufferConnection):
             self._send_heartbeat()
             # A buffer that is out of disk space queues one response per resend, so do not resend.
             if not self.is_stuck:
-                self._resend(older_than_s=_RESEND_AFTER_S)
+                self._resend(shortest_s=_RESEND_AFTER_S)
             try:
                 async with asyncio.timeout(self._config.daemon.heartbeat_s):
                     await self._heartbeat_now.wait()
@@ -229,11 +229,11 @@ class BufferClient(BufferConnection):
         log.info("registered at %s: job %s, step %d", self.address, welcome.job, welcome.step)
         self.newest_version = max(self.newest_version, welcome.newest_version)
         self._outbox.clear()  # its results are also unacknowledged, so they are sent by the next line
-        self._resend(older_than_s=0)
+        self._resend(shortest_s=0)
 
-    def _resend(self, *, older_than_s: float) -> None:
+    def _resend(self, *, shortest_s: float) -> None:
         """Resends results that may have been lost with a connection."""
-        self._outbox += self._held.to_resend(now_s=self._loop.time(), older_than_s=older_than_s)
+        self._outbox += self._held.to_resend(now_s=self._loop.time(), shortest_s=shortest_s)
         self._flush()
 
     def _flush(self) -> None:

@@ -28,6 +28,7 @@ import math
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -53,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH = 256
 """Maximum number of sequences in one HTTP request: bounds its body, and the loss when a connection breaks."""
+_LONG_ROUTES = 1 << 20
+"""Longer routes, in characters or bytes, are read in a thread."""
 _ABORT_GRACE_S = 5.0
 """Time that an engine has to return the partial tokens of sequences aborted at their time limit."""
 
@@ -256,7 +259,7 @@ class GenerateBatcher:
                 read = read_frames if self._is_packed else read_events
                 max_bytes = MAX_EVENT_BYTES + self._most_bytes_of_routes(batch)
                 async for event in read(response.content.iter_any(), max_bytes=max_bytes):
-                    self._resolve(batch, checked(event))
+                    await self._resolve(batch, checked(event))
         except EngineError as error:
             return type(error)(f"{name} refused a request: {error}")
         except (aiohttp.ClientError, ConnectionError, ValueError) as error:
@@ -301,7 +304,7 @@ class GenerateBatcher:
         if all(pending.future.done() for pending in batch):
             stream.cancel()
 
-    def _resolve(self, batch: list[_Pending], event: dict[str, Any]) -> None:
+    async def _resolve(self, batch: list[_Pending], event: dict[str, Any]) -> None:
         """If this event ends a sequence, passes its generation or error to the caller that waits for it.
 
         Raises ValueError if the event belongs to no sequence of the batch.
@@ -315,7 +318,7 @@ class GenerateBatcher:
         except (KeyError, TypeError, IndexError, OverflowError) as error:
             raise ValueError(f"malformed event ({type(error).__name__}: {error})") from None
         try:
-            generation = self._with_routes(pending, parse_generation(event), event)
+            generation = await self._with_routes(pending, parse_generation(event), event)
         except EngineError as error:
             pending.fail(error)
             return
@@ -334,7 +337,9 @@ class GenerateBatcher:
         if not pending.future.done():
             pending.future.set_result(generation)
 
-    def _with_routes(self, pending: _Pending, generation: Generation, event: dict[str, Any]) -> Generation:
+    async def _with_routes(
+        self, pending: _Pending, generation: Generation, event: dict[str, Any]
+    ) -> Generation:
         """Adds the routes that a request asked for. Raises RoutesError if they are missing or do not fit."""
         num_sampled = len(generation.output_ids)
         if not pending.returns_routes or not num_sampled:
@@ -343,7 +348,9 @@ class GenerateBatcher:
             raise RoutesError(f"engine {self._http.base_url} records no routes (model.router_replay)")
         raw = event["meta_info"].get("routed_experts")
         num_tokens = len(pending.input_ids) + num_sampled - 1
-        return replace(generation, routes=self.routes.read(raw, num_tokens=num_tokens))
+        read = partial(self.routes.read, raw, num_tokens=num_tokens)
+        is_long = isinstance(raw, str | bytes) and len(raw) > _LONG_ROUTES
+        return replace(generation, routes=await asyncio.to_thread(read) if is_long else read())
 
     def _most_bytes_of_routes(self, batch: Sequence[_Pending]) -> int:
         """The most bytes that routes add to one event of a batch."""

@@ -11,19 +11,20 @@ Both cover the prompt and the completion but its last token, which has not been 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from areal_like.errors import ConfigError, RoutesError
+from areal_like.errors import RoutesError
+from areal_like.expert_layers import ExpertLayers
 from areal_like.wire.routes import Routes, RoutesShape, dtype_of
 
 _REPORTED = np.dtype("<i4")
 _OTHER_BYTES = 1 << 16
-_NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
-"""Names of the number of experts in config.json; the model families differ."""
+_PIECE_CHARS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,24 +55,14 @@ class RoutesReader:
     @classmethod
     def of_model(cls, facts: Mapping[str, Any]) -> RoutesReader:
         """Of SGLang, from the config.json of its model. Raises ConfigError if that has no experts."""
-        name = next((name for name in _NUM_EXPERTS if facts.get(name)), "num_experts")
-        try:
-            num_reported = int(facts["num_hidden_layers"])
-            layers = [layer for layer in range(num_reported) if _has_experts(facts, layer)]
-            shape = RoutesShape(len(layers), int(facts["num_experts_per_tok"]), int(facts[name]))
-            shape.check()
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                "model.router_replay=true needs a mixture of experts, and config.json of the model names "
-                f"none ({error}): set model.router_replay=false"
-            ) from None
-        return cls(shape=shape, layers=tuple(layers), num_reported=num_reported)
+        layers, num_layers, routes = ExpertLayers.of(facts)
+        return cls(shape=routes, layers=layers, num_reported=num_layers)
 
     def read(self, raw: Any, *, num_tokens: int) -> Routes:
         """The routes of a completion. `raw`: `routed_experts` of its response, None if it has none;
         `num_tokens`: its prompt and output but for the last token.
 
-        Raises RoutesError for anything but routes of so many tokens.
+        May run in any thread. Raises RoutesError for anything but routes of so many tokens.
         """
         if raw is None:
             raise RoutesError(
@@ -80,10 +71,7 @@ class RoutesReader:
             )
         num_chosen, num_experts = self.shape.num_chosen, self.shape.num_experts
         try:
-            if isinstance(raw, bytes):
-                flat = np.frombuffer(raw, dtype_of(num_experts))
-            else:
-                flat = np.frombuffer(base64.b64decode(raw, validate=True), _REPORTED)
+            flat = np.frombuffer(raw, dtype_of(num_experts)) if isinstance(raw, bytes) else _decoded(raw)
             if flat.size != num_tokens * self.num_reported * num_chosen:
                 raise ValueError(
                     f"want {num_chosen} experts of {self.num_reported} layers for each of {num_tokens} "
@@ -106,16 +94,11 @@ class RoutesReader:
         return num_bytes * 4 // 3 + _OTHER_BYTES
 
 
-def _has_experts(facts: Mapping[str, Any], layer: int) -> bool:
-    """By the fields of Qwen's (`mlp_only_layers`, `decoder_sparse_step`) and DeepSeek's config.json, or by a
-    list with an entry for each layer (GLM with sparse attention, MiniMax)."""
-    kinds, step = facts.get("mlp_layer_types"), facts.get("moe_layer_freq")
-    if isinstance(kinds, list) and layer < len(kinds):
-        return bool(kinds[layer] == "sparse")
-    if isinstance(step, list) and layer < len(step):
-        return bool(step[layer])
-    dense: Sequence[int] = facts.get("mlp_only_layers") or ()
-    if layer in dense or (layer + 1) % int(facts.get("decoder_sparse_step") or 1):
-        return False
-    first = int(facts.get("first_k_dense_replace") or 0)
-    return layer >= first and (not isinstance(step, int) or layer % step == 0)
+def _decoded(text: Any) -> NDArray[Any]:
+    """int32[N] of base64, decoded in pieces between which other threads run. Raises ValueError and
+    TypeError."""
+    if not isinstance(text, str):
+        raise TypeError(f"want base64, got {type(text).__name__}")
+    starts = range(0, len(text), _PIECE_CHARS)
+    pieces = [base64.b64decode(text[start : start + _PIECE_CHARS], validate=True) for start in starts]
+    return np.concatenate([np.frombuffer(piece, _REPORTED) for piece in pieces])

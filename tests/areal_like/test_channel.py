@@ -95,6 +95,25 @@ def test_unsolicited_messages_and_deadlines() -> None:
     moved_clock.run(body())
 
 
+def test_a_late_reply_answers_a_repeated_request() -> None:
+    async def body() -> None:
+        envelopes: list[Envelope] = []
+        listener = serve(lambda _, envelope: envelopes.append(envelope))
+        link = Link(tcp_address("127.0.0.1", listener.port), handler=lambda _: None)
+        rid = link.new_rid()
+        with pytest.raises(DeadlineError):
+            await link.call(AllocVersion(step=1), timeout_s=0.05, rid=rid)
+        again = asyncio.ensure_future(link.call(AllocVersion(step=1), timeout_s=HANG_LIMIT_S, rid=rid))
+        while len(envelopes) < 2:
+            await asyncio.sleep(0.01)
+        listener.send(envelopes[0].peer, VersionGranted(version=7), rid=envelopes[0].rid)
+        assert (await again).version == 7
+        link.close()
+        listener.close()
+
+    run(body)
+
+
 def test_unhandled_messages_wait_at_the_sender() -> None:
     async def body() -> None:
         listener = serve(reply)
@@ -133,6 +152,37 @@ def test_garbage_is_counted_and_other_peers_are_served() -> None:
         await asyncio.sleep(0.2)
         assert (await link.call(AllocVersion(step=2), timeout_s=HANG_LIMIT_S)).version == 102
         assert listener.num_bad_frames == 1000
+        raw.close()
+        link.close()
+        listener.close()
+
+    run(body)
+
+
+@pytest.mark.parametrize("frames", [[b"x"] * 40_000, [bytes(MAX_BYTES)] * 5])
+def test_a_message_with_too_many_frames_is_skipped(frames: list[bytes]) -> None:
+    """libzmq limits neither their number nor their bytes. The messages after it are read."""
+
+    async def body() -> None:
+        refused: list[str] = []
+        listener = Listener(
+            host="127.0.0.1",
+            port=0,
+            handler=lambda envelope: reply(listener, envelope),
+            max_message_bytes=MAX_BYTES,
+            on_malformed=lambda peer, what: refused.append(what),
+        )
+        raw = zmq.Context.instance().socket(zmq.DEALER)
+        raw.set(zmq.LINGER, 0)
+        raw.connect(tcp_address("127.0.0.1", listener.port))
+        raw.send_multipart(frames)
+        raw.send_multipart(codec.encode(AllocVersion(step=3), rid=1))
+        link = Link(tcp_address("127.0.0.1", listener.port), handler=lambda _: None)
+        while not raw.poll(0):
+            await asyncio.sleep(0.01)
+        assert codec.decode(raw.recv_multipart())[0].version == 103
+        assert (await link.call(AllocVersion(step=1), timeout_s=HANG_LIMIT_S)).version == 101
+        assert refused == ["a message with too many frames or bytes"] and listener.num_bad_frames == 1
         raw.close()
         link.close()
         listener.close()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import sqlite3
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from areal_like.errors import RefusedError
+from areal_like.paths import RunPaths
 from areal_like.wire.fingerprint import dataset_fingerprint
 from areal_like.wire.messages.consumer import (
     AllocVersion,
@@ -201,3 +204,48 @@ def test_an_operator_drops_a_ticket_that_crashes_trainers(tmp_path: Path) -> Non
         assert post(buffer, {"tickets": [lists[0][2]]}) == (200, {"dropped": [lists[0][2]]})
         asyncio.run(resume(lists[0]))
         assert buffer.status()["drops"]["poison"] == 1
+
+
+def test_samples_wait_at_servers_while_the_disk_is_full(tmp_path: Path) -> None:
+    """Up to buffer.cache_bytes are taken; what is not acknowledged is sent again later."""
+    config = job(tmp_path, buffer={"cache_bytes": 0})
+    server = hello("rollout-0", dataset=dataset_fingerprint(config))
+
+    async def run(buffer: BufferProcess, shell: sqlite3.Connection) -> None:
+        inbox: list[Any] = []
+        async with (
+            connected(buffer, trainer_hello(config)) as link,
+            connected(buffer, server, inbox=inbox) as producer,
+        ):
+            trainer = FakeTrainer(config, link)
+            await trainer.call(StartTraining(step=0))
+            producer.send(beat([], free=2))
+            (leases,) = await until(inbox, Leases)
+            (lease,) = leases.leases
+
+            async def trouble() -> str:
+                return str((await producer.call(beat([lease], free=0), timeout_s=HANG_LIMIT_S)).trouble)
+
+            async def num_accepted() -> float:
+                return float((await trainer.call(GetRunCounters())).counters["samples_accepted"])
+
+            shell.execute("BEGIN IMMEDIATE")
+            producer.send(sample(lease, 0))
+            async with asyncio.timeout(HANG_LIMIT_S):
+                while not await trouble():
+                    await asyncio.sleep(0.02)
+            producer.send(sample(lease, 1))
+            assert await trouble() and await num_accepted() == 1
+            shell.execute("ROLLBACK")
+            await until(inbox, SampleAck)
+            producer.send(sample(lease, 1))
+            acks = await until(inbox, SampleAck, count=2)
+            assert [ack.refused for ack in acks] == ["", ""] and await num_accepted() == 2
+
+    buffer = BufferProcess(config)
+    try:
+        ledger = RunPaths.of(config).ledger / "ledger.sqlite3"
+        with contextlib.closing(sqlite3.connect(ledger, isolation_level=None)) as shell:
+            asyncio.run(run(buffer, shell))
+    finally:
+        buffer.close()

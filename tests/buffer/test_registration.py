@@ -44,6 +44,7 @@ from tests.support.buffer_harness import (
 from tests.support.fake_producer import hello
 from tests.support.ledger_simulation import ledger_settings, new_ledger
 from tests.support.row_store import RowStore
+from tests.support.store_load import raising
 from tests.support.waiting import HANG_LIMIT_S
 
 HUGE = (1 << 63) - 1
@@ -249,7 +250,7 @@ def test_a_server_without_an_entry_registers_again(message: Any) -> None:
     async def run() -> None:
         ledger, peers = new_ledger(), ConnectedPeers(job="job", dataset="d")
         listener = Listener(host="127.0.0.1", port=0, handler=lambda _: None, max_message_bytes=1 << 20)
-        outbox = Outbox(ledger, peers, listener)
+        outbox = Outbox(ledger, peers, listener, on_error=raising)
         handlers = Handlers(
             ledger,
             peers,

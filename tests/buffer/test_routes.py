@@ -5,21 +5,31 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from areal_like.errors import StoreCorruptError
+from areal_like.wire.codec import decode, encode
+from areal_like.wire.messages.consumer import Group, StartTraining
+from areal_like.wire.messages.hello import Ok
 from areal_like.wire.messages.producer import Lease, SampleDone
 from areal_like.wire.records import Record, RecordLocation, read_record, segment_path
-from areal_like.wire.routes import Routes
+from areal_like.wire.routes import Routes, RoutesShape
+from buffer.ledger.ledger import Ledger
+from buffer.ledger.recovery import recover
+from buffer.ledger.state import LedgerState
+from buffer.service.outbox import Outbox
+from buffer.service.peers import ConnectedPeers
 from buffer.storage.memory import MemoryStore
 from buffer.tickets import State, Ticket, Verdict
 from launch.audit.ledger import audit_ledger
 from tests.buffer.test_store import full_ticket, is_whole, num_segments, opened, query
-from tests.support.ledger_simulation import add_server, deliver, done, new_ledger
-from tests.support.store_load import SIZE, durable, move, new_ticket, sample_of, trajectory_of
+from tests.support.ledger_simulation import add_server, deliver, done, ledger_settings, new_ledger
+from tests.support.row_store import RowStore
+from tests.support.store_load import SIZE, durable, is_same, move, new_ticket, sample_of, trajectory_of
 
 ROUTED, PLAIN = 2, 1
 """Tickets of store_load.py, with and without routes."""
@@ -60,6 +70,33 @@ def test_without_the_setting_routes_are_refused() -> None:
     ledger, lease = leased()
     assert deliver(ledger, "a", with_routes(done(lease, 0, [0, 0]))) is Verdict.INVALID
     assert deliver(ledger, "a", done(lease, 1, [0, 0])) is Verdict.ACCEPTED
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4), (3, 1, 4), (2, 2, 4), (2, 1, 8), None])
+def test_routes_of_another_model_are_refused(shape: tuple[int, int, int] | None) -> None:
+    """By the shape that the trainer has declared, which a restarted buffer still has."""
+    store, settings = RowStore(), ledger_settings(router_replay=True, durable=True)
+    ledger = recover(settings, store, now_s=0.0)
+    want = None if shape is None else RoutesShape(*shape)
+    ledger.trainer.start_training(incarnation=1, step=0, stream={}, routes_shape=want)
+    ledger = recover(settings, store.copy(), now_s=0.0)
+    ledger.state.prompts.set_num_train_prompts(8)
+    add_server(ledger, "a", capacity=16)
+    lease = ledger.dispatcher.grant(now_s=0.0)["a"][0]
+    is_right = shape in (None, (2, 1, 4))
+    verdict = deliver(ledger, "a", with_routes(done(lease, 0, [0, 0])))
+    assert verdict is (Verdict.ACCEPTED if is_right else Verdict.INVALID)
+    counters = ledger.state.counters.summary()
+    numbers = [counters.get(name, 0) for name in ("failed_routes_retry", "refusals_invalid")]
+    assert numbers == [int(not is_right)] * 2
+
+
+def test_a_trainer_declares_possible_routes_only() -> None:
+    message = StartTraining(step=0, routes_shape=[48, 8, 128])
+    assert decode(encode(message)) == (message, 0)
+    for shape in ([48, 8], [0, 8, 128], [48, 8, 1 << 20]):
+        with pytest.raises((ValueError, TypeError)):
+            StartTraining(step=0, routes_shape=shape)
 
 
 def test_memory_without_a_ledger_counts_routes() -> None:
@@ -216,7 +253,7 @@ def test_damaged_routes_are_never_served(tmp_path: Path) -> None:
                 await durable(store)
             damage(tmp_path, ROUTED)
             with pytest.raises(StoreCorruptError, match=f"of ticket {ROUTED} .*routes"):
-                store.records_of(tickets[0])
+                store.routes_reader(store.records_of(tickets[0]))()
             assert is_whole(store, tickets[1])
 
     asyncio.run(run())
@@ -256,3 +293,43 @@ def test_records_are_read_without_their_routes(tmp_path: Path) -> None:
     (place,) = query(tmp_path, "SELECT segment, offset, num_bytes, crc32 FROM samples WHERE sample_index = 1")
     record = read_record(tmp_path, RecordLocation(*place), ticket_id=ROUTED, sample_index=1)
     assert record.lacks_routes and record.trajectory().routes is None
+
+
+def test_a_group_is_sent_when_its_routes_are_read(tmp_path: Path) -> None:
+    """A thread reads them. Damage ends the job, unless the group is no longer recorded."""
+
+    async def run() -> None:
+        async with opened(tmp_path) as (store, _):
+            ticket = full_ticket(store, ROUTED)
+            await durable(store)
+            ledger = Ledger(LedgerState(ledger_settings(), store))
+            happened: asyncio.Queue[Any] = asyncio.Queue()
+            listener: Any = SimpleNamespace(send=lambda peer, message, rid: happened.put_nowait(message))
+            outbox = Outbox(
+                ledger, ConnectedPeers(job="j", dataset="d"), listener, on_error=happened.put_nowait
+            )
+
+            async def answered() -> Any:
+                records = store.records_of(ticket)
+                assert all(record.lacks_routes for record in records)
+                group = Group(
+                    step=ticket.step, position=0, ticket_id=ROUTED, prompt_index=0, records=records,
+                    version_steps=[0] * SIZE,
+                )  # fmt: skip
+                outbox.send_when_durable(b"", group, rid=1)
+                assert happened.empty(), "it was read in the loop"
+                outbox.send_when_durable(b"", Ok(), rid=2)
+                assert await happened.get() == Ok(), "others do not wait"
+                return await happened.get()
+
+            sent = await answered()
+            assert all(
+                is_same(record.trajectory(), trajectory_of(ROUTED, index))
+                for index, record in enumerate(sent.records)
+            )
+            damage(tmp_path, ROUTED)
+            ledger.state.steps.add(ticket)
+            assert isinstance(await answered(), StoreCorruptError)
+            outbox.close()
+
+    asyncio.run(run())

@@ -64,7 +64,7 @@ def full_ticket(store: DurableStore, ticket_id: int) -> Ticket:
 
 def is_whole(store: DurableStore, ticket: Ticket) -> bool:
     """True if the store returns the records that `full_ticket` wrote."""
-    group = [record.trajectory() for record in store.records_of(ticket)]
+    group = [record.trajectory() for record in store.routes_reader(store.records_of(ticket))()]
     return all(is_same(mine, trajectory_of(ticket.ticket_id, index)) for index, mine in enumerate(group))
 
 

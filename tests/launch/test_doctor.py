@@ -71,6 +71,10 @@ def versions(*found: Versions, gpus: GpuFacts = GPUS) -> Iterable[Finding]:
     return check_versions(found, gpus)
 
 
+def linear(trainer: Versions, *, attention: str = "auto") -> Iterable[Finding]:
+    return check_linear_attention(trainer, attention=attention)
+
+
 def cpu(**changed: str) -> Iterable[Finding]:
     one = Versions(**({"of": "trainer", "torch": "2.13.0+cpu", "transformers": "5.19.0"} | changed))
     return check_versions([one], GpuFacts())
@@ -114,10 +118,11 @@ def cpu(**changed: str) -> Iterable[Finding]:
             Level.ERROR,
             "13.0 needs driver 580 or newer, this is 570.86.10",
         ),
-        (check_linear_attention(TRAINER), Level.ERROR, "the model has linear attention"),
-        (check_linear_attention(TRAINER), Level.WARNING, "linear attention pads"),
-        (check_linear_attention(WITH_KERNELS), Level.OK, "0.5.1"),
-        (check_linear_attention(WITH_KERNELS), Level.OK, "1.6.2"),
+        (linear(TRAINER), Level.ERROR, "the model has linear attention"),
+        (linear(TRAINER), Level.WARNING, "linear attention pads"),
+        (linear(TRAINER, attention="varlen"), Level.ERROR, "trainer.attention=varlen needs it"),
+        (linear(WITH_KERNELS), Level.OK, "0.5.1"),
+        (linear(WITH_KERNELS, attention="varlen"), Level.OK, "1.6.2"),
         (check_gpus(GPUS), Level.OK, "81555 MB free"),
         (check_gpus(GpuFacts(wanted={0: "x"}, error="nvidia-smi is not installed")), Level.ERROR, "nvidia"),
         (

@@ -1,8 +1,10 @@
 """Held leases as a state machine: the credit is right, and each result is kept until it is acknowledged."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -11,6 +13,7 @@ from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.producer import Lease, Purpose, SampleAck, SampleDone, SampleFailed
 from areal_like.wire.records import Record
+from areal_like.wire.routes import Routes
 from rollout_server.leases.held_leases import HeldLeases, Place
 
 AT_ENGINE, EPISODES = 9, 14
@@ -91,13 +94,17 @@ class HeldLeasesMachine(RuleBasedStateMachine):
         assert set(self.leases.drop_unfinished()) == unfinished
         self.remove(unfinished)
 
-    @rule(seconds=st.sampled_from([0.5, 3.0]))
-    def resend(self, seconds: float) -> None:
+    @rule(seconds=st.sampled_from([0.5, 3.0, 120.0]), is_new_connection=st.booleans())
+    def resend(self, seconds: float, is_new_connection: bool) -> None:
         self.now_s += seconds
-        due = {key for key, sent_s in self.unacknowledged.items() if sent_s <= self.now_s - 3.0}
-        again = self.leases.to_resend(now_s=self.now_s, older_than_s=3.0)
-        assert {(result.lease_id, result.sample_index) for result in again} == due and len(again) == len(due)
-        self.unacknowledged |= dict.fromkeys(due, self.now_s)
+        shortest_s = 0.0 if is_new_connection else 3.0
+        waited_s = {key: self.now_s - sent_s for key, sent_s in self.unacknowledged.items()}
+        results = self.leases.to_resend(now_s=self.now_s, shortest_s=shortest_s)
+        again = {(result.lease_id, result.sample_index) for result in results}
+        assert len(again) == len(results)
+        assert all(waited_s[key] >= shortest_s for key in again)
+        assert all(key in again for key in waited_s if is_new_connection or waited_s[key] >= 120)
+        self.unacknowledged |= dict.fromkeys(again, self.now_s)
 
     def remove(self, lease_ids: set[int]) -> None:
         self.missing = {key: place for key, place in self.missing.items() if key[0] not in lease_ids}
@@ -120,3 +127,54 @@ class HeldLeasesMachine(RuleBasedStateMachine):
 
 TestHeldLeases = HeldLeasesMachine.TestCase
 TestHeldLeases.settings = settings(max_examples=60, stateful_step_count=40)
+
+
+def leases_with(*num_bytes: int) -> tuple[HeldLeases, list[SampleDone]]:
+    """Results with routes of so many bytes, of one lease."""
+    indices = list(range(len(num_bytes)))
+    leases = HeldLeases(engine_samples=AT_ENGINE, max_episodes=EPISODES)
+    leases.grant(
+        Lease(lease_id=1, ticket_id=1, prompt_index=0, purpose=Purpose.TRAIN, sample_indices=indices, seed=0)
+    )
+    results = []
+    for index, size in zip(indices, num_bytes, strict=True):
+        routes = Routes(np.zeros((1, size // 1000, 1000), np.uint8), 8) if size else None
+        record = Record.of(1, index, replace(trajectory(), routes=routes))
+        results.append(SampleDone(lease_id=1, record=record))
+    return leases, results
+
+
+def resent_at(leases: HeldLeases, *, until_s: int) -> list[int]:
+    """The seconds at which something is sent again."""
+    return [now_s for now_s in range(1, until_s) if leases.to_resend(now_s=now_s, shortest_s=5.0)]
+
+
+def test_repetitions_become_rare() -> None:
+    leases, (small,) = leases_with(0)
+    leases.finish(small, now_s=0.0)
+    # A hundred bytes add a little to each wait.
+    assert resent_at(leases, until_s=400) == [6, 17, 38, 79, 160, 280]
+
+
+@pytest.mark.parametrize(("num_sent", "first_s"), [(1, 9), (3, 17)])
+def test_large_results_have_time_to_arrive(num_sent: int, first_s: int) -> None:
+    """3.9 MB each, and a connection of one MiB a second: not before all that was sent can have arrived."""
+    leases, results = leases_with(*[3_900_000] * 3)
+    for result in results[:num_sent]:
+        leases.finish(result, now_s=0.0)
+    last = results[num_sent - 1]
+    repeated = [now_s for now_s in range(1, 20) if last in leases.to_resend(now_s=now_s, shortest_s=5.0)]
+    assert repeated[0] == first_s
+    leases, (huge,) = leases_with(4_000_000)
+    leases.finish(huge, now_s=0.0)
+    assert leases.to_resend(now_s=1.0, shortest_s=0) == [huge], "a new connection"
+
+
+def test_a_result_that_was_overtaken_is_lost() -> None:
+    leases, (first, second) = leases_with(4_000_000, 4_000_000)
+    leases.finish(first, now_s=0.0)
+    leases.finish(second, now_s=1.0)
+    assert leases.to_resend(now_s=5.0, shortest_s=5.0) == []
+    leases.acknowledge(SampleAck(lease_id=1, sample_indices=[1]))
+    assert leases.to_resend(now_s=5.0, shortest_s=5.0) == [first]
+    assert leases.to_resend(now_s=14.0, shortest_s=5.0) == [], "it is given time again"

@@ -7,10 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from areal_like.config import Config, ModelConfig
+from areal_like.config import Config, ModelConfig, TrainerConfig
 from areal_like.errors import ConfigError
 from areal_like.sorting import noisy_demonstration
 from tests.support import warm_start
+from tests.support.families import write_family
+from trainer.attention import linear
+from trainer.attention.packed_attention import Kind
 from trainer.models.tiny import CHARACTERS, character_tokenizer
 from trainer.prepare_model import main, prepare_model
 
@@ -108,3 +111,22 @@ def test_settings_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     done = warm_start.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "unknown key `objective.clpi`" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_missing_kernels_are_said_before_the_job_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both of linear attention are needed with varlen, as the trainer would say minutes later."""
+    absent = {"causal-conv1d"}
+    monkeypatch.setattr(linear, "_import_error", lambda name: f"{name} is absent" * (name in absent))
+    model = ModelConfig(path=write_family("qwen3_5_text", tmp_path), dtype="bfloat16")
+
+    def prepared(attention: Kind) -> str:
+        return prepare_model(Config(model=model, trainer=TrainerConfig(device="cuda", attention=attention)))
+
+    with pytest.raises(ConfigError, match=r"varlen: causal-conv1d is absent\. Set trainer\.attention=auto"):
+        prepared("varlen")
+    assert prepared("auto") == prepared("rectangles") == model.path
+    absent.add("flash-linear-attention")
+    with pytest.raises(ConfigError, match="pip install flash-linear-attention"):
+        prepared("auto")

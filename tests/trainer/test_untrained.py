@@ -281,6 +281,33 @@ def test_other_tensors_of_the_files_are_kept(models: Path, tmp_path: Path) -> No
     assert not checkpoints.path(2).exists()
 
 
+def test_a_resume_without_other_tensors_is_refused(tmp_path: Path) -> None:
+    """Of a model that needs nothing else of the initial files; the files of a checkpoint can replace them."""
+    path = Path(write_family("qwen3_next", tmp_path / "model"))
+    file = path / "model.safetensors"
+    save_file(load_file(file) | {"mtp.scale": torch.tensor(0.5)}, file, {"format": "pt"})
+    runner = make_runner(str(path), Ranks.alone(), dtype=F32)
+    checkpoints = Checkpoints(tmp_path / "run", keep=1, tokenizer_path=str(path))
+    checkpoints.save(1, runner.policy, runner.optimizer, Ranks.alone(), extra={})
+    checkpoints.close()
+    saved = checkpoints.path(1)
+    file.unlink()
+
+    def resume() -> None:
+        policy = build_policy(
+            Config(model=ModelConfig(path=str(path))), str(path), Ranks.alone(), with_weights=False
+        )
+        Checkpoints(tmp_path / "run", keep=1, tokenizer_path=str(path)).load(
+            1, policy, ShardedAdamW(policy, Ranks.alone(), lr=0.1), Ranks.alone()
+        )
+
+    with pytest.raises(ConfigError, match=r"1 tensors that are not trained \(mtp\.scale, .*files back"):
+        resume()
+    for one in saved.glob("model*"):
+        shutil.copy(one, path)
+    resume()
+
+
 def test_files_that_lack_what_is_not_trained_are_refused(models: Path, tmp_path: Path) -> None:
     path = shutil.copytree(models / "glm4_moe", tmp_path / "model")
     config = Config(model=ModelConfig(path=str(path)))

@@ -54,10 +54,8 @@ def fault_of(trajectory: Trajectory, shape: RoutesShape) -> RouteFault | None:
     if routes is None:
         return RouteFault(FaultKind.MISSING, "it has none")
     experts_TLK = routes.experts_TLK
-    _, num_layers, num_chosen = experts_TLK.shape
-    got = RoutesShape(num_layers=num_layers, num_chosen=num_chosen, num_experts=routes.num_experts)
-    if got != shape:
-        return RouteFault(FaultKind.MALFORMED, f"they are those of {got}, and the model has {shape}")
+    if routes.shape != shape:
+        return RouteFault(FaultKind.MALFORMED, f"they are those of {routes.shape}, and the model has {shape}")
     ordered_TLK = np.sort(experts_TLK, axis=-1)
     if (ordered_TLK[..., 1:] == ordered_TLK[..., :-1]).any():
         return RouteFault(FaultKind.MALFORMED, "a token has an expert twice")

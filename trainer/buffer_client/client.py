@@ -178,15 +178,18 @@ class TrainerBufferClient:
         )
 
     async def _call_shard(self, buffer: RankConnection, timeout_s: float, message: Any) -> Any:
-        """Sends a request to one shard, and repeats it: a reply may be lost with a connection."""
+        """Sends a request to one shard, and repeats it more and more rarely: its reply may be lost with a
+        connection, or be a large one that is on its way."""
         deadline_s = self._untroubled_time_s() + timeout_s
+        rid, resend_s = buffer.new_rid(), _RESEND_AFTER_S
         while True:
             try:
                 left_s = max(0.0, deadline_s - self._untroubled_time_s())
-                return await buffer.call(message, timeout_s=min(_RESEND_AFTER_S, left_s))
+                return await buffer.call(message, timeout_s=min(resend_s, left_s), rid=rid)
             except DeadlineError:
                 if self._untroubled_time_s() >= deadline_s:
                     raise
+                resend_s = min(2 * resend_s, 4 * _RESEND_AFTER_S)
             # A buffer that is out of disk queues one reply per resend, so do not resend.
             while buffer.is_stuck:
                 await asyncio.sleep(_POLL_S)

@@ -32,6 +32,8 @@ from areal_like.automatic_settings import compute_dtype
 from areal_like.config import Config, TrainerConfig
 from areal_like.errors import ConfigError, DiskFullError, WeightSyncError
 from areal_like.paths import RunPaths, checkpoint_name, find_checkpoints, model_path, read_json
+from areal_like.weights.hf_layout import hf_tensors
+from areal_like.weights.safetensors_header import tensors_in
 from areal_like.weights.snapshots_on_disk import ADAPTER_STATE, FORMAT, OLD_FORMAT, STATE_FILE
 from trainer.advantages.critic import Critic
 from trainer.checkpoints.directory import (
@@ -297,6 +299,8 @@ class Checkpoints:
             extra: dict[str, Any] = state["extra"]
             reader = StateReader(path, ranks)
             self._read(reader, state, path, _models(policy, optimizer, critic, proximal))
+            if state["format"] == FORMAT and not policy.has_adapter:
+                _check_untouched(path, policy)
         except (OSError, KeyError, TypeError, WeightSyncError) as error:
             raise ConfigError(f"{path} cannot be read ({error!r}): resume from another step") from error
         ranks.any(True)  # waits until every rank has found and read it
@@ -366,6 +370,19 @@ def _read_json(path: Path) -> Any:
         return read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): resume from another step") from error
+
+
+def _check_untouched(path: Path, policy: Policy) -> None:
+    """Raises ConfigError if the next checkpoint would lack tensors of this one: they are copied from the
+    initial model, and no longer there."""
+    kept = {tensor.name for tensor in (*hf_tensors(policy.model), *policy.untouched())}
+    names = {tensor.name for file in path.glob("*.safetensors") for tensor in tensors_in(file)}
+    if lost := sorted(names - kept):
+        raise ConfigError(
+            f"{path} has {len(lost)} tensors that are not trained ({lost[0]}, ...). Every checkpoint copies "
+            f"them from the initial model, and {policy.base_path} no longer has them: put its weights' files "
+            "back, or copy those of this checkpoint there"
+        )
 
 
 def _models(

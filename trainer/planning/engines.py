@@ -38,6 +38,8 @@ class EngineMemory:
     """One GPU of an engine, in bytes."""
 
     weights: float
+    encoders: float
+    """Encoders of other inputs, a vision tower for example, which SGLang loads with the weights."""
     adapters: float
     """Slots for the versions of an adapter; 0 unless pushes carry adapters."""
     kv_cache: float
@@ -54,7 +56,7 @@ class EngineMemory:
     @property
     def total(self) -> float:
         """Memory that the engine takes."""
-        return self.weights + self.adapters + max(self.kv_cache, 0.0) + self.other
+        return self.weights + self.encoders + self.adapters + max(self.kv_cache, 0.0) + self.other
 
     @property
     def num_tokens(self) -> int:
@@ -75,12 +77,11 @@ def engine_memory(job: PlannedJob, *, trainer_bytes: float = 0.0) -> EngineMemor
     """
     rollout, shape, gpu_bytes = job.config.rollout, job.shape, job.placement.gpu.memory_bytes
     parallel = rollout.gpus_per_engine
-    # With more GPUs than KV heads, SGLang keeps a copy of a head on several of them.
-    heads = max(1, shape.num_kv_heads // parallel)
     words = words_of(rollout.sglang.args) if rollout.engine == "sglang" else []
     is_fp8 = (option(words, ("--kv-cache-dtype",)) or "").startswith("fp8")
     value_bytes = 1 if is_fp8 else job.param_bytes
-    per_token = float(shape.kv_values_per_token // shape.num_kv_heads * heads * value_bytes)
+    num_values = shape.kv_values_per_token(engine=rollout.engine, num_gpus=parallel)
+    per_token = float(num_values * value_bytes)
     state = 4.0 * shape.state_values / parallel
     weights = job.weights_bytes / parallel
     # Of an adapter some matrices are divided over an engine's GPUs; all are counted whole.
@@ -90,6 +91,7 @@ def engine_memory(job: PlannedJob, *, trainer_bytes: float = 0.0) -> EngineMemor
         rows = rollout.max_running * (job.lengths.context * per_token + state)
         return EngineMemory(
             weights=weights if adapters else 2 * weights,
+            encoders=0.0,
             adapters=_FUSED * adapters,
             kv_cache=rows,
             kv_at_least=rows,
@@ -100,12 +102,15 @@ def engine_memory(job: PlannedJob, *, trainer_bytes: float = 0.0) -> EngineMemor
     static = _number(words, STATIC_MEMORY) or DEFAULT_STATIC_FRACTION
     limit = _number(words, ("--max-total-tokens",))
     limit_bytes = float("inf") if limit is None else int(limit) * per_token
+    encoders = float(shape.num_encoder_params * job.param_bytes) / parallel
+    loaded = weights + encoders + adapters
     rest = (1 - static) * gpu_bytes
     return EngineMemory(
         weights=weights,
+        encoders=encoders,
         adapters=adapters,
-        kv_cache=min(static * gpu_bytes - weights - adapters, limit_bytes),
-        kv_at_least=min(static * (gpu_bytes - trainer_bytes) - weights - adapters, limit_bytes),
+        kv_cache=min(static * gpu_bytes - loaded, limit_bytes),
+        kv_at_least=min(static * (gpu_bytes - trainer_bytes) - loaded, limit_bytes),
         other=min(rest, SHARED_OTHER_BYTES) if trainer_bytes else rest,
         kv_per_token=per_token,
         state=state,

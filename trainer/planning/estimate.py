@@ -102,6 +102,12 @@ def estimate(job: PlannedJob, engine: EngineMemory) -> Estimate:
     push_s = _push_seconds(job, formulas)
     running, generate_s, latency_s = _generate(job, engine, formulas)
     step_s = _step_seconds(job, formulas, train_s, generate_s, latency_s, push_s)
+    if job.routes_bytes:
+        routes_s = 2 * job.routes_bytes / ASSUMED.network_bytes_per_s
+        formulas.append(
+            f"routes = {job.routes_bytes / 1e9:.3g} GB a step, which the buffer receives and sends in "
+            f"{routes_s:.2g} s at {ASSUMED.network_bytes_per_s / 1e9:.0f} GB/s; not part of a step"
+        )
     staleness, staleness_of_close = _forecasts(job, formulas, latency_s / step_s)
     return Estimate(
         tokens_per_step=num_samples * lengths.mean,

@@ -20,6 +20,10 @@ _SENT_BUCKETS = 2
 """Buckets on rank 0's GPU during a push: the one that is sent, and the next."""
 _SNAPSHOTS = 2
 """Copies of what is pushed, on the host: the one that is sent, and the newest."""
+_FETCHED_STEPS = 2
+"""Steps whose groups a rank may hold: the one in training, and the next."""
+_SGLANG_CHOICE_BYTES = 4
+"""SGLang keeps an expert as int32, for all layers and every token of its KV cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,7 @@ class MemoryPlan:
             needed, room = gib(self.trainer_total), gib(self.trainer_room)
             found.append(f"a trainer rank needs {needed}, and a GPU has {room}{next_to}")
         if self.engine.kv_at_least <= 0:
-            weights = gib(self.engine.weights)
+            weights = gib(self.engine.weights + self.engine.encoders)
             found.append(f"an engine's weights need {weights} of each GPU: no room is left for KV")
         elif self.engine.num_tokens < self.context:
             found.append(
@@ -96,6 +100,7 @@ def plan_memory(job: PlannedJob) -> MemoryPlan:
     placement, trace = job.placement, job.trace
     largest = trace.largest_param_bytes / 4 * job.param_bytes
     bucket = min(max(float(job.config.weights.bucket_bytes_on("cuda")), largest), job.pushed_bytes)
+    engine = engine_memory(job, trainer_bytes=trace.resident + CONTEXT_BYTES if placement.is_shared else 0.0)
     return MemoryPlan(
         trainer={
             **{name: float(size) for name, size in trace.peak_bytes.items()},
@@ -103,17 +108,15 @@ def plan_memory(job: PlannedJob) -> MemoryPlan:
             "CUDA context, cuBLAS, NCCL": CONTEXT_BYTES,
             "push buckets (rank 0)": _SENT_BUCKETS * bucket,
         },
-        engine=engine_memory(
-            job, trainer_bytes=trace.resident + CONTEXT_BYTES if placement.is_shared else 0.0
-        ),
+        engine=engine,
         gpu_bytes=placement.gpu.memory_bytes,
-        host=_host(job),
+        host=_host(job, engine),
         is_shared=placement.is_shared,
         context=job.lengths.context,
     )
 
 
-def _host(job: PlannedJob) -> dict[str, float]:
+def _host(job: PlannedJob, engine: EngineMemory) -> dict[str, float]:
     """The host memory of rank 0, which needs the most."""
     ranks = min(job.placement.trainer_gpus, GPUS_PER_HOST)
     engines = job.config.rollout.num_servers if job.placement.is_one_host else 0
@@ -123,4 +126,21 @@ def _host(job: PlannedJob) -> dict[str, float]:
         "snapshots for pushes (two, on rank 0)": _SNAPSHOTS * job.pushed_bytes,
         "rows of a checkpoint that is being written": rows,
         "engine processes": engines * HOST_PROCESS_BYTES,
+        **_host_routes(job, engine, ranks=ranks, engines=engines),
+    }
+
+
+def _host_routes(job: PlannedJob, engine: EngineMemory, *, ranks: int, engines: int) -> dict[str, float]:
+    """What routes (`model.router_replay`) take on the host of rank 0."""
+    if job.experts is None:
+        return {}
+    _, num_layers, routes = job.experts
+    rollout = job.config.rollout
+    if rollout.engine == "sglang":
+        per_engine = engine.num_tokens * float(num_layers * routes.num_chosen * _SGLANG_CHOICE_BYTES)
+    else:
+        per_engine = float(rollout.max_running * job.lengths.context * routes.bytes_per_token)
+    return {
+        "routes of two steps (trainer)": _FETCHED_STEPS * job.routes_bytes * ranks / job.trace.world_size,
+        "routes of the tokens in KV caches": engines * per_engine,
     }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from areal_like.automatic_settings import resolved
+from areal_like.automatic_settings import model_facts, resolved
 from areal_like.config import Config
 from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.errors import ConfigError
+from areal_like.expert_layers import ExpertLayers
 from trainer.planning.estimate import Estimate, estimate
 from trainer.planning.gpus import Placement, on_gpus, parse_gpus, placement_of
 from trainer.planning.lengths import lengths_of
@@ -60,7 +61,12 @@ def make_plan(
     local = resolved(on_gpus(local, placement))
     lengths = lengths_of(local, max_positions=shape.max_positions, prompt=prompt, response=response)
     trace = trace_step(local, shape, lengths)
-    job = PlannedJob(config=local, shape=shape, lengths=lengths, placement=placement, trace=trace)
+    experts = None
+    if local.model.router_replay:
+        experts = ExpertLayers.of(model_facts(local, needed_for="model.router_replay"))
+    job = PlannedJob(
+        config=local, shape=shape, lengths=lengths, placement=placement, trace=trace, experts=experts
+    )
     return _plan(job, model_path=model_path, objective_choice=config.objective_choice)
 
 
@@ -69,7 +75,14 @@ def planned_again(plan: Plan, config: Config, placement: Placement) -> Plan:
     trace = plan.trace
     if config.trainer != plan.config.trainer or config.model != plan.config.model:
         trace = trace_step(config, plan.shape, plan.lengths)
-    job = PlannedJob(config=config, shape=plan.shape, lengths=plan.lengths, placement=placement, trace=trace)
+    job = PlannedJob(
+        config=config,
+        shape=plan.shape,
+        lengths=plan.lengths,
+        placement=placement,
+        trace=trace,
+        experts=plan.experts,
+    )
     return _plan(job, model_path=plan.model_path, objective_choice=plan.objective_choice)
 
 

@@ -65,6 +65,13 @@ def json_of(plan: Plan, changes: Sequence[AdvisedChange]) -> dict[str, Any]:
         "objective": plan.config.objective,
         "objective_choice": plan.objective_choice,
         "lengths": dataclasses.asdict(plan.lengths),
+        "routes": None
+        if plan.experts is None
+        else {
+            "bytes_per_token": plan.experts.routes.bytes_per_token,
+            "step": plan.routes_bytes,
+            "ledger": plan.ledger_steps * plan.routes_bytes,
+        },
         "memory": {
             "gpu": plan.memory.gpu_bytes,
             "trainer": plan.memory.trainer,
@@ -87,6 +94,7 @@ def _job_lines(plan: Plan) -> list[str]:
     return [
         f"model      {plan.trace.num_params / 1e9:.2f} B parameters, {plan.shape.source}",
         *_adapter_lines(plan),
+        *_routes_lines(plan),
         f"GPUs       {placement.num_gpus} {placement.gpu.name} with {placement.gpu.memory_bytes / 1e9:g} GB: "
         f"{config.rollout.num_servers} engines of {parallel} GPU{'s' * (parallel > 1)}, "
         f"{placement.trainer_gpus} trainer ranks, {where}",
@@ -113,6 +121,16 @@ def _adapter_lines(plan: Plan) -> list[str]:
     ]
 
 
+def _routes_lines(plan: Plan) -> list[str]:
+    if plan.experts is None:
+        return []
+    step, steps = plan.routes_bytes, plan.ledger_steps
+    return [
+        f"routes     {plan.experts.routes.bytes_per_token} bytes a token: {step / 1e9:.3g} GB a step to the "
+        f"buffer, and from it to the trainer; up to {steps * step / 1e9:.3g} GB in the ledger"
+    ]
+
+
 def _memory_table(plan: Plan) -> Table:
     memory, engine = plan.memory, plan.memory.engine
     sequences = engine.num_sequences(plan.lengths.context)
@@ -126,6 +144,7 @@ def _memory_table(plan: Plan) -> Table:
         ("  total", memory.trainer_total),
         ("one engine GPU", None),
         ("  weights", engine.weights),
+        *[("  encoders of other inputs", engine.encoders)] * bool(engine.encoders),
         *[(f"  adapters: {plan.config.num_adapters + 1} slots", engine.adapters)] * bool(engine.adapters),
         (cache, engine.kv_at_least),
         ("  activations, CUDA graphs", engine.other),
@@ -239,8 +258,10 @@ def _explanations(plan: Plan) -> list[str]:
         "formulas",
         "  a rank's memory = the largest total of the tensors of a traced step (fake tensors, the job's",
         f"    world size, the full micro-batch whose attention pads most) x {margin}",
-        "  KV cache = static share x GPU memory - weights / tp - slots of adapters",
-        "  KV of a token = 2 x layers x KV heads x head size x bytes / tp",
+        "  KV cache = static share x GPU memory - (weights + encoders) / tp - slots of adapters",
+        "  KV of a token = 2 x layers x KV heads x head size x bytes / tp; with multi-head latent attention",
+        "    layers x (kv_lora_rank + qk_rope_head_dim) x bytes in SGLang; twice the larger of the two, not",
+        "    their sum, in the embedded engine",
     ]
     if plan.estimate is not None:
         lines += [f"  {formula}" for formula in plan.estimate.formulas]

@@ -8,7 +8,8 @@ every step but the first. With LoRA the merging of two pushes is traced too.
 Fake CPU tensors stand for those of a GPU. There are two differences. Attention keeps the same tensors on both
 (the output, and one float32 number for each head and position), but on a GPU it needs a workspace, or keeps
 the scores in float32: both are added to the peak. FSDP2's copies on other streams may live a little longer on
-a GPU. The kernels of linear attention have stand-ins (`linear_attention.py`).
+a GPU. The kernels of linear attention have stand-ins (`linear_attention.py`), unless
+`trainer.attention=rectangles` does without them.
 
 Left out: the loss on the sampled tokens' log-probs (some dozens of bytes for each token), and objectives that
 replace autograd's accumulation (VCPO with per-sequence norms), which are refused.
@@ -38,6 +39,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from areal_like.automatic_settings import router_dtype, uses_fp32_head
 from areal_like.config import Config, LoraConfig
 from areal_like.errors import ConfigError
+from areal_like.expert_layers import ExpertLayers
 from areal_like.weights.hf_layout import is_adapter
 from trainer.advantages.gae import Gae
 from trainer.batching.attention_layout import RectangleLayout
@@ -124,11 +126,26 @@ class PlannedJob:
     lengths: Lengths
     placement: Placement
     trace: StepTrace
+    experts: ExpertLayers | None
+    """With `model.router_replay`."""
 
     @property
     def num_samples(self) -> int:
         """Samples of one step."""
         return self.config.trainer.groups_per_step * self.config.sampling.group_size
+
+    @property
+    def routes_bytes(self) -> float:
+        """Bytes of the routes of one step's samples (`model.router_replay`)."""
+        per_token = 0 if self.experts is None else self.experts.routes.bytes_per_token
+        return per_token * self.num_samples * self.lengths.mean
+
+    @property
+    def ledger_steps(self) -> int:
+        """Most steps whose samples are in the ledger: since the oldest kept checkpoint, and those ahead."""
+        trainer, buffer = self.config.trainer, self.config.buffer
+        kept = trainer.keep_checkpoints * trainer.checkpoint_interval + self.config.staleness_cap + 1
+        return trainer.num_steps if buffer.retain_trajectories else min(kept, trainer.num_steps)
 
     @property
     def param_bytes(self) -> int:
@@ -273,7 +290,8 @@ class _Trace:
         models = {name: model for name, model in found.items() if isinstance(model, PackedModel)}
         for model in set(models.values()):
             self._watch_layers(model)
-            if config.trainer.device != "cpu" and dtype != "float32":
+            has_kernels = config.trainer.device != "cpu" and config.trainer.attention != "rectangles"
+            if has_kernels and dtype != "float32":
                 use_stand_ins(model)
             for param in model.parameters():
                 if not param.requires_grad:  # `shard` does this too, but cannot with fake tensors

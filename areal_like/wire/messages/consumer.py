@@ -18,6 +18,7 @@ from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.evaluation import EvalResult as EvalResult
 from areal_like.wire.messages.evaluation import RequestEval as RequestEval
 from areal_like.wire.records import Record
+from areal_like.wire.routes import RoutesShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,14 @@ class StartTraining:
     settings: dict[str, str] = field(default_factory=dict)
     """The trainer's values of the settings that may change during the run, as text by key. Those that
     differ from the previous trainer's values apply from `step` on, and replace an operator's."""
+    routes_shape: list[int] = field(default_factory=list)
+    """`RoutesShape` of the trainer's model, which the routes of samples must have; empty without router
+    replay."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError or TypeError for numbers that no routes can have."""
+        if self.routes_shape:
+            RoutesShape(*self.routes_shape).check()
 
 
 @dataclass(frozen=True, kw_only=True)

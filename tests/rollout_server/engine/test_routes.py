@@ -237,3 +237,17 @@ def test_both_forms_of_a_response_are_read(tmp_path: Path) -> None:
     for event in (packed, text):
         routes = reader.read(event["meta_info"]["routed_experts"], num_tokens=6)
         assert np.array_equal(routes.experts_TLK, sequence.routes_TLK)
+
+
+def test_routes_count_towards_the_caches(tmp_path: Path) -> None:
+    """A cache with routes takes no more memory than the same one without."""
+    path = save_model(tmp_path / "m", "qwen3_moe")
+    routed, plain = make_core(path), make_core(path, records=False)
+    assert routed.routes is not None
+    token_bytes = 1 + routed.routes.num_bytes / routed.kv_bytes  # in tokens of KV
+    for cache, other in (
+        (routed.contexts.kept, plain.contexts.kept),
+        (routed.contexts._prefixes, plain.contexts._prefixes),
+    ):
+        assert 0 < cache.max_tokens < other.max_tokens
+        assert other.max_tokens - token_bytes < token_bytes * cache.max_tokens <= other.max_tokens
