@@ -55,7 +55,7 @@ def test_a_killed_cell_continues_and_is_reported(tmp_path: Path) -> None:
     running = (processes_in, lambda folder: processes_of(study.run(cell)))
     wait_until(lambda: not any(of(tmp_path) for of in running), what="the end of all processes")
     steps = study.progress(cell).steps
-    assert 0 < steps and not study.is_trained(cell)
+    assert steps > 0 and not study.is_trained(cell)
     collect(study, cell)  # of an interrupted run
     early = result_of(study, "rl-0")
     assert (early["finished"], early["evaluation"], early["steps"]) == (False, None, steps)
