@@ -170,7 +170,7 @@ class Study:
         own: dict[str, Any] = {"seed": cell.seed, "model.path": self.model}
         if cell.num_steps:
             own["trainer.num_steps"] = cell.num_steps
-        for key, value in {**own, **self.settings, **cell.settings}.items():
+        for key, value in {**own, **cell.settings, **self.settings}.items():
             OmegaConf.update(config, key, value)
         text = json.dumps(OmegaConf.to_container(config, resolve=True))
         plain: dict[str, Any] = json.loads(text.replace(ROWS, str(self.rows)))
@@ -202,7 +202,9 @@ class Study:
         return cell.kind == "base" or bool(read_object(self.run(cell) / "summary.json").get("finished"))
 
     def is_evaluated(self, cell: Cell) -> bool:
-        return bool(read_object(self.evaluation(cell) / "summary.json").get("finished"))
+        """True if every set of its evaluation has a result."""
+        summary = read_object(self.evaluation(cell) / "summary.json")
+        return bool(summary.get("finished")) and all("avg" in one for one in summary.get("sets", {}).values())
 
     def step_rows(self, cell: Cell) -> list[dict[str, Any]]:
         """The rows of its steps so far. Those of TRL have `step_s` too, and its reward as `reward_mean`."""

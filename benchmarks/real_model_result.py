@@ -158,16 +158,13 @@ def _evaluation(study: Study, cell: Cell) -> dict[str, Any]:
     ledgers, config = RunLedgers(run), study.evaluation_config(cell)
     greedy, solved, samples = {}, {}, []
     for name, row in sets.items():
-        if "avg" not in row:
-            continue
         found = ledgers.find(Selection(set_name=name))
         if name.endswith(SAMPLED):
             solved[name.removesuffix(SAMPLED)] = num_solved(found, row["num_prompts"])
             continue
         greedy[name] = "".join(map(str, num_solved(found, row["num_prompts"])))
         task = config["eval"]["sets"][name].get("task") or config["task"]
-        with Path(task["eval"]).open() as lines:
-            questions = [json.loads(line) for line, _ in zip(lines, range(NUM_SHOWN), strict=False)]
+        questions = [json.loads(line) for line in Path(task["eval"]).read_text().splitlines()]
         _, shown = transcripts(run, Selection(set_name=name), limit=NUM_SHOWN)
         samples += [_sample(one, questions) for one in shown]
     kept = ("avg", "ci_low", "ci_high", "pass_at_k", "num_failed", "truncated_fraction", "mean_tokens")
