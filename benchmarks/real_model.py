@@ -42,6 +42,7 @@ from benchmarks.real_model_report import write_report
 from benchmarks.real_model_result import collect
 from benchmarks.real_model_trl import missing_trl, trl_command
 from benchmarks.report import ROOT, table
+from launch.run_files import read_object
 
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 """Makes glibc keep the memory of large tensors. By default it returns the memory to the kernel after each
@@ -60,6 +61,10 @@ def main() -> None:
     args = parser.parse_args()
     words = getattr(args, "names", [])
     settings = {key: yaml.safe_load(value) for key, _, value in (w.partition("=") for w in words if "=" in w)}
+    try:
+        settings = kept_settings(args.work.resolve(), settings, begins=args.command == "run")
+    except ValueError as error:
+        parser.exit(2, f"benchmarks.real_model: {error}\n")
     study = Study(work=args.work.resolve(), settings=settings)
     if args.command == "status":
         print(status(study))
@@ -77,6 +82,22 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for name in names:
         run_cell(study, name)
+
+
+def kept_settings(work: Path, settings: Mapping[str, Any], *, begins: bool) -> dict[str, Any]:
+    """The settings of all cells: those with which the first cell of `work` began, or these.
+
+    Raises ValueError if both are there and differ: cells with different settings could not be compared.
+    """
+    path = work / "settings.json"
+    if path.exists():
+        kept = read_object(path)
+        if settings and dict(settings) != kept:
+            raise ValueError(f"the study in {work} began with {kept or 'no settings'}: name another --work")
+        return kept
+    if begins:
+        write_json(path, dict(settings))
+    return dict(settings)
 
 
 def run_cell(study: Study, name: str) -> None:

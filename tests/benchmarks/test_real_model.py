@@ -16,7 +16,7 @@ from areal_like.evaluation.statistics import pass_at_k
 from areal_like.paths import write_json
 from areal_like.runtime.command_line import load_config
 from benchmarks import real_model_data
-from benchmarks.real_model import status
+from benchmarks.real_model import kept_settings, status
 from benchmarks.real_model_cells import SAMPLED, Cell, Study, cells_of, hours_left, write_config
 from benchmarks.real_model_data import CALCULATOR, DATA, NUM_TRAIN, TOOL_PROMPT, calculations, disjoint
 from benchmarks.real_model_report import BEGIN, END, curve, write_report
@@ -269,3 +269,13 @@ def test_page_shows_every_seed(tmp_path: Path) -> None:
     page.write_text("no section")
     with pytest.raises(ValueError, match="has no lines"):
         write_report(study, page=page, plot=plot)
+
+
+def test_all_cells_of_a_study_have_the_same_settings(tmp_path: Path) -> None:
+    """Those of its first `run`; `status` and `report` know them, and begin nothing."""
+    given = {"model.dtype": "float32"}
+    assert kept_settings(tmp_path, {}, begins=False) == {} and not list(tmp_path.iterdir())
+    assert kept_settings(tmp_path, given, begins=True) == given
+    assert kept_settings(tmp_path, {}, begins=True) == kept_settings(tmp_path, {}, begins=False) == given
+    with pytest.raises(ValueError, match=r"began with \{'model\.dtype': 'float32'\}"):
+        kept_settings(tmp_path, {"model.dtype": "bfloat16"}, begins=True)
