@@ -36,7 +36,7 @@ import yaml
 
 from areal_like.paths import write_json
 from benchmarks.processes import run_program
-from benchmarks.real_model_cells import Cell, Study, hours_left, write_config
+from benchmarks.real_model_cells import Cell, Study, cells_of, hours_left, write_config
 from benchmarks.real_model_data import disjoint, write_rows
 from benchmarks.real_model_report import write_report
 from benchmarks.real_model_result import collect
@@ -61,27 +61,26 @@ def main() -> None:
     args = parser.parse_args()
     words = getattr(args, "names", [])
     settings = {key: yaml.safe_load(value) for key, _, value in (w.partition("=") for w in words if "=" in w)}
+    names, cells = [word for word in words if "=" not in word], cells_of()
+    if unknown := [name for name in names if name not in cells]:
+        parser.exit(2, f"benchmarks.real_model: no cell {unknown[0]}: choose from {', '.join(cells)}\n")
+    if any(cells[name].kind == "trl" for name in names) and (problem := missing_trl()):
+        parser.exit(2, f"benchmarks.real_model: {problem}\n")
     try:
         settings = kept_settings(args.work.resolve(), settings, begins=args.command == "run")
     except ValueError as error:
         parser.exit(2, f"benchmarks.real_model: {error}\n")
-    study = Study(work=args.work.resolve(), settings=settings)
+    study = Study(work=args.work.resolve(), cells=cells, settings=settings)
     if args.command == "status":
         print(status(study))
-        return
-    if args.command == "report":
-        for cell in study.cells.values():
+    elif args.command == "report":
+        for cell in cells.values():
             collect(study, cell)
         print(write_report(study))
-        return
-    names = [word for word in words if "=" not in word]
-    if unknown := [name for name in names if name not in study.cells]:
-        parser.exit(2, f"benchmarks.real_model: no cell {unknown[0]}: choose from {', '.join(study.cells)}\n")
-    if any(study.cells[name].kind == "trl" for name in names) and (problem := missing_trl()):
-        parser.exit(2, f"benchmarks.real_model: {problem}\n")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    for name in names:
-        run_cell(study, name)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        for name in names:
+            run_cell(study, name)
 
 
 def kept_settings(work: Path, settings: Mapping[str, Any], *, begins: bool) -> dict[str, Any]:
