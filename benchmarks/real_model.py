@@ -158,6 +158,8 @@ def _train(study: Study, cell: Cell, began_unix_s: float) -> None:
     if cell.kind == "trl":
         summary = {"finished": True, "steps": len(study.step_rows(cell))}
         write_json(study.run(cell) / "summary.json", summary)
+    if not study.is_trained(cell):
+        raise RuntimeError(f"{cell.name} was stopped before its last step: the same command continues it")
 
 
 def _evaluate(study: Study, cell: Cell, began_unix_s: float) -> None:
@@ -183,13 +185,10 @@ def _run(study: Study, cell: Cell, command: list[str], *, began_unix_s: float, w
     """Runs a program to its end. Raises RuntimeError if it fails."""
     log = study.work / f"{what}.log"
     print(f"{what}: {' '.join(command[1:])} > {log}", flush=True)
-    peak_mib = 0.0
 
     def look(mib: float) -> None:
-        nonlocal peak_mib
-        peak_mib = max(peak_mib, mib)
         wall_s = time.time() - began_unix_s
-        study.note_attempt(cell, began_unix_s=began_unix_s, wall_s=wall_s, peak_mib=peak_mib)
+        study.note_attempt(cell, began_unix_s=began_unix_s, wall_s=wall_s, peak_mib=mib)
 
     env = MEMORY | {"OMP_NUM_THREADS": "1"} | os.environ
     code = run_program(command, cwd=ROOT, log=log, env=env, on_look=look)

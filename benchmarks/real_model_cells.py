@@ -244,6 +244,7 @@ class Study:
         """Keeps how long a call of `run` has worked on a cell so far; written again and again, because the
         machine may be cut off."""
         path = self._attempts / f"{cell.name}.{began_unix_s:.0f}.json"
+        peak_mib = max(peak_mib, read_object(path).get("peak_mib", 0.0))
         write_json(path, {"wall_s": round(wall_s, 1), "peak_mib": round(peak_mib, 1)})
 
     @property
