@@ -185,7 +185,8 @@ class Study:
             k = sorted({1, min(8, self.num_samples)})
             sets[name + SAMPLED] = {**one, "num_samples": self.num_samples, "temperature": 1.0, "k": k}
         model = {key: value for key, value in config["model"].items() if key != "lora"}
-        return config | {"model": model, "eval": config["eval"] | {"sets": sets}}
+        weights = {key: value for key, value in config.get("weights", {}).items() if key != "lora"}
+        return config | {"model": model, "weights": weights, "eval": config["eval"] | {"sets": sets}}
 
     def checkpoint(self, cell: Cell) -> str:
         """The newest model of its training; that of `base` is `model`. Empty if there is none yet."""

@@ -77,11 +77,11 @@ def test_a_killed_cell_continues_and_is_reported(tmp_path: Path) -> None:
         assert len(evaluation["samples"]) == 3 * len(NAMES)
         avg = sum(map(int, evaluation["greedy"]["chain_sum"])) / NUM_EVAL
         assert evaluation["sets"]["chain_sum"]["avg"] == pytest.approx(avg)
-    files = {path.name: path for path in (study.results / "rl-0").iterdir()}
-    assert sorted(files) == ["audit.json", "config.yaml", "evaluations.jsonl", "metrics.jsonl", "result.json"]
-    assert json.loads(files["audit.json"].read_text())["clean"] is True
-    assert all(str(tmp_path) not in path.read_text() for path in files.values())
-    assert sum(path.stat().st_size for path in files.values()) < 60_000
+    kept = {path.name: path for path in (study.results / "rl-0").iterdir()}
+    assert sorted(kept) == ["audit.json", "config.yaml", "evaluations.jsonl", "metrics.jsonl", "result.json"]
+    assert json.loads(kept["audit.json"].read_text())["clean"] is True
+    assert all(str(tmp_path) not in path.read_text() for path in kept.values())
+    assert sum(path.stat().st_size for path in kept.values()) < 60_000
 
     page = tmp_path / "page.md"
     page.write_text(f"{BEGIN}{END}")
@@ -95,7 +95,8 @@ def test_a_killed_cell_continues_and_is_reported(tmp_path: Path) -> None:
     spec = trl_spec(tmp_path, settings)
     ledgers = RunLedgers(study.run(cell))
     first = {row.prompt_index for row in ledgers.find(Selection(step=0))}
-    rows = [json.loads(line) for name in NAMES for line in (study.rows / f"{name}.train.jsonl").open()]
+    files = [study.rows / f"{name}.train.jsonl" for name in NAMES]
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     asked = {rows[index]["question"] for index in first}
     assert len(spec["prompts"]) == 2 * NUM_STEPS
     assert asked <= {
@@ -112,5 +113,6 @@ def test_the_calculator_is_learned_by_the_same_way(tmp_path: Path) -> None:
     assert result["finished"] is True and result["steps"] == 2
     evaluation = result["evaluation"]
     assert isinstance(evaluation, dict) and list(evaluation["greedy"]) == ["calculator"]
-    rows = [json.loads(line) for line in (study.results / "tools-0" / "metrics.jsonl").open()]
+    lines = (study.results / "tools-0" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     assert rows[0]["sample_metrics"]["tool_errors"] >= 0 and rows[0]["turns"] >= 1
