@@ -54,10 +54,11 @@ from areal_like.config import Config
 from areal_like.paths import RunPaths, find_checkpoints
 from areal_like.runtime.command_line import load_config
 from benchmarks import counting, selection_rule
+from benchmarks.processes import pss_mib
 from benchmarks.report import RESULTS, ROOT, write
 from benchmarks.staleness_cell import Sampler
 from benchmarks.trl_report import PHASES, REWARDS, WINDOW, result_of, seconds_to, tables
-from buffer.prompts.order import PromptOrder
+from buffer.prompts.order import PromptOrder, PromptSet
 from rollout_server.tasks.base import Example, Task
 from rollout_server.tasks.sort import SortTask
 from trainer.prepare_model import prepare_model
@@ -163,24 +164,31 @@ def best_setting(job: Job, side: str, runs: Sequence[Mapping[str, Any]]) -> Sett
 
 
 def settings_of(job: Job, *, lr: float) -> dict[str, Any]:
-    """The parts of the configuration that TRL gets."""
-    config = Config()
+    """The parts of the job's configuration that TRL gets."""
+    own = {"num_steps": job.max_steps, "max_new_tokens": job.max_new_tokens, "lr": lr}
+    return shared_settings(Config()) | own
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """The settings of a configuration that both sides have."""
+    trainer, sampling = config.trainer, config.sampling
     return {
-        "num_steps": job.max_steps,
-        "samples": config.trainer.groups_per_step * config.sampling.group_size,
-        "group_size": config.sampling.group_size,
-        "max_new_tokens": job.max_new_tokens,
-        "lr": lr,
-        "warmup_steps": config.trainer.warmup_steps,
-        "betas": list(config.trainer.betas),
-        "weight_decay": config.trainer.weight_decay,
-        "max_grad_norm": config.trainer.max_grad_norm,
+        "num_steps": trainer.num_steps,
+        "samples": trainer.groups_per_step * sampling.group_size,
+        "group_size": sampling.group_size,
+        "max_new_tokens": sampling.max_new_tokens,
+        "lr": trainer.lr,
+        "warmup_steps": trainer.warmup_steps,
+        "betas": list(trainer.betas),
+        "weight_decay": trainer.weight_decay,
+        "max_grad_norm": trainer.max_grad_norm,
     }
 
 
 def examples_of(task: Task, num: int, *, seed: int) -> list[Example]:
     """The first training examples, in the order in which the buffer issues them."""
     order = PromptOrder(seed=seed, num_prompts=task.num_train)
+    order.sources = tuple(PromptSet(size=one.size, weight=one.weight) for one in task.sources)
     return [task.example("train", order.next().index) for _ in range(num)]
 
 
@@ -289,7 +297,7 @@ class _Watch:
         if time.monotonic() > self._deadline:
             raise TimeoutError(f"{self._process.args!r} is not done after {TIMEOUT_S:.0f} s")
         if time.monotonic() >= self._next_look:
-            self.peak_mib = max(self.peak_mib, _pss_mib(self._process.pid))
+            self.peak_mib = max(self.peak_mib, pss_mib(self._process.pid))
             self._next_look = time.monotonic() + LOOK_AT_MEMORY_S
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
@@ -321,24 +329,6 @@ def _watched(command: Sequence[str]) -> Iterator[_Watch]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def _pss_mib(root: int) -> float:
-    """Sum of the proportional set sizes of a process and all of its descendants."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(
-                int(stat.parent.name)
-            )
-    total, pending = 0, [root]
-    while pending:
-        pid = pending.pop()
-        pending += children.get(pid, [])
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            total += int(next(line for line in lines if line.startswith("Pss:")).split()[1])
-    return total / 1024
 
 
 def main() -> None:

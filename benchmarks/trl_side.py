@@ -4,7 +4,8 @@
 
 SPEC: model (directory), prompts and reference answers in order, settings, trl (further arguments of
 GRPOConfig), out (a file), weights (a directory for the final ones), stop_at (a reward), stop_after_s, window,
-num_threads. One line of JSON is appended to `out` for every batch, after its last update.
+num_threads, and optionally checkpoints (a directory) with save_steps: a call continues from the newest
+checkpoint there. One line of JSON is appended to `out` for every batch, after its last update.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ def reward(
     prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any
 ) -> list[float]:
     """1.0 for exactly the reference answer."""
-    rewards = [float(text == answer_of[prompt]) for prompt, text in zip(prompts, completions, strict=True)]
+    rewards = [
+        float((text.strip() if spec.get("strips") else text) == answer_of[prompt])
+        for prompt, text in zip(prompts, completions, strict=True)
+    ]
     batches.append(
         {
             "reward": sum(rewards) / len(rewards),
@@ -72,8 +76,16 @@ class Record(TrainerCallback):
         with Path(spec["out"]).open("a") as out:
             out.write(json.dumps(row) + "\n")
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         self.began_s = time.time()
+        if state.global_step:  # continued: the steps after the checkpoint are made again
+            lines = Path(spec["out"]).read_text().splitlines()
+            first, *rows = [json.loads(line) for line in lines if line.endswith("}")]
+            kept = [row for row in rows if row["step"] <= state.global_step]
+            Path(spec["out"]).write_text("".join(json.dumps(row) + "\n" for row in [first, *kept]))
+            self.began_s -= kept[-1]["seconds"]
+            return
+        Path(spec["out"]).unlink(missing_ok=True)
         versions = {m.__name__: m.__version__ for m in (torch, transformers, trl)}
         start_s = self.began_s - started_s
         self.write({"start_s": start_s, "versions": versions, "arguments": arguments})
@@ -82,7 +94,7 @@ class Record(TrainerCallback):
         if state.global_step % num_updates:
             return
         seconds = time.time() - self.began_s
-        row = batches[state.global_step // num_updates - 1] | {
+        row = batches[-1] | {
             "step": state.global_step,
             "seconds": seconds,
             "next_lr": optimizer.param_groups[0]["lr"],
@@ -93,6 +105,19 @@ class Record(TrainerCallback):
         is_reached = len(last) == spec["window"] and sum(last) / len(last) >= spec["stop_at"]
         if is_reached or seconds >= spec["stop_after_s"]:
             control.should_training_stop = True
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """True unless it was being written when the program was killed: the state is its last file."""
+    try:
+        return bool(json.loads((checkpoint / "trainer_state.json").read_text())["global_step"])
+    except (OSError, ValueError):
+        return False
+
+
+def step_of(checkpoint: Path) -> int:
+    """Its number of steps."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 arguments: dict[str, Any] = {
@@ -124,6 +149,11 @@ arguments: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
 }
+checkpoints: list[Path] = []
+if folder := spec.get("checkpoints"):
+    arguments |= {"output_dir": folder, "save_strategy": "steps", "save_steps": spec["save_steps"]}
+    arguments["save_total_limit"] = 1
+    checkpoints = sorted(filter(is_complete, Path(folder).glob("checkpoint-*")), key=step_of)
 arguments |= spec["trl"]
 num_updates = arguments["num_iterations"]
 config = GRPOConfig(**arguments)
@@ -143,6 +173,6 @@ trainer = GRPOTrainer(
     callbacks=[Record()],
     optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_rate)),
 )
-trainer.train()
+trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
 trainer.save_model(spec["weights"])
 tokenizer.save_pretrained(spec["weights"])

@@ -183,6 +183,15 @@ def test_answers_of_counting_have_a_long_tail() -> None:
     assert task.reward(examples[0], answer + "0") == 0.0
 
 
+def trained_by_trl(folder: Path, spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """The facts of the run, and its rows."""
+    (folder / "spec.json").write_text(json.dumps(spec))
+    command = [str(trl.PYTHON), "-P", str(ROOT / "benchmarks/trl_side.py"), str(folder / "spec.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in (folder / "out").read_text().splitlines()]
+
+
 RUNS = """
 import os, runpy, sys
 from datasets import Dataset
@@ -243,3 +252,30 @@ def test_trl_takes_prompts_in_order(
     monkeypatch.setattr(trl, "HELD_OUT_PROMPTS", 32)
     weights = written / "weights"
     assert trl.held_out(trl.JOBS["default"], weights, seed=0) == {"greedy": 0.0, "sampled": 0.0}
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not trl.PYTHON.exists(), reason="needs TRL in an environment of its own: make trl")
+def test_trl_continues_from_its_checkpoint(tmp_path: Path) -> None:
+    """With micro-batches: the row of a step after the checkpoint is replaced, and no prompt comes twice."""
+    build_tiny_model(tmp_path / "model", seed=0, warm_start_steps=0, swap_prob=0.5)
+    examples = trl.examples_of(SortTask(seed=0), 6, seed=0)
+    settings = trl.settings_of(trl.JOBS["default"], lr=8e-5) | {"samples": 4, "group_size": 2}
+    micro = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 2}
+    spec = {
+        "model": str(tmp_path / "model"), "prompts": [e.prompt for e in examples],
+        "answers": [e.answer for e in examples], "out": str(tmp_path / "out"), "seed": 0, "num_threads": 1,
+        "trl": micro, "stop_at": 2.0, "stop_after_s": 600.0, "window": 5, "strips": True,
+        "weights": str(tmp_path / "weights"), "settings": settings | {"num_steps": 2},
+        "checkpoints": str(tmp_path / "checkpoints"), "save_steps": 2,
+    }  # fmt: skip
+    assert [row["step"] for row in trained_by_trl(tmp_path, spec)[1:]] == [1, 2]
+    with (tmp_path / "out").open("a") as out:
+        out.write(json.dumps({"step": 3, "seconds": 1e6, "first_prompt": "?"}) + "\n")
+        out.write('{"step": 4, "sec')
+    facts, *rows = trained_by_trl(tmp_path, spec | {"settings": settings | {"num_steps": 3}})
+    assert "arguments" in facts
+    assert [(row["step"], row["samples"]) for row in rows] == [(1, 4), (2, 4), (3, 4)]
+    assert [row["first_prompt"] for row in rows] == [examples[i].prompt for i in (0, 2, 4)]
+    assert rows[0]["seconds"] < rows[1]["seconds"] < rows[2]["seconds"] < 1e5
+    assert (tmp_path / "weights" / "config.json").exists()

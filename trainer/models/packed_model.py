@@ -352,13 +352,13 @@ class PackedModel(nn.Module):
 
         A sequence's first token is never sampled, so there is always a position before.
         """
-        assert self.shares_prefixes or batch.shared is None
+        assert self.shares_prefixes or batch.input is None
         if self._wide is not None:
             self._wide.gather()
         tokens, positions, read_S = batch.tokens_T, batch.positions_T, batch.sampled_S - 1
         if (rows := batch.rows) is not None:
             tokens, positions = (x.index_select(0, rows.token_U) for x in (tokens, positions))
-            read_S = rows.row_T.index_select(0, read_S)
+            read_S = rows.read_S
         hidden_UD: Tensor = decoder_of(self.model)(
             input_ids=tokens[None],
             position_ids=positions[None],

@@ -1,0 +1,78 @@
+"""Programs that a benchmark starts: their memory, and their orderly end if the benchmark is stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from areal_like.runtime.process import die_with_parent
+
+STOP_S = 180.0
+"""Time in which a program that was told to stop has to end: a run writes a checkpoint."""
+
+
+def pss_mib(root: int) -> float:
+    """Sum of the proportional set sizes of a process and all of its descendants, in MiB."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(
+                int(stat.parent.name)
+            )
+    total, pending = 0, [root]
+    while pending:
+        pid = pending.pop()
+        pending += children.get(pid, [])
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            total += int(next(line for line in lines if line.startswith("Pss:")).split()[1])
+    return total / 1024
+
+
+def run_program(
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    log: Path,
+    env: Mapping[str, str],
+    on_look: Callable[[float], None],
+    look_s: float = 20.0,
+) -> int:
+    """Runs a program to its end; its output is appended to `log`. Returns the exit code.
+
+    `on_look`: called with the memory of its processes in MiB, every `look_s` seconds. If this process is
+    told to stop (KeyboardInterrupt, SystemExit), the program gets one SIGTERM and time to end; if it is
+    killed, the kernel sends the SIGTERM.
+    """
+    with log.open("a") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C would reach it twice
+            preexec_fn=die_with_parent,
+        )
+    try:
+        next_look_s = 0.0
+        while process.poll() is None:
+            if time.monotonic() >= next_look_s:
+                on_look(pss_mib(process.pid))
+                next_look_s = time.monotonic() + look_s
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)
+    except BaseException:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
+    return process.returncode
