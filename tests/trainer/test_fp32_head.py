@@ -222,7 +222,8 @@ def test_the_head_adds_no_rounding() -> None:
             got = torch.log_softmax(10 * head(hidden).float(), -1)
         errors.append(float((got - want).abs().max()))
         widen_head(model)
-    assert errors[0] > 1e-2 and errors[1] < 1e-4, errors
+    # 16 bits at least: a fast CPU has no more. The logits are up to 20 here.
+    assert errors[0] > 5e-2 and errors[1] < 4e-4, errors
 
 
 def test_a_wide_model_is_unchanged(tmp_path: Path) -> None:
@@ -244,19 +245,19 @@ def test_a_fast_cpu_splits_large_products() -> None:
     head = Fp32Head(96, 9000, bias=False)
     head.weight = torch.nn.Parameter(weight_VD.detach())
     logits_NV = head(hidden_ND)
-    exact_NV = hidden_ND.double() @ weight_VD.double().T
+    exact_NV = (hidden_ND.double() @ weight_VD.double().T).detach()
     assert logits_NV.dtype == torch.float32
     size = float(exact_NV.abs().max())
-    rounded = float((logits_NV.double() - logits_NV.bfloat16().double()).abs().max())
-    error = float((logits_NV.double() - exact_NV).abs().max())
+    rounded = float((exact_NV - exact_NV.bfloat16().double()).abs().max())
+    error = float((logits_NV.detach().double() - exact_NV).abs().max())
     assert 0 < error < 2.0**-16 * size < 0.05 * rounded
     (logits_NV * factor_NV).sum().backward()
     narrow_NV = factor_NV.bfloat16().double()
     for found, exact in (
-        (hidden_ND.grad, narrow_NV @ weight_VD.double()),
-        (head.weight.grad, narrow_NV.T @ hidden_ND.double()),
+        (hidden_ND.grad, narrow_NV @ weight_VD.detach().double()),
+        (head.weight.grad, narrow_NV.T @ hidden_ND.detach().double()),
     ):
         assert found is not None and found.dtype == torch.bfloat16
         assert float((found.double() - exact).norm() / exact.norm()) < 2.0**-8
-    assert fp32_operand(weight_VD).dtype == torch.bfloat16
-    assert fp32_operand(weight_VD[:100]).dtype == torch.float32
+    assert fp32_operand(torch.zeros(1 << 15, 128, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert fp32_operand(torch.zeros(100, 96, dtype=torch.bfloat16)).dtype == torch.float32

@@ -73,7 +73,7 @@ class _Plan:
 
 
 def _packed(plan: _Plan) -> _Plan:
-    """A copy whose matrices are packed. It shares no memory with the original."""
+    """A copy whose matrices are packed. It shares no memory with the original but that of the head."""
 
     def copied(layer: _Layer) -> _Layer:
         values = {f.name: getattr(layer, f.name) for f in fields(layer)}
@@ -87,7 +87,7 @@ def _packed(plan: _Plan) -> _Plan:
         embed_VC=plan.embed_VC.clone(),
         layers=tuple(map(copied, plan.layers)),
         norm_C=plan.norm_C.clone(),
-        head_VC=packed.packed(plan.head_VC),
+        head_VC=plan.head_VC,
     )
 
 
@@ -187,6 +187,7 @@ class LlamaModel:
         self._eps_11 = torch.full((1, 1), self._eps, dtype=facts.dtype, device=facts.device)
         self._plan: _Plan | None = None
         self._head_VC = torch.empty(0)
+        self._packs_head = False
 
     def new_weights(self) -> Weights:
         """An uninitialized set: fused storage, and its views by name."""
@@ -247,9 +248,11 @@ class LlamaModel:
         # The set is complete here, so copies in other forms are made once, not for each token.
         self._plan, self._head_VC = None, torch.empty(0)  # frees a copy before the next one is made
         self._plan = _packed(weights.plan) if self.copies_weights else weights.plan
-        head_VC = self._plan.head_VC
-        widens = self._has_fp32_head and not self.copies_weights
-        self._head_VC = fp32_operand(head_VC) if widens else head_VC
+        head_VC = weights.plan.head_VC
+        self._head_VC = fp32_operand(head_VC) if self._has_fp32_head else head_VC
+        self._packs_head = self.copies_weights and self._head_VC.dtype == self.facts.dtype
+        if self._packs_head:
+            self._head_VC = packed.packed(head_VC)
 
     def decode(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> Tensor:
         """Returns the logits [N, V] after one more token in each of rows 0..N-1."""
@@ -272,7 +275,7 @@ class LlamaModel:
         h_NC = self._rms_norm(x_NC, plan.norm_C)
         if not self._has_fp32_head:
             return self._linear(h_NC, self._head_VC)
-        product = packed.fp32_linear if self.copies_weights else fp32_linear
+        product = packed.fp32_linear if self._packs_head else fp32_linear
         return product(h_NC, self._head_VC)
 
     def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import FinishReason
+from rollout_server.engine import cache
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.models.generic import GenericModel
 from rollout_server.engine.models.llama import LlamaModel
@@ -339,3 +340,15 @@ def test_random_numbers_differ_by_seed_index_and_position() -> None:
         and draws.max() < 1
         and abs(draws.mean() - 0.5) < 0.05
     )
+
+
+def test_rows_in_mapped_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large caches on a CPU: only positions that were written take memory, and all others are zero."""
+    monkeypatch.setattr(cache, "_LEAST_MAPPED_BYTES", 0)
+    path = save_model(tmp_path / "m", "llama")
+    core = make_core(path, max_running=3)
+    assert all(not keys.any() for keys in core._cache.keys)
+    sequences = [submit(core, [5, 6, 7 + i % 2], max_new_tokens=12) for i in range(5)]
+    run(core)
+    assert all(error(path, sequence) < 1e-4 for sequence in sequences)
+    assert all(keys.any() for keys in core._cache.keys)

@@ -101,7 +101,9 @@ def test_a_push_is_attested_and_takes_effect_as_a_whole(tmp_path: Path) -> None:
     assert np.abs(after - _exact(paths[1])).mean() < 0.1
     # The model has its own copy, so the same memory receives the next push, whatever becomes of that.
     assert core.take_shadow_weights() is shadow
-    shadow.arena.fill_(255)  # NaN
+    assert shadow.arena is not None
+    with torch.inference_mode():
+        shadow.arena.fill_(255)  # NaN
     sequence = Sequence(seq_id="a", prompt=TOKENS, params=SamplingParams(max_new_tokens=4))
     core.submit(sequence)
     while core.all_sequences:
