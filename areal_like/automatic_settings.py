@@ -3,13 +3,19 @@
 Every role computes them by the same functions from the same settings, `areal-like run` writes the results
 into the run's config.yaml, and the buffer refuses a peer whose dtype differs from the first peer's.
 
-    model.dtype                      a GPU anywhere in the job: the checkpoint's dtype; else float32
+    model.dtype                      a GPU anywhere in the job: the checkpoint's dtype; else bfloat16 where
+                                     the CPU is fast in it and the model is large enough, or float32
+    rollout.num_threads              1; a large model on a CPU also uses the cores that are idle
     model.fp32_head                  on where model.dtype is bfloat16; in float32 it changes nothing
     model.router_dtype               bfloat16 where model.dtype is bfloat16; in float32 it changes nothing
     trainer.gradient_checkpointing   on where the trainer is on GPUs
     objective                        the default method (`areal_like/config/default_objective.py`)
 
 Only config.json is read, never weights. For a model that is given by its hub name, it may be downloaded.
+
+On a CPU with avx512_bf16 or amx_bf16, products of matrices with 8 to 512 rows are several times faster in
+bfloat16, and a decode step, which reads every weight once, reads half as many bytes. A small model spends its
+time between the kernels, and would only lose precision.
 
 `start_limit_s` is a limit that depends on the size of the weights.
 """
@@ -22,10 +28,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from areal_like.config import Config
+from areal_like.cpus import FAST_BFLOAT16, cpu_flags, fast_bfloat16, usable_cores
 from areal_like.errors import ConfigError, first_line
 from areal_like.paths import BUILT_MODELS, model_path
 
 Dtype = Literal["float32", "bfloat16"]
+LEAST_PARAMETERS = 20_000_000
+"""Parameters of a model from which on it gains from bfloat16 and from more threads, on a CPU."""
+_BUILT_PARAMETERS = {"tiny": 300_000, "smollm2": 134_515_008}
+"""Of models that a run builds: their config.json does not exist yet when the settings are resolved."""
 LEAST_BYTES_PER_S = 100e6
 """Read rate in bytes per second that start limits assume: that of a slow file system."""
 LONG_TOKENS = 4096
@@ -35,13 +46,13 @@ LONG_TOKENS = 4096
 def compute_dtype(config: Config) -> Dtype:
     """The resolved `model.dtype`: the dtype of the engine's weights and of the trainer's forward pass.
 
-    On GPUs a checkpoint in float16 counts as bfloat16: the trainer has no loss scaling. Raises ConfigError if
-    the checkpoint's dtype has to be known, and its config.json cannot be read or names none.
+    On CPUs `cpu_dtype` decides. On GPUs a checkpoint in float16 counts as bfloat16: the trainer has no loss
+    scaling. Raises ConfigError if the model's config.json is needed, and cannot be read or names no dtype.
     """
     if config.model.dtype != "auto":
         return config.model.dtype
-    if _is_on_cpu(config.trainer.device) and _is_on_cpu(config.rollout.engine_device):
-        return "float32"
+    if _is_all_on_cpu(config):
+        return _dtype_on_cpu(config)[0]
     if config.model.path in BUILT_MODELS:
         return "float32"  # `trainer.prepare_model` saves them so
     facts = model_facts(config, needed_for="model.dtype=auto")
@@ -52,6 +63,40 @@ def compute_dtype(config: Config) -> Dtype:
             "bfloat16 or float32"
         )
     return "float32" if named.removeprefix("torch.") == "float32" else "bfloat16"
+
+
+def dtype_choice(config: Config) -> str:
+    """What `model.dtype=auto` is on CPUs, and why, on one line; empty with a GPU or a dtype that was set.
+
+    Raises ConfigError as `compute_dtype` does.
+    """
+    if config.model.dtype != "auto" or not _is_all_on_cpu(config):
+        return ""
+    dtype, reason = _dtype_on_cpu(config)
+    return f"model.dtype=auto is {dtype}: {reason}"
+
+
+def cpu_dtype(flags: frozenset[str], *, num_parameters: int) -> tuple[Dtype, str]:
+    """The dtype in which a CPU with these flags computes such a model fastest, and the reason."""
+    size = f"a model of {num_parameters / 1e6:.3g} million parameters"
+    flag = fast_bfloat16(flags)
+    if not flag:
+        return "float32", f"the CPU has neither {' nor '.join(FAST_BFLOAT16)}"
+    if num_parameters < LEAST_PARAMETERS:
+        return "float32", f"{size} gains nothing from bfloat16"
+    return "bfloat16", f"the CPU has {flag}, and {size} gains from it"
+
+
+def most_threads(config: Config) -> int:
+    """The threads that an engine may use while cores of its machine are idle: `rollout.num_threads`, or with
+    `auto` all cores, for a model that gains from them. Raises ConfigError as `compute_dtype` does."""
+    rollout = config.rollout
+    if rollout.num_threads != "auto":
+        return rollout.num_threads
+    gains = rollout.engine == "embedded" and _is_on_cpu(rollout.engine_device)
+    if not gains or usable_cores() == 1 or _num_parameters(config) < LEAST_PARAMETERS:
+        return rollout.least_threads
+    return usable_cores()
 
 
 def uses_fp32_head(config: Config) -> bool:
@@ -123,6 +168,36 @@ def _check_attention(config: Config) -> None:
             f"trainer.device={config.trainer.device}: beyond {LONG_TOKENS} tokens no attention kernel fits "
             "this model (grouped queries) into memory: set model.dtype=bfloat16"
         )
+
+
+def _is_all_on_cpu(config: Config) -> bool:
+    return _is_on_cpu(config.trainer.device) and _is_on_cpu(config.rollout.engine_device)
+
+
+def _dtype_on_cpu(config: Config) -> tuple[Dtype, str]:
+    if config.rollout.engine != "embedded":
+        return "float32", "SGLang on a CPU"
+    flags = cpu_flags()
+    # A model is looked at only where its size matters.
+    num_parameters = _num_parameters(config) if fast_bfloat16(flags) else 0
+    return cpu_dtype(flags, num_parameters=num_parameters)
+
+
+def _num_parameters(config: Config) -> int:
+    """The parameters of the policy, by its config.json: embeddings, attention and MLPs, all experts. 0 if it
+    does not tell them. Raises ConfigError if it cannot be read."""
+    if config.model.path in BUILT_MODELS:
+        return _BUILT_PARAMETERS[config.model.path]
+    facts = model_facts(config, needed_for="the choice of dtype and threads on a CPU")
+
+    def number(*names: str) -> int:
+        values = (facts.get(name) for name in names)
+        return next((value for value in values if type(value) is int and value > 0), 0)
+
+    hidden, layers = number("hidden_size"), number("num_hidden_layers")
+    experts = number("num_experts", "n_routed_experts") or 1
+    inner = experts * number("moe_intermediate_size", "intermediate_size")
+    return number("vocab_size") * hidden + layers * (4 * hidden * hidden + 3 * hidden * inner)
 
 
 def _is_on_cpu(device: str) -> bool:

@@ -4,8 +4,9 @@ The output head (`model.fp32_head`): logits that a matrix product rounds to bflo
 of their size, so engine and trainer disagree about probabilities although they have the same weights, and
 close probabilities become ties. Here the operands stay in the model's dtype and the product is accumulated
 and returned in float32, as with SGLang's `--enable-fp32-lm-head`. On a GPU this is one product on the tensor
-cores (`torch.mm` with `out_dtype`). A CPU has no such product: the operands are converted to float32, which
-gives the same products.
+cores (`torch.mm` with `out_dtype`). torch has no such product on a CPU. Where the CPU multiplies bfloat16
+fast, two products give 16 bits: P rounded to bfloat16, and P - round(P), which the kernel subtracts before it
+rounds. Elsewhere, and for small products, the operands are converted to float32.
 
 The head's gradients are products of the same kind: the gradient of the logits is rounded to the model's
 dtype, the product is not. The trainer runs its head once for each chunk of tokens. `Fp32Head.gradient_sum`
@@ -43,10 +44,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from areal_like.cpus import cpu_flags, fast_bfloat16
 from areal_like.errors import ConfigError
 
 RouterDtype = Literal["float32", "bfloat16"]
 """A resolved `model.router_dtype`."""
+_LEAST_SPLIT = 1 << 22
+"""Multiplications from which on a CPU splits a product."""
 
 
 class Fp32Head(nn.Linear):
@@ -102,9 +106,7 @@ def fp32_linear(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
 
     On a CPU an operand may be float32 already.
     """
-    if _multiplies_narrow(x_ND):
-        return torch.mm(x_ND, weight_VD.t(), out_dtype=torch.float32)
-    return F.linear(x_ND.float(), weight_VD.float())
+    return _fp32_product(x_ND, weight_VD.t())
 
 
 def fp32_logits(
@@ -124,7 +126,8 @@ def fp32_logits(
 
 def fp32_operand(weight_VD: Tensor) -> Tensor:
     """The weight as `fp32_linear` multiplies it on this device, for callers that use one weight often."""
-    return weight_VD if _multiplies_narrow(weight_VD) else weight_VD.float()
+    is_narrow = _multiplies_narrow(weight_VD) or _is_split(weight_VD[:1], weight_VD.t())
+    return weight_VD if is_narrow else weight_VD.float()
 
 
 class _Logits(torch.autograd.Function):
@@ -141,7 +144,7 @@ class _Logits(torch.autograd.Function):
         grad_NV = grads[0].to(weight_VD.dtype)
         for_hidden = for_weight = None
         if ctx.needs_input_grad[0]:
-            for_hidden = _fp32_product(grad_NV, weight_VD).to(hidden_ND.dtype)
+            for_hidden = _narrow_product(grad_NV, weight_VD)
         if ctx.needs_input_grad[2]:
             for_weight = _fp32_product(grad_NV.t(), hidden_ND)
         return for_hidden, None, for_weight
@@ -161,9 +164,33 @@ class _GradientSum(torch.autograd.Function):
 
 
 def _fp32_product(left_NI: Tensor, right_IM: Tensor) -> Tensor:
+    """[N, M] float32. On a CPU an operand may be float32 already."""
     if _multiplies_narrow(left_NI):
         return torch.mm(left_NI, right_IM, out_dtype=torch.float32)
+    if _is_split(left_NI, right_IM):
+        first_NM = torch.mm(left_NI, right_IM)
+        rest_NM = torch.addmm(first_NM, left_NI, right_IM, beta=-1)
+        return first_NM.float().add_(rest_NM)
     return torch.mm(left_NI.float(), right_IM.float())
+
+
+def _narrow_product(left_NI: Tensor, right_IM: Tensor) -> Tensor:
+    """[N, M]: the product accumulated in float32 and rounded to the dtype of `right_IM`."""
+    if _is_split(left_NI, right_IM):
+        return torch.mm(left_NI, right_IM)
+    return _fp32_product(left_NI, right_IM).to(right_IM.dtype)
+
+
+def _is_split(left_NI: Tensor, right_IM: Tensor) -> bool:
+    """True for operands whose product a CPU computes faster as two products in bfloat16."""
+    return (
+        left_NI.dtype == right_IM.dtype == torch.bfloat16
+        and left_NI.device.type == "cpu"
+        and left_NI.shape[0] * right_IM.numel() >= _LEAST_SPLIT
+        and not _multiplies_narrow(left_NI)
+        and bool(fast_bfloat16(cpu_flags()))
+        and torch.backends.mkldnn.is_available()
+    )
 
 
 def _multiplies_narrow(operand: Tensor) -> bool:

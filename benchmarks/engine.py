@@ -1,4 +1,4 @@
-"""Compares the speed of the embedded engine with `model.generate`: same model, prompts, lengths, one thread.
+"""Compares the embedded engine with `model.generate`: same model, dtype, prompts and lengths, one thread.
 
     equal      32 requests of equal length: both run full batches, so only the cost of a step counts
     long_tail  256 requests with log-normal lengths, 32 at a time; generate takes them in order, in batches of
@@ -7,6 +7,8 @@
     http       the long tail through a real engine process and client, against the engine in this process
     turns      conversations of eight turns, 16 at a time, with and without the KV that the engine keeps for
                the next turn: tokens prefilled in each turn, and turns per second (a table of its own)
+    phases     prefill, and decode steps of several numbers of rows: milliseconds in the model and in the
+               sampler (a table of its own)
 
 Lengths are forced (no stop tokens), sampling is at temperature 1, and only requested tokens count.
 Repetitions are interleaved, and medians are reported. In-process rates are per second of CPU time (one
@@ -14,14 +16,14 @@ thread, no waiting), so that other load on the machine changes them little. `htt
 rate is per second of wall time, and is compared with rates per second of wall time: run it on a quiet machine
 with two cores.
 
-    python -m benchmarks.engine [--repeats 5] [--part all] [--model DIR]
+    python -m benchmarks.engine [--repeats 5] [--part all]
+    python -m benchmarks.engine --model smollm2 --dtype bfloat16 --prompt-tokens 96 --new-tokens 64
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import os
 import platform
@@ -31,7 +33,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,35 +43,81 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from areal_like.config import from_mapping
 from benchmarks.report import table, write
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.options import EngineOptions
+from rollout_server.engine.sampling import sample
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.generation import Sampling
+from trainer.prepare_model import prepare_model
 
 BATCH, PROMPT_TOKENS, MAX_NEW_TOKENS = 32, 8, 24
+PHASE_ROWS, PHASE_STEPS = (1, 8, 32, 64, 128), 8
+"""Rows of the decode steps that are measured, and steps of one measurement."""
 TURNS, CONVERSATIONS, FIRST_TOKENS, REPLY_TOKENS, ANSWER_TOKENS = 8, 16, 96, 24, 40
 """Turns of a conversation, concurrent conversations; tokens of the first prompt, of a turn of the policy, and
 of the environment's message after it."""
 TURNS_CONTEXT = FIRST_TOKENS + TURNS * (REPLY_TOKENS + ANSWER_TOKENS)
 HTTP_GOAL = 0.8
 """Goal, relative to the engine's rate in this process."""
-RESULTS = Path(__file__).parent / "results" / "engine.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is measured."""
+
+    path: str
+    """A Hugging Face directory."""
+    name: str
+    """For the files with the results."""
+    dtype: torch.dtype
+    prompt_tokens: int
+    new_tokens: int
+    """Largest number of sampled tokens of a request."""
+    long_tail_goal: float
+    """Goal of the engine's rate on the long tail, relative to `generate`."""
+
+    @property
+    def context(self) -> int:
+        return self.prompt_tokens + self.new_tokens
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the results."""
+        return {"model": self.name, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def load(self, *, context: int = 0, rows: int = BATCH) -> EngineCore:
+        """An engine in this process, as a job has it in this dtype."""
+        context = context or self.context
+        model, weights = load(
+            self.path,
+            dtype=self.dtype,
+            device=torch.device("cpu"),
+            context_length=context,
+            fp32_head=self.dtype != torch.float32,
+        )
+        options = EngineOptions(max_running_requests=rows, context_length=context)
+        return EngineCore(model, weights, options, version="0")
+
 
 Workload = list[tuple[tuple[int, ...], int]]
 """(prompt, number of new tokens) for each request."""
 
 
-def workload(num_requests: int, *, group_size: int = 1, equal: bool = False) -> Workload:
-    """Fixed requests: the same in every run and for every engine."""
+def workload(subject: Subject, num_requests: int, *, group_size: int = 1, equal: bool = False) -> Workload:
+    """Fixed requests: the same in every run and for every engine.
+
+    The median length is a sixth of the longest one.
+    """
     rng = np.random.default_rng(7)
-    prompts = [tuple(rng.integers(3, 100, PROMPT_TOKENS).tolist()) for _ in range(num_requests // group_size)]
-    lengths = np.clip(rng.lognormal(1.4, 0.9, num_requests).astype(int), 1, MAX_NEW_TOKENS)
-    return [
-        (prompts[i // group_size], MAX_NEW_TOKENS if equal else int(lengths[i])) for i in range(num_requests)
-    ]
+    size, most = subject.prompt_tokens, subject.new_tokens
+    prompts = [tuple(rng.integers(3, 100, size).tolist()) for _ in range(num_requests // group_size)]
+    median = np.log(most / MAX_NEW_TOKENS)
+    lengths = np.clip(rng.lognormal(1.4 + median, 0.9, num_requests).astype(int), 1, most)
+    return [(prompts[i // group_size], most if equal else int(lengths[i])) for i in range(num_requests)]
 
 
 def run_generate(model: Any, requests: Workload) -> None:
@@ -120,12 +170,9 @@ def run_turns(core: EngineCore, *, keeps_prefix: bool) -> list[int]:
     return prefilled
 
 
-def measure_turns(path: str, *, repeats: int) -> dict[str, Any]:
+def measure_turns(subject: Subject, *, repeats: int) -> dict[str, Any]:
     """Conversations with and without kept KV, interleaved, after one warm-up each."""
-    model, weights = load(path, dtype=torch.float32, device=torch.device("cpu"), context_length=TURNS_CONTEXT)
-    core = EngineCore(
-        model, weights, EngineOptions(max_running_requests=BATCH, context_length=TURNS_CONTEXT), version="0"
-    )
+    core = subject.load(context=TURNS_CONTEXT)
     names = {"kept": True, "computed anew": False}
     prefilled: dict[str, list[int]] = {}
     rates: dict[str, list[float]] = {name: [] for name in names}
@@ -143,7 +190,7 @@ def measure_turns(path: str, *, repeats: int) -> dict[str, Any]:
         "turns_per_cpu_second": {name: round(value, 1) for name, value in medians.items()},
         "ratio_prefilled": round(sum(prefilled["computed anew"]) / sum(prefilled["kept"]), 2),
         "ratio_turns": round(medians["kept"] / medians["computed anew"], 2),
-        "model_parameters": sum(tensor.numel() for tensor in weights.named.values()),
+        "model_parameters": _num_parameters(core),
         "turns": TURNS,
         "conversations": CONVERSATIONS,
         "first_prompt_tokens": FIRST_TOKENS,
@@ -161,6 +208,86 @@ def print_turns(result: dict[str, Any]) -> None:
     rows = [[name, *counts, rates[name]] for name, counts in prefilled.items()]
     print(table(["KV of earlier turns", *(f"turn {i + 1}" for i in range(TURNS)), "turns/s"], rows))
     print(f"prefilled: 1/{result['ratio_prefilled']}, turns: {result['ratio_turns']} times")
+
+
+@torch.inference_mode()
+def measure_phases(subject: Subject, *, repeats: int) -> dict[str, Any]:
+    """CPU time of one prefill and of decode steps; the medians."""
+    core = subject.load(rows=max(PHASE_ROWS))
+    model = core.model
+    rng = np.random.default_rng(7)
+
+    def tokens(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.integers(3, 100, shape))
+
+    prefill_ms, decode_ms, sample_ms = [], defaultdict(list), defaultdict(list)
+    for repeat in range(repeats + 1):
+        cache = model.facts.new_cache(num_rows=max(PHASE_ROWS), context_length=subject.context)
+        prompts_BT = tokens(BATCH, subject.prompt_tokens)
+        began_s = time.thread_time()
+        cache.begin_prefill(np.full(BATCH, subject.prompt_tokens, np.int64))
+        model.prefill(prompts_BT, cache)
+        cache.end_prefill(rows=range(BATCH), sources=range(BATCH))
+        if repeat:
+            prefill_ms.append(1e3 * (time.thread_time() - began_s))
+        for rows in PHASE_ROWS:
+            modelled_s = sampled_s = 0.0
+            for step in range(PHASE_STEPS):
+                began_s = time.thread_time()
+                position_N = np.full(rows, subject.prompt_tokens + step, np.int64)
+                logits_NV = model.decode(tokens(rows), cache.begin_decode(position_N), cache)
+                ended_s = time.thread_time()
+                sample(
+                    logits_NV,
+                    temperature_N=torch.ones(rows),
+                    uniform_N=torch.from_numpy(rng.random(rows)),
+                    any_greedy=False,
+                    any_random=True,
+                    filters=None,
+                )
+                modelled_s += ended_s - began_s
+                sampled_s += time.thread_time() - ended_s
+            if repeat:
+                decode_ms[rows].append(1e3 * modelled_s / PHASE_STEPS)
+                sample_ms[rows].append(1e3 * sampled_s / PHASE_STEPS)
+    decode = {}
+    for rows in PHASE_ROWS:
+        model_ms, sampler_ms = statistics.median(decode_ms[rows]), statistics.median(sample_ms[rows])
+        decode[str(rows)] = {
+            "model_ms": round(model_ms, 3),
+            "sampler_ms": round(sampler_ms, 3),
+            "tokens_per_cpu_second": round(1e3 * rows / (model_ms + sampler_ms)),
+        }
+    prefilled = BATCH * subject.prompt_tokens
+    return {
+        "prefill": {
+            "tokens": prefilled,
+            "ms": round(statistics.median(prefill_ms), 2),
+            "tokens_per_cpu_second": round(1e3 * prefilled / statistics.median(prefill_ms)),
+        },
+        "decode": decode,
+        "model_parameters": _num_parameters(core),
+        "prompt_tokens": subject.prompt_tokens,
+        "repeats": repeats,
+        "num_threads": 1,
+        "torch": torch.__version__,
+    }
+
+
+def print_phases(result: dict[str, Any]) -> None:
+    """The table of `measure_phases`."""
+    prefill = result["prefill"]
+    rows = [[f"prefill, {prefill['tokens']} tokens", prefill["ms"], "", prefill["tokens_per_cpu_second"]]]
+    rows += [
+        [f"decode, {name} rows", each["model_ms"], each["sampler_ms"], each["tokens_per_cpu_second"]]
+        for name, each in result["decode"].items()
+    ]
+    print(table(["phase", "model, ms", "sampler, ms", "tokens/s"], rows))
+
+
+def _num_parameters(core: EngineCore) -> int:
+    shapes = core.model.facts.parameter_shapes.values()
+    return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 async def run_http(client: EngineClient, requests: Workload) -> None:
@@ -198,30 +325,55 @@ def rates(
 
 
 def main() -> None:
-    """Measures, prints a table, writes benchmarks/results/engine.json."""
+    """Measures, prints tables, writes benchmarks/results/engine*.json."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--part", choices=["all", "requests", "turns"], default="all")
+    parser.add_argument("--part", choices=["all", "requests", "turns", "phases"], default="all")
     parser.add_argument(
         "--model",
         default="",
-        help="a Hugging Face directory; default: the default job's model with random weights",
+        help="smollm2, or a Hugging Face directory; default: the default job's model with random weights",
     )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
+    parser.add_argument("--new-tokens", type=int, default=MAX_NEW_TOKENS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:
-        model = arguments.model or tiny_model(f"{scratch}/model")
-        if arguments.part != "turns":
-            result = measure(model, scratch, repeats=arguments.repeats)
-            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        subject = Subject(
+            path=_model_of(arguments.model, f"{scratch}/model"),
+            name=arguments.model or "tiny",
+            dtype=getattr(torch, arguments.dtype),
+            prompt_tokens=arguments.prompt_tokens,
+            new_tokens=arguments.new_tokens,
+            long_tail_goal=4.0 if arguments.model else 3.0,
+        )
+        # The default model's results keep their file.
+        kept = f"_{Path(subject.name).name}_{arguments.dtype}" if arguments.model else ""
+        if arguments.part in ("all", "requests"):
+            result = measure(subject, scratch, repeats=arguments.repeats)
             print_requests(result)
-        if arguments.part != "requests":
-            turns = measure_turns(model, repeats=arguments.repeats)
+            print(f"written to {write('engine' + kept, subject.facts | result)}")
+        if arguments.part in ("all", "turns"):
+            turns = measure_turns(subject, repeats=arguments.repeats)
             print_turns(turns)
-            print(f"written to {write('engine_turns', {'model': arguments.model or 'tiny'} | turns)}")
+            print(f"written to {write('engine_turns' + kept, subject.facts | turns)}")
+        if arguments.part in ("all", "phases"):
+            phases = measure_phases(subject, repeats=arguments.repeats)
+            print_phases(phases)
+            print(f"written to {write('engine_phases' + kept, subject.facts | phases)}")
+
+
+def _model_of(name: str, folder: str) -> str:
+    """The directory of a model; the default job's, and smollm2, are made in `folder`."""
+    if not name:
+        return tiny_model(folder)
+    if name == "smollm2":
+        return prepare_model(from_mapping({"model": {"path": name}}), out_dir=Path(folder))
+    return name
 
 
 def print_requests(result: dict[str, Any]) -> None:
@@ -244,7 +396,6 @@ def print_requests(result: dict[str, Any]) -> None:
             ],
         )
     )
-    print(f"written to {RESULTS}")
 
 
 def tiny_model(path: str) -> str:
@@ -259,16 +410,12 @@ def tiny_model(path: str) -> str:
     return path
 
 
-def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
+def measure(subject: Subject, scratch: str, *, repeats: int) -> dict[str, Any]:
     """Times the in-process engine, generate, and an engine process over HTTP."""
-    context = PROMPT_TOKENS + MAX_NEW_TOKENS
-    device = torch.device("cpu")
-    model, weights = load(path, dtype=torch.float32, device=device, context_length=context)
-    core = EngineCore(
-        model, weights, EngineOptions(max_running_requests=BATCH, context_length=context), version="0"
-    )
-    reference = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    equal, tail, grouped = workload(BATCH, equal=True), workload(256), workload(256, group_size=8)
+    core = subject.load()
+    reference = LlamaForCausalLM.from_pretrained(subject.path, dtype=subject.dtype).eval()
+    equal, tail = workload(subject, BATCH, equal=True), workload(subject, 256)
+    grouped = workload(subject, 256, group_size=8)
     port_file, key_file = Path(scratch) / "port", Path(scratch) / "key"
     key_file.touch(mode=0o600)
     key_file.write_text(secrets.token_urlsafe())
@@ -277,7 +424,7 @@ def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
         "-m",
         "rollout_server.engine",
         "--model-path",
-        path,
+        subject.path,
         "--api-key-file",
         str(key_file),
         "--max-running-requests",
@@ -285,7 +432,7 @@ def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
     ]
     command += [
         "--context-length",
-        str(context),
+        str(subject.context),
         "--port",
         "0",
         "--port-file",
@@ -293,7 +440,8 @@ def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
         "--weight-version",
         "0",
     ]
-    command += ["--log-level", "WARNING"]
+    command += ["--log-level", "WARNING", "--dtype", str(subject.facts["dtype"])]
+    command += ["--enable-fp32-lm-head"] * (subject.dtype != torch.float32)
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     loop = asyncio.new_event_loop()
     try:
@@ -321,7 +469,12 @@ def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
         process.wait(timeout=20)
         loop.close()
     workloads = {}
-    for name, goal in (("equal", 1.5), ("long_tail", 3.0), ("grouped", None), ("http", None)):
+    for name, goal in (
+        ("equal", 1.5),
+        ("long_tail", subject.long_tail_goal),
+        ("grouped", None),
+        ("http", None),
+    ):
         rate = wall if name == "http" else cpu
         other = "equal/generate" if name == "equal" else "long_tail/generate"
         engine, generate = rate[f"{name}/engine"], rate[other]
@@ -346,8 +499,8 @@ def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
         "tokens_per_wall_second": {name: round(value) for name, value in wall.items()},
         "load_average": os.getloadavg()[0],
         "batch": BATCH,
-        "prompt_tokens": PROMPT_TOKENS,
-        "max_new_tokens": MAX_NEW_TOKENS,
+        "prompt_tokens": subject.prompt_tokens,
+        "max_new_tokens": subject.new_tokens,
         "num_threads": 1,
         "torch": torch.__version__,
         "cpu": platform.processor() or platform.machine(),

@@ -145,8 +145,10 @@ class RolloutConfig(Section, key="rollout"):
     """Address that a server binds to receive weight pushes. Its engine listens on loopback only."""
     advertise_host: str = ""
     """Address at which the trainer reaches this server; empty: `host`."""
-    num_threads: PositiveInt = 1
-    """CPU threads of one engine."""
+    num_threads: int | Literal["auto"] = "auto"
+    """CPU threads of one engine. `auto`: one, and with a model of 20 million parameters or more on the
+    embedded engine also one for each core of the machine that is idle, so that it has the trainer's cores
+    while the trainer waits."""
     sglang: SglangConfig = field(default_factory=SglangConfig)
 
     def check(self) -> None:
@@ -156,6 +158,10 @@ class RolloutConfig(Section, key="rollout"):
             self.most_episodes >= self.max_running,
             f"rollout.max_episodes={self.max_episodes} is below rollout.max_running={self.max_running}: the "
             "engine would never be full; set it to 0, or to a number above max_running",
+        )
+        require(
+            self.num_threads == "auto" or self.num_threads >= 1,
+            f"rollout.num_threads must be at least 1 or auto, not {self.num_threads}",
         )
         check_device(self.engine_device, key="rollout.engine_device")
         require(
@@ -173,6 +179,11 @@ class RolloutConfig(Section, key="rollout"):
             f"rollout.sglang.url={self.sglang.url} is one engine for rollout.num_servers={self.num_servers}: "
             "put {index} into the url",
         )
+
+    @property
+    def least_threads(self) -> int:
+        """CPU threads that an engine always has."""
+        return 1 if self.num_threads == "auto" else self.num_threads
 
     @property
     def most_episodes(self) -> int:

@@ -94,7 +94,7 @@ def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "")
     name = name or free_name(RunPaths.of(config))
     environment = os.environ | {
         PARENT_PID: str(os.getpid()),
-        "OMP_NUM_THREADS": str(config.rollout.num_threads),
+        "OMP_NUM_THREADS": str(config.rollout.least_threads),
         "PYTHONPATH": python_path(),
     }
     stops = StopSignals()

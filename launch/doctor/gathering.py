@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
+from areal_like.automatic_settings import dtype_choice
 from areal_like.config import Config
 from areal_like.config.gpus import engine_gpus, trainer_gpus
 from areal_like.errors import ConfigError
@@ -50,6 +51,7 @@ from launch.doctor.checks import (
     check_space,
     check_versions,
     error,
+    ok,
     warning,
 )
 from launch.observation.reach import RunningJob
@@ -91,6 +93,7 @@ def findings(config: Config, roles: Sequence[str], *, job: RunningJob | None = N
             model_path(config)
         except ConfigError as problem:
             yield error("model.path", str(problem), "set model.path to a directory with config.json")
+    yield from _dtype(config)
     gpus = _gpus(config, roles)
     versions = list(_versions(config, roles))
     yield from check_versions(versions, gpus)
@@ -214,6 +217,15 @@ def _checkpoint_bytes(config: Config) -> int:
         per_parameter = 4 if "32" in str(facts.get("dtype") or facts.get("torch_dtype") or "bf16") else 2
         return num_bytes // per_parameter * _BYTES_PER_PARAMETER + num_bytes
     return 0
+
+
+def _dtype(config: Config) -> Iterator[Finding]:
+    """What `model.dtype=auto` is here, for a model whose size is known without a download."""
+    path = config.model.path
+    is_here = path in BUILT_MODELS or (Path(path).expanduser() / "config.json").is_file()
+    with contextlib.suppress(ConfigError):
+        if is_here and (choice := dtype_choice(config)):
+            yield ok("model.dtype", choice)
 
 
 def _has_linear_attention(model: str) -> bool:

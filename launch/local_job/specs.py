@@ -67,7 +67,7 @@ class JobSpecs:
         """A rollout server."""
         port = self._http_port(int(name.rpartition("-")[2]))
         command = ("rollout_server", *self._common, *port, "--name", name)
-        return ChildSpec(name=name, command=command, num_threads=self._config.rollout.num_threads)
+        return ChildSpec(name=name, command=command, num_threads=self._config.rollout.least_threads)
 
     def sft(self) -> ChildSpec:
         """The trainer of a supervised run; with several ranks, the process that starts the ranks."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from areal_like.automatic_settings import resolved
+from areal_like.automatic_settings import dtype_choice, resolved
 from areal_like.config import Config
 from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.errors import ConfigError
@@ -180,13 +180,14 @@ def _unlock(lock_fd: int) -> None:
 
 def _start(config: Config, *, is_named: bool, is_dry: bool = False) -> OpenRun:
     """A new run under the given name, or under the first free numbered name if none was given."""
-    choice = config.objective_choice
+    objective, dtype = config.objective_choice, dtype_choice(config)
     config = resolved(config)
+    is_narrow = config.model.dtype == "bfloat16"
     _check_one_machine(config)
     run = free_directory(config, is_named=is_named, is_taken=holds_run, refusal=_refusal, is_dry=is_dry)
     if not is_dry:  # a ledger left by a job that failed before its first step
         remove_ledgers(run.paths)
-    lines = (*_new_run_announcement(run.paths, config), choice)
+    lines = (*_new_run_announcement(run.paths, config), objective, dtype if is_narrow else "")
     return dataclasses.replace(run, announcement=tuple(filter(None, lines)))
 
 

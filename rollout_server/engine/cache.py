@@ -13,6 +13,9 @@ Shapes: L layers, S rows, H KV heads, T positions, D head size, B computed conte
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +31,8 @@ from rollout_server.engine.states import StateLayout, StateRows, StateShape
 _LEAST_POSITIONS = 24
 """A decode step attends to at least this many positions: on a CPU, torch has no fast kernels for smaller
 products and softmaxes. With 54 rows, attention to 12 positions took 122 us, and to 18 positions 48 us."""
+_LEAST_MAPPED_BYTES = 64 << 20
+"""Size of a cache from which on its memory is mapped and not allocated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +116,8 @@ class KVCache:
         heads, dim = max(s.num_heads for s in shapes), max(max(s.key_dim, s.value_dim) for s in shapes)
         self.num_rows, self.context_length, self.device, self.dtype = num_rows, context_length, device, dtype
         # Zeros, not empty: masked positions have weight 0, and 0 times an uninitialized NaN is NaN.
-        self._storage = torch.zeros(
-            len(shapes), 2, num_rows, heads, context_length, dim, dtype=dtype, device=device
+        self._storage = _zeros(
+            (len(shapes), 2, num_rows, heads, context_length, dim), dtype=dtype, device=device
         )
         self.keys = [self._storage[i, 0, :, : s.num_heads, :, : s.key_dim] for i, s in enumerate(shapes)]
         """Per layer [S, H, T, D] view."""
@@ -322,6 +327,22 @@ class KVCache:
         """
         self._storage[:, :, row].zero_()
         self.begin_row(row)
+
+
+def _zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take memory only where they are written, on a CPU and if there are many.
+
+    Rows have room for the longest sequence, and most sequences are far shorter. Without huge pages, because
+    one of them covers several heads of a row.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or num_bytes < _LEAST_MAPPED_BYTES:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class PrefixCache:

@@ -1,6 +1,8 @@
 """Fills rows with the KV of new sequences' contexts: copied where it is known, computed where it is not.
 
     the prompt of a group          copied from the samples that computed it (PrefixCache)
+    the samples of a group, after  their long prompt is computed once under the new weights, and what each of
+    an update of the weights       them has sampled is computed over it: an extension
     the next turn of a conversation  its earlier turns are copied (KeptPrefixes), and the rest is computed
                                    over them: an extension
     anything else                  computed from its beginning: a prefill
@@ -20,6 +22,7 @@ Shapes: B contexts, T positions.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -41,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 PREFILL_AHEAD_TOKENS = 128
 """A prefill with fewer tokens than this is filled up with prompts of sequences that still wait for a row."""
+LEAST_SHARED_TOKENS = 32
+"""Shortest prompt that sequences with output share when their KV is computed again. With a shorter one, one
+pass over all tokens is as fast as a pass over prompts and one over outputs."""
 MAX_SCORES = 1 << 22
 """Maximum number of pairs of a new and a known position in one extension; bounds the attention mask."""
 
@@ -108,6 +114,8 @@ class Contexts:
         if not self._is_newest(sequence.served):
             return len(context)
         if not sequence.keeps_prefix:
+            if sequence.output_ids and _is_long(sequence) and sequence.prompt in self._prefixes:
+                return len(sequence.output_ids)
             return 0 if context in self._prefixes else len(context)
         num_known = self.kept.num_matched(context[:-1])
         return 0 if num_known == len(context) - 1 else len(context) - num_known
@@ -153,6 +161,9 @@ class Contexts:
         known: dict[_Context, int] = {}
         """Context -> tokens at its beginning that were copied to the first of its rows."""
         kept: set[_Context] = set()
+        shared = self._shared_prompts(admitted) if uses_caches else set()
+        begun: dict[_Context, list[int]] = {}
+        """Shared prompt that has to be computed -> rows of sequences that have it and output."""
         for sequence in admitted:
             self._rows.enter(sequence)
             context = sequence.context
@@ -161,6 +172,16 @@ class Contexts:
             if context in missing:
                 missing[context].append(sequence.row)
                 self._count_shared(sequence)
+            elif sequence.output_ids and sequence.prompt in shared and not sequence.keeps_prefix:
+                missing[context] = [sequence.row]
+                known[context] = len(sequence.prompt) - 1
+                if (prefix := self._prefixes.get(sequence.prompt)) is not None:
+                    self._write(sequence.row, prefix)
+                    self._cache.restore_state(sequence.row, prefix.state_R)
+                else:
+                    begun.setdefault(sequence.prompt, []).append(sequence.row)
+                if prefix is not None or len(begun[sequence.prompt]) > 1:
+                    self._count_copied(sequence, known[context])
             elif uses_caches and sequence.keeps_prefix:
                 known[context] = self._copy_kept(sequence)
                 if known[context] < len(context) - 1:
@@ -180,6 +201,9 @@ class Contexts:
             prompts.clear()
         extensions = {context: rows for context, rows in missing.items() if known.get(context)}
         whole = {context: rows for context, rows in missing.items() if context not in extensions}
+        for prompt, rows in begun.items():
+            whole[prompt] = whole.get(prompt, []) + rows
+        prompts |= begun.keys()
         if whole:
             self._add_waiting_prompts(whole, prompts, waiting)
             self._compute_whole(whole, prompts)
@@ -192,6 +216,11 @@ class Contexts:
             if 2 * known.get(context, 0) > len(context):
                 continue  # a later turn, which no other sequence needs before it ends
             self._keep_row(missing[context][0], context, is_shared=True)
+
+    def _shared_prompts(self, admitted: Iterable[Sequence]) -> set[_Context]:
+        """Long prompts that several of these sequences have, or that are in the cache."""
+        counts = Counter(sequence.prompt for sequence in admitted if _is_long(sequence))
+        return {prompt for prompt, count in counts.items() if count > 1 or prompt in self._prefixes}
 
     def _count_shared(self, sequence: Sequence) -> None:
         self.num_shared += 1
@@ -318,3 +347,7 @@ class Contexts:
 
     def _tensor(self, array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._model.facts.device)
+
+
+def _is_long(sequence: Sequence) -> bool:
+    return len(sequence.prompt) >= LEAST_SHARED_TOKENS

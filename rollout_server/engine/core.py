@@ -58,7 +58,7 @@ class EngineCore:
             num_rows=options.max_running_requests, max_prefill_tokens=options.max_prefill_tokens
         )
         self._active_weights = weights
-        self._shadow_weights: Weights | None = None
+        self._shadow_weights = weights if model.copies_weights else None
         self._rows = RowState(num_rows=options.max_running_requests, context_length=options.context_length)
         self._cache = facts.new_cache(
             num_rows=options.max_running_requests, context_length=options.context_length
@@ -138,14 +138,16 @@ class EngineCore:
         self._shadow_weights = weights
 
     def swap_weights(self, weights: Weights, *, version: str, recompute: bool) -> None:
-        """Activates a complete, verified set; the old set becomes the shadow set.
+        """Activates a complete, verified set. The old set becomes the shadow set, or the new one if the model
+        has copied it.
 
         Running sequences continue, with KV recomputed under the new weights if `recompute`, otherwise with
         their existing KV. The new weights have no adapter.
         """
         self._serve(version, slot=NO_SLOT, running="recompute" if recompute else "keep")
         self.model.activate(weights)
-        self._shadow_weights, self._active_weights = self._active_weights, weights
+        self._shadow_weights = weights if self.model.copies_weights else self._active_weights
+        self._active_weights = weights
 
     def activate_adapter(
         self, tensors: Mapping[str, Tensor], *, version: str, running: Running

@@ -22,11 +22,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from areal_like.cpus import core_times
 from areal_like.errors import EngineError, WeightSyncError
 from areal_like.runtime.threads import NamedThread
 from rollout_server.engine.core import EngineCore, Running
 from rollout_server.engine.models.base import Weights
 from rollout_server.engine.scheduler import Finish, Sequence
+from rollout_server.engine.threads import ThreadCount
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,8 @@ class Load:
     idle_s: float
     stall_s: float
     """Sum over weight swaps of the time from stopping to the next token."""
+    threads: int
+    """CPU threads of the forward pass now."""
 
 
 class EngineLoop:
@@ -98,13 +102,13 @@ class EngineLoop:
         self,
         core: EngineCore,
         *,
-        num_threads: int,
+        threads: ThreadCount,
         on_output: Callable[[list[SequenceOutput]], None],
         on_failure: Callable[[str], None],
     ) -> None:
-        """`num_threads`: CPU threads of the forward pass."""
+        """`threads`: CPU threads of the forward pass."""
         self._core = core
-        self._num_threads = num_threads
+        self._threads = threads
         self._on_output = on_output
         self._on_failure = on_failure
         # None ends the thread.
@@ -218,10 +222,11 @@ class EngineLoop:
             busy_s=self._busy_s,
             idle_s=self._idle_s + current_idle_s,
             stall_s=self._stall_s,
+            threads=self._threads.count,
         )
 
     def _main(self) -> None:
-        torch.set_num_threads(self._num_threads)
+        torch.set_num_threads(self._threads.count)
         try:
             with torch.inference_mode():
                 while not self._stopping:
@@ -269,6 +274,7 @@ class EngineLoop:
     def _step(self) -> None:
         if not self._core.scheduler.runnable:
             return
+        self._take_idle_cores()
         started_s = time.perf_counter()
         self._collect(self._core.step())
         ended_s = time.perf_counter()
@@ -277,6 +283,12 @@ class EngineLoop:
             self.on_first_token(ended_s - sequence.made_s)
         if ended_s - self._reported_s >= _REPORT_EVERY_S:
             self._report()
+
+    def _take_idle_cores(self) -> None:
+        if self._threads.is_due(time.monotonic()):
+            before, now = self._threads.count, self._threads.look(core_times())
+            if now != before:
+                torch.set_num_threads(now)
 
     def _collect(self, sequences: list[Sequence]) -> None:
         now_s = time.perf_counter()

@@ -37,6 +37,7 @@ _GAUGES = {
     "kept_states": ("kept_states", "Recurrent states kept for later turns"),
     "kv_bytes": ("kv_bytes", "Memory of the rows' keys and values"),
     "state_bytes": ("state_bytes", "Memory of the rows' recurrent states"),
+    "threads": ("threads", "CPU threads of a forward pass"),
     "paused": ("paused", "1 while generation is paused"),
     "weight_version": ("weight_version", "Active version, -1 if it is not a number"),
 }

@@ -85,8 +85,10 @@ class ProcessOptions(EngineOptions):
     """Directory that /update_weights_from_disk may load from, in addition to `model_path`; repeatable."""
     weight_version: str = "default"
     """Version of the weights at `model_path`."""
-    num_threads: PositiveInt = RolloutConfig.num_threads
+    num_threads: PositiveInt = 1
     """CPU threads of the forward pass."""
+    max_threads: NonNegativeInt = 0
+    """CPU threads of the forward pass while other cores are idle; 0: as many as `num_threads`."""
     stream_interval: NonNegativeInt = 0
     """Tokens between streamed chunks; 0: only the end of each sequence."""
     max_body_bytes: PositiveInt = 64 << 20

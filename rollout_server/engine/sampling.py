@@ -5,7 +5,7 @@ of the sequence's key and the token's index (a counter-based generator), so it d
 nor on a shared generator's history, and needs no loop over requests. Log-probs are taken from the
 temperature-scaled distribution before any filter, as SGLang and the trainer define them.
 
-Shapes: N rows, V vocabulary.
+Shapes: N rows, V vocabulary; R rows at a time, B blocks of K tokens, W = B * K.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ from torch import Tensor
 from areal_like.splitmix64 import GOLDEN_GAMMA, MASK_64, mix, mix_array
 
 _GOLDEN = np.uint64(GOLDEN_GAMMA)
+LARGE_VOCABULARY = 8192
+"""Size from which on a CPU draws in two stages: a block of tokens, then a token of it."""
+_BLOCK = 256
+_NUMBERS_AT_A_TIME = 1 << 18
+"""Logits in work at the same time: 1 MiB of float32."""
+_BELOW_ONE = 1 - 2.0**-52
+"""A product with it is smaller than the other factor: what is drawn then has a weight above zero."""
 
 
 def rng_key(seed: int, index: int) -> int:
@@ -62,6 +69,14 @@ def sample(
     `any_random` are true if there are rows of that kind, so that an all-greedy or all-random batch skips the
     work for the other kind.
     """
+    if logits_NV.shape[1] >= LARGE_VOCABULARY and filters is None and logits_NV.device.type == "cpu":
+        return _sample_large(
+            logits_NV,
+            temperature_N=temperature_N,
+            uniform_N=uniform_N,
+            any_greedy=any_greedy,
+            any_random=any_random,
+        )
     logits_NV = logits_NV.float()
     if any_random:
         divisor_N = torch.where(temperature_N > 0, temperature_N, 1.0) if any_greedy else temperature_N
@@ -100,3 +115,55 @@ def _filtered(probs_NV: Tensor, filters: Filters) -> Tensor:
     # The most likely token is always kept, so that at least one token can be drawn.
     keep_NV[:, 0] = True
     return torch.zeros_like(probs_NV).scatter_(-1, order_NV, sorted_NV * keep_NV)
+
+
+def _sample_large(
+    logits_NV: Tensor, *, temperature_N: Tensor, uniform_N: Tensor, any_greedy: bool, any_random: bool
+) -> tuple[Tensor, Tensor]:
+    """`sample` for a large vocabulary on a CPU, where each pass over [N, V] numbers costs memory bandwidth.
+
+    A few rows at a time, which stay in the cache: exp(x - max) and the sums of its blocks. The cumulative
+    distribution of the blocks chooses a block, and that of its tokens a token. So only one block of each row
+    is summed up token by token, in float64.
+    """
+    num_rows, vocab_size = logits_NV.shape
+    num_blocks = -(-vocab_size // _BLOCK)
+    rows = max(1, _NUMBERS_AT_A_TIME // vocab_size)
+    # Zeros after the last token: nothing is drawn from them.
+    weight_RW = logits_NV.new_zeros(min(rows, num_rows), num_blocks * _BLOCK, dtype=torch.float32)
+    scale_N1 = torch.where(temperature_N > 0, temperature_N, 1.0).reciprocal_().unsqueeze(1)
+    is_scaled = bool((scale_N1 != 1).any())
+    tokens, logprobs = [], []
+    for start in range(0, num_rows, rows):
+        part = slice(start, start + rows)
+        logits_RV = logits_NV[part].float()
+        scaled_RV = logits_RV * scale_N1[part] if is_scaled else logits_RV
+        top_R1, first_R1 = scaled_RV.max(-1, keepdim=True)
+        buffer_RW = weight_RW[: len(logits_RV)]
+        torch.sub(scaled_RV, top_R1, out=buffer_RW[:, :vocab_size]).exp_()
+        weight_RBK = buffer_RW.view(-1, num_blocks, _BLOCK)
+        block_RB = weight_RBK.sum(-1).double()
+        if any_random:
+            token_R1 = _drawn(weight_RBK, block_RB, uniform_N[part]).clamp_(max=vocab_size - 1)
+            if any_greedy:
+                token_R1 = torch.where((temperature_N[part] > 0).unsqueeze(1), token_R1, first_R1)
+        else:
+            token_R1 = first_R1
+        logsum_R1 = block_RB.sum(-1, keepdim=True).log().float()
+        logprobs.append(scaled_RV.gather(1, token_R1) - top_R1 - logsum_R1)
+        tokens.append(token_R1)
+    return torch.cat(tokens).squeeze(1), torch.cat(logprobs).squeeze(1)
+
+
+def _drawn(weight_RBK: Tensor, block_RB: Tensor, uniform_R: Tensor) -> Tensor:
+    """Tokens int64[R, 1] with probabilities proportional to the weights, in blocks with sums `block_RB`."""
+    cdf_RB = block_RB.cumsum(-1)
+    uniform_R1 = uniform_R.clamp(max=_BELOW_ONE).unsqueeze(1)
+    target_R1 = uniform_R1 * cdf_RB[:, -1:]
+    block_R1 = torch.searchsorted(cdf_RB, target_R1, right=True).clamp_(max=block_RB.shape[1] - 1)
+    size_R1 = block_RB.gather(1, block_R1)
+    # The place of the target within its block. The sums of blocks are rounded, so it may be a little outside.
+    rest_R1 = ((target_R1 - cdf_RB.gather(1, block_R1) + size_R1) / size_R1).clamp_(0, _BELOW_ONE)
+    inner_RK = weight_RBK[torch.arange(len(block_R1)), block_R1.squeeze(1)].cumsum(-1, dtype=torch.float64)
+    token_R1 = torch.searchsorted(inner_RK, rest_R1 * inner_RK[:, -1:], right=True)
+    return block_R1 * weight_RBK.shape[2] + token_R1

@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 
+from areal_like import automatic_settings
 from areal_like.automatic_settings import (
     compute_dtype,
+    cpu_dtype,
+    dtype_choice,
+    most_threads,
     recomputes_activations,
     resolved,
     router_dtype,
@@ -26,11 +30,77 @@ def _model(directory: Path, **facts: Any) -> str:
 
 
 def _job(path: str, *, engine: str = "cpu", trainer: str = "cpu", **sections: Any) -> Config:
-    devices = {
+    devices: dict[str, Any] = {
         "rollout": {"engine_device": engine},
         "trainer": {"device": trainer, "tokens_per_microbatch": 9000},
     }
-    return from_mapping(devices | sections | {"model": {"path": path} | sections.get("model", {})})
+    for name in ("rollout", "model"):
+        devices[name] = devices.get(name, {"path": path}) | sections.pop(name, {})
+    return from_mapping(devices | sections)
+
+
+FAST = frozenset({"avx512f", "avx512_bf16"})
+LARGE = {
+    "vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536,
+    "dtype": "float32",
+}  # fmt: skip
+SMALL = LARGE | {"num_hidden_layers": 2, "vocab_size": 512}
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_parameters", "dtype", "reason"),
+    [
+        (FAST, 134_000_000, "bfloat16", "the CPU has avx512_bf16, and a model of 134 million parameters"),
+        (frozenset({"amx_bf16", "avx512_bf16"}), 2 * 10**7, "bfloat16", "the CPU has amx_bf16"),
+        (FAST, 19_000_000, "float32", "a model of 19 million parameters gains nothing"),
+        (FAST, 300_000, "float32", "a model of 0.3 million parameters gains nothing"),
+        (frozenset({"avx512f", "avx2"}), 10**9, "float32", "has neither amx_bf16 nor avx512_bf16"),
+        (frozenset(), 10**9, "float32", "has neither"),
+    ],
+)
+def test_dtype_on_a_cpu(flags: frozenset[str], num_parameters: int, dtype: str, reason: str) -> None:
+    found, why = cpu_dtype(flags, num_parameters=num_parameters)
+    assert found == dtype and reason in why
+
+
+def test_auto_on_cpus_looks_at_cpu_and_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small = _model(tmp_path / "large", **LARGE), _model(tmp_path / "small", **SMALL)
+    monkeypatch.setattr(automatic_settings, "cpu_flags", lambda: FAST)
+    for path, dtype in (
+        (large, "bfloat16"),
+        ("smollm2", "bfloat16"),
+        (small, "float32"),
+        ("tiny", "float32"),
+    ):
+        job = _job(path)
+        assert compute_dtype(job) == resolved(job).model.dtype == dtype
+        assert uses_fp32_head(job) is (dtype == "bfloat16")
+        assert dtype_choice(job).startswith(f"model.dtype=auto is {dtype}: ")
+    assert (
+        dtype_choice(_job(large, model={"dtype": "float32"}))
+        == dtype_choice(_job(large, trainer="cuda"))
+        == ""
+    )
+    assert compute_dtype(_job(large, rollout={"engine": "sglang"})) == "float32"
+    experts = SMALL | {"moe_intermediate_size": 1536, "num_experts": 8}
+    assert compute_dtype(_job(_model(tmp_path / "experts", **experts))) == "bfloat16"
+    monkeypatch.setattr(automatic_settings, "cpu_flags", lambda: frozenset({"avx2"}))
+    assert compute_dtype(_job(large)) == "float32"
+    # Without a fast bfloat16 the model decides nothing, so nothing is read.
+    assert compute_dtype(_job(str(tmp_path / "absent"))) == "float32"
+
+
+def test_threads_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = _model(tmp_path / "large", **LARGE)
+    monkeypatch.setattr(automatic_settings, "usable_cores", lambda: 6)
+    assert most_threads(_job(large)) == 6
+    assert most_threads(_job("tiny")) == most_threads(_job(large, engine="cuda")) == 1
+    fixed = _job(large, rollout={"num_threads": 2})
+    assert most_threads(fixed) == fixed.rollout.least_threads == 2
+    with pytest.raises(ConfigError, match=r"rollout.num_threads must be at least 1 or auto, not 0"):
+        _job(large, rollout={"num_threads": 0})
+    monkeypatch.setattr(automatic_settings, "usable_cores", lambda: 1)
+    assert most_threads(_job(str(tmp_path / "absent"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from rollout_server.engine.http.server import EngineServer
 from rollout_server.engine.loop import EngineLoop, SequenceOutput
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.options import ProcessOptions
+from rollout_server.engine.threads import ThreadCount
 from rollout_server.engine.weights.updater import WeightUpdater
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,8 @@ async def serve(options: ProcessOptions, core: EngineCore, listener: socket.sock
         failures.append(reason)
         main_loop.call_soon_threadsafe(stop)
 
-    engine = EngineLoop(core, num_threads=options.num_threads, on_output=on_output, on_failure=on_failure)
+    threads = ThreadCount(least=options.num_threads, most=options.max_threads)
+    engine = EngineLoop(core, threads=threads, on_output=on_output, on_failure=on_failure)
     facts = core.model.facts
     updater = WeightUpdater(engine, facts)
     limits = RequestLimits(

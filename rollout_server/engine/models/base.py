@@ -114,6 +114,8 @@ class CausalModel(Protocol):
     """LoRA adapters over the active weights; None before the first one. Select rows' slots before a pass."""
     routes: RouteRecorder | None
     """Records the chosen experts of every pass; None: they are not wanted."""
+    copies_weights: bool
+    """True if `activate` copies the set, which may be filled again at once."""
 
     def make_slots(self, header: AdapterHeader, *, num_slots: int) -> AdapterSlots:
         """Allocates slots for adapters of this model. Raises WeightSyncError for an unknown target."""

@@ -61,6 +61,7 @@ class GenericModel:
         self.facts = facts
         self.adapters: AdapterSlots | None = None
         self.routes: RouteRecorder | None = None
+        self.copies_weights = False
         self._module = module
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         self._cache = RowCache(facts)

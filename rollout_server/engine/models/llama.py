@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from areal_like.precision import fp32_linear, fp32_operand
 from areal_like.weights.adapters import AdapterHeader, linear_layers
 from rollout_server.engine.cache import DecodeBatch, Extension, KVCache
+from rollout_server.engine.models import packed
 from rollout_server.engine.models.adapters import AdapterSlots
 from rollout_server.engine.models.base import ModelFacts, Weights, new_arena
 from rollout_server.engine.models.routes import RouteRecorder
@@ -69,6 +70,25 @@ class _Plan:
     layers: tuple[_Layer, ...]
     norm_C: Tensor
     head_VC: Tensor
+
+
+def _packed(plan: _Plan) -> _Plan:
+    """A copy whose matrices are packed. It shares no memory with the original but that of the head."""
+
+    def copied(layer: _Layer) -> _Layer:
+        values = {f.name: getattr(layer, f.name) for f in fields(layer)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(
+            layer,
+            **{name: packed.packed(x) if x.ndim == 2 else x.clone() for name, x in tensors.items()},
+        )
+
+    return _Plan(
+        embed_VC=plan.embed_VC.clone(),
+        layers=tuple(map(copied, plan.layers)),
+        norm_C=plan.norm_C.clone(),
+        head_VC=plan.head_VC,
+    )
 
 
 def supports(config: Any, names: set[str]) -> bool:
@@ -160,12 +180,14 @@ class LlamaModel:
         # On a CPU in float32 a few plain kernels are faster than the composite ones at these sizes (32 rows:
         # attention takes 42 us instead of 60, a norm 6 us instead of 10, with seven norms per step).
         self._plain = facts.device.type == "cpu" and facts.dtype == torch.float32
+        self.copies_weights = packed.can_pack(dtype=facts.dtype, device=facts.device)
         self._mean_C1 = torch.full(
             (config.hidden_size, 1), 1 / config.hidden_size, dtype=facts.dtype, device=facts.device
         )
         self._eps_11 = torch.full((1, 1), self._eps, dtype=facts.dtype, device=facts.device)
         self._plan: _Plan | None = None
         self._head_VC = torch.empty(0)
+        self._packs_head = False
 
     def new_weights(self) -> Weights:
         """An uninitialized set: fused storage, and its views by name."""
@@ -223,10 +245,14 @@ class LlamaModel:
     def activate(self, weights: Weights) -> None:
         """Makes all later forward passes use this set."""
         assert isinstance(weights.plan, _Plan)
-        self._plan = weights.plan
-        # The set is complete here, so a CPU's float32 copy of the head is made once, not for each token.
+        # The set is complete here, so copies in other forms are made once, not for each token.
+        self._plan, self._head_VC = None, torch.empty(0)  # frees a copy before the next one is made
+        self._plan = _packed(weights.plan) if self.copies_weights else weights.plan
         head_VC = weights.plan.head_VC
         self._head_VC = fp32_operand(head_VC) if self._has_fp32_head else head_VC
+        self._packs_head = self.copies_weights and self._head_VC.dtype == self.facts.dtype
+        if self._packs_head:
+            self._head_VC = packed.packed(head_VC)
 
     def decode(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> Tensor:
         """Returns the logits [N, V] after one more token in each of rows 0..N-1."""
@@ -247,7 +273,10 @@ class LlamaModel:
             attended = self._attend(query_NKGD, key_NKTD, value_NKTD, bias_N11T)
             x_NC = self._mlp(self._output(x_NC, attended.reshape(num_rows, -1), layer), layer)
         h_NC = self._rms_norm(x_NC, plan.norm_C)
-        return fp32_linear(h_NC, self._head_VC) if self._has_fp32_head else F.linear(h_NC, self._head_VC)
+        if not self._has_fp32_head:
+            return self._linear(h_NC, self._head_VC)
+        product = packed.fp32_linear if self._packs_head else fp32_linear
+        return product(h_NC, self._head_VC)
 
     def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
         """Computes the KV of right-padded contexts.
@@ -348,17 +377,22 @@ class LlamaModel:
         return torch.matmul(torch.softmax(scores_NKGT, -1), value_NKTD)
 
     def _qkv(self, h: Tensor, layer: _Layer) -> Tensor:
-        return self._adapted(layer.names.qkv, h, F.linear(h, layer.qkv, layer.qkv_bias))
+        return self._adapted(layer.names.qkv, h, self._linear(h, layer.qkv, layer.qkv_bias))
 
     def _output(self, x: Tensor, attended: Tensor, layer: _Layer) -> Tensor:
-        x = torch.addmm(x, attended, layer.output_CO.t())
-        return self._adapted(layer.names.output, attended, x)
+        return self._adapted(layer.names.output, attended, self._added(x, attended, layer.output_CO))
 
     def _mlp(self, x: Tensor, layer: _Layer) -> Tensor:
         h = self._rms_norm(x, layer.post_norm_C)
-        gate, up = self._adapted(layer.names.gate_up, h, F.linear(h, layer.gate_up)).chunk(2, -1)
+        gate, up = self._adapted(layer.names.gate_up, h, self._linear(h, layer.gate_up)).chunk(2, -1)
         h = F.silu(gate) * up
-        return self._adapted(layer.names.down, h, torch.addmm(x, h, layer.down_CF.t()))
+        return self._adapted(layer.names.down, h, self._added(x, h, layer.down_CF))
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return packed.linear(x, weight, bias) if self.copies_weights else F.linear(x, weight, bias)
+
+    def _added(self, out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return packed.added(out, x, weight) if self.copies_weights else torch.addmm(out, x, weight.t())
 
     def _adapted(self, matrix: str, x: Tensor, out: Tensor) -> Tensor:
         return out if self.adapters is None else self.adapters.add(matrix, x, out)

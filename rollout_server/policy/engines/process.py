@@ -21,7 +21,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
-from areal_like.automatic_settings import compute_dtype, router_dtype, start_limit_s, uses_fp32_head
+from areal_like.automatic_settings import (
+    compute_dtype,
+    most_threads,
+    router_dtype,
+    start_limit_s,
+    uses_fp32_head,
+)
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EngineError
 from areal_like.hosts import LOOPBACK
@@ -146,7 +152,7 @@ class EngineProcess(ABC):
         return self.api_key
 
     def _environment(self) -> dict[str, str]:
-        threads = str(self._config.rollout.num_threads)
+        threads = str(self._config.rollout.least_threads)
         return os.environ | {"OMP_NUM_THREADS": threads, OUTPUT_FILE: str(self.log_path)}
 
     @abstractmethod
@@ -259,7 +265,8 @@ class EmbeddedProcess(EngineProcess):
             random_seed=self._config.seed,
             max_adapters=self._config.num_adapters,
             enable_return_routed_experts=self._config.model.router_replay,
-            num_threads=rollout.num_threads,
+            num_threads=rollout.least_threads,
+            max_threads=most_threads(self._config),
         ).to_json()
 
     def _client(self, url: str) -> EngineClient:

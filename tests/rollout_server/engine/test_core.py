@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import FinishReason
+from rollout_server.engine import cache
+from rollout_server.engine.contexts import LEAST_SHARED_TOKENS
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.models.generic import GenericModel
 from rollout_server.engine.models.llama import LlamaModel
@@ -339,3 +341,42 @@ def test_random_numbers_differ_by_seed_index_and_position() -> None:
         and draws.max() < 1
         and abs(draws.mean() - 0.5) < 0.05
     )
+
+
+def test_rows_in_mapped_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large caches on a CPU: only positions that were written take memory, and all others are zero."""
+    monkeypatch.setattr(cache, "_LEAST_MAPPED_BYTES", 0)
+    path = save_model(tmp_path / "m", "llama")
+    core = make_core(path, max_running=3)
+    assert all(not keys.any() for keys in core._cache.keys)
+    sequences = [submit(core, [5, 6, 7 + i % 2], max_new_tokens=12) for i in range(5)]
+    run(core)
+    assert all(error(path, sequence) < 1e-4 for sequence in sequences)
+    assert all(keys.any() for keys in core._cache.keys)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_recomputed_group_shares_its_prompt(fast: bool, tmp_path: Path) -> None:
+    """After an update a long prompt is computed once for the samples that have it and output already."""
+    paths = [save_model(tmp_path / str(seed), "qwen3", seed=seed) for seed in (0, 1)]
+    core = make_core(paths[0], max_running=6, fast=fast)
+    prompt = list(range(3, 3 + LEAST_SHARED_TOKENS))
+    group = [submit(core, prompt, max_new_tokens=8 + i) for i in range(4)]
+    group += [submit(core, prompt[:-1], max_new_tokens=12), submit(core, [*prompt, 9], max_new_tokens=14)]
+    for _ in range(5):
+        core.step()
+    shadow = core.take_shadow_weights()
+    for name, tensor in weights_of(paths[1]).items():
+        shadow.named[name].copy_(tensor)
+    with torch.inference_mode():
+        core.swap_weights(shadow, version="1", recompute=True)
+    late = submit(core, prompt, max_new_tokens=7)
+    before = core.contexts.num_prefilled
+    run(core)
+    # Of four prompts, one; of each sequence of the group, five tokens; the two others as a whole.
+    alone = sum(len(sequence.prompt) - 1 + 5 for sequence in group[4:])
+    assert core.contexts.num_prefilled - before == len(prompt) - 1 + 4 * 5 + alone
+    for sequence in group:
+        want = reference_logprobs(load_model(paths[1]), sequence.prompt, sequence.output_ids)
+        assert np.abs(want - np.array(sequence.output_logprobs))[5:].max() < 1e-4
+    assert late.version_spans == [("1", 0, 7)] and error(paths[1], late) < 1e-4

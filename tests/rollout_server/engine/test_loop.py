@@ -10,6 +10,7 @@ from rollout_server.engine import loop as loop_module
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.loop import EngineLoop, SequenceOutput
 from rollout_server.engine.scheduler import SamplingParams, Sequence
+from rollout_server.engine.threads import ThreadCount
 from tests.rollout_server.engine.test_core import make_core
 from tests.support.engine_harness import Models
 from tests.support.waiting import HANG_LIMIT_S
@@ -34,7 +35,8 @@ class Reports:
         ]
         for sequence in self.sequences:
             core.submit(sequence)
-        self.loop = EngineLoop(core, num_threads=1, on_output=self._on_output, on_failure=pytest.fail)
+        threads = ThreadCount(least=1, most=1)
+        self.loop = EngineLoop(core, threads=threads, on_output=self._on_output, on_failure=pytest.fail)
         self.loop.start()
 
     def _on_output(self, outputs: list[SequenceOutput]) -> None:

@@ -20,8 +20,9 @@ GIVEN: dict[str, Any] = {
     "conversation_cache_tokens": 9, "max_adapters": 4, "random_seed": -4, "model_path": "m", "port": 0,
     "port_file": "p", "device": "cuda:1", "dtype": "bfloat16", "enable_fp32_lm_head": True,
     "router_dtype": "bfloat16", "enable_return_routed_experts": True,
-    "weights_from": ("a", "b c"), "weight_version": "12", "num_threads": 2, "stream_interval": 8,
-    "max_body_bytes": 10, "max_connections": 11, "weights_timeout_s": 1.5, "log_level": "DEBUG",
+    "weights_from": ("a", "b c"), "weight_version": "12", "num_threads": 2, "max_threads": 4,
+    "stream_interval": 8, "max_body_bytes": 10, "max_connections": 11, "weights_timeout_s": 1.5,
+    "log_level": "DEBUG",
 }  # fmt: skip
 
 
@@ -85,4 +86,4 @@ def test_sizes_that_the_job_sets_too_have_its_defaults() -> None:
     options = ProcessOptions(model_path="m", api_key=API_KEY)
     rollout = RolloutConfig()
     assert options.max_running_requests == rollout.max_running
-    assert (options.device, options.num_threads) == (rollout.engine_device, rollout.num_threads)
+    assert (options.device, options.num_threads) == (rollout.engine_device, rollout.least_threads)
