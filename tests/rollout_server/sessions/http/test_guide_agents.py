@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -12,10 +14,13 @@ from pathlib import Path
 import pytest
 
 from areal_like.client import areal_like_client
+from rollout_server.sessions.book import JOB_OVER
 from rollout_server.sessions.open_session import SessionState
 from rollout_server.tasks.base import Example
 from tests.support.launching import ROOT
+from tests.support.session_plane import PlaneServer
 from tests.support.session_server import SessionServer
+from tests.support.waiting import HANG_LIMIT_S
 
 CLIENT = str(Path(areal_like_client.__file__).parent)
 NODE = shutil.which("node")
@@ -44,8 +49,70 @@ def works(server: SessionServer, tmp_path: Path, name: str, *command: str) -> No
         )
         server.call(lambda: server.book.close(is_job_over=True))
         out, _ = agent.communicate()
-    assert (agent.returncode, out) == (0, "")
+    assert (agent.returncode, out) == (0, f"{JOB_OVER}\n")
     assert [one.reward for one in sessions] == [1.0, 0.0]
+
+
+def goes_on(tmp_path: Path, name: str, *command: str) -> None:
+    """An agent loses its server in the middle of a sample, and makes one of the next server."""
+    (tmp_path / name).write_text(code_of(name))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(HANG_LIMIT_S)
+        port = listener.getsockname()[1]
+        agent = subprocess.Popen(
+            [*command, str(tmp_path / name), f"http://127.0.0.1:{port}"],
+            env={"PYTHONPATH": CLIENT},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for answer in (claimed_at(port), b""):
+            with listener.accept()[0] as connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+    with agent:
+        assert agent.stdout is not None
+        assert "no" in (line := agent.stdout.readline()) and "trying again for 300 s" in line
+        with PlaneServer({"sessions": {"port": port - 1}}).serving() as server:  # rollout-1: one above
+            session = server.add(example=Example(prompt="2+2", answer="ok"))
+            server.wait(lambda: session.state is SessionState.ENDED or agent.poll() is not None)
+            server.call(lambda: server.book.close(is_job_over=True))
+            assert agent.stdout.read() == f"{JOB_OVER}\n"
+    assert (agent.returncode, session.reward) == (0, 1.0)
+
+
+def claimed_at(port: int) -> bytes:
+    """The response to a claim, with a session at this port."""
+    session = {
+        "id": "0-0-0", "base_url": f"http://127.0.0.1:{port}/sessions/0-0-0/v1", "api_key": "k", "group": 0,
+        "sample": 0, "deadline_s": None, "idle_timeout_s": 500.0,
+        "example": {"split": "train", "index": 0, "prompt": "2+2", "answer": "ok"},
+    }  # fmt: skip
+    body = json.dumps(session)
+    return f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+def test_the_agent_in_python_outlives_a_server(tmp_path: Path) -> None:
+    goes_on(tmp_path, "outside.py", sys.executable)
+
+
+@pytest.mark.skipif(NODE is None, reason="needs node")
+def test_the_agent_in_javascript_outlives_a_server(tmp_path: Path) -> None:
+    goes_on(tmp_path, "outside.mjs", str(NODE))
+
+
+@pytest.mark.skipif(NODE is None, reason="needs node")
+def test_the_agent_in_javascript_ends_without_a_server(tmp_path: Path) -> None:
+    code = code_of("outside.mjs")
+    assert "RESTART_S = 300;" in code
+    (tmp_path / "outside.mjs").write_text(code.replace("RESTART_S = 300;", "RESTART_S = 0.01;"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [str(NODE), str(tmp_path / "outside.mjs"), f"http://127.0.0.1:{port}"]
+    agent = subprocess.run(command, env={}, capture_output=True, text=True)
+    assert agent.returncode == 0
+    told = f"http://127.0.0.1:{port}/sessions: no response"
+    assert agent.stderr.splitlines() == [f"{told}: trying again for 0.01 s", told]
 
 
 def test_the_agent_in_python_works(server: SessionServer, tmp_path: Path) -> None:
