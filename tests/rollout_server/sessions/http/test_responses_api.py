@@ -328,11 +328,8 @@ def test_a_deleted_response_is_gone(server: SessionServer) -> None:
         client.responses.delete(id)
         assert session.kept.num_bytes == 0
         assert posted(server, session, "v1/responses", body, key)[1]["id"] == id, "the same turn"
-        for request in (
-            client.responses.retrieve,
-            client.responses.delete,
-            client.responses.input_items.list,
-        ):
+        responses = client.responses
+        for request in (responses.retrieve, responses.delete, responses.input_items.list):
             with pytest.raises(openai.NotFoundError, match="deleted"):
                 request(id)
         with pytest.raises(openai.BadRequestError, match="deleted"):
