@@ -15,7 +15,7 @@ def tool_call(name: str, **arguments: str) -> str:
 ANSWER = "It is sunny."
 RESULT = "sunny in Tokyo"
 CALL = tool_call("get_weather", city="Tokyo")
-THREE_CALLS = (f"<think>hm</think>{CALL}", CALL + CALL, ANSWER)
+THREE_CALLS = (f"<think>hm</think>Let me see.{CALL}", CALL + CALL, ANSWER)
 
 
 def fields(**texts: str) -> str:
@@ -87,7 +87,7 @@ def _completed(name: str, package: str, program: str, *runs: str, **options: Any
 
 _LITELLM = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
 _LITELLM_NOTE = "`LITELLM_LOCAL_MODEL_COST_MAP=True`: it downloads no list of prices"
-_CREWAI = {"CREWAI_DISABLE_TELEMETRY": "true", "CREWAI_TRACING_ENABLED": "false", "OTEL_SDK_DISABLED": "true"}
+_CREWAI = {"CREWAI_DISABLE_TELEMETRY": "true"}
 _MINI = {"MSWEA_COST_TRACKING": "ignore_errors", **_LITELLM}
 
 CLIENTS = (
@@ -146,7 +146,7 @@ CLIENTS = (
         packages=("crewai",),
         program="crewai_crew",
         runs=(("crew",),),
-        note="`CREWAI_DISABLE_TELEMETRY=true`, `CREWAI_TRACING_ENABLED=false`: else it sends usage data",
+        note="`CREWAI_DISABLE_TELEMETRY=true`: else it sends usage data",
         environment="clients-openai2",
         variables=_CREWAI,
     ),

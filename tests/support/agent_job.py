@@ -20,13 +20,13 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from areal_like.trajectory import Trajectory
 from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
-from areal_like.wire.messages.consumer import Fetch, StartTraining
+from areal_like.wire.messages.consumer import Fetch, Group, StartTraining
 from rollout_server.rendering.jinja import JinjaRenderer
 from tests.support.buffer_harness import FakeTrainer, connected, running_buffer, trainer_hello
 from tests.support.chat_models import APPENDING, chat_tokenizer, jinja_renderer
@@ -51,9 +51,11 @@ class AgentJob:
     url: str
     """Of the rollout server, for claims."""
     policy: SayingPolicy
-    _metrics_url: str
-    _fetch: Callable[[int], Any]
-    _num_fetched: int = field(default=0, init=False)
+    metrics_url: str
+    """Of the rollout server."""
+    fetch_position: Callable[[int], Group]
+    """Waits for the group at a position of the step."""
+    num_fetched: int = 0
 
     @property
     def renderer(self) -> JinjaRenderer:
@@ -61,22 +63,21 @@ class AgentJob:
 
     def fetch(self, group: int) -> Trajectory:
         """The next sample that the buffer has recorded, which is that of this group, as a trainer gets it."""
-        fetched = self._fetch(self._num_fetched)
-        self._num_fetched += 1
+        fetched = self.fetch_position(self.num_fetched)
+        self.num_fetched += 1
         assert fetched.ticket_id == group
         (trajectory,) = fetched.trajectories
-        assert isinstance(trajectory, Trajectory)
         return trajectory
 
     def refusals(self) -> dict[int, int]:
         """How many requests were refused in the sessions of the samples fetched so far, by HTTP status."""
         deadline_s = time.monotonic() + HANG_LIMIT_S
         while True:
-            with urllib.request.urlopen(self._metrics_url) as response:
+            with urllib.request.urlopen(self.metrics_url) as response:
                 page = response.read().decode()
             counts = {(name, value): int(float(count)) for name, value, count in _SERIES.findall(page)}
             # The page follows a heartbeat later, with all series at once.
-            if counts["sessions_ended", "ended"] >= self._num_fetched:
+            if counts["sessions_ended", "ended"] >= self.num_fetched:
                 return {
                     int(value): count
                     for (name, value), count in counts.items()
@@ -93,7 +94,7 @@ def running_agent_job(directory: Path) -> Iterator[AgentJob]:
     chat_tokenizer(APPENDING).save_pretrained(model)
     policy = SayingPolicy(jinja_renderer(APPENDING))
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(_background_loop())
+        run = stack.enter_context(_BackgroundLoop()).run
         resources = contextlib.AsyncExitStack()
         stack.callback(lambda: run(resources.aclose()))
         engine = run(resources.enter_async_context(saying_engine(policy)))
@@ -117,8 +118,8 @@ def running_agent_job(directory: Path) -> Iterator[AgentJob]:
         yield AgentJob(
             url=endpoint["sessions"],
             policy=policy,
-            _metrics_url=f"http://{endpoint['http']}/metrics",
-            _fetch=lambda position: run(trainer.call(Fetch(step=0, position=position))),
+            metrics_url=f"http://{endpoint['http']}/metrics",
+            fetch_position=lambda position: run(trainer.call(Fetch(step=0, position=position))),
         )
 
 
@@ -141,15 +142,20 @@ def _settings(model: Path, *, engine: str) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def _background_loop() -> Iterator[Callable[[Coroutine[Any, Any, Result]], Result]]:
-    """An event loop in a thread; gives a function that runs a coroutine there."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    try:
-        yield lambda coroutine: asyncio.run_coroutine_threadsafe(coroutine, loop).result()
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+class _BackgroundLoop:
+    """An event loop in a thread."""
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """Runs a coroutine there."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
