@@ -26,5 +26,8 @@ def run(mode: str) -> str:
     question: Any = {"messages": [("user", "Tokyo?")]}
     if mode == "agent":
         return str(agent.invoke(question)["messages"][-1].content)
-    pieces = agent.stream(question, stream_mode="messages")
-    return "".join(str(piece.content) for piece, _ in pieces if piece.type == "AIMessageChunk")
+    texts: dict[str, str] = {}
+    for piece, _ in agent.stream(question, stream_mode="messages"):
+        if piece.type == "AIMessageChunk":
+            texts[piece.id] = texts.get(piece.id, "") + piece.content
+    return list(texts.values())[-1]
