@@ -10,7 +10,7 @@
 #   make test-gpu                      the tests on this machine's GPUs, against the CPU's numbers
 #   make verifiers                     an environment with verifiers (areal_like/agents/verifiers_runner.py)
 #   make test-verifiers                the tests against it
-#   make clients                       environments with clients and frameworks of agents (tests/clients/requirements*.txt)
+#   make clients                       environments with clients and frameworks of agents (tests/clients/requirements*.txt, package.json)
 #   make test-clients                  the tests of sessions with them; ARGS=--write-table writes docs/reference/clients.md
 #   make test-cluster                  the tests against real schedulers and a real Prometheus, of what is installed
 #   make trl                           an environment with TRL, for benchmarks/trl.py
@@ -81,6 +81,7 @@ test-verifiers: verifiers
 
 clients: $(STAMP)
 	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" tests/clients/install.sh
+	@NPM_ARGS="$(NPM_ARGS)" tests/clients/install_node.sh
 
 test-clients: clients
 	@$(BIN)/python -m pytest -q -m clients tests/clients $(ARGS)

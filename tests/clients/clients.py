@@ -1,4 +1,4 @@
-"""The clients in Python that are tested: what the policy says to each, and what is recorded of it."""
+"""The clients that are tested: what the policy says to each, and what is recorded of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ def tool_call(name: str, **arguments: str) -> str:
     return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
 
+NODE = "clients-node"
+"""The environment of the clients in JavaScript."""
 ANSWER = "It is sunny."
 RESULT = "sunny in Tokyo"
 CALL = tool_call("get_weather", city="Tokyo")
@@ -58,7 +60,7 @@ class Client:
     refused: Mapping[int, int] = field(default_factory=dict)
     """Requests that are refused on purpose, by HTTP status."""
     environment: str = "clients"
-    """See install.sh."""
+    """See install.sh; NODE: see install_node.sh."""
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -82,6 +84,20 @@ def _completed(name: str, package: str, program: str, *runs: str, **options: Any
         says=(ANSWER,),
         results=0,
         **options,
+    )
+
+
+def _node(name: str, mode: str, packages: tuple[str, ...], client: str, note: str = "") -> Client:
+    """A client in JavaScript, whole and streamed."""
+    runs = ((client, "create"), (client, "stream"))
+    return Client(
+        name=name,
+        mode=f"{mode}; whole and streamed",
+        packages=packages,
+        program="node_tool_loop",
+        runs=runs,
+        note=note,
+        environment=NODE,
     )
 
 
@@ -234,4 +250,11 @@ CLIENTS = (
         note="`MSWEA_COST_TRACKING=ignore_errors`: else the model's unknown price ends the run",
         variables=_MINI,
     ),
+    _node("openai (JavaScript)", "chat completions", ("openai",), "openai_chat"),
+    _node("openai (JavaScript)", "Responses", ("openai",), "openai_responses"),
+    _node("openai (JavaScript)", "Responses, `previous_response_id`", ("openai",), "openai_previous"),
+    _node("anthropic (JavaScript)", "Messages", ("@anthropic-ai/sdk",), "anthropic"),
+    _node("Vercel AI SDK", "`openai()` (Responses)", ("ai", "@ai-sdk/openai"), "vercel_openai"),
+    _node("Vercel AI SDK", "`openai.chat()`", ("ai", "@ai-sdk/openai"), "vercel_openai_chat"),
+    _node("Vercel AI SDK", "`anthropic()` (Messages)", ("ai", "@ai-sdk/anthropic"), "vercel_anthropic"),
 )

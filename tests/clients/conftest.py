@@ -28,15 +28,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def python_of() -> Callable[[str], Path]:
-    """Gives the Python of an environment that `make clients` builds."""
+def place_of() -> Callable[[str], Path]:
+    """Gives the directory of an environment that `make clients` builds."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
     def path(environment: str) -> Path:
-        python = cache / "areal_like" / environment / "bin" / "python"
-        if not python.exists():
+        place = cache / "areal_like" / environment
+        if not place.exists():
             pytest.skip(f"no environment {environment}: make clients")
-        return python
+        if (reason := place / "skipped").exists():
+            pytest.skip(reason.read_text().strip())
+        return place
 
     return path
 

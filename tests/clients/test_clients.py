@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from importlib.metadata import Distribution
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from areal_like.trajectory import FinishReason
-from tests.clients.clients import CLIENTS, RESULT, Client
+from tests.clients.clients import CLIENTS, NODE, RESULT, Client
 from tests.clients.table import Row
 from tests.support.agent_job import AgentJob
+from tests.support.guide_code import code_of
 from tests.support.launching import ROOT
 from tests.support.waiting import HANG_LIMIT_S
 
@@ -27,7 +29,7 @@ RUNS = [(client, run) for client in CLIENTS for run in client.runs]
 )
 def test_a_client_makes_a_sample(
     job: AgentJob,
-    python_of: Callable[[str], Path],
+    place_of: Callable[[str], Path],
     check_row: Callable[[Row], None],
     tmp_path: Path,
     client: Client,
@@ -36,9 +38,10 @@ def test_a_client_makes_a_sample(
     refused = job.refusals()
     job.policy.prompts.clear()
     job.policy.texts = list(client.says)
-    python = python_of(client.environment)
+    place = place_of(client.environment)
+    start = (started_in_node if client.environment == NODE else started_in_python)(place, tmp_path)
     process = subprocess.run(
-        [python, PROGRAMS / "run.py", job.url, client.program, *run],
+        [*start, job.url, client.program, *run],
         env={
             "HOME": str(tmp_path),
             "PATH": os.environ["PATH"],
@@ -70,7 +73,7 @@ def test_a_client_makes_a_sample(
         Row(
             client=client.name,
             mode=client.mode,
-            version=", ".join(version_of(package, python) for package in client.packages),
+            version=", ".join(version_of(package, place) for package in client.packages),
             turns=trajectory.num_turns,
             segments=len(trajectory.segments) or 1,
             note=client.note,
@@ -80,8 +83,24 @@ def test_a_client_makes_a_sample(
     assert (len(trajectory.segments) or 1) == client.segments, "\n\n".join(read)
 
 
-def version_of(package: str, python: Path) -> str:
-    """The version of a package in the environment of an interpreter."""
-    folders = [str(path) for path in python.parents[1].glob("lib/python*/site-packages")]
+def started_in_python(place: Path, tmp_path: Path) -> list[str]:
+    """The beginning of the command of a program."""
+    return [str(place / "bin" / "python"), str(PROGRAMS / "run.py")]
+
+
+def started_in_node(place: Path, tmp_path: Path) -> list[str]:
+    """The beginning of the command of a program. Node finds packages beside the program only."""
+    for program in PROGRAMS.glob("*.mjs"):
+        shutil.copy(program, tmp_path)
+    (tmp_path / "areal_like.mjs").write_text(code_of("agents", "areal_like.mjs"))
+    (tmp_path / "node_modules").symlink_to(place / "node_modules")
+    return ["node", str(tmp_path / "run.mjs")]
+
+
+def version_of(package: str, place: Path) -> str:
+    """The version of a package in an environment."""
+    if (node := place / "node_modules").exists():
+        return str(json.loads((node / package / "package.json").read_text())["version"])
+    folders = [str(path) for path in place.glob("lib/python*/site-packages")]
     (found,) = Distribution.discover(name=package, path=folders)
     return found.version

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import socket
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from areal_like.client import areal_like_client
 from rollout_server.sessions.book import JOB_OVER
 from rollout_server.sessions.open_session import SessionState
 from rollout_server.tasks.base import Example
-from tests.support.launching import ROOT
+from tests.support.guide_code import code_of
 from tests.support.session_plane import PlaneServer
 from tests.support.session_server import SessionServer
 from tests.support.waiting import HANG_LIMIT_S
@@ -26,19 +24,19 @@ CLIENT = str(Path(areal_like_client.__file__).parent)
 NODE = shutil.which("node")
 
 
-def code_of(name: str) -> str:
-    """The block of the guide that begins with the name of its file."""
-    page = (ROOT / "docs" / "guides" / "agents.md").read_text()
-    (code,) = re.findall(rf"^```\w+\n((?:#|//) {re.escape(name)}\n.*?)^```", page, re.M | re.S)
-    return textwrap.dedent(code)
+def written(tmp_path: Path, name: str) -> str:
+    """The path of an agent of the guide; one in JavaScript imports the client that the guide has, too."""
+    for file in {name, "areal_like.mjs"} if name.endswith(".mjs") else {name}:
+        (tmp_path / file).write_text(code_of("agents", file))
+    return str(tmp_path / name)
 
 
 def works(server: SessionServer, tmp_path: Path, name: str, *command: str) -> None:
     """An agent makes two samples, and ends with the job."""
-    (tmp_path / name).write_text(code_of(name))
+    path = written(tmp_path, name)
     sessions = [server.add(example=Example(prompt="2+2", answer=answer)) for answer in ("ok", "no")]
     with subprocess.Popen(
-        [*command, str(tmp_path / name), server.url],
+        [*command, path, server.url],
         env={"PYTHONPATH": CLIENT},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -55,12 +53,12 @@ def works(server: SessionServer, tmp_path: Path, name: str, *command: str) -> No
 
 def goes_on(tmp_path: Path, name: str, *command: str) -> None:
     """An agent loses its server in the middle of a sample, and makes one of the next server."""
-    (tmp_path / name).write_text(code_of(name))
+    path = written(tmp_path, name)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(HANG_LIMIT_S)
         port = listener.getsockname()[1]
         agent = subprocess.Popen(
-            [*command, str(tmp_path / name), f"http://127.0.0.1:{port}"],
+            [*command, path, f"http://127.0.0.1:{port}"],
             env={"PYTHONPATH": CLIENT},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -106,12 +104,11 @@ def test_the_agent_in_javascript_outlives_a_server(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(NODE is None, reason="needs node")
 def test_the_agent_in_javascript_ends_without_a_server(tmp_path: Path) -> None:
-    code = code_of("outside.mjs")
-    assert "RESTART_S = 300;" in code
-    (tmp_path / "outside.mjs").write_text(code.replace("RESTART_S = 300;", "RESTART_S = 0.01;"))
+    path, code = Path(written(tmp_path, "outside.mjs")), code_of("agents", "outside.mjs")
+    path.write_text(code.replace("{ token }", "{ token, restartS: 0.01 }"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    command = [str(NODE), str(tmp_path / "outside.mjs"), f"http://127.0.0.1:{port}"]
+    command = [str(NODE), path, f"http://127.0.0.1:{port}"]
     agent = subprocess.run(command, env={}, capture_output=True, text=True)
     assert agent.returncode == 0
     told = f"http://127.0.0.1:{port}/sessions: no response"
@@ -131,9 +128,9 @@ def test_the_agent_in_javascript_works(server: SessionServer, tmp_path: Path) ->
 def test_the_agent_that_ranks_a_group_works(server: SessionServer, tmp_path: Path) -> None:
     sessions = [server.add(example=Example(prompt="2+2", answer="4"), group=7) for _ in range(3)]
     server.policy.texts = ["long", "longest", "l"]
-    (tmp_path / "ranking.py").write_text(code_of("ranking.py"))
+    path = written(tmp_path, "ranking.py")
     agent = subprocess.run(
-        [sys.executable, str(tmp_path / "ranking.py"), server.url],
+        [sys.executable, path, server.url],
         env={"PYTHONPATH": CLIENT},
         capture_output=True,
         text=True,
