@@ -13,7 +13,7 @@ read -ra npm_args <<<"${NPM_ARGS:-}"
 install() { # prints why it cannot
     if ! command -v node >/dev/null || ! command -v npm >/dev/null; then
         echo "Node and npm are not installed"
-    elif ! node -e 'process.exit(process.versions.node.split(".")[0] < 20)'; then
+    elif ! node -e 'process.exit(process.versions.node.split(".")[0] < 20 ? 1 : 0)'; then
         echo "Node $(node --version) is too old: want 20 or later"
     else
         cp "$here/package.json" "$place"

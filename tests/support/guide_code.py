@@ -9,7 +9,7 @@ from tests.support.launching import ROOT
 
 
 def code_of(page: str, name: str) -> str:
-    """The block of a guide that begins with the name of its file. `page`: name of the guide without suffix."""
+    """The block of a guide that begins with the name of its file. `page`: the guide, without suffix."""
     text = (ROOT / "docs" / "guides" / f"{page}.md").read_text()
     (code,) = re.findall(rf"^```\w+\n((?:#|//) {re.escape(name)}\n.*?)^```", text, re.M | re.S)
     return textwrap.dedent(code)
