@@ -19,7 +19,7 @@ install() { # prints why it cannot
         cp "$here/package.json" "$place"
         npm install --prefix "$place" --no-package-lock --no-audit --no-fund --ignore-scripts --fetch-retries=1 \
             "${npm_args[@]}" >"$place/npm.log" 2>&1 ||
-            echo "npm cannot install tests/clients/package.json: $(grep -m 1 -i 'error' "$place/npm.log" || tail -n 1 "$place/npm.log")"
+            echo "npm cannot install tests/clients/package.json: $(head -n 3 "$place/npm.log" | tr '\n' ' ')"
     fi
 }
 
