@@ -10,7 +10,6 @@ import pytest
 
 from tests.clients.table import PAGE, Row, rows_of, write
 from tests.support.agent_job import AgentJob, running_agent_job
-from tests.support.session_server import SessionServer
 
 HERE = Path(__file__).parent
 
@@ -63,9 +62,3 @@ def check_row(pytestconfig: pytest.Config) -> Callable[[Row], None]:
         )
 
     return check
-
-
-@pytest.fixture
-def server() -> Iterator[SessionServer]:
-    with SessionServer().serving() as serving:
-        yield serving

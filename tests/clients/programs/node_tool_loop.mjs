@@ -79,12 +79,12 @@ async function anthropic(stream) {
 }
 
 async function vercel(stream, model) {
-  const { generateText, jsonSchema, stepCountIs, streamText, tool } = await import("ai");
+  const { generateText, isStepCount, jsonSchema, streamText, tool } = await import("ai");
   const options = {
     model,
     prompt: `${CITY}?`,
     tools: { get_weather: tool({ description: ABOUT, inputSchema: jsonSchema(PARAMETERS), execute: getWeather }) },
-    stopWhen: stepCountIs(5),
+    stopWhen: isStepCount(5),
   };
   return stream ? await streamText(options).text : (await generateText(options)).text;
 }
