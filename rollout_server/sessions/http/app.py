@@ -106,8 +106,12 @@ def session_app(
         Route(f"{session}/v1/responses/{{response_id}}", one.response, methods=["GET"]),
         Route(f"{session}/v1/responses/{{response_id}}", one.delete_response, methods=["DELETE"]),
         Route(f"{session}/v1/responses/{{response_id}}/input_items", one.input_items, methods=["GET"]),
-        Route(f"{session}/v1/messages", one.message, methods=["POST"]),
-        Route(f"{session}/v1/messages/count_tokens", one.count_message, methods=["POST"]),
+        # Vercel's provider for Anthropic takes ANTHROPIC_BASE_URL with /v1, all other clients without it.
+        *(Route(f"{session}{v1}/messages", one.message, methods=["POST"]) for v1 in ("", "/v1")),
+        *(
+            Route(f"{session}{v1}/messages/count_tokens", one.count_message, methods=["POST"])
+            for v1 in ("", "/v1")
+        ),
         Route(f"{session}/inference/v1/generate", one.generate, methods=["POST"]),
         Route(f"{session}/v1/models", one.models, methods=["GET"]),
         Route(f"{session}/v1/models/{{name:path}}", one.model, methods=["GET"]),

@@ -1,5 +1,5 @@
 """Errors in the format of the client's API, which determine what an SDK raises and whether it retries: for
-/v1/messages that of Anthropic's Messages, for all else OpenAI's.
+/v1/messages (and /messages) that of Anthropic's Messages, for all else OpenAI's.
 
     400 a request that cannot be served | 404 no such session or response | 410 the session has ended
     429 no session waits (Retry-After)    | 500 the engine failed, and the sample with it
@@ -51,7 +51,7 @@ def error_content(
     path: str, status: int, message: str, *, code: str | None = None, param: str | None = None
 ) -> bytes:
     """Returns the body of the response for an error. `path`: of the request."""
-    if _ANTHROPIC in path:
+    if _ANTHROPIC in path or path.split("/")[3:4] == ["messages"]:
         return json.dumps(anthropic_error(status, message, code=code)).encode()
     if _RESPONSES in path and param == "messages":
         param = "input"
