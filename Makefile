@@ -10,8 +10,8 @@
 #   make test-gpu                      the tests on this machine's GPUs, against the CPU's numbers
 #   make verifiers                     an environment with verifiers (areal_like/agents/verifiers_runner.py)
 #   make test-verifiers                the tests against it
-#   make clients                       an environment with clients and frameworks of agents (OpenAI, Anthropic, Pydantic AI, LiteLLM)
-#   make test-clients                  the tests of sessions with them
+#   make clients                       environments with clients and frameworks of agents (tests/clients/requirements*.txt, package.json)
+#   make test-clients                  the tests of sessions with them; ARGS=--write-table writes docs/reference/clients.md
 #   make test-cluster                  the tests against real schedulers and a real Prometheus, of what is installed
 #   make trl                           an environment with TRL, for benchmarks/trl.py
 #   make docs                          the documentation as a web site in build/docs/html
@@ -81,6 +81,7 @@ test-verifiers: verifiers
 
 clients: $(STAMP)
 	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" tests/clients/install.sh
+	@NPM_ARGS="$(NPM_ARGS)" tests/clients/install_node.sh
 
 test-clients: clients
 	@$(BIN)/python -m pytest -q -m clients tests/clients $(ARGS)

@@ -2,7 +2,8 @@
 
     python -m benchmarks.outside_agent http://127.0.0.1:8321 [--concurrent 16]
 
-The job has `task.external=true`. The agent waits for the server, and ends when the server is gone.
+The job has `task.external=true`. The agent waits for the server, and ends with the job, or when no server has
+responded for 30 s.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
-from openai import APIStatusError
+from openai import APIError
 
 from areal_like.client.areal_like_client import (
     ClaimedSession,
@@ -27,10 +28,11 @@ from rollout_server.agents.base import Session
 START_S = 180.0
 """The tiny model is warm-started first."""
 WAIT_S = 20.0
+RESTART_S = 30.0
 
 
 def main() -> None:
-    """Runs until the server is gone, and prints the number of sessions."""
+    """Runs until the job is over, and prints the number of sessions."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url")
     parser.add_argument("--concurrent", type=int, default=16)
@@ -65,13 +67,15 @@ async def work(url: str) -> int:
     num_sessions = 0
     while True:
         try:
-            session = await asyncio.to_thread(claim, url, wait_s=WAIT_S)
-            if session is not None:
-                await solve(session)
-                num_sessions += 1
+            session = await asyncio.to_thread(claim, url, wait_s=WAIT_S, restart_s=RESTART_S)
         except (JobOverError, UnreachableError):
             return num_sessions
-        except SessionOverError:  # its sample is not wanted any more: claim another
+        if session is None:
+            continue
+        try:
+            await solve(session)
+            num_sessions += 1
+        except (SessionOverError, UnreachableError):  # its sample is not wanted any more, or its server died
             continue
 
 
@@ -81,7 +85,7 @@ async def solve(session: ClaimedSession) -> None:
         answer = await add_up(
             session.example["prompt"], Session(base_url=session.base_url, api_key=session.api_key)
         )
-    except APIStatusError:  # no room for another turn, or the sample is no longer wanted
+    except APIError:  # no room for another turn, the sample is no longer wanted, or its server died
         answer = ""
     await asyncio.to_thread(session.reward, float(answer == session.example["answer"]))
     await asyncio.to_thread(session.end)

@@ -21,7 +21,8 @@ from rollout_server.leases.held_leases import Place
 from rollout_server.policy.engines.supervisor import Engine, EngineSupervisor
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.sample.lease_runner import LeaseRunner
-from rollout_server.sessions.book import WRONG_ROUTES, SessionBook, SessionOutcome
+from rollout_server.sessions.book import WRONG_ROUTES, SessionBook
+from rollout_server.sessions.open_session import SessionOutcome
 from rollout_server.starvation import Starvation
 from rollout_server.weights.receiver import WeightReceiver
 from rollout_server.workers.environment_pool import EnvironmentPool

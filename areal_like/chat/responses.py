@@ -2,6 +2,7 @@
 
     body -> parse_responses -> ResponsesRequest: messages in the chat format, some of them references
     ChatReply -> response_body: one object, or the events of a stream
+    messages -> input_items -> item_page: a page of the list of the items before a reply
 
 A reply of the model is several items here: its reasoning, its text, and each of its tool calls. Adjacent
 items of the assistant in a request are therefore one message again, so that a client that sends them back
@@ -15,16 +16,18 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from areal_like.chat.openai import MAX_MESSAGES, MAX_TOOLS, ChatRules, RequestOptions, parse_model
 from areal_like.chat.reply import ChatReply
-from areal_like.http.bodies import ParamError, flag, integer
+from areal_like.http.bodies import ParamError, flag, integer, one_of
 from areal_like.http.streams import encode_event
 
 MAX_METADATA = 16
+_PAGE = 20
+_LARGEST_PAGE = 100
 _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "background": ((False,), "the response is sent when the turn is complete"),
     "conversation": ((), "send the whole input, or previous_response_id"),
@@ -371,6 +374,78 @@ def _usage(reply: ChatReply) -> dict[str, Any]:
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": prompt + sampled,
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """The part of a list that a request asks for."""
+
+    limit: int
+    """Largest number of items."""
+    is_ascending: bool
+    after: str
+    """Id of the last item before the page; empty: from the beginning."""
+
+
+def page_of(query: Mapping[str, str]) -> Page:
+    """Checks the parameters of a request for a list. Raises ParamError."""
+    raw = query.get("limit", str(_PAGE))
+    limit: Any = int(raw) if raw.isdecimal() and len(raw) <= len(str(_LARGEST_PAGE)) else raw
+    return Page(
+        limit=integer({"limit": limit}, "limit", _PAGE, low=1, high=_LARGEST_PAGE),
+        is_ascending=one_of(query, "order", ("desc", "asc")) == "asc",
+        after=query.get("after", ""),
+    )
+
+
+def item_page(items: Sequence[dict[str, Any]], page: Page) -> dict[str, Any]:
+    """Returns a page of items as a list of the API. `items`: all, in their order. Raises ParamError for an
+    unknown `after`."""
+    ordered = list(items if page.is_ascending else reversed(items))
+    first = 0
+    if page.after:
+        places = {item["id"]: place for place, item in enumerate(ordered)}
+        if page.after not in places:
+            raise ParamError(f"after: {page.after!r:.100} is no item of this list", param="after")
+        first = places[page.after] + 1
+    data = ordered[first : first + page.limit]
+    return {
+        "object": "list",
+        "data": data,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": first + len(data) < len(ordered),
+    }
+
+
+def input_items(messages: Sequence[Mapping[str, Any]], *, id: str) -> list[dict[str, Any]]:
+    """Returns the items of the conversation before a reply, with ids of their own. `id`: of the response,
+    without its prefix."""
+    items: list[dict[str, Any]] = []
+    for message in messages:
+        match message["role"]:
+            case "assistant":
+                calls = [{**call, "id": call.get("id", "")} for call in message.get("tool_calls", ())]
+                reply = ChatReply(
+                    text=message["content"],
+                    reasoning=message.get("reasoning_content", ""),
+                    tool_calls=calls,
+                    num_prompt_tokens=0,
+                    num_sampled_tokens=0,
+                )
+                items += _output(reply, id=id)
+            case "tool":
+                call_id = message.get("tool_call_id", "")
+                output = {"type": "function_call_output", "call_id": call_id, "output": message["content"]}
+                items.append({"id": "fco_", **output, "status": "completed"})
+            case role:
+                part = {"type": "input_text", "text": message["content"]}
+                item = {"id": "msg_", "type": "message", "role": role, "content": [part]}
+                items.append({**item, "status": "completed"})
+    for number, item in enumerate(items):
+        # Not an id of a reply: a reference to it is refused, as only whole replies can be referred to.
+        item["id"] = f"{item['id'].partition('_')[0]}_in{number}of{id}"
+    return items
 
 
 class _Events:

@@ -2,7 +2,7 @@
 
     pip install ./areal_like/client         # or copy this file
 
-    session = claim("http://server:7700", wait_s=30)         # None: no sample is wanted now
+    session = claim("http://server:7700", wait_s=30, restart_s=300)  # None: no sample is wanted now
     model = OpenAI(base_url=session.base_url, api_key=session.api_key)
     with session.heartbeats():                               # while the agent works without the model
         ...
@@ -266,6 +266,7 @@ def claim(
     *,
     token: str = "",
     wait_s: float = 0.0,
+    restart_s: float = 0.0,
     ca_file: str = "",
     name: str = "",
     deadline_s: float | None = None,
@@ -273,14 +274,15 @@ def claim(
 ) -> ClaimedSession | None:
     """Claims a session of the rollout server at `url`; None if none was free within `wait_s` seconds.
 
-    `token`: of role agent or operator, if the job has keys. `ca_file`: PEM file with the authority of the
-    server's certificate; empty: the system's authorities. `name`: this agent's name; empty: machine and
-    process. A server identifies agents by name, and gives fewer sessions, and in the end none, to an agent
-    whose sessions fail. `deadline_s`, `idle_timeout_s`: limits of this session, if below the job's. Raises
-    RefusedError, JobOverError, UnreachableError.
+    `restart_s`: how long to try again while the server does not respond, because it may be starting again, in
+    seconds. `token`: of role agent or operator, if the job has keys. `ca_file`: PEM file with the authority
+    of the server's certificate; empty: the system's authorities. `name`: this agent's name; empty: machine
+    and process. A server identifies agents by name, and gives fewer sessions, and in the end none, to an
+    agent whose sessions fail. `deadline_s`, `idle_timeout_s`: limits of this session, if below the job's.
+    Raises RefusedError, JobOverError, UnreachableError.
     """
     body = {"deadline_s": deadline_s, "idle_timeout_s": idle_timeout_s}
-    claimed = _claimed(url, body, token=token, wait_s=wait_s, ca_file=ca_file, name=name)
+    claimed = _claimed(url, body, token=token, wait_s=wait_s, restart_s=restart_s, ca_file=ca_file, name=name)
     return None if claimed is None else _session(claimed, claimed, ca_file=ca_file)
 
 
@@ -289,6 +291,7 @@ def claim_group(
     *,
     token: str = "",
     wait_s: float = 0.0,
+    restart_s: float = 0.0,
     ca_file: str = "",
     name: str = "",
     deadline_s: float | None = None,
@@ -299,7 +302,7 @@ def claim_group(
     They are a whole group, unless other agents have claimed or made samples of it.
     """
     body = {"group": True, "deadline_s": deadline_s, "idle_timeout_s": idle_timeout_s}
-    claimed = _claimed(url, body, token=token, wait_s=wait_s, ca_file=ca_file, name=name)
+    claimed = _claimed(url, body, token=token, wait_s=wait_s, restart_s=restart_s, ca_file=ca_file, name=name)
     if claimed is None:
         return None
     return ClaimedGroup(
@@ -316,18 +319,39 @@ def _session(own: Mapping[str, Any], shared: Mapping[str, Any], *, ca_file: str)
 
 
 def _claimed(
-    url: str, body: Mapping[str, Any], *, token: str, wait_s: float, ca_file: str, name: str
+    url: str,
+    body: Mapping[str, Any],
+    *,
+    token: str,
+    wait_s: float,
+    restart_s: float,
+    ca_file: str,
+    name: str,
 ) -> dict[str, Any] | None:
     name = name or f"{socket.gethostname()[:_MAX_HOST_CHARS]}:{os.getpid()}"
     given = {field: value for field, value in body.items() if value is not None}
     end_s = time.monotonic() + wait_s
+    gone_s: float | None = None  # when the server stopped responding
     is_slowed = False
     while True:
         left_s = max(0.0, end_s - time.monotonic())
         asked = {"wait_s": min(left_s, _LONGEST_WAIT_S), "name": name, **given}
         try:
             return _posted(f"{url.rstrip('/')}/sessions", asked, key=token, ca_file=ca_file)
+        except UnreachableError as error:
+            now_s = time.monotonic()
+            if restart_s <= 0 or _is_certificate(error):
+                raise
+            if gone_s is None:
+                gone_s = now_s
+                _LOG.warning("%s; trying again for %g s", error, restart_s)
+            if now_s >= gone_s + restart_s:
+                raise UnreachableError(
+                    f"{url}: no response for {restart_s:g} s: the job has ended, or its server has moved"
+                ) from error
+            time.sleep(min(_PAUSE_S, gone_s + restart_s - now_s))
         except _BusyError as busy:
+            gone_s = None
             pause_s = busy.wait_s if busy.code == "agent_slowed" else _PAUSE_S
             if busy.code == "agent_slowed" and not is_slowed:
                 is_slowed = True
@@ -335,6 +359,12 @@ def _claimed(
             if time.monotonic() >= end_s:
                 return None
             time.sleep(min(pause_s, max(0.0, end_s - time.monotonic())))
+
+
+def _is_certificate(error: UnreachableError) -> bool:
+    """True if the server has no valid certificate, which another try does not change."""
+    cause = error.__cause__
+    return isinstance(getattr(cause, "reason", cause), ssl.SSLCertVerificationError)
 
 
 @contextlib.contextmanager

@@ -35,8 +35,8 @@ from rollout_server.environments.base import Message, Reply, Step
 from rollout_server.leases.held_leases import Place
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.sample.prompts import LoadedPrompt, PromptLeader
-from rollout_server.sessions.book import SessionBook, SessionOutcome
-from rollout_server.sessions.open_session import OpenSession
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.open_session import OpenSession, SessionOutcome
 from rollout_server.tasks.base import Completion, Score, Split
 from rollout_server.workers.environment_pool import EnvironmentPool, EnvironmentSession
 from rollout_server.workers.reward_pool import Reward, RewardPool
@@ -280,6 +280,12 @@ class SessionAttempt(Attempt):
     """None for external agents."""
     _outcome: SessionOutcome = field(default=SessionOutcome.FAILED, init=False)
 
+    async def make(self) -> Trajectory:
+        try:
+            return await super().make()
+        finally:
+            self.book.credit(self.session)
+
     async def play(self) -> Played:
         session, conversation = self.session, self.turns
         self.book.add(session)
@@ -331,7 +337,8 @@ class SessionAttempt(Attempt):
         must not be a RewardError, because those may end a job at its start."""
         if self.run_agent is not None:
             return super()._too_much(problem)
-        return AgentLostError(f"the rewards that were posted cannot be added to the task's: {problem}")
+        problem = f"the rewards that were posted cannot be added to the task's: {problem}"
+        return AgentLostError(problem, is_of_sample=self.book.spoil(self.session, problem))
 
     def _failure(
         self, problem: EpisodeError | PromptRefusedError, *, is_of_sample: bool

@@ -8,11 +8,10 @@ from __future__ import annotations
 import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from enum import StrEnum
 
 from areal_like.errors import SessionGoneError
 from rollout_server.sessions.claimants import Claimants
-from rollout_server.sessions.open_session import AskedLimits, OpenSession, SessionState
+from rollout_server.sessions.open_session import AskedLimits, OpenSession, SessionOutcome, SessionState
 
 JOB_OVER = "the job has ended: there is nothing left to claim"
 """Message to clients of a finished run; its error code is `job_over`."""
@@ -30,22 +29,6 @@ supports."""
 _MAX_ROUTE_CHARS = 60
 _LONG_S = 1.0
 """Longer waits are listed in the server's status."""
-
-
-class SessionOutcome(StrEnum):
-    """How a session ended."""
-
-    ENDED = "ended"
-    TRUNCATED = "truncated"
-    """Ended by a budget or the time limit of the sample."""
-    IDLE = "idle"
-    """It had no request for too long."""
-    FAILED = "failed"
-    """Its agent failed, or made no request."""
-    ENGINE = "engine"
-    """The engine failed."""
-    CANCELLED = "cancelled"
-    """Its lease was cancelled."""
 
 
 class SessionBook:
@@ -145,7 +128,8 @@ class SessionBook:
         """Removes a session whose sample is finished or no longer needed; clients are told `session.reason`.
 
         `problem`: why its agent did not make the sample, for outcomes IDLE and FAILED. Returns True if the
-        sample itself may be the cause, because the agent made its previous one.
+        sample itself may be the cause, because the agent made its previous one. A session that ended well is
+        followed by `credit`, or by `spoil`.
         """
         session.close(session.reason or f"the session {session.id} has ended")
         if self._sessions.pop(session.id, None) is not None:
@@ -155,19 +139,39 @@ class SessionBook:
             self._gone[session.id] = session.reason, session.api_key
             if len(self._gone) > _MAX_REMEMBERED:
                 self._gone.popitem(last=False)
-            return self._judge(session, outcome, problem)
+            session.outcome = outcome
+            if not outcome.is_good:
+                session.lost = problem or session.problem_of_engine or session.reason
+                return self._judge(session)
         return True
 
-    def _judge(self, session: OpenSession, outcome: SessionOutcome, problem: str) -> bool:
+    def credit(self, session: OpenSession) -> None:
+        """Records that a removed session has become a sample, unless its outcome was another one."""
+        if session.outcome is not None and session.outcome.is_good:
+            session.is_credited = True
+            self._deliver(session)
+
+    def spoil(self, session: OpenSession, problem: str) -> bool:
+        """Records that a removed session ended well, but what its agent posted makes it unusable. Returns as
+        `remove`."""
+        session.outcome, session.lost = SessionOutcome.FAILED, problem
+        return self._judge(session)
+
+    def _judge(self, session: OpenSession) -> bool:
         claimant = session.claimant
-        if claimant is None:
-            return True
-        if outcome in (SessionOutcome.IDLE, SessionOutcome.FAILED):
+        if claimant is not None and session.outcome in (SessionOutcome.IDLE, SessionOutcome.FAILED):
             now_s, claimed_s = session.now_s, session.claimed_s
-            return self.claimants.fail(claimant, problem, claimed_s=claimed_s, now_s=now_s)
-        if outcome in (SessionOutcome.ENDED, SessionOutcome.TRUNCATED):
-            self.claimants.deliver(claimant)
+            return self.claimants.fail(claimant, session.lost, claimed_s=claimed_s, now_s=now_s)
+        self._deliver(session)  # the others of its claim may now be at least half of those that count
         return True
+
+    def _deliver(self, session: OpenSession) -> None:
+        """Credits the claimant of a session, unless most sessions of the same claim have made no sample: one
+        good sample of a group must not hide that the others fail."""
+        counted = [one for one in session.members if not _is_of_server(one)]
+        num_good = sum(one.is_credited for one in counted)
+        if session.claimant is not None and num_good and 2 * num_good >= len(counted):
+            self.claimants.deliver(session.claimant)
 
     def note_wrong_route(self, id: str, request: str) -> None:
         """Records a client's request for a route that does not exist; `request`: `POST /v1/embeddings`."""
@@ -226,6 +230,11 @@ class SessionBook:
 
 def _is_free(session: OpenSession) -> bool:
     return session.state is SessionState.WAITING and not session.is_offered
+
+
+def _is_of_server(session: OpenSession) -> bool:
+    """True if a session ended for a reason that says nothing about its agent."""
+    return session.outcome in (SessionOutcome.ENGINE, SessionOutcome.CANCELLED)
 
 
 def _is_of_group(session: OpenSession, other: OpenSession) -> bool:

@@ -14,6 +14,9 @@ Sessions that fail at the same time usually have one cause, for example when a m
 dies. So a failure counts only if its session was claimed after the previous failure. The first failure after
 a good sample is attributed to the sample, which may be one that no agent can make; the following ones are
 attributed to the claimant.
+
+Whoever reports a session decides what counts as a good sample: one whose rewards could be added up, and of a
+claim of several sessions at least half (`SessionBook`).
 """
 
 from __future__ import annotations

@@ -154,6 +154,27 @@ class SessionState(StrEnum):
     """Its sample is no longer needed, or was given up."""
 
 
+class SessionOutcome(StrEnum):
+    """How a session ended."""
+
+    ENDED = "ended"
+    TRUNCATED = "truncated"
+    """Ended by a budget or the time limit of the sample."""
+    IDLE = "idle"
+    """It had no request for too long."""
+    FAILED = "failed"
+    """Its agent failed, or made no request."""
+    ENGINE = "engine"
+    """The engine failed."""
+    CANCELLED = "cancelled"
+    """Its lease was cancelled."""
+
+    @property
+    def is_good(self) -> bool:
+        """True if its agent made the sample."""
+        return self in (SessionOutcome.ENDED, SessionOutcome.TRUNCATED)
+
+
 class AskedLimits(NamedTuple):
     """Time limits that an external agent asked for with its claim; they count if they are below the job's."""
 
@@ -201,6 +222,12 @@ class OpenSession:
         self.members: list[OpenSession] = [self]
         """The sessions of its prompt that were claimed together, itself included; they share the list. A sign
         of life in one of them counts for all."""
+        self.outcome: SessionOutcome | None = None
+        """How it ended, once it is removed."""
+        self.lost = ""
+        """Why it has made no sample, once it is removed; empty: it has made one."""
+        self.is_credited = False
+        """True once it has become a sample, with its rewards added up."""
         self.refused_route = ""
         """The newest request for a route that does not exist, such as `POST /v1/embeddings`."""
         self.reason = ""
@@ -417,8 +444,17 @@ class OpenSession:
             one.touch()
 
     @property
+    def problem_of_engine(self) -> str:
+        """What has failed at the engine; empty: nothing."""
+        return "" if self.failure is None else f"the engine failed: {self.failure}"
+
+    @property
     def problem(self) -> str:
-        """Why there would be no sample if it ended now; empty if there would be one."""
+        """Why there is no sample, or would be none if it ended now; empty if there is one, or would be."""
+        if self.outcome is not None:
+            return self.lost
+        if self.failure is not None:
+            return self.problem_of_engine
         if not self.num_served:
             return "no request to the model was answered: send requests to the session's base_url"
         if self.needs_reward and not self.has_rewards:

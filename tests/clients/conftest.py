@@ -1,16 +1,22 @@
-"""The interpreter that has the clients; every test of this directory is marked `clients`."""
+"""A job for the clients, and the environments that have them; every test here is marked `clients`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.session_server import SessionServer
+from tests.clients.table import PAGE, Row, rows_of, write
+from tests.support.agent_job import AgentJob, running_agent_job
 
 HERE = Path(__file__).parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make test-clients ARGS=--write-table` puts what it measures into the page."""
+    parser.addoption("--write-table", action="store_true", help=f"write the rows of {PAGE.name}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,16 +27,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def interpreter() -> str:
-    """Python of the environment that `make clients` builds."""
+def place_of() -> Callable[[str], Path]:
+    """Gives the directory of an environment that `make clients` builds."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    python = cache / "areal_like" / "clients" / "bin" / "python"
-    if not python.exists():
-        pytest.skip("no environment with clients: make clients")
-    return str(python)
+
+    def path(environment: str) -> Path:
+        place = cache / "areal_like" / environment
+        if not place.exists():
+            pytest.skip(f"no environment {environment}: make clients")
+        if (reason := place / "skipped").exists():
+            pytest.skip(reason.read_text().strip())
+        return place
+
+    return path
 
 
-@pytest.fixture
-def server() -> Iterator[SessionServer]:
-    with SessionServer().serving() as serving:
-        yield serving
+@pytest.fixture(scope="session")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentJob]:
+    with running_agent_job(tmp_path_factory.mktemp("job")) as job:
+        yield job
+
+
+@pytest.fixture(scope="session")
+def check_row(pytestconfig: pytest.Config) -> Callable[[Row], None]:
+    """Compares a row with the page's, but for the version; with --write-table, writes it."""
+
+    def check(row: Row) -> None:
+        if pytestconfig.getoption("--write-table", default=False):
+            write(row)
+            return
+        shown = rows_of().get(row.key)
+        assert shown is not None and shown.measured == row.measured, (
+            f"{PAGE.name} has not the row {row.line}: make test-clients ARGS=--write-table"
+        )
+
+    return check

@@ -1,26 +1,34 @@
 #!/usr/bin/env bash
-# Builds an environment with clients and frameworks of agents, and prints its directory.
-# The link `clients` beside it is where the tests look.
+# Builds the environments of clients and frameworks of agents, and prints their directories. There is one for each
+# file of requirements here, because some packages want an older `openai`.
+# The links `clients` and `clients-NAME` (of requirements-NAME.txt) beside them are where the tests look.
 #   usage: install.sh            below $XDG_CACHE_HOME or ~/.cache
 #          PYTHON=python3.12 PIP_ARGS="--index-url ..." install.sh
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
-recipe=$(cat "$here"/{install.sh,requirements.txt} <("$python" -V) | cksum | cut -d' ' -f1)
 root=${XDG_CACHE_HOME:-$HOME/.cache}/areal_like
-venv=$root/clients-$recipe
+read -ra pip_args <<<"${PIP_ARGS:-}"
+
+build() { # LINK REQUIREMENTS
+    local recipe venv
+    recipe=$(cat "$here/install.sh" "$2" <("$python" -V) | cksum | cut -d' ' -f1)
+    venv=$root/clients-$recipe
+    exec 9>"$venv.lock"
+    flock 9 # two builds of one directory would spoil each other
+    if [[ ! -e $venv/.complete ]]; then
+        echo "building an environment of clients in $venv (once)" >&2
+        rm -rf "$venv"
+        "$python" -m venv "$venv"
+        "$venv/bin/python" -m pip install -q -q --disable-pip-version-check "${pip_args[@]}" -r "$2" >&2
+        touch "$venv/.complete"
+    fi
+    ln -sfn "clients-$recipe" "$root/$1"
+    echo "$venv"
+}
 
 mkdir -p "$root"
-exec 9>"$venv.lock"
-flock 9 # two builds of one directory would spoil each other
-if [[ ! -e $venv/.complete ]]; then
-    echo "building an environment of clients in $venv (once)" >&2
-    rm -rf "$venv"
-    "$python" -m venv "$venv"
-    read -ra pip_args <<<"${PIP_ARGS:-}"
-    "$venv/bin/python" -m pip install -q -q --disable-pip-version-check "${pip_args[@]}" -r "$here/requirements.txt" >&2
-    LITELLM_LOCAL_MODEL_COST_MAP=True "$venv/bin/python" -c 'import agents, anthropic, litellm, openai, pydantic_ai' >&2
-    touch "$venv/.complete"
-fi
-ln -sfn "clients-$recipe" "$root/clients"
-echo "$venv"
+for requirements in "$here"/requirements*.txt; do
+    name=$(basename "$requirements" .txt)
+    build "clients${name#requirements}" "$requirements"
+done

@@ -9,6 +9,7 @@ Every refusal has the format of the client's API, including that of a path that 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from areal_like.chat.anthropic import MessageRequest, parse_count, parse_message
 from areal_like.chat.openai import ChatRequest, ChatRules, model_object, parse_chat
-from areal_like.chat.responses import ItemReference, ResponsesRequest, bare_id, parse_responses
+from areal_like.chat.responses import (
+    ItemReference,
+    ResponsesRequest,
+    bare_id,
+    input_items,
+    item_page,
+    page_of,
+    parse_responses,
+)
 from areal_like.errors import ArealError
 from areal_like.http.bodies import ParamError, parse_bounded_object
 from areal_like.trajectory import FinishReason
@@ -31,7 +40,12 @@ from rollout_server.conversation.turns import SampledTurn
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.call_response import KEEP_ALIVE_S, CallResponse, begin_call, session_of
 from rollout_server.sessions.http.claims import ClaimRoutes
-from rollout_server.sessions.http.errors import NoResponseError, described, error_response
+from rollout_server.sessions.http.errors import (
+    NoResponseError,
+    UnknownResponseError,
+    described,
+    error_response,
+)
 from rollout_server.sessions.http.formats import (
     CompletionRequest,
     chat_body,
@@ -48,14 +62,15 @@ from rollout_server.sessions.http.formats import (
 )
 from rollout_server.sessions.http.groups import GroupRoutes
 from rollout_server.sessions.http.rewards import parse_reward
+from rollout_server.sessions.kept_responses import KeptResponse
 from rollout_server.sessions.open_session import Call, OpenSession
 
 R = TypeVar("R", ChatRequest, CompletionRequest, ResponsesRequest, MessageRequest)
 _FIRST_ERROR = 400
 _THERE = (
-    "there are chat/completions, completions, responses, responses/input_tokens, messages, "
-    "messages/count_tokens, models, reward, heartbeat and end under /sessions/ID/v1, and "
-    "/sessions/ID/inference/v1/generate"
+    "there are chat/completions, completions, responses, responses/input_tokens, responses/RESPONSE, "
+    "responses/RESPONSE/input_items, messages, messages/count_tokens, models, reward, heartbeat and end "
+    "under /sessions/ID/v1, and /sessions/ID/inference/v1/generate"
 )
 
 
@@ -88,8 +103,15 @@ def session_app(
         Route(f"{session}/v1/completions", one.complete, methods=["POST"]),
         Route(f"{session}/v1/responses", one.respond, methods=["POST"]),
         Route(f"{session}/v1/responses/input_tokens", one.count_input, methods=["POST"]),
-        Route(f"{session}/v1/messages", one.message, methods=["POST"]),
-        Route(f"{session}/v1/messages/count_tokens", one.count_message, methods=["POST"]),
+        Route(f"{session}/v1/responses/{{response_id}}", one.response, methods=["GET"]),
+        Route(f"{session}/v1/responses/{{response_id}}", one.delete_response, methods=["DELETE"]),
+        Route(f"{session}/v1/responses/{{response_id}}/input_items", one.input_items, methods=["GET"]),
+        # Vercel's provider for Anthropic takes ANTHROPIC_BASE_URL with /v1, all other clients without it.
+        *(Route(f"{session}{v1}/messages", one.message, methods=["POST"]) for v1 in ("", "/v1")),
+        *(
+            Route(f"{session}{v1}/messages/count_tokens", one.count_message, methods=["POST"])
+            for v1 in ("", "/v1")
+        ),
         Route(f"{session}/inference/v1/generate", one.generate, methods=["POST"]),
         Route(f"{session}/v1/models", one.models, methods=["GET"]),
         Route(f"{session}/v1/models/{{name:path}}", one.model, methods=["GET"]),
@@ -157,12 +179,51 @@ class _SessionRoutes:
     async def respond(self, request: Request) -> CallResponse:
         kept = session_of(request, self.book).kept
 
-        def write(turn: SampledTurn, parsed: ResponsesRequest, *, id: str, **options: Any) -> bytes:
+        def write(
+            turn: SampledTurn, parsed: ResponsesRequest, *, id: str, created_s: int, **options: Any
+        ) -> bytes:
             if parsed.is_stored and turn.turn is not None:
-                kept.keep(id, turn.turn.messages[1 if parsed.instructions else 0 :])
-            return responses_body(turn, parsed, id=id, **options)
+                kept.keep(id, KeptResponse.of(turn, parsed, created_s=created_s))
+            return responses_body(turn, parsed, id=id, created_s=created_s, **options)
 
         return await self._served(request, parse_responses, _next_response, write, responses_failure)
+
+    async def response(self, request: Request) -> Response:
+        """A kept response, as it was sent."""
+        session, id, kept = self._kept_response(request)
+        if request.query_params.get("stream", "false") != "false":
+            raise ParamError("stream is not supported here: the response is one object", param="stream")
+        body = responses_body(
+            kept.turn, kept.request, id=id, created_s=kept.created_s, conversation=session.conversation
+        )
+        return Response(body, media_type="application/json")
+
+    async def delete_response(self, request: Request) -> Response:
+        session, id, _ = self._kept_response(request)
+        session.kept.delete(id)
+        return JSONResponse({"id": f"resp_{id}", "object": "response", "deleted": True})
+
+    async def input_items(self, request: Request) -> Response:
+        """The items of the conversation before a kept response, a page of them."""
+        session, id, kept = self._kept_response(request)
+        page = page_of(request.query_params)
+
+        def write() -> bytes:
+            return json.dumps(item_page(input_items(kept.messages[:-1], id=id), page)).encode()
+
+        size = sum(len(message["content"]) for message in kept.messages)
+        body = await session.conversation.large_work.run(write, size=size)
+        return Response(body, media_type="application/json")
+
+    def _kept_response(self, request: Request) -> tuple[OpenSession, str, KeptResponse]:
+        """Returns the session, and the response in the path with its id without prefix; a sign of life.
+        Raises UnknownResponseError."""
+        session, name = session_of(request, self.book), request.path_params["response_id"]
+        session.hear()
+        id = bare_id(name) if name.startswith("resp_") else ""
+        if (kept := session.kept.find(id)) is None:
+            raise UnknownResponseError(f"there is no response {name!r:.100}: {_not_kept(session)}")
+        return session, id, kept
 
     async def message(self, request: Request) -> CallResponse:
         return await self._served(request, parse_message, _next_turn, messages_body, messages_failure)
@@ -277,25 +338,36 @@ def _whole_messages(session: OpenSession, request: ResponsesRequest) -> list[dic
     messages: list[dict[str, Any]] = []
     if request.instructions:
         messages.append({"role": "system", "content": request.instructions})
-    if id := request.previous_response_id:
-        messages += _kept(session, bare_id(id), "previous_response_id")
+    earlier: set[str] = set()
+    if previous := request.previous_response_id:
+        messages += _kept(session, bare_id(previous), "previous_response_id")
+        if any(isinstance(one, ItemReference) for one in request.messages):
+            earlier = session.kept.replies_in(bare_id(previous))
     for message in request.messages:
         if isinstance(message, ItemReference):
-            message = _kept(session, message.response_id, message.where)[-1]
-        messages.append(message)
+            reply = _kept(session, message.response_id, message.where)[-1]
+            if message.response_id not in earlier:  # its place is in the earlier conversation
+                messages.append(reply)
+        else:
+            messages.append(message)
     return messages
 
 
 def _kept(session: OpenSession, response_id: str, where: str) -> Sequence[dict[str, Any]]:
-    messages = session.kept.find(response_id)
-    if messages is None:
+    kept = session.kept.find(response_id)
+    if kept is None:
         raise NoResponseError(
-            f"{where} names no response of this session that it has kept: those with store=false, and older "
-            f"ones once all have more than {session.kept.max_bytes} bytes, are not kept. Send their items in "
-            "input",
+            f"{where} names no response of this session: {_not_kept(session)}. Send its items in input",
             param=where,
         )
-    return messages
+    return kept.messages
+
+
+def _not_kept(session: OpenSession) -> str:
+    return (
+        "those with store=false, deleted ones, and older ones once all have more than "
+        f"{session.kept.max_bytes} bytes are not kept, nor are those of other sessions"
+    )
 
 
 async def _continuation(session: OpenSession, request: CompletionRequest) -> SampledTurn:

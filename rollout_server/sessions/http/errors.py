@@ -1,7 +1,7 @@
 """Errors in the format of the client's API, which determine what an SDK raises and whether it retries: for
-/v1/messages that of Anthropic's Messages, for all else OpenAI's.
+/v1/messages (and /messages) that of Anthropic's Messages, for all else OpenAI's.
 
-    400 a request that cannot be served | 404 no such session | 410 the session has ended
+    400 a request that cannot be served | 404 no such session or response | 410 the session has ended
     429 no session waits (Retry-After)    | 500 the engine failed, and the sample with it
 
 An SDK repeats a request after status 408, 409, 429 or 5xx, unless `x-should-retry` forbids it.
@@ -43,11 +43,15 @@ class NoResponseError(ParamError):
     """A request refers to a response that its session does not have, or has forgotten."""
 
 
+class UnknownResponseError(UserError):
+    """A request is for a response that its session does not have, or has forgotten."""
+
+
 def error_content(
     path: str, status: int, message: str, *, code: str | None = None, param: str | None = None
 ) -> bytes:
     """Returns the body of the response for an error. `path`: of the request."""
-    if _ANTHROPIC in path:
+    if _ANTHROPIC in path or path.split("/")[3:4] == ["messages"]:
         return json.dumps(anthropic_error(status, message, code=code)).encode()
     if _RESPONSES in path and param == "messages":
         param = "input"
@@ -84,6 +88,8 @@ def described(error: BaseException) -> dict[str, Any]:
             return {"status": 410, "message": message, "code": gone_code(message)}
         case NoSessionError():
             return {"status": 404, "message": message, "code": "session_not_found"}
+        case UnknownResponseError():
+            return {"status": 404, "message": message, "code": "response_not_found", "param": "response_id"}
         case EpisodeBudgetError(reason=FinishReason.TURNS):
             return {"status": 400, "message": message, "code": TURN_LIMIT}
         case EpisodeBudgetError() | PromptRefusedError():

@@ -53,13 +53,13 @@ class GroupRoutes:
         return JSONResponse({"group": session.group, "open": [one.id for one in _open(session)]})
 
     async def end(self, request: Request) -> Response:
-        """Ends all sessions; `problems` says why some of them are no samples."""
+        """Ends all sessions; `problems` says why some of them are no samples, also those that were over
+        before."""
         parse_bounded_object(await request.body())
         session = session_of(request, self.book)
         session.check_open()
-        members = _open(session)
-        problems = {one.id: one.problem for one in members if one.problem}
-        for one in members:
+        problems = {one.id: one.problem for one in session.members if one.problem}
+        for one in _open(session):
             one.end()
         return JSONResponse({"group": session.group, "ended": True, "problems": problems})
 

@@ -1,6 +1,6 @@
-"""Asks for the weather with a tool until the model says something else, and prints that: one client each.
+"""Asks for the weather with a tool until the model says something else: one client each.
 
-    python tool_loop.py openai_chat|openai_responses|anthropic|agents|pydantic|litellm_chat|... create|stream
+run("openai_chat" | "openai_responses" | "anthropic" | "agents" | ... (CLIENTS), "create" | "stream")
 
 The clients are as they are by default: the base URLs and keys come from the environment.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from typing import Any
 
 CITY = "Tokyo"
@@ -82,7 +81,7 @@ def anthropic(stream: bool) -> str:
     with Anthropic() as client:
         try:
             client.messages.create(
-                model="policy", max_tokens=9, messages=[{"role": "user", "content": "x" * 9000}]
+                model="policy", max_tokens=9, messages=[{"role": "user", "content": "x" * 40_000}]
             )
             raise AssertionError("no room for this prompt")
         except BadRequestError as error:
@@ -194,5 +193,6 @@ CLIENTS = {
     "litellm_responses": litellm_responses,
 }
 
-if __name__ == "__main__":
-    print(json.dumps(CLIENTS[sys.argv[1]](sys.argv[2] == "stream")))
+
+def run(client: str, mode: str) -> str:
+    return CLIENTS[client](mode == "stream")

@@ -18,7 +18,7 @@ from rollout_server.leases.held_leases import SampleResult
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.sample.lease_runner import AgentTries, LeaseRunner
 from rollout_server.sessions.book import JOB_OVER, SessionBook
-from rollout_server.sessions.claimants import LONGEST_WAIT_S, Claimant
+from rollout_server.sessions.claimants import LONGEST_WAIT_S, NUM_FREE, Claimant
 from rollout_server.sessions.open_session import AskedLimits, OpenSession
 from rollout_server.sources import SampleSource
 from rollout_server.tasks.base import Score, make_task
@@ -274,6 +274,36 @@ def test_posted_rewards_cannot_fail_the_tasks_reward(monkeypatch: pytest.MonkeyP
             session.end()
         result = await job.result()
         assert isinstance(result, SampleDone) and result.record.trajectory().reward == 1e6 + 0.5
+        await runner.close()
+
+    moved_clock.run(run())
+
+
+def test_rewards_that_do_not_add_up_count_for_their_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are added to the task's after the session has ended."""
+
+    class Task:
+        async def score(self, **options: Any) -> Reward:
+            return Reward(score=Score(value=1e6), seconds=0.0)
+
+    monkeypatch.setattr(ExternalTask, "is_rewarded", lambda self, example: True)
+
+    async def run() -> None:
+        job, broken = Job(rewards=Task()), Claimant(address="1.2.3.4", name="a")
+        runner = job.start()
+        for posted in [*[LARGEST_REWARD] * (NUM_FREE + 1), 0.5]:
+            session = await job.offered()
+            claimants, now_s = job.book.claimants, session.now_s
+            session.claimant = broken
+            session.claim()
+            await delivered(session)
+            session.set_reward(posted)
+            session.end()
+        assert claimants.hold(broken, now_s=now_s) is not None
+        (trouble,) = claimants.troubles(now_s=now_s)
+        assert f"the last {NUM_FREE + 1} sessions" in trouble and "cannot be added to the task's" in trouble
+        assert isinstance(await job.result(), SampleDone)
+        assert claimants.hold(broken, now_s=now_s) is None and not claimants.troubles(now_s=now_s)
         await runner.close()
 
     moved_clock.run(run())

@@ -18,9 +18,10 @@ from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, Sample
 from rollout_server.leases.held_leases import Place, SampleResult
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.sample.lease_runner import LeaseRunner
-from rollout_server.sessions.book import SessionBook, SessionOutcome
+from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.http.plane import SessionPlane
+from rollout_server.sessions.open_session import SessionOutcome
 from rollout_server.sources import SampleSource
 from rollout_server.tasks.base import make_task
 from rollout_server.workers.environment_pool import EnvironmentPool

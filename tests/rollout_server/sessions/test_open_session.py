@@ -18,8 +18,9 @@ from rollout_server.conversation.turns import SampledTurn, Turn
 from rollout_server.environments.base import Reply
 from rollout_server.leases.held_leases import Place
 from rollout_server.metrics import ServerStats
-from rollout_server.sessions.book import SessionBook, SessionOutcome
-from rollout_server.sessions.open_session import Call, OpenSession, SessionState
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.claimants import NUM_FREE, Claimant
+from rollout_server.sessions.open_session import Call, OpenSession, SessionOutcome, SessionState
 from tests.support import moved_clock
 from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
@@ -364,6 +365,54 @@ def test_answers_are_progress_of_the_server() -> None:
         offered.claim()
         changes = stats._num_changes(now_s=6.0)
         assert stats._num_changes(now_s=7.0) == changes, "an agent has it, and its limits count"
+
+    run(body())
+
+
+@pytest.mark.parametrize(("num_good", "is_slowed"), [(0, True), (1, True), (2, False), (4, False)])
+@pytest.mark.parametrize("comes_first", ["good", "failed"])
+def test_a_group_is_good_if_half_of_it_is(num_good: int, is_slowed: bool, comes_first: str) -> None:
+    async def body() -> None:
+        book, who = SessionBook(), Claimant(address="1.2.3.4", name="a")
+        for number in range(NUM_FREE + 1):
+            for place in range(5):
+                book.add(make(id=f"{number}-{place}-1", is_waiting=True))
+            group = book.offer_group()
+            for session in group:
+                session.claimant = who
+                session.claim()
+            advance(1.0)
+            book.remove(group.pop(), SessionOutcome.CANCELLED)  # says nothing about the agent
+            failing = group[num_good:]
+            order = [*group] if comes_first == "good" else [*failing, *group[:num_good]]
+            for session in order:
+                advance(1.0)
+                if session in failing:
+                    book.remove(session, SessionOutcome.FAILED, "no request")
+                else:
+                    book.remove(session)
+                    book.credit(session)
+        assert len(book.claimants.troubles(now_s=0.0)) == is_slowed
+
+    moved_clock.run(body())
+
+
+def test_what_the_server_cancels_does_not_count_against_a_group() -> None:
+    async def body() -> None:
+        book, who = SessionBook(), Claimant(address="1.2.3.4", name="a")
+        for place in range(4):
+            book.add(make(id=f"7-{place}-1", is_waiting=True))
+        group = book.offer_group()
+        for session in group:
+            session.claimant = who
+            session.claim()
+        book.claimants.fail(who, "no request", claimed_s=0.0, now_s=0.0)
+        book.remove(group[0])
+        book.credit(group[0])
+        assert book.claimants._records[who].row == 1, "one of four"
+        for session in group[1:]:
+            book.remove(session, SessionOutcome.CANCELLED)
+        assert book.claimants._records[who].row == 0, "one of one"
 
     run(body())
 

@@ -28,10 +28,9 @@ from areal_like.client.areal_like_client import (
     UnreachableError,
     claim,
 )
-from rollout_server.sessions.book import SessionOutcome
 from rollout_server.sessions.claimants import LONGEST_WAIT_S, NUM_FREE, NUM_REFUSED, Claimant
 from rollout_server.sessions.http import claims
-from rollout_server.sessions.open_session import SessionState
+from rollout_server.sessions.open_session import SessionOutcome, SessionState
 from rollout_server.tasks.base import Example
 from tests.support.certificates import make_certificate
 from tests.support.session_plane import PlaneServer
@@ -365,12 +364,19 @@ def test_the_end_of_the_job_is_told(server: SessionServer, monkeypatch: pytest.M
         claim(server.url)
 
 
-def test_a_server_that_is_gone_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_gone_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(client, "_RETRY_S", 0.01)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     with pytest.raises(UnreachableError, match="claim again for a while"):
         claim(url)
+    monkeypatch.setattr(client, "_PAUSE_S", 0.01)
+    with pytest.raises(UnreachableError, match=r"no response for 0\.05 s"):
+        claim(url, restart_s=0.05)
+    (record,) = caplog.records
+    assert "trying again for 0.05 s" in record.getMessage()
     session = ClaimedSession(
         id="1", base_url=f"{url}/sessions/1/v1", api_key="k", example={}, group=0, sample=0, deadline_s=None,
         idle_timeout_s=1.0,
@@ -445,4 +451,4 @@ def test_a_session_is_claimed_over_tls(tmp_path: Path) -> None:
         claimed.reward(0.5)
         assert session.reward == 0.5
         with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
-            claim(url)
+            claim(url, restart_s=2 * HANG_LIMIT_S)

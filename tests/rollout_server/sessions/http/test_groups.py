@@ -15,10 +15,10 @@ from areal_like.client.areal_like_client import (
     claim,
     claim_group,
 )
+from areal_like.errors import EngineError
 from areal_like.trajectory import LARGEST_METRIC
-from rollout_server.sessions.book import SessionOutcome
 from rollout_server.sessions.http.rewards import ranked
-from rollout_server.sessions.open_session import MAX_METRICS, OpenSession, SessionState
+from rollout_server.sessions.open_session import MAX_METRICS, OpenSession, SessionOutcome, SessionState
 from rollout_server.tasks.base import Example
 from tests.support.session_server import SessionServer
 from tests.support.waiting import HANG_LIMIT_S
@@ -144,6 +144,23 @@ def test_a_group_ends(server: SessionServer, caplog: pytest.LogCaptureFixture) -
     with pytest.raises(SessionOverError):
         group.heartbeat()
     assert group.end() == [one.id for one in sessions]
+
+
+def test_the_end_names_samples_that_were_lost_before(server: SessionServer) -> None:
+    group, sessions = claimed_group(server, 6, needs_reward=True)
+    lost, idle, failing, made, unmade, last = sessions
+    for session in group.sessions[3:]:
+        session._post("chat/completions", ASK)
+    server.call(lambda: server.book.remove(lost, SessionOutcome.CANCELLED))
+    server.call(lambda: server.book.remove(idle, SessionOutcome.IDLE, "no request for too long"))
+    server.call(lambda: failing.fail(EngineError("it died")))
+    group.sessions[3].reward(1.0)
+    assert group.sessions[3].end() and not group.sessions[4].end()
+    server.call(lambda: server.book.remove(made))
+    group.sessions[5].reward(1.0)
+    assert group.end() == [one.id for one in (lost, idle, failing, unmade)]
+    assert (idle.problem, failing.problem) == ("no request for too long", "the engine failed: it died")
+    assert last.state is SessionState.ENDED and not last.problem
 
 
 def test_one_session_keeps_its_group_open(server: SessionServer) -> None:

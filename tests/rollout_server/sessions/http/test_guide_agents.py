@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-import re
+import json
 import shutil
+import socket
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
 from areal_like.client import areal_like_client
+from rollout_server.sessions.book import JOB_OVER
 from rollout_server.sessions.open_session import SessionState
 from rollout_server.tasks.base import Example
-from tests.support.launching import ROOT
+from tests.support.guide_code import code_of
+from tests.support.session_plane import PlaneServer
 from tests.support.session_server import SessionServer
+from tests.support.waiting import HANG_LIMIT_S
 
 CLIENT = str(Path(areal_like_client.__file__).parent)
 NODE = shutil.which("node")
 
 
-def code_of(name: str) -> str:
-    """The block of the guide that begins with the name of its file."""
-    page = (ROOT / "docs" / "guides" / "agents.md").read_text()
-    (code,) = re.findall(rf"^```\w+\n((?:#|//) {re.escape(name)}\n.*?)^```", page, re.M | re.S)
-    return textwrap.dedent(code)
+def written(tmp_path: Path, name: str) -> str:
+    """The path of an agent of the guide; one in JavaScript imports the client that the guide has, too."""
+    for file in {name, "areal_like.mjs"} if name.endswith(".mjs") else {name}:
+        (tmp_path / file).write_text(code_of("agents", file))
+    return str(tmp_path / name)
 
 
 def works(server: SessionServer, tmp_path: Path, name: str, *command: str) -> None:
     """An agent makes two samples, and ends with the job."""
-    (tmp_path / name).write_text(code_of(name))
+    path = written(tmp_path, name)
     sessions = [server.add(example=Example(prompt="2+2", answer=answer)) for answer in ("ok", "no")]
     with subprocess.Popen(
-        [*command, str(tmp_path / name), server.url],
+        [*command, path, server.url],
         env={"PYTHONPATH": CLIENT},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -44,8 +47,72 @@ def works(server: SessionServer, tmp_path: Path, name: str, *command: str) -> No
         )
         server.call(lambda: server.book.close(is_job_over=True))
         out, _ = agent.communicate()
-    assert (agent.returncode, out) == (0, "")
+    assert (agent.returncode, out) == (0, f"{JOB_OVER}\n")
     assert [one.reward for one in sessions] == [1.0, 0.0]
+
+
+def goes_on(tmp_path: Path, name: str, *command: str) -> None:
+    """An agent loses its server in the middle of a sample, and makes one of the next server."""
+    path = written(tmp_path, name)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(HANG_LIMIT_S)
+        port = listener.getsockname()[1]
+        agent = subprocess.Popen(
+            [*command, path, f"http://127.0.0.1:{port}"],
+            env={"PYTHONPATH": CLIENT},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for answer in (claimed_at(port), b""):  # to the request to the model there is none
+            with listener.accept()[0] as connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+    assert agent.stdout is not None
+    try:
+        assert "trying again for 300 s" in agent.stdout.readline()
+        with PlaneServer({"sessions": {"port": port - 1}}).serving() as server:  # rollout-1: one above
+            session = server.add(example=Example(prompt="2+2", answer="ok"))
+            server.wait(lambda: session.state is SessionState.ENDED or agent.poll() is not None)
+            server.call(lambda: server.book.close(is_job_over=True))
+            assert (agent.stdout.read(), agent.wait()) == (f"{JOB_OVER}\n", 0)
+        assert session.reward == 1.0
+    finally:
+        agent.kill()
+        agent.communicate()
+
+
+def claimed_at(port: int) -> bytes:
+    """The response to a claim, with a session at this port."""
+    session = {
+        "id": "0-0-0", "base_url": f"http://127.0.0.1:{port}/sessions/0-0-0/v1", "api_key": "k", "group": 0,
+        "sample": 0, "deadline_s": None, "idle_timeout_s": 500.0,
+        "example": {"split": "train", "index": 0, "prompt": "2+2", "answer": "ok"},
+    }  # fmt: skip
+    body = json.dumps(session)
+    return f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+def test_the_agent_in_python_outlives_a_server(tmp_path: Path) -> None:
+    goes_on(tmp_path, "outside.py", sys.executable)
+
+
+@pytest.mark.skipif(NODE is None, reason="needs node")
+def test_the_agent_in_javascript_outlives_a_server(tmp_path: Path) -> None:
+    goes_on(tmp_path, "outside.mjs", str(NODE))
+
+
+@pytest.mark.skipif(NODE is None, reason="needs node")
+def test_the_agent_in_javascript_ends_without_a_server(tmp_path: Path) -> None:
+    path, code = Path(written(tmp_path, "outside.mjs")), code_of("agents", "outside.mjs")
+    path.write_text(code.replace("{ token }", "{ token, restartS: 0.01 }"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [str(NODE), path, f"http://127.0.0.1:{port}"]
+    agent = subprocess.run(command, env={}, capture_output=True, text=True)
+    assert agent.returncode == 0
+    told = f"http://127.0.0.1:{port}/sessions: no response"
+    assert agent.stderr.splitlines() == [f"{told}: trying again for 0.01 s", told]
 
 
 def test_the_agent_in_python_works(server: SessionServer, tmp_path: Path) -> None:
@@ -61,9 +128,9 @@ def test_the_agent_in_javascript_works(server: SessionServer, tmp_path: Path) ->
 def test_the_agent_that_ranks_a_group_works(server: SessionServer, tmp_path: Path) -> None:
     sessions = [server.add(example=Example(prompt="2+2", answer="4"), group=7) for _ in range(3)]
     server.policy.texts = ["long", "longest", "l"]
-    (tmp_path / "ranking.py").write_text(code_of("ranking.py"))
+    path = written(tmp_path, "ranking.py")
     agent = subprocess.run(
-        [sys.executable, str(tmp_path / "ranking.py"), server.url],
+        [sys.executable, path, server.url],
         env={"PYTHONPATH": CLIENT},
         capture_output=True,
         text=True,

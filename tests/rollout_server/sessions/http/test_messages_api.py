@@ -269,6 +269,15 @@ def test_a_late_stream_is_complete(server: SessionServer, fails: bool) -> None:
         assert message_of(events)["content"] == [{"type": "text", "text": "ok"}]
 
 
+def test_the_version_may_be_left_out_of_the_path(server: SessionServer) -> None:
+    """Vercel's SDK appends only `/messages` to the base URL of Anthropic."""
+    session = server.add()
+    assert posted(server, session, "messages", {"messages": HI})[1]["type"] == "message"
+    assert posted(server, session, "messages/count_tokens", {"messages": HI})[0] == 200
+    status, answer = posted(server, session, "messages", {"messages": []})
+    assert (status, answer["type"], answer["error"]["type"]) == (400, "error", "invalid_request_error")
+
+
 def test_prompts_of_every_api_may_be_large() -> None:
     routes = ("chat/completions", "responses", "responses/input_tokens", "messages", "messages/count_tokens")
     for route in routes:

@@ -186,15 +186,188 @@ def test_the_oldest_responses_are_forgotten(server: SessionServer) -> None:
     session = server.add()
     with client_of(server, session) as client:
         first = client.responses.create(model="m", input="x" * 200)
-        assert 200 < session.kept.num_bytes == server.book.num_kept_bytes < 400
-        session.kept.max_bytes = 300
+        assert 200 < session.kept.num_bytes == server.book.num_kept_bytes < 600
+        session.kept.max_bytes = 700
         second = client.responses.create(model="m", input="y" * 200)
-        assert 200 < session.kept.num_bytes < 300
+        assert 200 < session.kept.num_bytes < 600
         client.responses.create(model="m", input="go on", previous_response_id=second.id)
-        with pytest.raises(openai.BadRequestError, match="300 bytes"):
+        with pytest.raises(openai.BadRequestError, match="700 bytes"):
             client.responses.create(model="m", input="go on", previous_response_id=first.id)
     server.call(lambda: server.book.remove(session))
     assert server.book.num_kept_bytes == 0
+
+
+@pytest.mark.parametrize("instructions", [("be short", "be short"), ("be short", "be long")])
+def test_a_reply_of_the_previous_response_is_there_once(
+    server: SessionServer, instructions: tuple[str, str]
+) -> None:
+    """Some SDKs send the previous response and references to its items."""
+
+    def prompts(*, refers: bool) -> list[str]:
+        session = server.add()
+        server.policy.texts = [f"{THOUGHT}one{CALL}", f"two{CALL}", "done"]
+        seen: list[Any] = []
+        items, first = [*HI], len(server.policy.prompts)
+        with client_of(server, session) as client:
+            for told in (*instructions, instructions[-1]):
+                previous = seen[-1].id if seen else openai.omit
+                response = client.responses.create(
+                    model="m", input=items, instructions=told, tools=TOOLS, previous_response_id=previous
+                )
+                seen.append(response)
+                items = [one for each in seen for one in references(each)] if refers else []
+                items += [
+                    {"type": "function_call_output", "call_id": item.call_id, "output": "3"}
+                    for item in response.output
+                    if item.type == "function_call"
+                ]
+        return [server.renderer.decode(prompt) for prompt in server.policy.prompts[first:]]
+
+    assert prompts(refers=True) == prompts(refers=False)
+
+
+def test_a_reference_brings_only_its_own_reply(server: SessionServer) -> None:
+    """What the referred response itself followed is not in the conversation, and may be referred to."""
+    session = server.add()
+    server.policy.texts = ["one", "two", "three", "four"]
+    options: dict[str, Any] = {"model": "m"}
+    with client_of(server, session) as client:
+        first = client.responses.create(input=HI, **options)
+        second = client.responses.create(input=HI, previous_response_id=first.id, **options)
+        third = client.responses.create(input=[*references(second), *HI], **options)
+        client.responses.create(input=[*references(first), *HI], previous_response_id=third.id, **options)
+    prompt = server.renderer.decode(server.policy.prompts[-1])
+    assert [prompt.count(text) for text in ("one", "two", "three")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_kept_response_is_read_again(server: SessionServer, stream: bool) -> None:
+    session = server.add()
+    server.policy.texts = [f"{THOUGHT}I add:{CALL}", "abcdef"]
+    options: dict[str, Any] = {
+        "model": "gpt", "input": HI, "instructions": "be short", "tools": TOOLS, "metadata": {"a": "b"},
+        "include": ["message.output_text.logprobs"],
+    }  # fmt: skip
+    sent: list[Any] = []
+    with client_of(server, session) as client:
+        for more in ({}, {"max_output_tokens": 3, "tools": []}):
+            response = client.responses.create(**options | more, stream=stream)
+            if stream:
+                *_, last = response
+                response = last.response
+            sent.append(response)
+        heard = session.num_heard
+        again = [client.responses.retrieve(one.id) for one in sent]
+        assert session.num_heard == heard + 2, "a sign of life"
+    assert [one.model_dump() for one in again] == [one.model_dump() for one in sent]
+    assert (again[1].status, again[1].output_text, again[1].tools) == ("incomplete", "abc", [])
+    assert len(server.policy.prompts) == 2
+
+
+def test_input_items_are_listed(server: SessionServer) -> None:
+    session = server.add()
+    server.policy.texts = [f"{THOUGHT}I add:{CALL}", "done"]
+    with client_of(server, session) as client:
+        first = client.responses.create(model="m", input=HI, instructions="be short", tools=TOOLS)
+        call = first.output[-1]
+        assert call.type == "function_call"
+        output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "3"}
+        items: Any = [output, {"role": "developer", "content": "go"}]
+        second = client.responses.create(
+            model="m", input=items, instructions="be long", tools=TOOLS, previous_response_id=first.id
+        )
+        listed = list(client.responses.input_items.list(second.id, limit=2, order="asc"))
+        newest = client.responses.input_items.list(second.id)
+        assert [item.id for item in newest.data] == [item.id for item in reversed(listed)]
+        assert not newest.has_more
+        only = client.responses.input_items.list(first.id).data
+    shown = [item.model_dump(exclude_none=True) for item in listed]
+    assert [(item["type"], item.get("role")) for item in shown] == [
+        ("message", "user"), ("reasoning", None), ("message", "assistant"), ("function_call", None),
+        ("function_call_output", None), ("message", "system"),
+    ]  # fmt: skip
+    assert [item["content"][0]["text"] for item in shown if "content" in item] == ["hi", "so", "I add:", "go"]
+    assert (shown[3]["call_id"], shown[3]["arguments"]) == (call.call_id, call.arguments)
+    assert (shown[4]["call_id"], shown[4]["output"]) == (call.call_id, "3")
+    assert len({item["id"] for item in shown}) == len(shown) == 6
+    assert [item.type for item in only] == ["message"], "the instructions are no item"
+    for item in (shown[0], shown[1]):
+        reference = {"type": "item_reference", "id": item["id"]}
+        status, answer = posted(server, session, "v1/responses", {"input": [reference]})
+        assert (status, answer["error"]["param"]) == (400, "input[0]")
+
+
+def test_a_list_has_pages(server: SessionServer) -> None:
+    session = server.add()
+    items = [{"role": "user", "content": str(number)} for number in range(5)]
+    response = posted(server, session, "v1/responses", {"input": items})[1]
+    path = f"v1/responses/{response['id']}/input_items"
+    seen, after, more = [], "", True
+    while more:
+        query = "?limit=2&order=asc" + (f"&after={after}" if after else "")
+        _, page = posted(server, session, path + query, {}, method="GET")
+        assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], page["data"][-1]["id"])
+        seen += [item["content"][0]["text"] for item in page["data"]]
+        after, more = page["last_id"], page["has_more"]
+    assert seen == ["0", "1", "2", "3", "4"]
+    _, page = posted(server, session, f"{path}?order=asc&after={after}", {}, method="GET")
+    assert page == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+
+
+def test_a_deleted_response_is_gone(server: SessionServer) -> None:
+    session = server.add()
+    body, key = {"input": "hi", "tools": TOOLS}, {"Idempotency-Key": "a"}
+    id = posted(server, session, "v1/responses", body, key)[1]["id"]
+    with client_of(server, session) as client:
+        client.responses.delete(id)
+        assert session.kept.num_bytes == 0
+        assert posted(server, session, "v1/responses", body, key)[1]["id"] == id, "the same turn"
+        responses = client.responses
+        for request in (responses.retrieve, responses.delete, responses.input_items.list):
+            with pytest.raises(openai.NotFoundError, match="deleted"):
+                request(id)
+        with pytest.raises(openai.BadRequestError, match="deleted"):
+            client.responses.create(model="m", input="go on", previous_response_id=id)
+    assert session.kept.num_bytes == 0 and len(session.conversation.turns) == 1
+    status, answer = posted(server, session, "v1/responses", {"input": "more"})
+    status, answer = posted(server, session, f"v1/responses/{answer['id']}", {}, method="DELETE")
+    assert (status, answer["deleted"], answer["object"]) == (200, True, "response")
+
+
+@pytest.mark.parametrize("of", ["another session", "nothing", "not stored", "chat", "item"])
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_an_unknown_response_is_not_found(server: SessionServer, of: str, method: str) -> None:
+    session, other = server.add(), server.add()
+    with client_of(server, other if of == "another session" else session) as client:
+        first = client.responses.create(model="m", input=HI, store=of != "not stored")
+        chat = client.chat.completions.create(model="m", messages=HI)
+    id = {"nothing": "x", "chat": chat.id, "item": first.output[0].id}.get(of, first.id)
+    paths = [f"v1/responses/{id}"] + ([f"v1/responses/{id}/input_items"] if method == "GET" else [])
+    for path in paths:
+        status, answer = posted(server, session, path, {}, method=method)
+        assert (status, answer["error"]["code"]) == (404, "response_not_found")
+        assert set(answer["error"]) == {"message", "type", "param", "code"}
+    if of == "another session":
+        assert posted(server, other, paths[0], {}, method=method)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("?stream=true", "stream"),
+        ("/input_items?limit=0", "limit"),
+        ("/input_items?limit=101", "limit"),
+        ("/input_items?limit=x", "limit"),
+        ("/input_items?limit=" + "9" * 5000, "limit"),
+        ("/input_items?order=up", "order"),
+        ("/input_items?after=msg_1", "after"),
+    ],
+)
+def test_wrong_queries_are_refused(server: SessionServer, query: str, param: str) -> None:
+    session = server.add()
+    response = posted(server, session, "v1/responses", {"input": "hi"})[1]
+    status, answer = posted(server, session, f"v1/responses/{response['id']}{query}", {}, method="GET")
+    assert (status, answer["error"]["param"]) == (400, param)
 
 
 def test_apis_share_one_conversation(server: SessionServer) -> None:

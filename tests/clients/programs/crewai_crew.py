@@ -1,0 +1,28 @@
+"""crewai's model, and a crew of one agent.
+
+run("completion" | "crew")
+"""
+
+from __future__ import annotations
+
+
+def run(mode: str) -> str:
+    from crewai import LLM, Agent, Crew, Task
+    from crewai.tools import tool
+
+    @tool("get_weather")
+    def get_weather(city: str) -> str:
+        """The weather of a city."""
+        return f"sunny in {city}"
+
+    if mode == "completion":
+        return str(LLM(model="openai/policy").call("Tokyo?"))
+    agent = Agent(
+        role="Assistant",
+        goal="Answer questions about the weather.",
+        backstory="You are short.",
+        tools=[get_weather],
+        llm="openai/policy",
+    )
+    task = Task(description="Tokyo?", expected_output="The weather in one sentence.", agent=agent)
+    return str(Crew(agents=[agent], tasks=[task]).kickoff().raw)

@@ -1,0 +1,160 @@
+"""A job for agents from outside: buffer and rollout server as processes, and the test as the trainer.
+
+What the policy says is the test's choice; the rest is the product: claims, sessions, prompts,
+segments, records, the ledger of the buffer, and what a trainer gets.
+
+    with running_agent_job(tmp_path) as job:
+        job.policy.texts = ["hello"]
+        ...  # an agent claims a session at job.url, asks, posts a reward and ends
+        trajectory = job.fetch(session.group)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import re
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from areal_like.trajectory import Trajectory
+from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
+from areal_like.wire.messages.consumer import Fetch, Group, StartTraining
+from rollout_server.rendering.jinja import JinjaRenderer
+from tests.support.buffer_harness import FakeTrainer, connected, running_buffer, trainer_hello
+from tests.support.chat_models import APPENDING, chat_tokenizer, jinja_renderer
+from tests.support.rollout_harness import serving
+from tests.support.saying_engine import saying_engine
+from tests.support.scripted_policy import save_chat_model
+from tests.support.session_server import SayingPolicy
+from tests.support.waiting import HANG_LIMIT_S
+
+CONTEXT = 32768
+"""Frameworks have system prompts of ten thousand characters, and each is a token here."""
+NUM_SAMPLES = 256
+"""The most samples of one job: all of its first step."""
+_SERIES = re.compile(r'^areal_(session_refusals|sessions_ended)_total\{\w+="(\w+)"\} (\S+)$', re.M)
+Result = TypeVar("Result")
+
+
+@dataclass(kw_only=True)
+class AgentJob:
+    """A job that waits for agents."""
+
+    url: str
+    """Of the rollout server, for claims."""
+    policy: SayingPolicy
+    metrics_url: str
+    """Of the rollout server."""
+    fetch_position: Callable[[int], Group]
+    """Waits for the group at a position of the step."""
+    num_fetched: int = 0
+
+    @property
+    def renderer(self) -> JinjaRenderer:
+        return self.policy.renderer
+
+    def fetch(self, group: int) -> Trajectory:
+        """The next sample that the buffer has recorded, which is that of this group, as a trainer gets it."""
+        fetched = self.fetch_position(self.num_fetched)
+        self.num_fetched += 1
+        assert fetched.ticket_id == group
+        (trajectory,) = fetched.trajectories
+        return trajectory
+
+    def refusals(self) -> dict[int, int]:
+        """How many requests were refused in the sessions of the samples fetched so far, by HTTP status."""
+        deadline_s = time.monotonic() + HANG_LIMIT_S
+        while True:
+            with urllib.request.urlopen(self.metrics_url) as response:
+                page = response.read().decode()
+            counts = {(name, value): int(float(count)) for name, value, count in _SERIES.findall(page)}
+            # The page follows a heartbeat later, with all series at once.
+            if counts["sessions_ended", "ended"] >= self.num_fetched:
+                return {
+                    int(value): count
+                    for (name, value), count in counts.items()
+                    if name == "session_refusals" and count
+                }
+            assert time.monotonic() < deadline_s, counts
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def running_agent_job(directory: Path) -> Iterator[AgentJob]:
+    """A job in this directory, ready for claims; its processes are killed at the end."""
+    model = save_chat_model(directory / "model", context=CONTEXT)
+    chat_tokenizer(APPENDING).save_pretrained(model)
+    policy = SayingPolicy(jinja_renderer(APPENDING))
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(_BackgroundLoop()).run
+        resources = contextlib.AsyncExitStack()
+        stack.callback(lambda: run(resources.aclose()))
+        engine = run(resources.enter_async_context(saying_engine(policy)))
+        buffer = stack.enter_context(running_buffer(directory, **_settings(model, engine=engine)))
+        port = int(buffer.address.rsplit(":", 1)[1])
+        config = dataclasses.replace(
+            buffer.config, buffer=dataclasses.replace(buffer.config.buffer, port=port)
+        )
+        server = stack.enter_context(serving(config))
+        hello = trainer_hello(
+            config, model=model_fingerprint(str(model)), tokenizer=tokenizer_fingerprint(str(model))
+        )
+        trainer = FakeTrainer(config, run(resources.enter_async_context(connected(buffer, hello))))
+        run(trainer.call(StartTraining(step=0)))
+        file = server.paths.endpoints / "rollout-0.json"
+        server.wait_until(
+            lambda: file.exists() and "sessions" in json.loads(file.read_text()),
+            what="the address of sessions",
+        )
+        endpoint = json.loads(file.read_text())
+        yield AgentJob(
+            url=endpoint["sessions"],
+            policy=policy,
+            metrics_url=f"http://{endpoint['http']}/metrics",
+            fetch_position=lambda position: run(trainer.call(Fetch(step=0, position=position))),
+        )
+
+
+def _settings(model: Path, *, engine: str) -> dict[str, Any]:
+    return {
+        "model": {"path": str(model)},
+        "task": {"name": "external"},
+        "max_staleness": 0,
+        "sampling": {"group_size": 1, "max_new_tokens": 2048},
+        "trainer": {"num_steps": 1, "groups_per_step": NUM_SAMPLES, "tokens_per_microbatch": CONTEXT},
+        "episode": {"max_turns": 64, "max_tokens": 16 * CONTEXT},
+        "rollout": {
+            "engine": "sglang",
+            "sglang": {"url": engine},
+            "max_context": CONTEXT,
+            "max_running": 4,
+            "queue_samples": 4,
+        },
+    }
+
+
+class _BackgroundLoop:
+    """An event loop in a thread."""
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """Runs a coroutine there."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
