@@ -1,6 +1,6 @@
-"""An external agent: claims sessions of a running job, adds with the OpenAI Agents SDK, posts the reward.
+"""An external agent: claims sessions of a running job, adds (adding_agents.py), posts the reward.
 
-    python -m benchmarks.outside_agent http://127.0.0.1:8321 [--concurrent 16]
+    python -m benchmarks.outside_agent http://127.0.0.1:8321 [--concurrent 16] [--api responses]
 
 The job has `task.external=true`. The agent waits for the server, and ends when the server is gone.
 """
@@ -12,7 +12,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
-from openai import APIStatusError
+from openai import APIError
 
 from areal_like.client.areal_like_client import (
     ClaimedSession,
@@ -21,7 +21,8 @@ from areal_like.client.areal_like_client import (
     UnreachableError,
     claim,
 )
-from rollout_server.agents.adding import add_up
+from benchmarks.adding_agents import RefusedTurnError, add_with
+from benchmarks.conversations import CONVERSATIONS
 from rollout_server.agents.base import Session
 
 START_S = 180.0
@@ -34,16 +35,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url")
     parser.add_argument("--concurrent", type=int, default=16)
+    parser.add_argument("--api", choices=CONVERSATIONS, default="chat")
     args = parser.parse_args()
-    print(asyncio.run(serve(args.url, concurrent=args.concurrent)), "sessions", flush=True)
+    print(asyncio.run(serve(args.url, api=args.api, concurrent=args.concurrent)), "sessions", flush=True)
 
 
-async def serve(url: str, *, concurrent: int) -> int:
+async def serve(url: str, *, api: str, concurrent: int) -> int:
     """Works on sessions; returns the number of sessions that ended."""
     # A claim waits in a thread, and asyncio's own executor has only a few.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(concurrent))
     await listening(url)
-    return sum(await asyncio.gather(*(work(url) for _ in range(concurrent))))
+    return sum(await asyncio.gather(*(work(url, api=api) for _ in range(concurrent))))
 
 
 async def listening(url: str) -> None:
@@ -60,14 +62,14 @@ async def listening(url: str) -> None:
                 return
 
 
-async def work(url: str) -> int:
+async def work(url: str, *, api: str) -> int:
     """Works on one session after the other."""
     num_sessions = 0
     while True:
         try:
             session = await asyncio.to_thread(claim, url, wait_s=WAIT_S)
             if session is not None:
-                await solve(session)
+                await solve(session, api=api)
                 num_sessions += 1
         except (JobOverError, UnreachableError):
             return num_sessions
@@ -75,13 +77,12 @@ async def work(url: str) -> int:
             continue
 
 
-async def solve(session: ClaimedSession) -> None:
+async def solve(session: ClaimedSession, *, api: str) -> None:
     """Makes one sample."""
     try:
-        answer = await add_up(
-            session.example["prompt"], Session(base_url=session.base_url, api_key=session.api_key)
-        )
-    except APIStatusError:  # no room for another turn, or the sample is no longer wanted
+        given = Session(base_url=session.base_url, api_key=session.api_key)
+        answer = await add_with(api, session.example["prompt"], given)
+    except (APIError, RefusedTurnError, OSError, EOFError):  # no room, not wanted any more, or not served
         answer = ""
     await asyncio.to_thread(session.reward, float(answer == session.example["answer"]))
     await asyncio.to_thread(session.end)
