@@ -206,7 +206,7 @@ class OpenSession:
         self.reason = ""
         """Why the session is gone."""
         self.was_cut = False
-        """True if an agent was working on it when it went."""
+        """True if an external agent was working on it when it went."""
         self.failure: EngineError | None = None
         """Cause of the end, if it was not a client."""
         self.budget: FinishReason | None = None
@@ -267,7 +267,7 @@ class OpenSession:
     def close(self, reason: str) -> None:
         """Closes the session: requests in progress and later ones raise SessionGoneError with `reason`."""
         if self.state is not SessionState.GONE:
-            self.was_cut = self.state is SessionState.OPEN
+            self.was_cut = self.state is SessionState.OPEN and self.claimed_s > 0
             self.reason = reason
             self._set(SessionState.GONE)
             self._calls.cancel()
