@@ -49,7 +49,7 @@ than HTTP clients' pools keep them, so that the client closes first: a request o
 is closing would fail."""
 _WRITE_TIMEOUT_S = 60.0
 _SHUTDOWN_S = 1
-_TELL_S, _TELL_SHARE = 10.0, 0.3
+_TELL_S, _TELL_SHARE = 10.0, 1 / 3
 """Longest time for which the server of a finished job waits for requests of agents: in seconds, and as a
 share of `daemon.drain_timeout_s`."""
 _TELL_POLL_S = 0.05
