@@ -23,10 +23,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from areal_like.runtime.command_line import load_config
 from benchmarks.adding_agents import AddingWithTask
 from benchmarks.conversations import CONVERSATIONS, apis_of
 from benchmarks.report import RESULTS, ROOT, run_job, table, write
 from launch.audit.run import audit_run
+from trainer.models.tiny_chat import build_tiny_chat_model
 
 CONFIG = ("--config", "configs/jobs/agents.yaml")
 KEPT = (
@@ -72,9 +74,8 @@ def measured(
             settings += ["task.external=true", f"sessions.port={port}"]
             url = f"http://127.0.0.1:{port}"
             stack.enter_context(agents_from_outside(url, api=api, num_processes=num_processes))
-        else:
-            task = f"{AddingWithTask.__module__}.{AddingWithTask.__qualname__}"
-            settings.append(f"task={{_target_: {task}, api: {api}}}")
+        elif api != "chat":
+            settings += settings_of_own_task(api, seed, overrides, model=Path(scratch) / "model")
         summary, rows = run_job(variant, settings, runs_dir=Path(scratch), timeout_s=TIMEOUT_S)
         audit = audit_run(Path(scratch) / variant)
     if not audit.is_clean:
@@ -91,6 +92,15 @@ def measured(
         "curves": {name: [round(row[name], 4) for row in rows] for name in CURVES},
         "evals": [(row["step"], row["eval_reward"]) for row in rows if "eval_reward" in row],
     }
+
+
+def settings_of_own_task(api: str, seed: int, overrides: list[str], *, model: Path) -> list[str]:
+    """The agents of CONFIG with another API. A job warm-starts its model only for a task of this project, so
+    the same model is built here."""
+    warm_start_steps = load_config([*CONFIG, *overrides]).model.warm_start_steps
+    build_tiny_chat_model(model, seed=seed, warm_start_steps=warm_start_steps, uses_tool=True)
+    task = f"{AddingWithTask.__module__}.{AddingWithTask.__qualname__}"
+    return [f"task={{_target_: {task}, api: {api}}}", f"model.path={model}", "model.warm_start_steps=0"]
 
 
 @contextlib.contextmanager
@@ -140,19 +150,22 @@ def outcomes(runs: dict[str, Any]) -> str:
 
 
 def progress(runs: dict[str, Any]) -> str:
-    """A row for each fifth of the steps: the mean reward and turns of each run."""
-    names = ("reward_mean", "turns")
-    header = ["fifth of the run", *(f"{name}, {variant}" for variant in runs for name in names)]
-    rows = []
+    """A row for each run: mean reward and turns of a sample in each fifth of its steps."""
+    header = ["agent", *(f"fifth {part + 1}" for part in range(FIFTHS))]
+    return table(header, [[name, *map(_means, _fifths(run))] for name, run in runs.items()])
+
+
+def _fifths(run: dict[str, Any]) -> Iterator[list[list[float]]]:
+    """Rewards and turns of the steps of each part."""
+    curves = [run["curves"][name] for name in ("reward_mean", "turns")]
+    num_steps = len(curves[0])
     for part in range(FIFTHS):
-        means = []
-        for run in runs.values():
-            for name in names:
-                curve = run["curves"][name]
-                values = curve[part * len(curve) // FIFTHS : (part + 1) * len(curve) // FIFTHS]
-                means.append(f"{fmean(values):.2f}" if values else "")
-        rows.append([part + 1, *means])
-    return table(header, rows)
+        yield [curve[part * num_steps // FIFTHS : (part + 1) * num_steps // FIFTHS] for curve in curves]
+
+
+def _means(part: list[list[float]]) -> str:
+    """`reward, turns`; empty if there are fewer steps than parts."""
+    return ", ".join(f"{fmean(values):.2f}" for values in part if values)
 
 
 if __name__ == "__main__":
