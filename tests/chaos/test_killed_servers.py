@@ -183,7 +183,7 @@ def check_ended(root: Path, unmade: list[dict[str, Any]]) -> int:
     for event in unmade:
         ticket, sample = map(int, event["id"].split("-")[:2])
         is_made = (ticket, sample) in samples
-        assert is_made or states[ticket] in ("queued", "leased", "dropped"), (event, states[ticket])
+        assert is_made or states[ticket] in ("queued", "leased", "closed", "dropped"), (event, states[ticket])
         num_remade += is_made
     return num_remade
 
