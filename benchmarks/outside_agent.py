@@ -1,6 +1,6 @@
-"""An external agent: claims sessions of a running job, adds with the OpenAI Agents SDK, posts the reward.
+"""An external agent: claims sessions of a running job, adds (adding_agents.py), posts the reward.
 
-    python -m benchmarks.outside_agent http://127.0.0.1:8321 [--concurrent 16]
+    python -m benchmarks.outside_agent http://127.0.0.1:8321 [--concurrent 16] [--api responses]
 
 The job has `task.external=true`. The agent waits for the server, and ends with the job, or when no server has
 responded for 30 s.
@@ -22,7 +22,8 @@ from areal_like.client.areal_like_client import (
     UnreachableError,
     claim,
 )
-from rollout_server.agents.adding import add_up
+from benchmarks.adding_agents import RefusedTurnError, add_with
+from benchmarks.conversations import CONVERSATIONS
 from rollout_server.agents.base import Session
 
 START_S = 180.0
@@ -36,16 +37,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url")
     parser.add_argument("--concurrent", type=int, default=16)
+    parser.add_argument("--api", choices=CONVERSATIONS, default="chat")
     args = parser.parse_args()
-    print(asyncio.run(serve(args.url, concurrent=args.concurrent)), "sessions", flush=True)
+    print(asyncio.run(serve(args.url, api=args.api, concurrent=args.concurrent)), "sessions", flush=True)
 
 
-async def serve(url: str, *, concurrent: int) -> int:
+async def serve(url: str, *, api: str, concurrent: int) -> int:
     """Works on sessions; returns the number of sessions that ended."""
     # A claim waits in a thread, and asyncio's own executor has only a few.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(concurrent))
     await listening(url)
-    return sum(await asyncio.gather(*(work(url) for _ in range(concurrent))))
+    return sum(await asyncio.gather(*(work(url, api=api) for _ in range(concurrent))))
 
 
 async def listening(url: str) -> None:
@@ -62,7 +64,7 @@ async def listening(url: str) -> None:
                 return
 
 
-async def work(url: str) -> int:
+async def work(url: str, *, api: str) -> int:
     """Works on one session after the other."""
     num_sessions = 0
     while True:
@@ -73,19 +75,20 @@ async def work(url: str) -> int:
         if session is None:
             continue
         try:
-            await solve(session)
+            await solve(session, api=api)
             num_sessions += 1
+        except JobOverError:
+            return num_sessions
         except (SessionOverError, UnreachableError):  # its sample is not wanted any more, or its server died
             continue
 
 
-async def solve(session: ClaimedSession) -> None:
+async def solve(session: ClaimedSession, *, api: str) -> None:
     """Makes one sample."""
     try:
-        answer = await add_up(
-            session.example["prompt"], Session(base_url=session.base_url, api_key=session.api_key)
-        )
-    except APIError:  # no room for another turn, the sample is no longer wanted, or its server died
+        given = Session(base_url=session.base_url, api_key=session.api_key)
+        answer = await add_with(api, session.example["prompt"], given)
+    except (APIError, RefusedTurnError, OSError, EOFError):  # no room, not wanted any more, or its server died
         answer = ""
     await asyncio.to_thread(session.reward, float(answer == session.example["answer"]))
     await asyncio.to_thread(session.end)

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.conversations import CONVERSATIONS
+
 _CLAIM_WAIT_S = 20.0
 _RETRY_S = 0.5
 
@@ -34,6 +36,8 @@ class Plan:
     pause_s: float
     """Mean pause after a turn; each pause is between half and one and a half times the mean."""
     seed: int
+    api: str = "chat"
+    """Of CONVERSATIONS."""
 
     def dumps(self) -> str:
         """The plan as a command-line argument."""
@@ -133,16 +137,17 @@ class Agents:
 
     async def _work(self, connection: Connection, session: dict[str, Any]) -> None:
         path, key = f"/sessions/{session['id']}/v1", session["api_key"]
-        messages = [{"role": "user", "content": str(session["example"]["index"])}]
+        conversation = CONVERSATIONS[self._plan.api](str(session["example"]["index"]))
         claimed_s = time.monotonic()
         for turn in range(self._plan.num_turns):
             begun_s = time.monotonic()
-            body = {"model": "policy", "messages": messages}
-            status, answer = await connection.post(f"{path}/chat/completions", body, api_key=key)
+            body = conversation.body()
+            status, answer = await connection.post(f"{path}/{conversation.route}", body, api_key=key)
             self._note("turn", session, status, begun_s=begun_s, turn=turn)
             if status != 200:
                 return
-            messages += [answer["choices"][0]["message"], {"role": "user", "content": f"tool {turn}"}]
+            conversation.take(answer)
+            conversation.say(f"tool {turn}")
             await asyncio.sleep(self._plan.pause_s * self._rng.uniform(0.5, 1.5))
         for route, body in (("reward", {"reward": float(self._plan.num_turns)}), ("end", {})):
             status, answer = await connection.post(f"{path}/{route}", body, api_key=key)

@@ -1,9 +1,10 @@
 """Measures the cost of the proxy: 256 sessions of slow external agents on one rollout server, with a trainer.
 
-    python -m benchmarks.sessions [--seconds 60] [--agents 256] [--pause 2.5]
+    python -m benchmarks.sessions [--seconds 60] [--agents 256] [--pause 2.5] [--apis chat,responses,messages]
 
 A real job (launcher, buffer, trainer, one rollout server with the embedded engine, an untrained tiny model).
-Its agents are two processes with 128 connections each (session_agents.py). After a warm-up, over --seconds:
+Its agents are two processes with 128 connections each (session_agents.py), which use one API: there is a job
+for each of --apis. After a warm-up, over --seconds:
 
     idle though pending   the time in which at least one request to the model was pending, as its client saw
                           it (sent and without a response, the union over all agents), less that in which the
@@ -42,6 +43,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.conversations import CONVERSATIONS, apis_of
 from benchmarks.report import ROOT, table, write
 from benchmarks.session_agents import Connection, Plan
 from launch.audit.run import audit_run
@@ -220,8 +222,10 @@ def drained(job: Job) -> dict[str, Any]:
     }
 
 
-def measured_sessions(directory: Path, *, num_agents: int, pause_s: float, seconds: float) -> dict[str, Any]:
-    """Measures the external agents."""
+def measured_sessions(
+    directory: Path, *, api: str, num_agents: int, pause_s: float, seconds: float
+) -> dict[str, Any]:
+    """Measures the external agents, with one API."""
     port = free_port()
     with running_job(
         directory, "task={name: external}", f"sessions.port={port}", num_agents=num_agents
@@ -235,6 +239,7 @@ def measured_sessions(directory: Path, *, num_agents: int, pause_s: float, secon
                 num_turns=NUM_TURNS,
                 pause_s=pause_s,
                 seed=index,
+                api=api,
             )
             command = [sys.executable, "-m", "benchmarks.session_agents", plan.dumps(), str(file)]
             job.clients.append(subprocess.Popen(command, cwd=ROOT))
@@ -289,14 +294,14 @@ def measured_environments(
     return {**rates(before, after, num_turns=num_turns), "ledger": ledger}
 
 
-def measured_serial(directory: Path) -> dict[str, Any]:
+def measured_serial(directory: Path, *, api: str) -> dict[str, Any]:
     """Measures one agent alone: the server's CPU time of each turn."""
     port = free_port()
     with running_job(directory, "task={name: external}", f"sessions.port={port}", num_agents=256) as job:
         begun_s = cpu_s(job.server_pid)
         time.sleep(IDLE_WINDOW_S)
         idle_ms_per_s = 1e3 * (cpu_s(job.server_pid) - begun_s) / IDLE_WINDOW_S
-        used_ms, took_ms = asyncio.run(serial_turns(port, pid=job.server_pid))
+        used_ms, took_ms = asyncio.run(serial_turns(port, api=api, pid=job.server_pid))
         ledger = drained(job)
     return {
         "turns": len(used_ms),
@@ -308,7 +313,7 @@ def measured_serial(directory: Path) -> dict[str, Any]:
     }
 
 
-async def serial_turns(port: int, *, pid: int) -> tuple[list[float], list[float]]:
+async def serial_turns(port: int, *, api: str, pid: int) -> tuple[list[float], list[float]]:
     """CPU time of the server and latency of each turn, in milliseconds."""
     connection = Connection("127.0.0.1", port)
     used_ms: list[float] = []
@@ -317,17 +322,18 @@ async def serial_turns(port: int, *, pid: int) -> tuple[list[float], list[float]
         status, session = await connection.post("/sessions", {"wait_s": 20.0})
         assert status == 200, session
         path, key = f"/sessions/{session['id']}/v1", session["api_key"]
-        messages = [{"role": "user", "content": str(session["example"]["index"])}]
+        conversation = CONVERSATIONS[api](str(session["example"]["index"]))
         for turn in range(NUM_TURNS):
             await asyncio.sleep(0.02)  # the remaining work of the previous turn is done
             begun_s, begun_cpu_s = time.monotonic(), cpu_s(pid)
-            body = {"model": "policy", "messages": messages}
-            status, answer = await connection.post(f"{path}/chat/completions", body, api_key=key)
+            body = conversation.body()
+            status, answer = await connection.post(f"{path}/{conversation.route}", body, api_key=key)
             took_ms.append(1e3 * (time.monotonic() - begun_s))
             await asyncio.sleep(0.01)
             used_ms.append(1e3 * (cpu_s(pid) - begun_cpu_s))
             assert status == 200, answer
-            messages += [answer["choices"][0]["message"], {"role": "user", "content": f"tool {turn}"}]
+            conversation.take(answer)
+            conversation.say(f"tool {turn}")
         await connection.post(f"{path}/reward", {"reward": 1.0}, api_key=key)
         await connection.post(f"{path}/end", {}, api_key=key)
     connection.close()
@@ -383,7 +389,7 @@ def free_port() -> int:
 
 
 def main() -> None:
-    """Measures sessions, environments, and one agent alone."""
+    """Measures sessions and one agent alone, with each API, and environments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -391,23 +397,51 @@ def main() -> None:
     parser.add_argument("--agents", type=int, default=256)
     parser.add_argument("--pause", type=float, default=2.5)
     parser.add_argument("--only", default="sessions,environments,serial")
+    parser.add_argument("--apis", type=apis_of, default=list(CONVERSATIONS), help="chat,responses,messages")
     args = parser.parse_args()
     load = os.getloadavg()[0]
     result: dict[str, Any] = {"load_before": load, "was_quiet": load < 0.5, **vars(args)}
     asked = {"num_agents": args.agents, "pause_s": args.pause, "seconds": args.seconds}
     for name in args.only.split(","):
-        with tempfile.TemporaryDirectory() as scratch:
-            if name == "serial":
-                result[name] = measured_serial(Path(scratch))
-            elif name == "environments":
-                result[name] = measured_environments(Path(scratch), **asked)
+        for api in args.apis if name != "environments" else [""]:
+            with tempfile.TemporaryDirectory() as scratch:
+                if name == "serial":
+                    measured = measured_serial(Path(scratch), api=api)
+                elif name == "environments":
+                    measured = measured_environments(Path(scratch), **asked)
+                else:
+                    measured = measured_sessions(Path(scratch), api=api, **asked)
+            print(name, api, json.dumps(measured), flush=True)
+            if api:
+                result.setdefault(name, {})[api] = measured
             else:
-                result[name] = measured_sessions(Path(scratch), **asked)
-        print(name, json.dumps(result[name]), flush=True)
+                result[name] = measured
     write("sessions", result)
-    names = [name for name in ("sessions", "environments") if name in result]
-    keys = ("turns_per_s", "tokens_per_turn", "server_cpu_ms_per_turn", "engine_cpu_ms_per_turn")
-    print(table(["turns made by", *keys], [[name, *(result[name][key] for key in keys)] for name in names]))
+    print(costs(result), serial_costs(result), sep="\n\n")
+
+
+def costs(result: dict[str, Any]) -> str:
+    """A row for the sessions of each API, and one for the environments."""
+    rows = [(f"sessions, {CONVERSATIONS[api].title}", one) for api, one in result.get("sessions", {}).items()]
+    if "environments" in result:
+        rows.append(("environments", result["environments"]))
+    keys = (
+        "turns_per_s", "tokens_per_turn", "server_cpu_ms_per_turn", "engine_cpu_ms_per_turn", "turn_p50_ms",
+        "turn_p99_ms", "idle_though_pending_share",
+    )  # fmt: skip
+    return table(
+        ["turns made by", *keys], [[name, *(one.get(key, "") for key in keys)] for name, one in rows]
+    )
+
+
+def serial_costs(result: dict[str, Any]) -> str:
+    """A row for a single agent of each API."""
+    keys = ("server_cpu_p50_ms", "server_cpu_p90_ms", "turn_p50_ms")
+    rows = result.get("serial", {}).items()
+    return table(
+        ["a single agent", *keys],
+        [[CONVERSATIONS[api].title, *(one[key] for key in keys)] for api, one in rows],
+    )
 
 
 if __name__ == "__main__":

@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import json
+import os
 import re
 import runpy
 import shlex
+import signal
+import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
 
 from areal_like.config import Config
 from areal_like.runtime.command_line import load_config
+from launch.audit.run import audit_run
 from rollout_server.environments.scripted import play, say
 from rollout_server.tasks import Completion, Score, Task, make_task
 from rollout_server.tasks.tools import ToolTask
-from tests.support.launching import ROOT, TEST_LIMIT_S, areal_like, finish, launcher
+from tests.support.launching import (
+    ROOT,
+    TEST_LIMIT_S,
+    areal_like,
+    finish,
+    launcher,
+    num_steps_done,
+    wait_until,
+)
 
 _BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```", re.M | re.S)
 _NAME = re.compile(r"# (\w+)\.py\n")
@@ -64,17 +79,30 @@ def test_an_agent_has_fifteen_lines() -> None:
     assert num_lines(task, agent) <= 15
 
 
+def agent_commands() -> list[str]:
+    """The commands of the section about your own agent, each as one line."""
+    page = (ROOT / "docs" / "guides" / "agents.md").read_text()
+    section = page.split("## Your own agent", 1)[1].split("\n## ", 1)[0]
+    blocks = re.findall(r"^```sh\n(.*?)^```", section, re.M | re.S)
+    return [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+
+
+def test_the_guide_has_the_commands_of_an_agent() -> None:
+    install, real, check = agent_commands()
+    assert install == "pip install openai" and "model=smollm2" in real and "TinyRenderer" in check
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_the_agent_of_the_guide_runs_without_a_model(tmp_path: Path, cache: dict[str, str]) -> None:
-    """With the command and the settings that the guide gives for it, and a small budget."""
-    page = (ROOT / "docs" / "guides" / "agents.md").read_text()
+    """With the command that the guide gives for it, and a small budget."""
     (tmp_path / "my_agent.py").write_text(modules_of("agents")["my_agent"])
-    command = re.search(r"areal-like run (task._target_=my_agent\S*).* (episode\.\S+)", page)
-    hint = re.search(r"says\s+nothing\s+useful:\s+`(.+?)`", page, re.S)
-    assert command is not None and hint is not None
-    settings = [*command.groups(), *hint[1].split(), "name=x", "trainer.num_steps=1", "eval.num_prompts=4"]
+    program, verb, *settings = shlex.split(agent_commands()[-1])
+    assert (program, verb) == ("areal-like", "run")
     small = [
+        "name=x",
+        "trainer.num_steps=1",
+        "eval.num_prompts=4",
         "trainer.groups_per_step=4",
         "sampling.group_size=4",
     ]  # and as many samples at a time as by default
@@ -82,6 +110,64 @@ def test_the_agent_of_the_guide_runs_without_a_model(tmp_path: Path, cache: dict
     with launcher(*settings, *small, cwd=tmp_path, environment=environment) as process:
         code, out, err = finish(process, tmp_path / "runs" / "x")
     assert (code, err) == (0, ""), out + err
+
+
+@pytest.mark.long
+@pytest.mark.timeout(TEST_LIMIT_S)
+@pytest.mark.parametrize("attempt", [1, 2, 3])
+def test_a_reader_of_the_guide_trains_an_agent(tmp_path: Path, attempt: int) -> None:
+    """What the guide says, in a shell in an empty directory of a machine without caches, beside two programs
+    that need a core each. The goal is the first trained samples within ten minutes."""
+    started_s = time.monotonic()
+    environment = reader_environment(tmp_path)
+    work, run = tmp_path / "work", tmp_path / "work" / "runs" / "default"
+    work.mkdir()
+    install, _, check = agent_commands()
+    (work / "my_agent.py").write_text(modules_of("agents")["my_agent"])
+    with busy_loops(2), (tmp_path / "out").open("w") as out:
+        shell: dict[str, Any] = {"cwd": work, "env": environment, "stdin": subprocess.DEVNULL, "stdout": out}
+        shell["stderr"] = subprocess.STDOUT
+        subprocess.run(["bash", "-c", install], check=True, **shell)
+        with subprocess.Popen(["bash", "-c", f"exec {check}"], start_new_session=True, **shell) as job:
+            try:
+                wait_until(
+                    lambda: num_steps_done(run) > 0,
+                    what="the first trained samples",
+                    run_root=run,
+                    process=job,
+                )
+                seconds = time.monotonic() - started_s
+                os.killpg(job.pid, signal.SIGINT)  # Ctrl-C
+                job.wait()
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(job.pid, signal.SIGKILL)
+                print((tmp_path / "out").read_text())
+    assert job.returncode == 0
+    audit = audit_run(run)
+    assert audit.is_clean and not audit.failures, "\n".join(audit.lines())
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    print(f"attempt {attempt}: samples of {row['turns']:.1f} turns trained after {seconds:.0f} s")
+    assert seconds < 600.0
+
+
+def reader_environment(directory: Path) -> dict[str, str]:
+    """That of a shell in which this environment is active, without what tests or users have set."""
+    kept = {key: os.environ[key] for key in ("PATH", "LANG", "HOME") if key in os.environ}
+    path = f"{Path(sys.executable).parent}:{kept['PATH']}"
+    return kept | {"PATH": path, "XDG_CACHE_HOME": str(directory / "cache")}
+
+
+@contextlib.contextmanager
+def busy_loops(count: int) -> Iterator[None]:
+    """Other programs, each of which needs a core."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 def num_lines(node: ast.AST, source: str) -> int:

@@ -376,7 +376,9 @@ class SessionAttempt(Attempt):
             if limit == "idle" and session.budget is None:
                 raise self._idle()
             if limit == "idle":  # the agent did not end although it was told that there is no room
-                session.close("the session had no request that could be served for too long")
+                session.close(
+                    "the session had no request that could be served for too long: claim another session"
+                )
                 return self._posted(), session.budget or FinishReason.STOP
             if limit == "deadline":
                 session.close(f"the session timed out ({self._deadline()}): claim another session")
@@ -439,7 +441,7 @@ class SessionAttempt(Attempt):
             "sessions.idle_timeout_s" if limit_s == self.idle_timeout_s else "its claim's idle_timeout_s"
         )
         problem = f"the session {self.session.id} had no request for {setting}={limit_s:g}"
-        self.session.close(problem)
+        self.session.close(f"{problem}: claim another session")
         self._outcome = SessionOutcome.IDLE
         return EpisodeError(problem)
 

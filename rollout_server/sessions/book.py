@@ -56,6 +56,9 @@ class SessionBook:
         """How the sessions of external agents end, and which claimants get none for now."""
         self.num_wrong_routes = Counter[str]()
         """Number of session requests for routes that do not exist, by name in `WRONG_ROUTES`."""
+        self._untold: dict[str, list[OpenSession]] = {}
+        """Sessions that were open at the end of the job and whose agents have not been told: id -> those that
+        were claimed together."""
         self._calls_of_gone = 0
         self._progress_of_gone = 0
 
@@ -80,6 +83,12 @@ class SessionBook:
         self.is_closed = True
         self.is_job_over = self.is_job_over or is_job_over
         self.on_waiting()
+
+    @property
+    def num_untold(self) -> int:
+        """Number of sessions of external agents that were open when the job ended, and have not been told
+        so by a response."""
+        return len(self._untold)
 
     def add(self, session: OpenSession) -> None:
         self._sessions[session.id] = session
@@ -131,12 +140,14 @@ class SessionBook:
         sample itself may be the cause, because the agent made its previous one. A session that ended well is
         followed by `credit`, or by `spoil`.
         """
-        session.close(session.reason or f"the session {session.id} has ended")
+        session.close(session.gone)
         if self._sessions.pop(session.id, None) is not None:
             self.num_ended[outcome] += 1
             self._calls_of_gone += session.num_calls
             self._progress_of_gone += session.num_served + session.num_heard
             self._gone[session.id] = session.reason, session.api_key
+            if session.reason == JOB_OVER and session.was_cut and not session.num_requests:
+                self._untold[session.id] = session.members
             if len(self._gone) > _MAX_REMEMBERED:
                 self._gone.popitem(last=False)
             session.outcome = outcome
@@ -184,6 +195,8 @@ class SessionBook:
     def find(self, id: str) -> OpenSession | None:
         """Returns a session, or None if it never existed. Raises SessionGoneError if it has gone."""
         if (gone := self._gone.get(id)) is not None:
+            for session in self._untold.pop(id, ()):  # one agent has claimed them
+                self._untold.pop(session.id, None)
             raise SessionGoneError(JOB_OVER if self.is_job_over else gone[0])
         return self._sessions.get(id)
 

@@ -232,6 +232,8 @@ class OpenSession:
         """The newest request for a route that does not exist, such as `POST /v1/embeddings`."""
         self.reason = ""
         """Why the session is gone."""
+        self.was_cut = False
+        """True if an external agent was working on it when it went."""
         self.failure: EngineError | None = None
         """Cause of the end, if it was not a client."""
         self.budget: FinishReason | None = None
@@ -292,6 +294,7 @@ class OpenSession:
     def close(self, reason: str) -> None:
         """Closes the session: requests in progress and later ones raise SessionGoneError with `reason`."""
         if self.state is not SessionState.GONE:
+            self.was_cut = self.state is SessionState.OPEN and self.claimed_s > 0
             self.reason = reason
             self._set(SessionState.GONE)
             self._calls.cancel()
@@ -468,7 +471,7 @@ class OpenSession:
     @property
     def gone(self) -> str:
         """Message for later requests."""
-        return self.reason or f"the session {self.id} has ended"
+        return self.reason or f"the session {self.id} has ended: claim another session"
 
     def finish(self) -> list[float]:
         """Drops the turns that no client has read; returns the rewards of the others, in order."""

@@ -79,6 +79,7 @@ class OutsideAgents:
     def __init__(self, directory: Path, plan: Plan) -> None:
         self._directory = directory
         self._plan = plan
+        self.urls = plan.urls
         self.processes: list[subprocess.Popen[bytes]] = []
         self.files: list[Path] = []
 
@@ -97,6 +98,11 @@ class OutsideAgents:
                 process.wait(timeout=0.5)
                 self.processes.remove(process)
                 self.start()
+
+    def finish(self) -> list[int]:
+        """Waits until they have ended by themselves; returns their exit codes."""
+        wait_until(lambda: all(one.poll() is not None for one in self.processes), what="the agents' end")
+        return [one.returncode for one in self.processes]
 
     def kill(self) -> None:
         """All of them."""
@@ -244,16 +250,27 @@ class Strikes:
 
 @contextlib.contextmanager
 def external_job(
-    directory: Path, *settings: str, plan: dict[str, Any], num_processes: int = 2, num_servers: int = 2
+    directory: Path,
+    *settings: str,
+    plan: dict[str, Any],
+    num_processes: int = 2,
+    num_servers: int = 2,
+    calls_tools: bool = False,
 ) -> Iterator[tuple[subprocess.Popen[str], OutsideAgents, Path]]:
-    """A job of external agents, with some of them; both run."""
+    """A job of external agents, with some of them; both run. `calls_tools`: its model has learned to."""
     port, root = free_ports(num_servers), directory / "runs" / "x"
-    build_chat_model(directory / "model")
     urls = [f"http://127.0.0.1:{port + index}" for index in range(num_servers)]
+    config: tuple[str, ...] = ()
+    if calls_tools:
+        config = ("--config", str(ROOT / "configs" / "jobs" / "agents.yaml"))
+        model = "model.renderer=rollout_server.rendering.tiny.TinyRenderer", "task.external=true"
+    else:
+        build_chat_model(directory / "model")
+        model = f"model.path={directory}/model", "task={name: external}"
     job = (
+        *config,
         *SETTINGS,
-        "task={name: external}",
-        f"model.path={directory}/model",
+        *model,
         f"sessions.port={port}",
         f"rollout.num_servers={num_servers}",
         *settings,

@@ -49,6 +49,10 @@ than HTTP clients' pools keep them, so that the client closes first: a request o
 is closing would fail."""
 _WRITE_TIMEOUT_S = 60.0
 _SHUTDOWN_S = 1
+_TELL_S, _TELL_SHARE = 10.0, 1 / 3
+"""Longest time for which the server of a finished job waits for requests of agents: in seconds, and as a
+share of `daemon.drain_timeout_s`."""
+_TELL_POLL_S = 0.05
 _SPARE_CONNECTIONS = 64
 _MAX_BACKLOG = 1024
 _OTHER_FILES = 256
@@ -92,7 +96,20 @@ async def served_sessions(
         yield plane
     finally:
         book.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(_TELL_S, config.daemon.drain_timeout_s * _TELL_SHARE)):
+                await agents_told(book)
         await plane.close()
+
+
+async def agents_told(book: SessionBook) -> None:
+    """Waits until the agents whose sessions were open at the end of the job have been told so.
+
+    An agent that is running a tool makes its next request only then. If no server responds, it cannot tell
+    the end of the job from a restart.
+    """
+    while book.num_untold:
+        await asyncio.sleep(_TELL_POLL_S)
 
 
 @dataclass(eq=False, kw_only=True)

@@ -123,7 +123,7 @@ def test_the_next_agent_makes_an_abandoned_sample() -> None:
         advance(IDLE_TIMEOUT_S)
         second = await job.claimed()
         assert (first.id, second.id) == ("7-0-1", "7-0-1-2") and first.api_key != second.api_key
-        with pytest.raises(Exception, match=r"sessions\.idle_timeout_s=100"):
+        with pytest.raises(Exception, match=r"sessions\.idle_timeout_s=100: claim another session"):
             first.check_open()
         await delivered(second)
         second.set_reward(0.5)

@@ -1,4 +1,4 @@
-"""The task `adding_agent`: its agent adds in a session, and what the task needs."""
+"""The task `adding_agent`: its agent adds in a session, with each API, and what the task needs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from areal_like.errors import ConfigError
+from benchmarks.conversations import CONVERSATIONS
 from rollout_server.agents.base import Session
 from rollout_server.tasks.base import make_task
 from tests.support.engine_harness import Engine
@@ -30,6 +31,7 @@ def runner() -> Iterator[asyncio.Runner]:
         runner.run(adding.CLIENT.close())
 
 
+@pytest.mark.parametrize("api", CONVERSATIONS)
 @pytest.mark.parametrize(
     ("replies", "reward"),
     [
@@ -41,9 +43,9 @@ def runner() -> Iterator[asyncio.Runner]:
     ids=["right", "wrong", "unknown tool", "too many turns"],
 )
 def test_an_agent_adds(
-    engine: Engine, reference: Any, runner: asyncio.Runner, replies: list[str], reward: float
+    engine: Engine, reference: Any, runner: asyncio.Runner, replies: list[str], reward: float, api: str
 ) -> None:
-    task = make_task({"name": "adding_agent"}, seed=0)
+    task = make_task({"_target_": "benchmarks.adding_agents.AddingWithTask", "api": api}, seed=0)
     example = task.example("train", 0)
     said = [reply.replace("{answer}", example.answer) for reply in replies]
 

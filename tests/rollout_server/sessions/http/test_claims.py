@@ -27,9 +27,12 @@ from areal_like.client.areal_like_client import (
     SessionOverError,
     UnreachableError,
     claim,
+    claim_group,
 )
+from rollout_server.sessions.book import JOB_OVER
 from rollout_server.sessions.claimants import LONGEST_WAIT_S, NUM_FREE, NUM_REFUSED, Claimant
 from rollout_server.sessions.http import claims
+from rollout_server.sessions.http.plane import agents_told
 from rollout_server.sessions.open_session import SessionOutcome, SessionState
 from rollout_server.tasks.base import Example
 from tests.support.certificates import make_certificate
@@ -362,6 +365,29 @@ def test_the_end_of_the_job_is_told(server: SessionServer, monkeypatch: pytest.M
         claimed.reward(1.0)
     with pytest.raises(JobOverError):
         claim(server.url)
+
+
+def test_a_finished_server_waits_for_its_agents(server: SessionServer) -> None:
+    """For a request in each session that was open, or in one of those that an agent has claimed together."""
+    alone = server.add(example=EXAMPLE)
+    sessions = [alone, *(server.add(example=EXAMPLE, group=group) for group in (7, 7, 9))]
+    claimed, group = claim(server.url), claim_group(server.url)
+    assert claimed is not None and group is not None
+
+    def end() -> None:
+        server.book.close(is_job_over=True)
+        for session in sessions:
+            session.close(JOB_OVER)
+            server.book.remove(session)
+
+    server.call(end)
+    assert server.call(lambda: server.book.num_untold) == 3, "nobody has claimed the last one"
+    with pytest.raises(JobOverError):
+        claimed.heartbeat()
+    assert server.call(lambda: server.book.num_untold) == 2
+    with pytest.raises(JobOverError):
+        group.sessions[1].heartbeat()
+    server.run(agents_told(server.book))
 
 
 def test_a_server_that_is_gone_is_told_apart(
