@@ -283,7 +283,8 @@ def _flat(bins: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def samples_table(compared: Sequence[Comparison]) -> str:
     """Completions before and after of the first seed of each group of reinforcement learning."""
-    rows, seen = [], set()
+    rows: list[list[str]] = []
+    seen: set[str] = set()
     for one in compared:
         before, after = one.pairs[0]
         group = one.label.rpartition("-")[0]

@@ -156,7 +156,9 @@ def _evaluation(study: Study, cell: Cell) -> dict[str, Any]:
     run = study.evaluation(cell)
     sets = read_object(run / "summary.json").get("sets", {})
     ledgers, config = RunLedgers(run), study.evaluation_config(cell)
-    greedy, solved, samples = {}, {}, []
+    greedy: dict[str, str] = {}
+    solved: dict[str, list[int]] = {}
+    samples: list[dict[str, Any]] = []
     for name, row in sets.items():
         found = ledgers.find(Selection(set_name=name))
         if name.endswith(SAMPLED):

@@ -52,8 +52,10 @@ def test_a_killed_cell_continues_and_is_reported(tmp_path: Path) -> None:
     for pid in processes_in(tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    running = (processes_in, lambda folder: processes_of(study.run(cell)))
-    wait_until(lambda: not any(of(tmp_path) for of in running), what="the end of all processes")
+    wait_until(
+        lambda: not processes_in(tmp_path) and not processes_of(study.run(cell)),
+        what="the end of all processes",
+    )
     steps = study.progress(cell).steps
     assert steps > 0 and not study.is_trained(cell)
     collect(study, cell)  # of an interrupted run
