@@ -20,7 +20,8 @@ def add_arguments(
     The value of an option that is not given is None: the dataclass has the default. `leaves_out`: names of
     fields without an option.
     """
-    hints, texts = typing.get_type_hints(cls), field_texts(cls)
+    section: type = cls
+    hints, texts = typing.get_type_hints(section), field_texts(section)
     for field in dataclasses.fields(cls):
         if field.name in leaves_out:
             continue

@@ -81,7 +81,8 @@ class Section:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value outside the choices or bounds of its field, then calls `check`."""
-        for name, annotation in _checked_fields(type(self)):
+        section: type = type(self)
+        for name, annotation in _checked_fields(section):
             key, value = f"{self.key}.{name}".lstrip("."), getattr(self, name)
             check_choice(annotation, value, key=key)
             for bounds in getattr(annotation, "__metadata__", ()):

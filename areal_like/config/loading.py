@@ -56,7 +56,8 @@ def build(cls: type[T], raw: Any, *, path: str = "") -> T:
     Raises ConfigError for unknown keys and wrong types or values.
     """
     require(isinstance(raw, dict), f"{path.rstrip('.') or 'config'}: want a mapping, got {raw!r}")
-    hints = _hints_of(cls)
+    section: type = cls
+    hints = _hints_of(section)
     values = {}
     for key, value in raw.items():
         if key not in hints:

@@ -57,7 +57,7 @@ def _dumper() -> Any:
     if not yaml.__with_libyaml__:
         return by_omegaconf
 
-    class Dumper(yaml.CDumper, by_omegaconf):  # type: ignore[misc]
+    class Dumper(yaml.CDumper, by_omegaconf):  # type: ignore[misc, valid-type]
         """CDumper, with OmegaConf's representers."""
 
     return Dumper

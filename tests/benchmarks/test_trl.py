@@ -205,7 +205,7 @@ for spec in specs:
     if os.wait()[1]:
         sys.exit(1)
 """
-"""Runs TRL's side once for each specification: forks, because it imports its packages for eight seconds."""
+"""Runs TRL's side once for each specification: forks, which share its imports."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Packages that a few tests use and that take a second to import: imported at their first use.
+"""Packages that a few tests use and that take long to import: imported at their first use.
 
     agents = lazily("agents", reason="needs openai-agents")
 
