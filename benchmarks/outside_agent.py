@@ -88,7 +88,7 @@ async def solve(session: ClaimedSession, *, api: str) -> None:
     try:
         given = Session(base_url=session.base_url, api_key=session.api_key)
         answer = await add_with(api, session.example["prompt"], given)
-    except (APIError, RefusedTurnError, OSError, EOFError):  # no room, not wanted any more, or its server died
+    except (APIError, RefusedTurnError, OSError, EOFError):  # no room, not wanted, or no server
         answer = ""
     await asyncio.to_thread(session.reward, float(answer == session.example["answer"]))
     await asyncio.to_thread(session.end)
