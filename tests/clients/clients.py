@@ -115,7 +115,7 @@ CLIENTS = (
         program="langgraph_agent",
         runs=(("agent",), ("agent_streamed",)),
     ),
-    _completed("AutoGen", "autogen-agentchat", "autogen_agent", "completion", environment="clients-openai2"),
+    _completed("AutoGen", "autogen-agentchat", "autogen_agent", "completion"),
     Client(
         name="AutoGen",
         mode="`AssistantAgent`, `max_tool_iterations=10`",
@@ -123,7 +123,6 @@ CLIENTS = (
         program="autogen_agent",
         runs=(("agent",),),
         note="needs `model_info` for a model whose name it does not know",
-        environment="clients-openai2",
     ),
     Client(
         name="AutoGen",
@@ -135,10 +134,9 @@ CLIENTS = (
         results=1,
         segments=2,
         note="the reflection has no tools in its request, so it is another prompt",
-        environment="clients-openai2",
     ),
     _completed(
-        "CrewAI", "crewai", "crewai_crew", "completion", environment="clients-openai2", variables=_CREWAI
+        "CrewAI", "crewai", "crewai_crew", "completion", environment="clients-crewai", variables=_CREWAI
     ),
     Client(
         name="CrewAI",
@@ -147,7 +145,7 @@ CLIENTS = (
         program="crewai_crew",
         runs=(("crew",),),
         note="`CREWAI_DISABLE_TELEMETRY=true`: else it sends usage data",
-        environment="clients-openai2",
+        environment="clients-crewai",
         variables=_CREWAI,
     ),
     Client(
@@ -158,7 +156,7 @@ CLIENTS = (
         runs=(("tools",),),
         says=(tool_call("Weather", city="Tokyo"), tool_call("Weather", city="Tokyo", sky="sunny")),
         results=0,
-        environment="clients-openai2",
+        environment="clients-instructor",
     ),
     Client(
         name="instructor",
@@ -168,7 +166,7 @@ CLIENTS = (
         runs=(("json",),),
         says=('{"city": "Tokyo"}', '{"city": "Tokyo", "sky": "sunny"}'),
         results=0,
-        environment="clients-openai2",
+        environment="clients-instructor",
     ),
     Client(
         name="DSPy",

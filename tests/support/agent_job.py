@@ -131,7 +131,6 @@ def _settings(model: Path, *, engine: str) -> dict[str, Any]:
         "sampling": {"group_size": 1, "max_new_tokens": 2048},
         "trainer": {"num_steps": 1, "groups_per_step": NUM_SAMPLES, "tokens_per_microbatch": CONTEXT},
         "episode": {"max_turns": 64, "max_tokens": 16 * CONTEXT},
-        "sessions": {"idle_timeout_s": 600.0},
         "rollout": {
             "engine": "sglang",
             "sglang": {"url": engine},
