@@ -131,7 +131,7 @@ CLIENTS = (
         program="langgraph_agent",
         runs=(("agent",), ("agent_streamed",)),
     ),
-    _completed("AutoGen", "autogen-agentchat", "autogen_agent", "completion", environment="clients-openai2"),
+    _completed("AutoGen", "autogen-agentchat", "autogen_agent", "completion"),
     Client(
         name="AutoGen",
         mode="`AssistantAgent`, `max_tool_iterations=10`",
@@ -139,7 +139,6 @@ CLIENTS = (
         program="autogen_agent",
         runs=(("agent",),),
         note="needs `model_info` for a model whose name it does not know",
-        environment="clients-openai2",
     ),
     Client(
         name="AutoGen",
@@ -151,10 +150,9 @@ CLIENTS = (
         results=1,
         segments=2,
         note="the reflection has no tools in its request, so it is another prompt",
-        environment="clients-openai2",
     ),
     _completed(
-        "CrewAI", "crewai", "crewai_crew", "completion", environment="clients-openai2", variables=_CREWAI
+        "CrewAI", "crewai", "crewai_crew", "completion", environment="clients-crewai", variables=_CREWAI
     ),
     Client(
         name="CrewAI",
@@ -163,7 +161,7 @@ CLIENTS = (
         program="crewai_crew",
         runs=(("crew",),),
         note="`CREWAI_DISABLE_TELEMETRY=true`: else it sends usage data",
-        environment="clients-openai2",
+        environment="clients-crewai",
         variables=_CREWAI,
     ),
     Client(
@@ -174,7 +172,7 @@ CLIENTS = (
         runs=(("tools",),),
         says=(tool_call("Weather", city="Tokyo"), tool_call("Weather", city="Tokyo", sky="sunny")),
         results=0,
-        environment="clients-openai2",
+        environment="clients-instructor",
     ),
     Client(
         name="instructor",
@@ -184,7 +182,7 @@ CLIENTS = (
         runs=(("json",),),
         says=('{"city": "Tokyo"}', '{"city": "Tokyo", "sky": "sunny"}'),
         results=0,
-        environment="clients-openai2",
+        environment="clients-instructor",
     ),
     Client(
         name="DSPy",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the environments of clients and frameworks of agents, and prints their directories. There is one for each
-# file of requirements here, because some packages want an older `openai`.
+# file of requirements here, because their packages contradict one another.
 # The links `clients` and `clients-NAME` (of requirements-NAME.txt) beside them are where the tests look.
 #   usage: install.sh            below $XDG_CACHE_HOME or ~/.cache
 #          PYTHON=python3.12 PIP_ARGS="--index-url ..." install.sh

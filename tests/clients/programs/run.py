@@ -22,7 +22,8 @@ if __name__ == "__main__":
     os.environ["OPENAI_BASE_URL"] = os.environ["OPENAI_API_BASE"] = session.base_url
     os.environ["ANTHROPIC_BASE_URL"] = session.anthropic_base_url
     os.environ["OPENAI_API_KEY"] = os.environ["ANTHROPIC_API_KEY"] = session.api_key
-    answer = importlib.import_module(program).run(*arguments)
+    with session.heartbeats():  # some packages take a minute to import on a busy machine
+        answer = importlib.import_module(program).run(*arguments)
     session.reward(1.0)
     assert session.end(), "there is no sample"
     print(json.dumps({"group": session.group, "answer": answer}))
