@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,13 @@ def tiny_study(folder: Path) -> Study:
         tokenizer = chat_tokenizer()
         untrained_model(tokenizer, seed=0, hidden_size=32, num_layers=1).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
+    cells = cells_of(num_steps=NUM_STEPS, tool_steps=2, seeds=(0,), tool_seeds=(0,))
+    few = {f"eval.sets.{CALCULATOR}.num_prompts": NUM_EVAL}
+    tools = {n: replace(c, settings={**c.settings, **few}) for n, c in cells.items() if "tools" in n}
     study = Study(
         work=folder / "work",
         results=folder / "results",
-        cells=cells_of(num_steps=NUM_STEPS, tool_steps=2, seeds=(0,), tool_seeds=(0,)),
+        cells=cells | tools,
         model=str(folder / "model"),
         settings=SETTINGS | {f"eval.sets.{name}.num_prompts": NUM_EVAL for name in NAMES},
         num_samples=8,

@@ -352,7 +352,7 @@ class PackedModel(nn.Module):
 
         A sequence's first token is never sampled, so there is always a position before.
         """
-        assert self.shares_prefixes or batch.input is None
+        assert self.shares_prefixes or batch.shared is None
         if self._wide is not None:
             self._wide.gather()
         tokens, positions, read_S = batch.tokens_T, batch.positions_T, batch.sampled_S - 1
