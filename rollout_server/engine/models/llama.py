@@ -76,12 +76,12 @@ def _packed(plan: _Plan) -> _Plan:
     """A copy whose matrices are packed. It shares no memory with the original but that of the head."""
 
     def copied(layer: _Layer) -> _Layer:
-        values = {f.name: getattr(layer, f.name) for f in fields(layer)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(
-            layer,
-            **{name: packed.packed(x) if x.ndim == 2 else x.clone() for name, x in tensors.items()},
-        )
+        copies: dict[str, Any] = {}
+        for field in fields(layer):
+            value = getattr(layer, field.name)
+            if isinstance(value, Tensor):
+                copies[field.name] = packed.packed(value) if value.ndim == 2 else value.clone()
+        return replace(layer, **copies)
 
     return _Plan(
         embed_VC=plan.embed_VC.clone(),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from areal_like.cpus import cpu_flags, fast_bfloat16
+from areal_like.precision import cpu_is_fast_in_bfloat16
 
 _EXPECTED_ROWS = 64
 """Rows for which the layout is chosen."""
@@ -20,12 +20,7 @@ _EXPECTED_ROWS = 64
 
 def can_pack(*, dtype: torch.dtype, device: torch.device) -> bool:
     """True if products of this dtype and device are faster with packed weights."""
-    return (
-        dtype == torch.bfloat16
-        and device.type == "cpu"
-        and bool(fast_bfloat16(cpu_flags()))
-        and torch.backends.mkldnn.is_available()
-    )
+    return dtype == torch.bfloat16 and device.type == "cpu" and cpu_is_fast_in_bfloat16()
 
 
 def packed(weight_OI: Tensor) -> Tensor:

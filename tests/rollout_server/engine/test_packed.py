@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from areal_like.weights.buckets import cut_buckets, flatten, spec_of
@@ -32,11 +33,11 @@ def _core(path: Path, *, dtype: torch.dtype = torch.bfloat16) -> EngineCore:
     return EngineCore(model, weights, options, version="0")
 
 
-def _logprobs(core: EngineCore) -> np.ndarray:
+def _logprobs(core: EngineCore) -> NDArray[np.float64]:
     return core.score(list(TOKENS), first=4).astype(np.float64)
 
 
-def _exact(path: Path) -> np.ndarray:
+def _exact(path: Path) -> NDArray[np.float64]:
     """Of the weights rounded to bfloat16, computed in float32."""
     model = load_model(path)
     for parameter in model.parameters():
