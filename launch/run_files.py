@@ -16,7 +16,6 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from areal_like.errors import ConfigError
-from areal_like.runtime.yaml_files import read_yaml
 from areal_like.security.redaction import without_secrets
 
 MAX_BYTES = 16 << 20
@@ -67,7 +66,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any] | None]:
 def read_config(path: Path) -> dict[str, Any]:
     """A stored configuration as plain values, unchecked and without secrets. Raises ConfigError."""
     try:
-        plain = OmegaConf.to_container(OmegaConf.create(read_yaml(path)), resolve=False)
+        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(plain, dict):

@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import difflib
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,6 @@ from areal_like.config import Config, from_mapping, to_mapping
 from areal_like.config.common import NAME, NAME_RULE
 from areal_like.errors import ConfigError, first_line
 from areal_like.paths import RunPaths, replacing
-from areal_like.runtime.yaml_files import read_yaml, to_yaml
 
 OPEN_SECTIONS = ("objective", "advantage", "task")
 GROUPS = ("model", *OPEN_SECTIONS)
@@ -47,14 +45,6 @@ DEFAULTS_BEFORE: dict[str, dict[str, Any]] = {
 SCALE = "scale"
 """Presets of whole jobs: `scale=8xh100_8b` is `--config configs/scale/8xh100_8b.yaml`."""
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-_KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
-_SIMPLE = re.compile(
-    r"(?P<int>-?(?:0|[1-9]\d*))|(?P<float>-?(?:0|[1-9]\d*)\.\d+)|(?P<str>/?[A-Za-z_]\w*(?:[/.-]\w+)*)",
-    re.ASCII,
-)
-"""Values that need no grammar."""
-_CONSTANTS = frozenset({"true", "false", "null", "nan", "inf"})
-"""What looks like a text and is none, in any case."""
 
 
 class OneValue(argparse.Action):
@@ -185,7 +175,7 @@ def save_config(config: Config, path: Path) -> None:
     """Writes the resolved configuration so that `--config` reads it back."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        partial.write_text(to_yaml(to_mapping(config)), encoding="utf-8")
+        OmegaConf.save(OmegaConf.create(to_mapping(config)), partial)
 
 
 def keep_config(config: Config, path: Path) -> None:
@@ -243,19 +233,14 @@ def _merged(file: Path | None, settings: Sequence[str]) -> dict[str, Any]:
     defaults = to_mapping(Config())
     try:
         if file is None:
-            initial = defaults
+            merged: Any = OmegaConf.create(defaults)
         elif not file.is_file():
             raise ConfigError(f"{where}no such file")
         else:
-            stored = read_yaml(file)
-            if not isinstance(stored, dict):
-                raise ConfigError(f"{where}want a mapping, got a list")
+            merged = OmegaConf.load(file)
             # A single setting of a section that the file leaves out changes that section's default.
-            open_ones = {key: defaults[key] for key in OPEN_SECTIONS if key not in stored}
-            initial = open_ones | _with_defaults_before(stored)
-        if not settings and _is_plain(initial):
-            return initial
-        merged: Any = OmegaConf.create(initial)
+            open_ones = {key: defaults[key] for key in OPEN_SECTIONS if key not in merged}
+            merged = OmegaConf.merge(open_ones, _with_defaults_before(merged))
         overrides = [(setting, *_parsed(setting)) for setting in settings]
         for setting, key, value in overrides:
             section = key.removesuffix("._target_")
@@ -283,28 +268,11 @@ _MODEL_BEFORE = frozenset(
 """Settings of `model` that every file of a run of an earlier release has."""
 
 
-def _with_defaults_before(file: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults_before(file: Any) -> Any:
     """The settings of a file; if a run of an earlier release wrote it, with DEFAULTS_BEFORE."""
-    model = file.get("model")
     # Only the file that a run has written names every setting of its release.
-    if not isinstance(model, dict) or not model.keys() >= _MODEL_BEFORE:
-        return file
-    sections = {section: file.get(section, {}) for section in DEFAULTS_BEFORE}
-    return file | {
-        section: DEFAULTS_BEFORE[section] | values if isinstance(values, dict) else values
-        for section, values in sections.items()
-    }
-
-
-def _is_plain(value: Any) -> bool:
-    """True for values that OmegaConf neither changes nor refuses: without interpolations and `???`."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    if isinstance(value, str):
-        return "${" not in value and value != "???"
-    return value is None or isinstance(value, (bool, int, float))
+    is_recorded = _MODEL_BEFORE.issubset(file.get("model") or {})
+    return OmegaConf.merge(DEFAULTS_BEFORE, file) if is_recorded else file
 
 
 def _parsed(setting: str) -> tuple[str, Any]:
@@ -312,14 +280,11 @@ def _parsed(setting: str) -> tuple[str, Any]:
 
     `++key=value` and `+key=value` are the same as `key=value`.
     """
-    key, _, text = setting.lstrip("+").partition("=")
-    simple = _SIMPLE.fullmatch(text)
-    if simple and _KEY.fullmatch(key) and text.lower() not in _CONSTANTS:
-        return key, {"int": int, "float": float, "str": str}[str(simple.lastgroup)](text)
-    # Imported here: it takes 0.05 s, and most command lines do not need it.
+    # Imported here: it takes 0.05 s, and commands without settings do not need it.
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    key, _, text = setting.lstrip("+").partition("=")
     try:
         override = OverridesParser.create().parse_override(f"{key}={text}")
         if not override.is_sweep_override():
@@ -335,7 +300,7 @@ def _preset(section: str, choice: str) -> Any:
     if choice not in presets(section):
         raise ConfigError(_unknown_preset(section, choice))
     file = CONFIGS / section / f"{choice}.yaml"
-    preset = OmegaConf.create(read_yaml(file))
+    preset = OmegaConf.load(file)
     is_global = file.read_text().startswith("# @package _global_")
     return preset if is_global else OmegaConf.create({section: preset})
 
