@@ -106,8 +106,8 @@ def flood(directory: Path, *, num_frames: int) -> None:
 
 
 def test_eight_flooding_peers_do_not_stop_a_job(tmp_path: Path) -> None:
-    """The buffer reads 50,000 frames while a job goes on."""
-    flood(tmp_path, num_frames=50_000)
+    """Long, because the buffer reads 150,000 frames while a job goes on."""
+    flood(tmp_path, num_frames=150_000)
 
 
 @pytest.mark.chaos

@@ -375,7 +375,7 @@ def _read_json(path: Path) -> Any:
 def _check_untouched(path: Path, policy: Policy) -> None:
     """Raises ConfigError if the next checkpoint would lack tensors of this one: they are copied from the
     initial model, and no longer there."""
-    kept = {tensor.name for tensor in (*hf_tensors(policy.model), *policy.untouched())}
+    kept = {tensor.name for tensor in hf_tensors(policy.model)} | {one.name for one in policy.untouched()}
     names = {tensor.name for file in path.glob("*.safetensors") for tensor in tensors_in(file)}
     if lost := sorted(names - kept):
         raise ConfigError(

@@ -171,6 +171,7 @@ def _num_encoder_params(hf_config: Any) -> int:
             model = auto_class(hf_config).from_config(copy.deepcopy(hf_config), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):
         return 0
-    num_params = sum(param.numel() for param in model.parameters())
+    num_params: int = sum(param.numel() for param in model.parameters())
     set_apart(model, frozen=())
-    return num_params - sum(param.numel() for param in model.parameters())
+    num_left: int = sum(param.numel() for param in model.parameters())
+    return num_params - num_left
