@@ -27,6 +27,8 @@ class ThreadCount:
         above `least`."""
         self.least, self.most = least, max(least, most)
         self.count = least
+        self._wanted = least
+        """What the last look found."""
         self._seen: CoreTimes | None = None
 
     @property
@@ -42,6 +44,10 @@ class ThreadCount:
         """Returns the number of threads from now on."""
         if self._seen is not None:
             free = free_cores(self._seen, times)
-            self.count = min(max(int(free + 1 - _ENOUGH), self.least), self.most)
+            wanted = min(max(int(free + 1 - _ENOUGH), self.least), self.most)
+            # Fewer at once, more only if they were free the last time too: a step with one thread too many
+            # takes several times as long.
+            self.count = wanted if wanted <= self.count else max(self.count, min(wanted, self._wanted))
+            self._wanted = wanted
         self._seen = times
         return self.count

@@ -29,7 +29,9 @@ class _Machine:
 def test_two_cores_follow_the_trainer() -> None:
     machine = _Machine(2)
     assert machine.after(others=1) == 1
-    assert machine.after(others=0) == 2
+    assert machine.after(others=0) == 1  # for how long?
+    assert machine.after(others=1) == 1
+    assert [machine.after(others=0) for _ in range(2)] == [1, 2]
     assert machine.after(others=0.2) == 2  # the daemons of the job need little
     assert machine.after(others=1) == 1
     assert machine.after(others=1) == 1
@@ -37,11 +39,11 @@ def test_two_cores_follow_the_trainer() -> None:
 
 def test_many_cores_settle_without_more_threads_than_cores() -> None:
     machine = _Machine(8)
-    assert machine.after(others=3) == 5
+    assert [machine.after(others=3) for _ in range(2)] == [1, 5]
     assert [machine.after(others=3) for _ in range(3)] == [5, 5, 5]
     assert machine.after(others=4) < 5
     assert [machine.after(others=4) for _ in range(3)] == [4, 4, 4]
-    assert machine.after(others=0) == 8
+    assert [machine.after(others=0) for _ in range(2)] == [4, 8]
 
 
 def test_an_engine_keeps_the_threads_that_it_was_given() -> None:
