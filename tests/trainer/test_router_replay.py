@@ -310,9 +310,8 @@ def test_rows_without_recorded_experts_are_live() -> None:
     assert batch.routes_ULK is not None and batch.shared is not None
     assert batch.routes_ULK.shape == (batch.num_rows, SHAPE.num_layers, SHAPE.num_chosen)
     last_U = np.flatnonzero((batch.routes_ULK == LIVE).all(dim=2).all(dim=1).numpy())
-    assert batch.input is not None
-    rows_of_last = batch.input.row_T[np.cumsum(batch.lengths) - 1]
-    assert np.array_equal(np.sort(rows_of_last[rows_of_last >= 0]), last_U)
+    ends = np.cumsum(batch.lengths) - 1
+    assert np.array_equal(np.sort(batch.shared.row_T[ends]), last_U)
     assert int((batch.routes_ULK == LIVE).sum()) == len(last_U) * SHAPE.num_layers * SHAPE.num_chosen
 
 

@@ -22,7 +22,7 @@ from areal_like.trajectory import FinishReason, Trajectory
 from tests.support.trainer_helpers import ARCHITECTURES, VOCAB, dense_logprobs, write_model
 from trainer.batching import attention_layout
 from trainer.batching.packing import PackedBatch, Packer, TrainingSample, collate
-from trainer.batching.shared_prefixes import InputRows, InputSequence, SharedRows
+from trainer.batching.shared_prefixes import InputSequence, SharedRows
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.policy import Policy
@@ -109,29 +109,6 @@ def test_rows_stand_for_equal_prefixes_only(tokens: list[NDArray[np.int32]]) -> 
     assert (np.diff(shared.token_U) > 0).all()
 
 
-@given(sequences)
-def test_only_last_tokens_have_no_row(tokens: list[NDArray[np.int32]]) -> None:
-    """Those that another sequence continues after have one, and so has a sequence's only own token."""
-    inputs = list(map(InputSequence, tokens))
-    rows, shared = InputRows.of(inputs), SharedRows.of(inputs)
-    flat_T, ends = np.concatenate(tokens), np.cumsum(list(map(len, tokens)))
-    has_row_T = rows.row_T >= 0
-    np.testing.assert_array_equal(flat_T[rows.token_U[rows.row_T[has_row_T]]], flat_T[has_row_T])
-    assert set(np.flatnonzero(~has_row_T)) <= set(ends - 1)
-    assert rows.lengths == tuple(np.add.reduceat(has_row_T, ends - list(map(len, tokens))))
-    assert len(rows.token_U) == sum(rows.own_lengths) and min(rows.own_lengths) >= 1
-    own = list(map(len, tokens)) if shared is None else shared.own_lengths
-    every_T = np.arange(len(flat_T)) if shared is None else shared.row_T
-    for end, before, after in zip(ends, own, rows.own_lengths, strict=True):
-        is_read = np.count_nonzero(every_T == every_T[end - 1]) > 1
-        assert has_row_T[end - 1] == (before == 1 or is_read) and before - after == (not has_row_T[end - 1])
-    if shared is None:
-        assert rows.shared is None
-    else:
-        assert rows.shared is not None and rows.shared.own_lengths == rows.own_lengths
-        np.testing.assert_array_equal(rows.shared.row_T, rows.row_T[has_row_T])
-
-
 @given(
     st.lists(
         st.lists(st.tuples(st.integers(0, 1), st.sampled_from((0, 0, 0, 1))), min_size=1, max_size=12),
@@ -186,9 +163,8 @@ def test_the_budget_bounds_rows_and_shared_tokens(tokens: list[NDArray[np.int32]
 
     def size_of(samples: Sequence[TrainingSample]) -> int:
         batch = collate(samples)
-        shared = SharedRows.of([InputSequence(sample.trajectory.tokens) for sample in samples])
-        own = batch.lengths if shared is None else shared.own_lengths
-        assert sum(own) - len(samples) <= batch.num_rows <= sum(own)
+        own = batch.lengths if batch.shared is None else batch.shared.own_lengths
+        assert sum(own) == batch.num_rows
         return sum(o + math.ceil((n - o) / 8) for o, n in zip(own, batch.lengths, strict=True))
 
     sizes = [size_of(pack) for pack in packs]

@@ -21,7 +21,7 @@ from tests.support.families import BIASED, write_family
 from tests.support.moe_model import write_moe_model
 from tests.support.trainer_helpers import ARCHITECTURES, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import LATE_S, make_runner
-from trainer.batching.shared_prefixes import InputRows, InputSequence
+from trainer.batching.shared_prefixes import InputSequence, SharedRows
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.model_flops import ModelFlops
 from trainer.metrics.prometheus import GpuMemory, TrainerSeries
@@ -195,8 +195,8 @@ def test_the_share_of_tokens_that_were_not_run(tmp_path: Path, ranks: Ranks) -> 
     groups = [[replace(t, reward=float(i)) for i in range(3)] for t in longest]
     runner = make_runner(write_model(tmp_path), ranks, budget_tokens=1000)
     metrics = runner.run(groups, step=5)
-    rows = InputRows.of([InputSequence(t.tokens) for group in groups for t in group])
-    assert rows.shared is not None and metrics["num_tokens"] == sum(t.num_tokens for g in groups for t in g)
+    rows = SharedRows.of([InputSequence(t.tokens) for group in groups for t in group])
+    assert rows is not None and metrics["num_tokens"] == sum(t.num_tokens for g in groups for t in g)
     assert metrics["shared_share"] == pytest.approx(1 - sum(rows.own_lengths) / metrics["num_tokens"])
     assert metrics["shared_share"] > 0.1
 
@@ -207,7 +207,7 @@ def test_mfu_of_a_step_with_a_given_peak(tmp_path: Path, ranks: Ranks) -> None:
     flops = ModelFlops.of(AutoModelForCausalLM.from_pretrained(path))
     run = [t for group in groups if len({t.reward for t in group}) > 1 for t in group]
     want = 3 * flops.of_forward(
-        [t.num_tokens - 1 for t in run],  # the last token predicts nothing
+        [t.num_tokens for t in run],
         num_targets=sum(t.num_sampled for t in run),
     )
     assert metrics["model_tflops_per_s"] * metrics["step_s"] * 1e12 == pytest.approx(want)

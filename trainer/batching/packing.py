@@ -44,7 +44,7 @@ from areal_like.trajectory import FinishReason, Trajectory
 from trainer.batching.attention_layout import AttentionLayout
 from trainer.batching.device_copies import copied
 from trainer.batching.routes import experts_of_segments, rows_of
-from trainer.batching.shared_prefixes import InputRows, InputSequence, PrefixFinder, SharedRows, budget_size
+from trainer.batching.shared_prefixes import InputSequence, PrefixFinder, SharedRows, budget_size
 from trainer.distributed.ranks import Ranks
 
 
@@ -213,13 +213,10 @@ class Packer:
 
 
 class DeviceRows(NamedTuple):
-    """`InputRows` on the device."""
+    """`SharedRows` on the device."""
 
+    row_T: Tensor
     token_U: Tensor
-    read_S: Tensor
-    """int64: the row before each token that is trained on, which predicts it."""
-    row_I: Tensor | None
-    """`InputRows.shared.row_T`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -255,7 +252,7 @@ class PackedBatch:
     device."""
     sample_lengths: tuple[int, ...]
     """Number of tokens of each sample, which is one sequence or several that follow one another."""
-    input: InputRows | None = None
+    shared: SharedRows | None = None
     """The rows that the model computes; None: one for each token."""
     beyond_T: Tensor | None = None
     """bool: trained tokens that are beyond the staleness bound; None: none."""
@@ -267,29 +264,20 @@ class PackedBatch:
     """int16: the experts of each row in each layer that has experts, `LIVE` where none are recorded; None:
     the model routes all rows."""
 
-    @property
-    def shared(self) -> SharedRows | None:
-        """The rows of prefixes that sequences have in common; None: there are none, or each is computed."""
-        return None if self.input is None else self.input.shared
-
     @cached_property
     def rows(self) -> DeviceRows | None:
-        if self.input is None:
+        if self.shared is None:
             return None
-        arrays = [self.input.token_U, self.input.row_T]
-        if self.shared is not None:
-            arrays.append(self.shared.row_T)
-        token_U, row_T, *row_I = copied(arrays, self.tokens_T.device)
-        read_S = row_T.index_select(0, self.sampled_S - 1)
-        return DeviceRows(token_U=token_U, read_S=read_S, row_I=row_I[0] if row_I else None)
+        row_T, token_U = copied([self.shared.row_T, self.shared.token_U], self.tokens_T.device)
+        return DeviceRows(row_T=row_T, token_U=token_U)
 
     @cached_property
     def attention_layout(self) -> AttentionLayout:
         return AttentionLayout(
-            lengths=self.lengths if self.input is None else self.input.lengths,
+            lengths=self.lengths,
             device=self.tokens_T.device,
             shared=self.shared,
-            row_T=None if self.rows is None else self.rows.row_I,
+            row_T=None if self.rows is None else self.rows.row_T,
         )
 
     @property
@@ -306,8 +294,8 @@ class PackedBatch:
 
     @property
     def num_rows(self) -> int:
-        """Number of rows that the model computes (U): tokens without last ones, a shared prefix once."""
-        return self.num_tokens if self.input is None else len(self.input.token_U)
+        """Number of rows that the model computes (U): tokens, but a shared prefix counts once."""
+        return self.num_tokens if self.shared is None else len(self.shared.token_U)
 
     def sum_N(self, value_S: Tensor) -> Tensor:
         """[N] sum of a value [S] over each sample's sampled tokens."""
@@ -325,13 +313,12 @@ def collate(
 ) -> PackedBatch:
     """Lays the samples' trajectories end to end as tensors on `device`. Needs at least one sample.
 
-    `shares_prefixes`: False computes every token of every sequence, for gradients of single sequences and
-    for models with a state.
+    `shares_prefixes`: False computes every token of every sequence, for gradients of single sequences.
     """
     trajectories = [sample.trajectory for sample in samples]
     sequences = [sequence for trajectory in trajectories for sequence in sequences_of(trajectory)]
     lengths, sample_lengths = [s.num_tokens for s in sequences], [t.num_tokens for t in trajectories]
-    rows = InputRows.of(sequences) if shares_prefixes else None
+    shared = SharedRows.of(sequences) if shares_prefixes else None
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     starts, total = bounds[:-1], int(bounds[-1])
 
@@ -363,7 +350,7 @@ def collate(
     }
     if any(sample.beyond is not None for sample in samples):
         arrays["beyond_T"] = of_tokens([False if s.beyond is None else s.beyond for s in samples], bool)
-    if (routes_ULK := rows_of(sequences, None if rows is None else rows.token_U)) is not None:
+    if (routes_ULK := rows_of(sequences, shared)) is not None:
         arrays["routes_ULK"] = routes_ULK
     tensors = dict(zip(arrays, copied([*arrays.values()], device), strict=True))
     num_masked_N = None
@@ -373,7 +360,7 @@ def collate(
         **tensors,
         lengths=tuple(lengths),
         sample_lengths=tuple(sample_lengths),
-        input=rows,
+        shared=shared,
         num_masked_N=num_masked_N,
         is_continued=samples[-1].is_continued,
     )

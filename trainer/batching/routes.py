@@ -5,8 +5,8 @@ whose routes are missing or do not fit is not trained on: to route it by the tra
 router replay prevents. It is counted (`routes_missing`, `routes_malformed`), its reward stays in its group's
 baseline, and its tokens stay in the divisor of the loss, as those of any sample that is masked.
 
-Rows of a micro-batch without recorded experts (those of last tokens, whose hidden state nothing reads, where
-they are computed, and dummies) have `LIVE` in place of an expert: the model routes them.
+Rows of a micro-batch without recorded experts (the last token of each sequence, whose hidden state nothing
+reads, and dummies) have `LIVE` in place of an expert: the model routes them.
 
 Shape suffixes: T rows of routes (tokens of the segments but the last of each), U rows that the model
 computes, L layers with experts, K experts of a token.
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from areal_like.trajectory import Trajectory
 from areal_like.wire.routes import Routes, RoutesShape
-from trainer.batching.shared_prefixes import InputSequence
+from trainer.batching.shared_prefixes import InputSequence, SharedRows
 
 LIVE = -1
 """In a micro-batch's rows: no expert was recorded."""
@@ -78,13 +78,8 @@ def routes_of(trajectory: Trajectory, slices: Sequence[slice]) -> Routes | None:
     return Routes.joined([by_start[part.start] for part in slices])
 
 
-def rows_of(
-    sequences: Sequence[InputSequence], token_U: NDArray[np.int64] | None
-) -> NDArray[np.int16] | None:
-    """[U, L, K] the experts of each row of a micro-batch; None if no sequence has any.
-
-    `token_U`: index of the token that each row computes; None: one row for each token.
-    """
+def rows_of(sequences: Sequence[InputSequence], shared: SharedRows | None) -> NDArray[np.int16] | None:
+    """[U, L, K] the experts of each row of a micro-batch; None if no sequence has any."""
     first = next((each.experts_TLK for each in sequences if each.experts_TLK is not None), None)
     if first is None:
         return None
@@ -95,4 +90,4 @@ def rows_of(
         if each.experts_TLK is not None:
             rows[start : start + each.num_tokens - 1] = each.experts_TLK
         start += each.num_tokens
-    return rows if token_U is None else rows[token_U]
+    return rows if shared is None else rows[shared.token_U]

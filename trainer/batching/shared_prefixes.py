@@ -1,4 +1,4 @@
-"""Finds what the model has to compute for a micro-batch: common prefixes once, and no last tokens.
+"""Finds prefixes that sequences of one micro-batch have in common, so that the model computes them once.
 
 The samples of a group have the same prompt, the segments of a conversation begin alike, and tasks with a
 system prompt begin alike in all groups. A causal model gives equal hidden states to equal prefixes, so the
@@ -11,17 +11,13 @@ A sequence's own rows attend to all of its prefix, wherever it is computed. Grad
 gets the sum of the gradients of all sequences that read it. Which prefix is shared is a pure function of the
 sequences' order.
 
-The last token of a sequence predicts nothing, and no other token of its sequence attends to it. So it has a
-row only if a later sequence continues after it, or if it is the sequence's only own token, since attention
-needs a query of each sequence. With answers of a few tokens that saves a tenth of the rows.
-
 With router replay a hidden state also depends on the experts of the tokens before it, so a prefix is shared
 only as far as the recorded experts are equal too. An engine computes a prompt once and reuses it for the
 samples of a group; where it has computed it twice and chosen other experts, the trainer does too. The last
 token of a sequence has no recorded experts, so it is not part of a shared prefix.
 
-Shape suffixes: T packed tokens, I of them that attention sees, U rows that the model computes, N sequences, L
-layers with experts, K experts of a token.
+Shape suffixes: T packed tokens, U rows that the model computes, N sequences, L layers with experts, K experts
+of a token.
 """
 
 from __future__ import annotations
@@ -170,48 +166,4 @@ class SharedRows:
             num_tokens += length
         return cls(
             row_T=np.concatenate(rows), token_U=np.concatenate(tokens_U), own_lengths=tuple(own_lengths)
-        )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class InputRows:
-    """What the model computes for packed sequences, on the host."""
-
-    lengths: tuple[int, ...]
-    """[N] number of tokens of each sequence that attention sees, at least 1."""
-    own_lengths: tuple[int, ...]
-    """[N] number of rows that each sequence adds, at least 1."""
-    token_U: NDArray[np.int64]
-    """Index into T of the token that each row computes, ascending."""
-    row_T: NDArray[np.int64]
-    """Index into U of each packed token's row; -1: it has none."""
-    shared: SharedRows | None
-    """The rows of the tokens I that attention sees, packed; None: each has a row of its own."""
-
-    @classmethod
-    def of(cls, sequences: Sequence[InputSequence]) -> InputRows:
-        """The rows of sequences in packed order."""
-        length_N = np.array([sequence.num_tokens for sequence in sequences], dtype=np.int64)
-        num_tokens = int(length_N.sum())
-        shared, own_N, every_T = SharedRows.of(sequences), length_N, np.arange(num_tokens)
-        row_T, token_U = every_T, every_T
-        if shared is not None:
-            row_T, token_U, own_N = shared.row_T, shared.token_U, np.array(shared.own_lengths)
-        last_N = np.cumsum(length_N) - 1
-        is_read_once_N = np.bincount(row_T, minlength=len(token_U))[row_T[last_N]] == 1
-        without_N = (own_N >= 2) & is_read_once_N
-        left_out = last_N[without_N]
-        keeps_T, keeps_U = np.ones(num_tokens, dtype=bool), np.ones(len(token_U), dtype=bool)
-        keeps_T[left_out], keeps_U[row_T[left_out]] = False, False
-        row_T = np.where(keeps_T, (np.cumsum(keeps_U) - 1)[row_T], -1)
-        token_U = token_U[keeps_U]
-        own_lengths = tuple((own_N - without_N).tolist())
-        if shared is not None:
-            shared = SharedRows(row_T=row_T[keeps_T], token_U=token_U, own_lengths=own_lengths)
-        return cls(
-            lengths=tuple((length_N - without_N).tolist()),
-            own_lengths=own_lengths,
-            token_U=token_U,
-            row_T=row_T,
-            shared=shared,
         )

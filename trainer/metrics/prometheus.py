@@ -55,7 +55,7 @@ _GAUGES = {
     "sample_generation_s": "Mean seconds from a sample's first request to its last token",
     "sample_reward_s": "Mean seconds spent computing a sample's reward",
     "balance": "Share of the ranks' time in the last step's micro-batches that is work, by the planned costs",
-    "shared_share": "Share of the last step's tokens that were not computed: shared prefixes and last tokens",
+    "shared_share": "Share of the last step's tokens that were not computed: prefixes shared with others",
     "zero_advantage_groups": "Groups of the last step without any advantage",
     "reward_baseline": "Running mean of the rewards of earlier steps (advantage=running)",
     "rho_ref": "Measured ESS ratio at which the step size is not reduced (objective.rho_ref=measured)",

@@ -142,11 +142,9 @@ class StepSpeed:
     def flops_of(self, batch: PackedBatch) -> float:
         """Model FLOPs of a pass over a micro-batch, including a backward if gradients are enabled."""
         policy = self._policy.of_step if torch.is_grad_enabled() else self._policy.of_forward
-        lengths, own_lengths = batch.lengths, None
-        if batch.input is not None:
-            lengths, own_lengths = batch.input.lengths, batch.input.own_lengths
+        own_lengths = None if batch.shared is None else batch.shared.own_lengths
         return sum(
-            count(lengths, num_targets=len(batch.sampled_S), own_lengths=own_lengths)
+            count(batch.lengths, num_targets=len(batch.sampled_S), own_lengths=own_lengths)
             for count in (policy, *(model.of_forward for model in self._others))
         )
 

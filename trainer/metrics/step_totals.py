@@ -342,7 +342,7 @@ class StepTotals:
 
 
 def shared_share(*, num_tokens: float, num_rows: float) -> float:
-    """Share of tokens that were not computed: shared prefixes and last tokens; 0 without tokens."""
+    """Share of tokens that were not computed, because their prefix is shared; 0 without tokens."""
     return 1 - num_rows / num_tokens if num_tokens else 0.0
 
 

@@ -358,7 +358,7 @@ class PackedModel(nn.Module):
         tokens, positions, read_S = batch.tokens_T, batch.positions_T, batch.sampled_S - 1
         if (rows := batch.rows) is not None:
             tokens, positions = (x.index_select(0, rows.token_U) for x in (tokens, positions))
-            read_S = rows.read_S
+            read_S = rows.row_T.index_select(0, read_S)
         hidden_UD: Tensor = decoder_of(self.model)(
             input_ids=tokens[None],
             position_ids=positions[None],
