@@ -185,10 +185,13 @@ def _dtype_on_cpu(config: Config) -> tuple[Dtype, str]:
 
 def _num_parameters(config: Config) -> int:
     """The parameters of the policy, by its config.json: embeddings, attention and MLPs, all experts. 0 if it
-    does not tell them. Raises ConfigError if it cannot be read."""
+    does not tell them, or cannot be read, which is an error where the model is loaded."""
     if config.model.path in BUILT_MODELS:
         return _BUILT_PARAMETERS[config.model.path]
-    facts = model_facts(config, needed_for="the choice of dtype and threads on a CPU")
+    try:
+        facts = model_facts(config, needed_for="the choice of dtype and threads on a CPU")
+    except ConfigError:
+        return 0
 
     def number(*names: str) -> int:
         values = (facts.get(name) for name in names)

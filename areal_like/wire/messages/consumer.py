@@ -62,8 +62,10 @@ class StartTraining:
     replay."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError or TypeError for numbers that no routes can have."""
+        """Raises ValueError for numbers that no routes can have."""
         if self.routes_shape:
+            if len(self.routes_shape) != len(RoutesShape._fields):
+                raise ValueError(f"routes_shape has {len(self.routes_shape)} numbers")
             RoutesShape(*self.routes_shape).check()
 
 
