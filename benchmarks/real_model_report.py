@@ -244,7 +244,7 @@ def runs_table(study: Study, found: Mapping[str, Result]) -> str:
             ]
         )
     header = [
-        "cell", "steps", "hours of two cores", "s a step", "peak GiB", "lag mean / max", "mismatch, mean",
+        "cell", "steps", "hours", "s a step", "peak GiB", "lag mean / max", "mismatch, mean",
         "entropy", "sampled tokens", "truncated", "failed samples", "audit",
     ]  # fmt: skip
     return (

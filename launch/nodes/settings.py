@@ -13,7 +13,7 @@ from typing import Any, Self
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
-from areal_like.runtime.command_line import load_config, with_kept_objective
+from areal_like.runtime.command_line import load_config, with_kept_choices
 from areal_like.security.keys import KeyDirectory
 from launch.local_job.specs import DRAINED
 from launch.run_directory.kept_settings import check_resume, keep, stored
@@ -75,7 +75,7 @@ def settings_for_nodes(argv: Sequence[str], *, trainer_nodes: int) -> Config:
     if is_begun(paths):
         if "--config" not in argv:
             config = with_own_settings(config, argv, own=paths.config)
-        config = with_kept_objective(config, argv, own=paths.config)
+        config = with_kept_choices(config, argv, own=paths.config)
         check_resume(stored(paths), config, paths)
     config = dataclasses.replace(
         config.with_resolved_objective(),

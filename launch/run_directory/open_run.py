@@ -25,7 +25,7 @@ from areal_like.runtime.command_line import (
     SCALE,
     load_config,
     save_config,
-    with_kept_objective,
+    with_kept_choices,
 )
 from launch.run_directory.kept_settings import check_resume, keep, left_out, stored
 from launch.run_directory.rundir import (
@@ -278,7 +278,7 @@ def _resume(config: Config, argv: Sequence[str], *, is_sft: bool, is_dry: bool) 
             lines += (f"settings of the last start, which was never ready, are left out: {not_kept}",)
         if "--config" not in argv:
             config = with_own_settings(config, argv, own=paths.config)
-        config = with_kept_objective(config, argv, own=paths.config)
+        config = with_kept_choices(config, argv, own=paths.config)
         if not is_sft and (choice := config.objective_choice):
             lines += (choice,)
         config = resolved(config)

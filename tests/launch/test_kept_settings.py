@@ -155,6 +155,21 @@ def test_the_model_of_a_run_cannot_change(resume: Open, tmp_path: Path) -> None:
         resume(f"model.path={tmp_path}")
 
 
+def test_a_run_keeps_its_dtype(resume: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine, or with a release, that would choose another one; also with the job's own file."""
+    monkeypatch.setattr("areal_like.automatic_settings.cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    monkeypatch.setattr("areal_like.automatic_settings.LEAST_PARAMETERS", 1)
+    job = tmp_path / "job.yaml"
+    job.write_text("trainer: {num_steps: 40}\n")
+    for settings in ([], ["--config", str(job)], ["model=tiny"]):
+        run = resume(*settings)
+        run.close()
+        assert (run.config.model.dtype, run.config.model.fp32_head) == ("float32", False), settings
+    run = resume("model.dtype=auto")
+    run.close()
+    assert run.config.model.dtype == "bfloat16", "chosen again"
+
+
 def test_the_adapter_of_a_run_cannot_change(resume: Open) -> None:
     with pytest.raises(ConfigError, match=r"model.lora=rank 8.*cannot change \(off\): leave model.lora out"):
         resume("model.lora.rank=8")

@@ -306,6 +306,9 @@ def test_a_resume_without_other_tensors_is_refused(tmp_path: Path) -> None:
     for one in saved.glob("model*"):
         shutil.copy(one, path)
     resume()
+    (saved / "model-00002-of-00002.safetensors").write_bytes(bytes(16))
+    with pytest.raises(ConfigError, match=r"not a safetensors file.*resume from another step"):
+        resume()
 
 
 def test_files_that_lack_what_is_not_trained_are_refused(models: Path, tmp_path: Path) -> None:

@@ -374,9 +374,12 @@ def _read_json(path: Path) -> Any:
 
 def _check_untouched(path: Path, policy: Policy) -> None:
     """Raises ConfigError if the next checkpoint would lack tensors of this one: they are copied from the
-    initial model, and no longer there."""
+    initial model, and no longer there. Raises WeightSyncError for a damaged file."""
     kept = {tensor.name for tensor in hf_tensors(policy.model)} | {one.name for one in policy.untouched()}
-    names = {tensor.name for file in path.glob("*.safetensors") for tensor in tensors_in(file)}
+    try:
+        names = {tensor.name for file in path.glob("*.safetensors") for tensor in tensors_in(file)}
+    except ValueError as error:
+        raise WeightSyncError(str(error)) from None
     if lost := sorted(names - kept):
         raise ConfigError(
             f"{path} has {len(lost)} tensors that are not trained ({lost[0]}, ...). Every checkpoint copies "
