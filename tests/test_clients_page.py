@@ -18,6 +18,10 @@ def test_a_client_is_in_the_table(client: Client) -> None:
     assert row.measured == (len(client.says), client.segments, client.note)
 
 
+def test_the_table_has_no_other_clients() -> None:
+    assert set(rows_of()) <= {(client.name, client.mode) for client in CLIENTS}
+
+
 def test_a_measured_row_is_written(tmp_path: Path) -> None:
     page = Path(shutil.copy(PAGE, tmp_path))
     first, *_, last = before = list(rows_of().values())
