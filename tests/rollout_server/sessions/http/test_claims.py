@@ -388,6 +388,9 @@ def test_a_finished_server_waits_for_its_agents(server: SessionServer) -> None:
     assert server.call(lambda: server.book.num_untold) == 2
     with pytest.raises(JobOverError):
         group.sessions[1].heartbeat()
+    for one in (claimed, group):  # an agent whose last request is the end learns it, too
+        with pytest.raises(JobOverError):
+            one.end()
     server.run(agents_told(server.book, limit_s=HANG_LIMIT_S))
     assert not server.call(lambda: server.book.num_untold)
 
