@@ -240,7 +240,7 @@ class ClaimedGroup:
 
     def end(self) -> list[str]:
         """Reports that all samples are complete. Returns the ids of those that are no samples, and logs
-        why. Raises JobOverError, UnreachableError."""
+        why; of all, if all sessions were over before. Raises JobOverError, UnreachableError."""
         try:
             problems = self._post("group/end", {})["problems"]
         except JobOverError:
