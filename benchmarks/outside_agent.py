@@ -13,7 +13,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
-from openai import APIError
+from openai import APIConnectionError, APIError
 
 from areal_like.client.areal_like_client import (
     ClaimedSession,
@@ -84,11 +84,13 @@ async def work(url: str, *, api: str) -> int:
 
 
 async def solve(session: ClaimedSession, *, api: str) -> None:
-    """Makes one sample."""
+    """Makes one sample. Raises SessionOverError, UnreachableError."""
     try:
         given = Session(base_url=session.base_url, api_key=session.api_key)
         answer = await add_with(api, session.example["prompt"], given)
-    except (APIError, RefusedTurnError, OSError, EOFError):  # no room, not wanted, or no server
+    except (APIConnectionError, OSError, EOFError) as error:  # no fault of the policy: it gets no reward
+        raise UnreachableError(str(error)) from error
+    except (APIError, RefusedTurnError):  # no room for another turn, or the sample is not wanted any more
         answer = ""
     await asyncio.to_thread(session.reward, float(answer == session.example["answer"]))
     await asyncio.to_thread(session.end)

@@ -18,6 +18,10 @@ def test_the_table_is_what_the_tests_expect() -> None:
     assert measured == {key: expected.get(key) for key in measured}
 
 
+def test_the_table_has_no_other_clients() -> None:
+    assert set(rows_of()) <= {(client.name, client.mode) for client in CLIENTS}
+
+
 def test_a_measured_row_is_written(tmp_path: Path) -> None:
     page = tmp_path / PAGE.name
     before, _, after = PAGE.read_text().partition("|---|---|---|---|---|---|\n")

@@ -170,10 +170,13 @@ class ClaimedSession:
         """Reports that the sample is complete.
 
         Returns False, and logs why, if there is no sample: the session was already over, the model answered
-        no request, or there is no reward although the task computes none. Raises UnreachableError.
+        no request, or there is no reward although the task computes none. Raises JobOverError,
+        UnreachableError.
         """
         try:
             problem = self._post("end", {}).get("problem")
+        except JobOverError:
+            raise
         except SessionOverError as over:
             problem = str(over)
         if problem:
@@ -237,9 +240,11 @@ class ClaimedGroup:
 
     def end(self) -> list[str]:
         """Reports that all samples are complete. Returns the ids of those that are no samples, and logs
-        why. Raises UnreachableError."""
+        why; of all, if all sessions were over before. Raises JobOverError, UnreachableError."""
         try:
             problems = self._post("group/end", {})["problems"]
+        except JobOverError:
+            raise
         except SessionOverError as over:
             problems = {session.id: str(over) for session in self.sessions}
         for id, problem in problems.items():

@@ -157,7 +157,8 @@ class SessionBook:
         return True
 
     def credit(self, session: OpenSession) -> None:
-        """Records that a removed session has become a sample, unless its outcome was another one."""
+        """Records that the agent of a removed session has done its part, unless its outcome was another one.
+        It has, too, if the task's own reward fails."""
         if session.outcome is not None and session.outcome.is_good:
             session.is_credited = True
             self._deliver(session)

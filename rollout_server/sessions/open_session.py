@@ -227,7 +227,7 @@ class OpenSession:
         self.lost = ""
         """Why it has made no sample, once it is removed; empty: it has made one."""
         self.is_credited = False
-        """True once it has become a sample, with its rewards added up."""
+        """True once its agent has done its part: it ended well, and the posted rewards could be added up."""
         self.refused_route = ""
         """The newest request for a route that does not exist, such as `POST /v1/embeddings`."""
         self.reason = ""

@@ -77,7 +77,7 @@ class AgentJob:
                 page = response.read().decode()
             counts = {(name, value): int(float(count)) for name, value, count in _SERIES.findall(page)}
             # The page follows a heartbeat later, with all series at once.
-            if counts["sessions_ended", "ended"] >= self.num_fetched:
+            if counts.get(("sessions_ended", "ended"), -1) >= self.num_fetched:
                 return {
                     int(value): count
                     for (name, value), count in counts.items()

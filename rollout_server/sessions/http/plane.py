@@ -96,20 +96,21 @@ async def served_sessions(
         yield plane
     finally:
         book.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(_TELL_S, config.daemon.drain_timeout_s * _TELL_SHARE)):
-                await agents_told(book)
+        await agents_told(book, limit_s=min(_TELL_S, config.daemon.drain_timeout_s * _TELL_SHARE))
         await plane.close()
 
 
-async def agents_told(book: SessionBook) -> None:
-    """Waits until the agents whose sessions were open at the end of the job have been told so.
+async def agents_told(book: SessionBook, *, limit_s: float) -> None:
+    """Waits until the agents whose sessions were open at the end of the job have been told so, at most
+    `limit_s`.
 
     An agent that is running a tool makes its next request only then. If no server responds, it cannot tell
     the end of the job from a restart.
     """
-    while book.num_untold:
-        await asyncio.sleep(_TELL_POLL_S)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(limit_s):
+            while book.num_untold:
+                await asyncio.sleep(_TELL_POLL_S)
 
 
 @dataclass(eq=False, kw_only=True)

@@ -382,12 +382,17 @@ def test_a_finished_server_waits_for_its_agents(server: SessionServer) -> None:
 
     server.call(end)
     assert server.call(lambda: server.book.num_untold) == 3, "nobody has claimed the last one"
+    server.run(agents_told(server.book, limit_s=0.01))  # an agent that asks nothing delays no end
     with pytest.raises(JobOverError):
         claimed.heartbeat()
     assert server.call(lambda: server.book.num_untold) == 2
     with pytest.raises(JobOverError):
         group.sessions[1].heartbeat()
-    server.run(agents_told(server.book))
+    for one in (claimed, group):  # an agent whose last request is the end learns it, too
+        with pytest.raises(JobOverError):
+            one.end()
+    server.run(agents_told(server.book, limit_s=HANG_LIMIT_S))
+    assert not server.call(lambda: server.book.num_untold)
 
 
 def test_a_server_that_is_gone_is_told_apart(

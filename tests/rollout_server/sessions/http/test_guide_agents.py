@@ -13,7 +13,7 @@ import pytest
 
 from areal_like.client import areal_like_client
 from rollout_server.sessions.book import JOB_OVER
-from rollout_server.sessions.open_session import SessionState
+from rollout_server.sessions.open_session import SessionOutcome, SessionState
 from rollout_server.tasks.base import Example
 from tests.support.guide_code import code_of
 from tests.support.session_plane import PlaneServer
@@ -113,6 +113,40 @@ def test_the_agent_in_javascript_ends_without_a_server(tmp_path: Path) -> None:
     assert agent.returncode == 0
     told = f"http://127.0.0.1:{port}/sessions: no response"
     assert agent.stderr.splitlines() == [f"{told}: trying again for 0.01 s", told]
+
+
+def ends_at_once(server: SessionServer, tmp_path: Path, name: str, *command: str) -> None:
+    """The job ends while an agent waits for the model: it ends, too, and looks for no other session."""
+    path = written(tmp_path, name)
+    server.policy.open.clear()
+    session = server.add(example=Example(prompt="2+2", answer="4"))
+    with subprocess.Popen(
+        [*command, path, server.url],
+        env={"PYTHONPATH": CLIENT},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as agent:
+        server.wait(lambda: session.num_pending > 0 or agent.poll() is not None)
+
+        def end() -> None:
+            server.book.close(is_job_over=True)
+            session.close(JOB_OVER)
+            server.book.remove(session, SessionOutcome.CANCELLED)
+
+        server.call(end)
+        out, _ = agent.communicate()
+    assert (agent.returncode, out) == (0, "")
+    assert server.call(lambda: server.book.num_refused) == {410: 1}
+
+
+def test_the_agent_in_python_ends_with_its_request(server: SessionServer, tmp_path: Path) -> None:
+    ends_at_once(server, tmp_path, "outside.py", sys.executable)
+
+
+@pytest.mark.skipif(NODE is None, reason="needs node")
+def test_the_agent_in_node_ends_with_its_request(server: SessionServer, tmp_path: Path) -> None:
+    ends_at_once(server, tmp_path, "outside.mjs", str(NODE))
 
 
 def test_the_agent_in_python_works(server: SessionServer, tmp_path: Path) -> None:
