@@ -94,6 +94,9 @@ def test_a_finished_fleet_ends_by_itself(roles: Roles) -> None:
         roles.start("trainer", port, short),
     ]
     wait_for_steps(2, run, process=processes[-1])
+    for name in ("rollout-0-engine.log", "rollout-1-engine.log"):  # one alone may have made these steps
+        log = run / "logs" / name
+        wait_until(lambda log=log: "ready on port" in log.read_text(), what="its engine", run_root=run)
     logs = {path.name for path in (run / "logs").glob("*.log")}
     for name in logs:
         (run / "logs" / name).rename(run / "logs" / f"{name}.1")

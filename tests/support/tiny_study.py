@@ -40,14 +40,16 @@ def tiny_study(folder: Path) -> Study:
         untrained_model(tokenizer, seed=0, hidden_size=32, num_layers=1).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
     cells = cells_of(num_steps=NUM_STEPS, tool_steps=2, seeds=(0,), tool_seeds=(0,))
-    few = {f"eval.sets.{CALCULATOR}.num_prompts": NUM_EVAL}
-    tools = {n: replace(c, settings={**c.settings, **few}) for n, c in cells.items() if "tools" in n}
+    for name, cell in cells.items():
+        sets = [CALCULATOR] if "tools" in name else NAMES
+        few = {f"eval.sets.{one}.num_prompts": NUM_EVAL for one in sets}
+        cells[name] = replace(cell, settings={**cell.settings, **few})
     study = Study(
         work=folder / "work",
         results=folder / "results",
-        cells=cells | tools,
+        cells=cells,
         model=str(folder / "model"),
-        settings=SETTINGS | {f"eval.sets.{name}.num_prompts": NUM_EVAL for name in NAMES},
+        settings=SETTINGS,
         num_samples=8,
     )
     study.rows.mkdir(parents=True, exist_ok=True)
