@@ -2,7 +2,7 @@
 
 run("completion" | "crew")
 
-`custom_openai`: it uses the address of the environment with any name of a model. Else it knows those of OpenAI.
+`custom_openai`: any name of a model will do. Without it, it must be one of OpenAI's.
 """
 
 from __future__ import annotations
