@@ -106,7 +106,7 @@ _LITELLM_NOTE = "`LITELLM_LOCAL_MODEL_COST_MAP=True`: it downloads no list of pr
 _PYDANTIC_NOTE = (
     "streamed by `run(..., event_stream_handler=...)`; `run_stream` takes text beside a call for the answer"
 )
-_CREWAI_NOTE = "`LLM(..., custom_openai=True)`: else it wants the name of a model of OpenAI"
+_CREWAI_NOTE = "`LLM(..., custom_openai=True)` in both modes: else it wants the name of a model of OpenAI"
 _CREWAI = {"CREWAI_DISABLE_TELEMETRY": "true"}
 _MINI = {"MSWEA_COST_TRACKING": "ignore_errors", **_LITELLM}
 
@@ -173,7 +173,7 @@ CLIENTS = (
         program="crewai_crew",
         runs=(("crew",),),
         segments=2,
-        note="`CREWAI_DISABLE_TELEMETRY=true`: else it sends usage data; it sends no text beside a call back",
+        note="`CREWAI_DISABLE_TELEMETRY=true`: else it sends usage data; it drops text beside a call",
         environment="clients-crewai",
         variables=_CREWAI,
     ),
