@@ -103,6 +103,10 @@ def _node(name: str, mode: str, packages: tuple[str, ...], client: str, note: st
 
 _LITELLM = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
 _LITELLM_NOTE = "`LITELLM_LOCAL_MODEL_COST_MAP=True`: it downloads no list of prices"
+_PYDANTIC_NOTE = (
+    "streamed by `run(..., event_stream_handler=...)`; `run_stream` takes text beside a call for the answer"
+)
+_CREWAI_NOTE = "`LLM(..., custom_openai=True)` in both modes: else it wants the name of a model of OpenAI"
 _CREWAI = {"CREWAI_DISABLE_TELEMETRY": "true"}
 _MINI = {"MSWEA_COST_TRACKING": "ignore_errors", **_LITELLM}
 
@@ -118,8 +122,10 @@ CLIENTS = (
         "agents",
         "`set_tracing_disabled(True)`: else it sends traces to OpenAI",
     ),
-    _looped("Pydantic AI", "`openai:` (Responses)", "pydantic-ai-slim", "pydantic_openai"),
-    _looped("Pydantic AI", "`anthropic:` (Messages)", "pydantic-ai-slim", "pydantic_anthropic"),
+    _looped("Pydantic AI", "`openai:` (Responses)", "pydantic-ai-slim", "pydantic_openai", _PYDANTIC_NOTE),
+    _looped(
+        "Pydantic AI", "`anthropic:` (Messages)", "pydantic-ai-slim", "pydantic_anthropic", _PYDANTIC_NOTE
+    ),
     _looped("LiteLLM", "`openai/`", "litellm", "litellm_openai", _LITELLM_NOTE, variables=_LITELLM),
     _looped("LiteLLM", "`anthropic/`", "litellm", "litellm_anthropic", _LITELLM_NOTE, variables=_LITELLM),
     _looped("LiteLLM", "`responses()`", "litellm", "litellm_responses", _LITELLM_NOTE, variables=_LITELLM),
@@ -152,7 +158,13 @@ CLIENTS = (
         note="the reflection has no tools in its request, so it is another prompt",
     ),
     _completed(
-        "CrewAI", "crewai", "crewai_crew", "completion", environment="clients-crewai", variables=_CREWAI
+        "CrewAI",
+        "crewai",
+        "crewai_crew",
+        "completion",
+        note=_CREWAI_NOTE,
+        environment="clients-crewai",
+        variables=_CREWAI,
     ),
     Client(
         name="CrewAI",
@@ -160,7 +172,8 @@ CLIENTS = (
         packages=("crewai",),
         program="crewai_crew",
         runs=(("crew",),),
-        note="`CREWAI_DISABLE_TELEMETRY=true`: else it sends usage data",
+        segments=2,
+        note="`CREWAI_DISABLE_TELEMETRY=true`: else it sends usage data; it drops text beside a call",
         environment="clients-crewai",
         variables=_CREWAI,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,10 +43,37 @@ def place_of() -> Callable[[str], Path]:
     return path
 
 
+class _Jobs:
+    """One job at a time: the tests share it until one of them fails."""
+
+    def __init__(self, paths: pytest.TempPathFactory) -> None:
+        self._paths = paths
+        self._stack = contextlib.ExitStack()
+        self._job: AgentJob | None = None
+
+    def running(self) -> AgentJob:
+        if self._job is None:
+            self._job = self._stack.enter_context(running_agent_job(self._paths.mktemp("job")))
+        return self._job
+
+    def close(self) -> None:
+        self._job = None
+        self._stack.close()
+
+
 @pytest.fixture(scope="session")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentJob]:
-    with running_agent_job(tmp_path_factory.mktemp("job")) as job:
-        yield job
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Jobs]:
+    with contextlib.closing(_Jobs(tmp_path_factory)) as jobs:
+        yield jobs
+
+
+@pytest.fixture
+def job(jobs: _Jobs, request: pytest.FixtureRequest) -> Iterator[AgentJob]:
+    """A failed test leaves an open session or a sample that nobody fetched: the next test has another job."""
+    failed = request.session.testsfailed
+    yield jobs.running()
+    if request.session.testsfailed > failed:
+        jobs.close()
 
 
 @pytest.fixture(scope="session")

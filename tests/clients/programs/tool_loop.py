@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterable
 from typing import Any
 
 CITY = "Tokyo"
@@ -132,13 +133,13 @@ def pydantic(stream: bool, *, model: str) -> str:
 
     agent = Agent(model, instructions="Be short.", tools=[get_weather])
 
-    async def run() -> str:
-        if not stream:
-            return str((await agent.run(f"{CITY}?")).output)
-        async with agent.run_stream(f"{CITY}?") as result:
-            return "".join([text async for text in result.stream_text(delta=True)])
+    async def read(_: Any, events: AsyncIterable[Any]) -> None:
+        async for _event in events:
+            pass
 
-    return asyncio.run(run())
+    # A handler makes it stream. `run_stream` takes text beside a call for the answer.
+    handler = read if stream else None
+    return str(asyncio.run(agent.run(f"{CITY}?", event_stream_handler=handler)).output)
 
 
 def litellm_chat(stream: bool, *, model: str) -> str:
