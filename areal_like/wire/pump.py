@@ -19,9 +19,9 @@ and counted, which costs no data, because every request, sample and heartbeat is
 responded. Credit keeps healthy peers far below this number. The socket limits the size of a frame
 (ZMQ_MAXMSGSIZE), the pump the frames and bytes of a message, and the codec the size of its header.
 
-libzmq 4.3.5 limits neither the number of a message's frames nor their sum: it keeps a message until its last
-frame has arrived, and counts it towards no queue before. A frame takes 64 bytes there, and two on an
-unencrypted connection. So who may connect bounds this memory: this machine's processes, or holders of keys.
+libzmq has an option for the size of a frame, and none for the number of a message's frames or their sum: it
+keeps a message until its last frame has arrived. So who may connect bounds this memory: this machine's
+processes, or holders of keys.
 The pump takes no more of such a message than its limits, skips the rest without stalling the loop, and
 counts it as malformed.
 

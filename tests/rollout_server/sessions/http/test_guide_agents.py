@@ -31,17 +31,22 @@ def written(tmp_path: Path, name: str) -> str:
     return str(tmp_path / name)
 
 
-def works(server: SessionServer, tmp_path: Path, name: str, *command: str) -> None:
-    """An agent makes two samples, and ends with the job."""
-    path = written(tmp_path, name)
-    sessions = [server.add(example=Example(prompt="2+2", answer=answer)) for answer in ("ok", "no")]
-    with subprocess.Popen(
-        [*command, path, server.url],
+def started(*command: str) -> subprocess.Popen[str]:
+    """An agent, whose lines of both kinds are in `stdout`."""
+    return subprocess.Popen(
+        command,
         env={"PYTHONPATH": CLIENT},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    ) as agent:
+    )
+
+
+def works(server: SessionServer, tmp_path: Path, name: str, *command: str) -> None:
+    """An agent makes two samples, and ends with the job."""
+    path = written(tmp_path, name)
+    sessions = [server.add(example=Example(prompt="2+2", answer=answer)) for answer in ("ok", "no")]
+    with started(*command, path, server.url) as agent:
         server.wait(
             lambda: all(one.state is SessionState.ENDED for one in sessions) or agent.poll() is not None
         )
@@ -120,13 +125,7 @@ def ends_at_once(server: SessionServer, tmp_path: Path, name: str, *command: str
     path = written(tmp_path, name)
     server.policy.open.clear()
     session = server.add(example=Example(prompt="2+2", answer="4"))
-    with subprocess.Popen(
-        [*command, path, server.url],
-        env={"PYTHONPATH": CLIENT},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as agent:
+    with started(*command, path, server.url) as agent:
         server.wait(lambda: session.num_pending > 0 or agent.poll() is not None)
 
         def end() -> None:
