@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from areal_like.config import Config
+from areal_like.context_parallel import context_obstacle
 from areal_like.cpus import FAST_BFLOAT16, cpu_flags, fast_bfloat16, usable_cores
 from areal_like.errors import ConfigError, first_line
 from areal_like.paths import BUILT_MODELS, model_path
@@ -119,7 +120,8 @@ def recomputes_activations(config: Config) -> bool:
 
 def resolved(config: Config) -> Config:
     """The configuration with its `auto` settings resolved. Raises ConfigError as `compute_dtype` does, and
-    for a model whose attention would not fit on a GPU in that dtype.
+    for a model whose attention would not fit on a GPU in that dtype, or cannot be divided among
+    `trainer.context_parallel` ranks.
     """
     config = dataclasses.replace(
         config.with_resolved_objective(),
@@ -132,6 +134,7 @@ def resolved(config: Config) -> Config:
         trainer=dataclasses.replace(config.trainer, gradient_checkpointing=recomputes_activations(config)),
     )
     _check_attention(config)
+    _check_context(config)
     return config
 
 
@@ -168,6 +171,15 @@ def _check_attention(config: Config) -> None:
             f"trainer.device={config.trainer.device}: beyond {LONG_TOKENS} tokens no attention kernel fits "
             "this model (grouped queries) into memory: set model.dtype=bfloat16"
         )
+
+
+def _check_context(config: Config) -> None:
+    size = config.trainer.context_parallel
+    if size == 1 or config.model.path in BUILT_MODELS:  # a built model is checked where it is loaded
+        return
+    obstacle = context_obstacle(model_facts(config, needed_for=f"trainer.context_parallel={size}"), size)
+    if obstacle:
+        raise ConfigError(obstacle)
 
 
 def _is_all_on_cpu(config: Config) -> bool:

@@ -48,6 +48,10 @@ class TrainerConfig(Section, key="trainer"):
     world_size: PositiveInt = 1
     """Number of ranks (FSDP2 shards) of the trainer on all of its machines. Under torchrun, torchrun's number
     applies."""
+    context_parallel: PositiveInt = 1
+    """Number of ranks that compute each micro-batch together (Ulysses), so that its activations are divided by
+    it: each has a part of the tokens, and in attention a part of the heads. It divides `world_size` and the
+    model's KV heads."""
     num_hosts: PositiveInt = 1
     """Number of machines of the trainer. Start `python -m trainer` on each of them; it starts the ranks of
     that machine."""
@@ -134,8 +138,14 @@ class TrainerConfig(Section, key="trainer"):
 
     def check(self) -> None:
         require(
-            self.groups_per_step >= self.world_size,
-            "trainer.groups_per_step must be at least trainer.world_size",
+            self.world_size % self.context_parallel == 0,
+            f"trainer.context_parallel={self.context_parallel} does not divide "
+            f"trainer.world_size={self.world_size}: change one of them",
+        )
+        require(
+            self.groups_per_step * self.context_parallel >= self.world_size,
+            "trainer.groups_per_step must be at least trainer.world_size"
+            + (" / trainer.context_parallel" if self.context_parallel > 1 else ""),
         )
         self._check_hosts()
         check_device(self.device, key="trainer.device")

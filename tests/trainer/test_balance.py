@@ -19,8 +19,9 @@ from areal_like.trajectory import FinishReason, Trajectory
 from tests.support.routes import random_routes
 from tests.support.trainer_helpers import joined, run_ranks, write_model
 from trainer.batching.balance import Cost, SequenceSize, plan
-from trainer.batching.balancer import Balancer, _decoded, _encoded, exchange
+from trainer.batching.balancer import Balancer, exchange
 from trainer.batching.packing import Packer, TrainingSample, sequences_of
+from trainer.batching.sample_messages import decoded, encoded
 from trainer.batching.segments import cut
 from trainer.batching.shared_prefixes import budget_size
 from trainer.distributed.ranks import Ranks
@@ -237,7 +238,7 @@ def test_a_sample_survives_its_journey(of_tokens: bool) -> None:
         beyond=np.array([False, True, False]) if of_tokens else None,
         num_masked=2 if of_tokens else 0,
     )
-    back = _decoded(_encoded(sample))
+    back = decoded(encoded(sample))
     assert repr(back) == repr(sample)
 
 
@@ -255,9 +256,9 @@ def test_samples_that_were_not_planned_are_refused() -> None:
         peers.data = msgpack.packb(data)
         return exchange([{}], [{4: 3}], peers)
 
-    fields = _encoded(sample)
+    fields = encoded(sample)
     assert repr(receive([[4, fields]])) == repr({4: sample})
-    for other in ([[5, fields]], [], [[4, _encoded(sample_of(np.array([1, 2], dtype=np.int32)))]]):
+    for other in ([[5, fields]], [], [[4, encoded(sample_of(np.array([1, 2], dtype=np.int32)))]]):
         with pytest.raises(ArealError, match="rank 0 sent other samples"):
             receive(other)
     broken = [

@@ -29,6 +29,7 @@ from transformers import AttentionInterface
 
 from areal_like.errors import ConfigError
 from trainer.attention import varlen
+from trainer.attention.context import ContextExchange
 from trainer.batching.attention_layout import AttentionLayout, RectangleLayout
 
 ATTENTION_NAME = "areal_packed"
@@ -134,13 +135,15 @@ def packed_attention(
     sliding_window: int | None = None,
     packed_layout: AttentionLayout | None = None,
     packed_kind: Kind = "auto",
+    packed_context: ContextExchange | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_ignored: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D].
 
-    `packed_kind`: `trainer.attention`. Dropout is ignored: a policy's log-probs must be those of the engine.
+    `packed_kind`: `trainer.attention`. `packed_context`: the rows are those of this rank of a context group,
+    and the layout is that of all its rows. Dropout is ignored: a policy's log-probs must be those of the engine.
     Raises ConfigError for architectures whose attention is more than softmax over a causal window, and for a
     kernel that was chosen and does not take the tensors.
     """
@@ -151,6 +154,8 @@ def packed_attention(
         )
     assert attention_mask is None and len(query) == 1
     query_UHD, key_UHD, value_UHD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if packed_context is not None:
+        query_UHD, key_UHD, value_UHD = packed_context.to_heads(query_UHD, key_UHD, value_UHD)
     if uses_varlen(packed_kind, query_UHD, value_UHD):
         out_UHD = varlen.varlen_attention(
             query_UHD, key_UHD, value_UHD, packed_layout.varlen, window=sliding_window, scale=scaling
@@ -159,6 +164,8 @@ def packed_attention(
         out_UHD = rectangle_attention(
             query_UHD, key_UHD, value_UHD, packed_layout.rectangles, window=sliding_window, scale=scaling
         )
+    if packed_context is not None:
+        out_UHD = packed_context.to_rows(out_UHD)
     return out_UHD[None], None
 
 

@@ -2,26 +2,23 @@
 
     own samples -> sizes of all ranks -> the same plan everywhere -> samples to their ranks -> micro-batches
 
-The step has to be complete, so no micro-batch runs while groups are still being generated. Every rank has
+The step has to be complete, so no micro-batch runs while groups are still being generated. Every data rank has
 fetched its own groups. A sample for another rank is sent there as one msgpack message with only the fields
-that a micro-batch needs; a sample that stays is not encoded.
+that a micro-batch needs; a sample that stays is not encoded. The other ranks of context groups have no samples and get no micro-batches here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import msgpack
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from areal_like.errors import ArealError
-from areal_like.trajectory import FinishReason, Trajectory
-from areal_like.wire.routes import Routes
 from trainer.batching.balance import Cost, MicrobatchPlan, SequenceSize, plan
 from trainer.batching.packing import MicroBatch, TrainingSample, sequences_of, too_long_of
+from trainer.batching.sample_messages import decoded, encoded
 from trainer.batching.shared_prefixes import Prefix, PrefixFinder
 from trainer.distributed.ranks import Ranks
 
@@ -78,7 +75,7 @@ class Balancer:
         # A row for each sequence; the sample is held at its first.
         own = [s for group in groups for s in group for _ in s.trajectory.segment_slices]
         rows = [
-            (self._ranks.rank, place, *size)
+            (self._ranks.data_rank, place, *size)
             for group in groups
             for place, size in enumerate(self._sizes(group))
         ]
@@ -88,9 +85,10 @@ class Balancer:
         order_N = np.lexsort((table_NC[:, 1], table_NC[:, 2]))
         table = table_NC[order_N].tolist()
         sizes = [SequenceSize(*size) for _, _, *size in table]
+        num_data, mine = self._ranks.num_data, self._ranks.data_rank
         made = plan(
             sizes,
-            num_ranks=self._ranks.world_size,
+            num_ranks=num_data,
             budget_tokens=self._budget_tokens,
             cost=self._cost,
             whole_groups=self._whole_groups,
@@ -101,26 +99,29 @@ class Balancer:
         held = {
             index: by_place[place, group]
             for index, (owner, place, group, *_) in enumerate(table)
-            if owner == self._ranks.rank
+            if owner == mine and self._ranks.has_samples
         }
-        of_rounds = placed(made, sizes, owner_N, num_ranks=self._ranks.world_size)
+        of_rounds = placed(made, sizes, owner_N, num_ranks=num_data)
         leaving: list[dict[int, TrainingSample]] = [{} for _ in range(self._ranks.world_size)]
         arriving: list[dict[int, int]] = [{} for _ in range(self._ranks.world_size)]
-        first = 0
+        if not self._ranks.has_samples:
+            exchange(leaving, arriving, self._ranks, route_bytes=self._route_bytes)
+            return []
+        first, each_rank = 0, self._ranks.context_parallel
         for of_ranks in of_rounds:
-            for rank, members in enumerate(of_ranks):
+            for data_rank, members in enumerate(of_ranks):
                 for index in members:
                     first = first if sizes[index].continues else index
-                    if rank == self._ranks.rank and index not in held:
-                        expected = arriving[owner_N[index]]
+                    if data_rank == mine and index not in held:
+                        expected = arriving[owner_N[index] * each_rank]
                         expected[first] = expected.get(first, 0) + sizes[index].num_tokens
-                    elif rank != self._ranks.rank and index in held:
-                        leaving[rank][first] = held[index]
+                    elif data_rank != mine and index in held:
+                        leaving[data_rank * each_rank][first] = held[index]
         held |= exchange(leaving, arriving, self._ranks, route_bytes=self._route_bytes)
         return [
-            tuple(held[index] for index in of_ranks[self._ranks.rank] if not sizes[index].continues)
+            tuple(held[index] for index in of_ranks[mine] if not sizes[index].continues)
             for of_ranks in of_rounds
-            if of_ranks[self._ranks.rank]
+            if of_ranks[mine]
         ]
 
     def _sizes(self, group: Sequence[TrainingSample]) -> list[SequenceSize]:
@@ -173,12 +174,9 @@ def placed(
     return rounds
 
 
-_TOKEN_ARRAYS = {"tokens": "<i4", "loss_mask": "u1", "logprobs": "<f4", "versions": "<i4"}
-_ADDED = {"advantage": "<f8", "lag": "<i8", "beyond": "?"}
-"""Values of a `TrainingSample`: an array with an entry for each token, one number for all, or None."""
 _BYTES_PER_TOKEN = 34
-"""Bytes of the arrays above, of an advantage, a lag and a flag for each token, and of the length of a
-segment."""
+"""Bytes of a message (`sample_messages.py`): of the arrays, of an advantage, a lag and a flag for each token, and
+of the length of a segment."""
 _BYTES_PER_SAMPLE = 320
 """Most bytes of a sample in addition to its tokens, and of the list that it is in."""
 
@@ -198,7 +196,7 @@ def exchange(
     """
     received = ranks.exchange(
         [
-            msgpack.packb([[index, _encoded(sample)] for index, sample in of_rank.items()])
+            msgpack.packb([[index, encoded(sample)] for index, sample in of_rank.items()])
             for of_rank in leaving
         ],
         most_bytes=[
@@ -209,57 +207,10 @@ def exchange(
     samples: dict[int, TrainingSample] = {}
     for rank, (data, expected) in enumerate(zip(received, arriving, strict=True)):
         try:
-            of_rank = {index: _decoded(fields) for index, fields in msgpack.unpackb(data)}
+            of_rank = {index: decoded(fields) for index, fields in msgpack.unpackb(data)}
         except (ValueError, TypeError, KeyError) as error:
             raise ArealError(f"rank {rank} sent samples that cannot be read: {error!r}") from error
         if {index: sample.trajectory.num_tokens for index, sample in of_rank.items()} != expected:
             raise ArealError(f"rank {rank} sent other samples than this step's plan says")
         samples |= of_rank
     return samples
-
-
-def _encoded(sample: TrainingSample) -> dict[str, Any]:
-    trajectory = sample.trajectory
-    values = {name: getattr(sample, name) for name in _ADDED}
-    return {
-        **{name: _bytes(getattr(trajectory, name), dtype) for name, dtype in _TOKEN_ARRAYS.items()},
-        **{name: None if value is None else _bytes(value, _ADDED[name]) for name, value in values.items()},
-        "reward": float(trajectory.reward),
-        "finish_reason": trajectory.finish_reason.value,
-        "segments": _bytes(trajectory.segments, "<i4"),
-        "group": sample.group,
-        "num_masked": sample.num_masked,
-        "routes": None if trajectory.routes is None else trajectory.routes.to_bytes(),
-    }
-
-
-def _decoded(fields: dict[str, Any]) -> TrainingSample:
-    arrays: dict[str, Any] = {name: _array(fields[name], dtype) for name, dtype in _TOKEN_ARRAYS.items()}
-    num_tokens = len(arrays["tokens"])
-    added: dict[str, Any] = {}
-    for name, dtype in _ADDED.items():
-        if fields[name] is not None:
-            array = _array(fields[name], dtype)
-            if len(array) not in (1, num_tokens):
-                raise ValueError(f"{len(array)} numbers for {num_tokens} tokens")
-            added[name] = array if len(array) == num_tokens else array.item()
-    return TrainingSample(
-        trajectory=Trajectory(
-            **arrays,
-            reward=fields["reward"],
-            finish_reason=FinishReason(fields["finish_reason"]),
-            segments=tuple(_array(fields["segments"], "<i4").tolist()),
-            routes=None if fields["routes"] is None else Routes.from_bytes(fields["routes"]),
-        ),
-        group=int(fields["group"]),
-        num_masked=int(fields["num_masked"]),
-        **added,
-    )
-
-
-def _bytes(value: Any, dtype: str) -> bytes:
-    return np.ascontiguousarray(value, dtype=dtype).tobytes()
-
-
-def _array(data: bytes, dtype: str) -> NDArray[Any]:
-    return np.frombuffer(data, dtype=dtype).copy()  # a tensor needs memory that may be written

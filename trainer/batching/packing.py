@@ -42,9 +42,11 @@ from torch import Tensor
 from areal_like.errors import ConfigError
 from areal_like.trajectory import FinishReason, Trajectory
 from trainer.batching.attention_layout import AttentionLayout
+from trainer.batching.context_part import ContextPart
 from trainer.batching.device_copies import copied
 from trainer.batching.routes import experts_of_segments, rows_of
 from trainer.batching.shared_prefixes import InputSequence, PrefixFinder, SharedRows, budget_size
+from trainer.distributed.context import ContextGroup
 from trainer.distributed.ranks import Ranks
 
 
@@ -263,6 +265,8 @@ class PackedBatch:
     routes_ULK: Tensor | None = None
     """int16: the experts of each row in each layer that has experts, `LIVE` where none are recorded; None:
     the model routes all rows."""
+    context: ContextPart | None = None
+    """The rows that this rank computes; None: all."""
 
     @cached_property
     def rows(self) -> DeviceRows | None:
@@ -279,6 +283,11 @@ class PackedBatch:
             shared=self.shared,
             row_T=None if self.rows is None else self.rows.row_T,
         )
+
+    @property
+    def target_C(self) -> Tensor:
+        """int64 indices into T of the sampled tokens whose logits this rank computes."""
+        return self.sampled_S if self.context is None else self.context.target_C
 
     @property
     def num_sequences(self) -> int:
@@ -309,11 +318,16 @@ def split_by_sample(value_S: Tensor, batch: PackedBatch) -> list[NDArray[np.floa
 
 
 def collate(
-    samples: Sequence[TrainingSample], *, device: torch.device | str = "cpu", shares_prefixes: bool = True
+    samples: Sequence[TrainingSample],
+    *,
+    device: torch.device | str = "cpu",
+    shares_prefixes: bool = True,
+    context: ContextGroup | None = None,
 ) -> PackedBatch:
     """Lays the samples' trajectories end to end as tensors on `device`. Needs at least one sample.
 
     `shares_prefixes`: False computes every token of every sequence, for gradients of single sequences.
+    `context`: the ranks that compute its rows together; None: this rank alone.
     """
     trajectories = [sample.trajectory for sample in samples]
     sequences = [sequence for trajectory in trajectories for sequence in sequences_of(trajectory)]
@@ -353,6 +367,16 @@ def collate(
     if (routes_ULK := rows_of(sequences, shared)) is not None:
         arrays["routes_ULK"] = routes_ULK
     tensors = dict(zip(arrays, copied([*arrays.values()], device), strict=True))
+    part = None
+    if context is not None:
+        part = ContextPart.of(
+            arrays["sampled_S"],
+            num_tokens=total,
+            shared=shared,
+            num_ranks=context.size,
+            rank=context.rank,
+            device=device,
+        )
     num_masked_N = None
     if any(sample.num_masked for sample in samples):
         (num_masked_N,) = copied([np.array([sample.num_masked for sample in samples])], device)
@@ -363,6 +387,7 @@ def collate(
         shared=shared,
         num_masked_N=num_masked_N,
         is_continued=samples[-1].is_continued,
+        context=part,
     )
 
 
@@ -373,7 +398,8 @@ def in_lockstep(
 
     `shares_prefixes`: see `collate`.
 
-    Dummies follow for as long as another rank still has micro-batches. Collective. Raises
+    In a context group all ranks get the micro-batches of the first one, the others with live=False: their
+    forward and backward are needed, but not their losses. Dummies follow for as long as another rank still has micro-batches. Collective. Raises
     IncompleteStepError on every rank if one abandons the step.
     """
     remaining = iter(microbatches)
@@ -382,10 +408,21 @@ def in_lockstep(
         if not ranks.any_left(microbatch is not None):
             return
         ranks.place.next_microbatch()
+        live = microbatch is not None
+        if ranks.context is not None:
+            # Imported here: it imports this module.
+            from trainer.batching.sample_messages import spread_microbatch
+
+            assert microbatch is None or ranks.has_samples
+            own = (microbatch or ()) if ranks.has_samples else None
+            microbatch = spread_microbatch(own, ranks.context) or None
         if microbatch is None:
             yield collate([_DUMMY], device=ranks.device), False
         else:
-            yield collate(microbatch, device=ranks.device, shares_prefixes=shares_prefixes), True
+            batch = collate(
+                microbatch, device=ranks.device, shares_prefixes=shares_prefixes, context=ranks.context
+            )
+            yield batch, live
 
 
 _DUMMY = TrainingSample(

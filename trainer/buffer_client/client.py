@@ -41,6 +41,7 @@ from areal_like.wire.messages.hello import Goodbye, Hello, Role
 from areal_like.wire.messages.producer import HeartbeatAck, ServerState
 from trainer.buffer_client.connection import RankConnection
 from trainer.buffer_client.shards import call_shards
+from trainer.distributed.ranks import share_of
 
 log = logging.getLogger(__name__)
 
@@ -163,8 +164,14 @@ class TrainerBufferClient:
 
     @property
     def positions(self) -> range:
-        """This rank's positions of every step: group j goes to rank j mod M."""
-        return range(self.rank, self.config.trainer.groups_per_step, self.world_size)
+        """This rank's positions of every step."""
+        trainer = self.config.trainer
+        return share_of(
+            trainer.groups_per_step,
+            rank=self.rank,
+            world_size=self.world_size,
+            context_parallel=trainer.context_parallel,
+        )
 
     def call(self, message: Any, *, timeout_s: float) -> Any:
         """Sends a request and returns the reply. Raises like `Link.call`, and when the buffer is lost."""

@@ -107,15 +107,19 @@ def joined_ranks(
 
     When the block fails, except with a `quiet` error, a line in the log names the phase of this rank, and the
     ranks that are gone or failed first; torch's record of its last collectives goes into the run's `traces/`.
-    Raises ConfigError if a step has fewer groups than there are ranks.
+    Raises ConfigError if a step has fewer groups than there are data ranks.
     """
     meeting = join_ranks(config, device)
     try:
-        ranks = Ranks(device=device, control_timeout_s=control_timeout_s)
-        if config.trainer.groups_per_step < ranks.world_size:
+        ranks = Ranks(
+            device=device,
+            control_timeout_s=control_timeout_s,
+            context_parallel=config.trainer.context_parallel,
+        )
+        if config.trainer.groups_per_step < ranks.num_data:
             raise ConfigError(
                 f"trainer.groups_per_step={config.trainer.groups_per_step} must be at least the number of "
-                f"ranks, {ranks.world_size}"
+                f"data ranks, {ranks.num_data}"
             )
         connections = RankConnections()
         connections.end_when_dead()

@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from areal_like.errors import ArealError
+from areal_like.errors import ArealError, ConfigError
+from trainer.distributed.context import ContextGroup
 
 _ABANDONED = 2
 """Vote of a rank that abandons the step; 0: it has no micro-batch left, 1: it has one."""
@@ -74,19 +75,48 @@ class RankPhase:
         return f"step {self.step}, micro-batch {self.microbatch}, {self.phase}"
 
 
-class Ranks:
-    """Every method is collective: all ranks call it in the same order."""
+def share_of(num: int, *, rank: int, world_size: int, context_parallel: int = 1) -> range:
+    """The numbers in 0..num-1 of the groups or rows that a rank trains on: number j belongs to data rank
+    j mod (number of data ranks). Of a context group only the first rank has any."""
+    if rank % context_parallel:
+        return range(0)
+    return range(rank // context_parallel, num, world_size // context_parallel)
 
-    def __init__(self, *, device: torch.device | str = "cpu", control_timeout_s: float | None = None) -> None:
+
+class Ranks:
+    """Every method is collective: all ranks call it in the same order.
+
+    With `trainer.context_parallel` the ranks are a mesh of data ranks x ranks of a context group
+    (`context.py`). The model is sharded over all of them.
+    """
+
+    context: ContextGroup | None = None
+    """The ranks that compute micro-batches together with this one; None: it is alone."""
+
+    def __init__(
+        self,
+        *,
+        device: torch.device | str = "cpu",
+        control_timeout_s: float | None = None,
+        context_parallel: int = 1,
+    ) -> None:
         """Needs the default process group.
 
         `control_timeout_s`: time limit of a control collective; None: the default group's.
+        `context_parallel`: `trainer.context_parallel`. Raises ConfigError if it does not divide the ranks.
         """
         self.device = torch.device(device)
         self.place = RankPhase()
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.mesh = init_device_mesh(self.device.type, (self.world_size,))
+        if self.world_size % context_parallel:
+            raise ConfigError(
+                f"trainer.context_parallel={context_parallel} does not divide the number of ranks, "
+                f"{self.world_size}: change trainer.world_size or trainer.context_parallel"
+            )
+        if context_parallel > 1:
+            self.context = ContextGroup(context_parallel)
         self._control: dist.ProcessGroup | None = None
         self._is_abandoned: Callable[[], bool] = lambda: False
         if control_timeout_s is not None and self.world_size > 1:
@@ -103,6 +133,32 @@ class Ranks:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group("gloo", timeout=timedelta(seconds=60), store=store, rank=0, world_size=1)
         return cls()
+
+    @property
+    def context_parallel(self) -> int:
+        """Number of ranks of a context group; 1: every rank computes micro-batches of its own."""
+        return 1 if self.context is None else self.context.size
+
+    @property
+    def num_data(self) -> int:
+        """Number of data ranks: those that have samples."""
+        return self.world_size // self.context_parallel
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this rank's data rank: its own, or that of its context group's first rank."""
+        return self.rank // self.context_parallel
+
+    @property
+    def has_samples(self) -> bool:
+        """True on a data rank."""
+        return self.rank % self.context_parallel == 0
+
+    def share_of(self, num: int) -> range:
+        """This rank's numbers, see `share_of`."""
+        return share_of(
+            num, rank=self.rank, world_size=self.world_size, context_parallel=self.context_parallel
+        )
 
     def meet(self) -> None:
         """Barrier: waits for every rank."""

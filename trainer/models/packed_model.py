@@ -16,23 +16,29 @@ only supervised training turns on that of an adapter (`lora.use_dropout`).
 Left out: tensor and pipeline parallelism; separate FSDP groups for heads, which run once for each chunk of
 tokens: every chunk would gather the weight and reduce its gradient again.
 
-Shape suffixes: T packed tokens, U rows that the model computes for them, S sampled tokens, D hidden size.
+In a context group (`Ranks.context`) a rank computes its part of a micro-batch's rows, and the values of all
+sampled tokens are gathered (`of_all`).
+
+Shape suffixes: T packed tokens, U rows that the model computes for them, S sampled tokens, C those whose values
+this rank computes, D hidden size.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, GenerationConfig
 
 from areal_like.config import LoraConfig
+from areal_like.context_parallel import context_obstacle
 from areal_like.errors import ConfigError, first_line
 from areal_like.precision import RouterDtype, route_in_float32, routers
 from areal_like.weights.adapters import AdapterHeader, base_digest
@@ -50,6 +56,7 @@ from areal_like.weights.untrained import (
     set_buffer,
     text_config,
 )
+from trainer.attention.context import exchange_of
 from trainer.attention.linear import CLASSES as LINEAR_CLASSES
 from trainer.attention.linear import LINEAR, check_kernels, linear_layers, pack_linear_layers
 from trainer.attention.packed_attention import ATTENTION_NAME, Kind
@@ -184,8 +191,13 @@ class PackedModel(nn.Module):
         `reshard_after_forward`: False keeps the layers of a training forward gathered until its backward.
 
         Returns itself, with undefined weights. Gradients are summed over ranks and not averaged: the step
-        divides by global counts, once.
+        divides by global counts, once. Raises ConfigError if the ranks of a context group cannot divide its
+        attention.
         """
+        if ranks.context is not None:
+            obstacle = context_obstacle(text_config(self.model.config).to_dict(), ranks.context.size)
+            if obstacle:
+                raise ConfigError(obstacle)
         compute = self.dtype = DTYPES[dtype]
         if self.linear_layers:
             check_kernels(ranks.device, kind=self.attention, dtype=compute)
@@ -348,26 +360,49 @@ class PackedModel(nn.Module):
             self.replay = replay
 
     def hidden(self, batch: PackedBatch) -> Tensor:
-        """Last hidden states [S, D] at the position before each sampled token, where its logits come from.
+        """Last hidden states [C, D] at the position before each of `batch.target_C`, where its logits come
+        from: each sampled token, or in a context group this rank's part of them. Collective.
 
         A sequence's first token is never sampled, so there is always a position before.
         """
         assert self.shares_prefixes or batch.shared is None
         if self._wide is not None:
             self._wide.gather()
-        tokens, positions, read_S = batch.tokens_T, batch.positions_T, batch.sampled_S - 1
-        if (rows := batch.rows) is not None:
+        tokens, positions, read_C = batch.tokens_T, batch.positions_T, batch.target_C - 1
+        routes_ULK, exchange = batch.routes_ULK, None
+        if (part := batch.context) is not None:
+            assert self._ranks is not None
+            tokens, positions = (x.index_select(0, part.token_R) for x in (tokens, positions))
+            read_C, exchange = part.read_C, exchange_of(self._ranks.context, part.num_rows)
+            routes_ULK = None if routes_ULK is None else routes_ULK.index_select(0, part.row_R)
+        elif (rows := batch.rows) is not None:
             tokens, positions = (x.index_select(0, rows.token_U) for x in (tokens, positions))
-            read_S = rows.row_T.index_select(0, read_S)
+            read_C = rows.row_T.index_select(0, read_C)
         hidden_UD: Tensor = decoder_of(self.model)(
             input_ids=tokens[None],
             position_ids=positions[None],
             use_cache=False,
             packed_layout=batch.attention_layout,
             packed_kind=self.attention,
-            **({} if self.replay is None else self.replay.arguments(batch.routes_ULK)),
+            packed_context=exchange,
+            **({} if self.replay is None else self.replay.arguments(routes_ULK)),
         ).last_hidden_state[0]
-        return hidden_UD.index_select(0, read_S)
+        return hidden_UD.index_select(0, read_C)
+
+    def of_all(self, batch: PackedBatch, values: Sequence[Tensor]) -> list[Tensor]:
+        """[S] values of a micro-batch's sampled tokens, from those [C] that each rank of the context group
+        has computed; one that has no gradient here has none there. Collective in the group."""
+        if (part := batch.context) is None:
+            return list(values)
+        assert self._ranks is not None and self._ranks.context is not None
+        padding = part.most_sampled - len(part.target_C)
+        own_VC = torch.stack([F.pad(value_C, (0, padding)) for value_C in values])
+        all_NVC = self._ranks.context.gather(own_VC)
+        found = [all_NVC[:, at].reshape(-1).index_select(0, part.place_S) for at in range(len(values))]
+        return [
+            value_S if value_C.requires_grad else value_S.detach()
+            for value_S, value_C in zip(found, values, strict=True)
+        ]
 
 
 def build_skeleton(path: str, *, dtype: torch.dtype) -> Any:

@@ -6,7 +6,8 @@ recomputed in the backward (checkpointing). If there is only one chunk its logit
 would save no memory. With `model.fp32_head` the chunks' gradients of the head's weight are added up in
 float32 (`areal_like/precision.py`).
 
-Shape suffixes: S sampled tokens, C rows of a chunk, D hidden size, V vocabulary.
+Shape suffixes: S sampled tokens, C those whose logits this rank computes (all, except in a context group) or
+those of a chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -84,12 +85,18 @@ class Policy(PackedModel):
         """Log-probs whose entropy is computed at a time; None: the number that suits the device."""
 
     def forward(self, batch: PackedBatch) -> TokenLogProbs:
-        hidden_SD = self.hidden(batch)
-        targets_S = batch.tokens_T.index_select(0, batch.sampled_S)
-        if len(targets_S) <= self.chunk_tokens:
-            return TokenLogProbs(*self._head(hidden_SD, targets_S))
+        own = self._of_own(batch)
+        logprobs, entropy, *collision = self.of_all(batch, [each for each in own if each is not None])
+        return TokenLogProbs(logprobs, entropy, collision[0] if collision else None)
+
+    def _of_own(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The values [C] of an output for the sampled tokens whose logits this rank computes."""
+        hidden_CD = self.hidden(batch)
+        targets_C = batch.tokens_T.index_select(0, batch.target_C)
+        if len(targets_C) <= self.chunk_tokens:
+            return self._head(hidden_CD, targets_C)
         chunks = zip(
-            torch.split(hidden_SD, self.chunk_tokens), torch.split(targets_S, self.chunk_tokens), strict=True
+            torch.split(hidden_CD, self.chunk_tokens), torch.split(targets_C, self.chunk_tokens), strict=True
         )
         head = self.model.get_output_embeddings()
         gradient_VD = head.gradient_sum() if isinstance(head, Fp32Head) else None
@@ -98,9 +105,8 @@ class Policy(PackedModel):
             for h, t in chunks
         ]
         logprobs, entropies, collisions = zip(*parts, strict=True)
-        return TokenLogProbs(
-            torch.cat(logprobs), torch.cat(entropies), torch.cat(collisions) if self.with_collision else None
-        )
+        collision_C = torch.cat(collisions) if self.with_collision else None
+        return torch.cat(logprobs), torch.cat(entropies), collision_C
 
     @torch.no_grad()
     def scored(self, batch: PackedBatch) -> TokenLogProbs:

@@ -2,7 +2,7 @@
 
 The head's weight and bias start at zero, so every value is 0 until the critic has learned, whatever the seed.
 
-Shape suffixes: S sampled tokens.
+Shape suffixes: S sampled tokens, C those whose values this rank computes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ValueModel(PackedModel):
 
         It is read from the same hidden state as the token's log-prob.
         """
-        value_S1 = self.model.get_output_embeddings()(self.hidden(batch))
+        value_C1 = self.model.get_output_embeddings()(self.hidden(batch))
         # A sum and not a squeeze: FSDP2 attaches its backward hook to outputs, which must not be views.
-        value_S: Tensor = value_S1.to(torch.promote_types(value_S1.dtype, torch.float32)).sum(1)
-        return value_S
+        value_C = value_C1.to(torch.promote_types(value_C1.dtype, torch.float32)).sum(1)
+        return self.of_all(batch, [value_C])[0]

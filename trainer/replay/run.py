@@ -98,7 +98,7 @@ def train_recorded_step(
     changed = [lr for first_step, lr in learning_rates if first_step <= step]
     runner.optimizer.lr = changed[-1] if changed else config.trainer.lr
     num_groups = config.trainer.groups_per_step
-    groups = recording.groups(step, range(ranks.rank, num_groups, ranks.world_size))
+    groups = recording.groups(step, ranks.share_of(num_groups))
     return runner.run_served(groups, step=step, num_groups=num_groups, max_staleness=config.staleness_cap)
 
 

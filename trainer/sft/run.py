@@ -236,8 +236,8 @@ class SupervisedRun:
         return loss
 
     def _sequences(self, rows: SftRows, indices: list[int]) -> Iterator[TokenRow]:
-        for index in indices[self._ranks.rank :: self._ranks.world_size]:
-            yield from rows.sequences(index)
+        for at in self._ranks.share_of(len(indices)):
+            yield from rows.sequences(indices[at])
 
     def _save(self) -> None:
         self._ranks.place.enter("checkpoint", step=self._step)

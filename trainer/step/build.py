@@ -68,7 +68,7 @@ def _balances(config: Config, ranks: Ranks) -> bool:
     """`trainer.balance`, with `auto` resolved."""
     if config.trainer.balance == "auto":
         # With max_staleness=0 a step runs while its groups are generated; balancing would first wait for all.
-        return ranks.world_size > 1 and config.max_staleness != 0
+        return ranks.num_data > 1 and config.max_staleness != 0
     return config.trainer.balance == "balanced"
 
 

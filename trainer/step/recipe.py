@@ -68,6 +68,13 @@ class StepRecipe:
                 f"trainer.compile=true: the gradients of objective {recipe.objective.display_name} read the "
                 "inputs of single layers, which compiled code does not expose: set trainer.compile=false"
             )
+        context = config.trainer.context_parallel
+        if context > 1 and recipe.objective.late_coefficients:
+            raise ConfigError(
+                f"trainer.context_parallel={context}: objective {recipe.objective.display_name} needs the "
+                "norms of single sequences' gradients (objective.norms=ghost, exact or auto), and a rank has "
+                "only a part of each sequence: set objective.norms=proxy or trainer.context_parallel=1"
+            )
         used = recipe.estimator
         if turn_discount != 1 and isinstance(used, Advantage) and not used.credits_turns:
             raise ConfigError(

@@ -159,7 +159,8 @@ class RewardTerms:
 
     def _shares_ahead(self, groups: Sequence[TrajectoryGroup]) -> list[list[float]]:
         """For each group and shaping, the share of all ranks' groups that rank before it. Collective."""
-        positions = [index * self._ranks.world_size + self._ranks.rank for index in range(len(groups))]
+        num_data, data_rank = self._ranks.num_data, self._ranks.data_rank
+        positions = [index * num_data + data_rank for index in range(len(groups))]
         positions_J = self._ranks.gather(torch.tensor(positions, dtype=torch.int64)).numpy()
         shares: list[list[float]] = [[] for _ in groups]
         for shaping in self._shapings:

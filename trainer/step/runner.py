@@ -179,8 +179,7 @@ class StepRunner:
 
         Returns the step's metrics (see `_metrics`), equal on all ranks except for times.
 
-        `groups`: this rank's share in recorded order (group j of the step goes to rank j mod world size). It
-        may block until the next group arrives; that time is reported as `wait_s`. Its exceptions propagate,
+        `groups`: this rank's share in recorded order (`Ranks.share_of`). It may block until the next group arrives; that time is reported as `wait_s`. Its exceptions propagate,
         and no update is made. `num_groups`: number of groups that all ranks together must have
         seen; with fewer, every rank raises IncompleteStepError and makes no update. In groups that are not a
         `Position` a version is the number of steps before it.
@@ -243,7 +242,7 @@ class StepRunner:
                     "with buffer.overdue=close: continue with buffer.overdue=close and the method that the "
                     "run had, or start a new run from a checkpoint (model.path=...)"
                 )
-            place = number * self._ranks.world_size + self._ranks.rank
+            place = number * self._ranks.num_data + self._ranks.data_rank
             yield self._routed(replace(position, place=place), totals, step=step)
 
     @property
@@ -416,12 +415,15 @@ class StepRunner:
         totals.add("model_flops", self._speed.flops_of(batch) if live else 0.0)
         if self.policy.replay is not None:
             num_other, num_choices = self.policy.replay.disagreement()
-            totals.add("router_disagreement", num_other if live else 0.0, count=num_choices if live else 0.0)
+            counts = live or batch.context is not None  # the rank's own rows of a micro-batch
+            totals.add(
+                "router_disagreement", num_other if counts else 0.0, count=num_choices if counts else 0.0
+            )
         if self._is_first_forward:
             self._is_first_forward = False
             self.on_first_forward(batch, output.logprobs_S)
         tokens = SampledTokens.of(batch, *output, prox_logp_S=prox_logp_S, ref_logp_S=ref_logp_S)
-        if tokens.beyond_S is not None and torch.is_grad_enabled():  # not in a pass for statistics
+        if live and tokens.beyond_S is not None and torch.is_grad_enabled():  # not in a pass for statistics
             totals.observe_beyond(tokens)
         return tokens
 
