@@ -43,7 +43,8 @@ from rollout_server.engine.models.loading import load
 from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams
 from rollout_server.engine.scheduler import Sequence as EngineSequence
-from trainer.batching.packing import TrainingSample, collate
+from trainer.batching.packing import collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import build_policy
 from trainer.models.tiny import character_tokenizer, untrained_model

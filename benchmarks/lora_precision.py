@@ -34,7 +34,8 @@ from rollout_server.engine.models.loading import load
 from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams
 from rollout_server.engine.scheduler import Sequence as EngineSequence
-from trainer.batching.packing import TrainingSample, collate
+from trainer.batching.packing import collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.lora import layer_matrices, scales

@@ -38,8 +38,9 @@ from areal_like.precision import route_in_float32, routers, widen_head
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.routes import Routes, RoutesShape
 from benchmarks.report import table, write
-from trainer.batching.packing import PackedBatch, TrainingSample, collate
+from trainer.batching.packing import PackedBatch, collate
 from trainer.batching.routes import fault_of
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 

@@ -43,7 +43,8 @@ from areal_like import sorting
 from areal_like.config import Config
 from areal_like.trajectory import FinishReason, Trajectory
 from benchmarks.report import table, write
-from trainer.batching.packing import Packer, TrainingSample, collate
+from trainer.batching.packing import Packer, collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.prepare_model import prepare_model

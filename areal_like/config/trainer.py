@@ -49,8 +49,8 @@ class TrainerConfig(Section, key="trainer"):
     """Number of ranks (FSDP2 shards) of the trainer on all of its machines. Under torchrun, torchrun's number
     applies."""
     context_parallel: PositiveInt = 1
-    """Number of ranks that compute each micro-batch together (Ulysses), so that its activations are divided by
-    it: each has a part of the tokens, and in attention a part of the heads. It divides `world_size` and the
+    """Number of ranks that compute each micro-batch together (Ulysses), which divides its activations by it:
+    each has a part of the tokens, and in attention a part of the heads. It must divide `world_size` and the
     model's KV heads."""
     num_hosts: PositiveInt = 1
     """Number of machines of the trainer. Start `python -m trainer` on each of them; it starts the ranks of

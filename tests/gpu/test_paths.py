@@ -27,7 +27,8 @@ from tests.support.planning_ranks import build_runner, run_steps
 from tests.support.trainer_ranks import make_runner
 from tests.trainer.planning.test_memory import SHAPE, TOLERANCE
 from trainer.batching.device_copies import copied
-from trainer.batching.packing import PackedBatch, TrainingSample, collate
+from trainer.batching.packing import PackedBatch, collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local

@@ -14,7 +14,8 @@ from tests.support.full_state import gather_full_state
 from tests.support.snapshot_ranks import received
 from tests.support.trainer_helpers import joined, random_groups
 from tests.support.trainer_ranks import main, make_runner
-from trainer.batching.packing import TrainingSample, collate
+from trainer.batching.packing import collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import RowShard, gather, local, shards_of

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.support.trainer_helpers import random_groups
 from tests.support.trainer_ranks import main
-from trainer.batching.packing import PackedBatch, TrainingSample, collate
+from trainer.batching.packing import PackedBatch, collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import gather, local, shards_of
 from trainer.models.policy import Policy

@@ -17,7 +17,8 @@ from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
 from tests.support.memory import peak, release_freed_memory, reset_peak
 from tests.support.trainer_helpers import random_groups
 from tests.support.trainer_ranks import main
-from trainer.batching.packing import TrainingSample, collate
+from trainer.batching.packing import collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local, reshard, row_range
 from trainer.models.policy import Policy

@@ -14,7 +14,8 @@ from areal_like.weights.buckets import unflatten
 from areal_like.weights.hf_layout import adapter_tensors
 from tests.support.trainer_helpers import flattened, random_groups, without_measured
 from tests.support.trainer_ranks import main, make_runner
-from trainer.batching.packing import TrainingSample, collate
+from trainer.batching.packing import collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import RowShard, gather, local

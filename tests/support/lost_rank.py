@@ -18,7 +18,8 @@ import torch
 
 from areal_like.config import Config, TrainerConfig
 from areal_like.runtime.process import die_with_parent
-from trainer.batching.packing import TrainingSample, in_lockstep
+from trainer.batching.packing import in_lockstep
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.process_group import joined_ranks
 from trainer.distributed.spawn import STORE_FD
 from trainer.metrics.speed import PhaseTimer

@@ -26,7 +26,8 @@ from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from tests.support.families import FAMILIES, stored, write_family
 from tests.support.routes import routed
 from tests.support.trainer_helpers import VOCAB, dense_logprobs, random_groups
-from trainer.batching.packing import PackedBatch, TrainingSample, collate
+from trainer.batching.packing import PackedBatch, collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy

@@ -15,7 +15,8 @@ from tests.support.routes import routed_groups
 from tests.support.snapshot_ranks import received
 from tests.support.trainer_helpers import joined, random_groups
 from tests.support.trainer_ranks import BUDGET_TOKENS, SHARES, last_gradient, main, make_runner
-from trainer.batching.packing import TrainingSample, collate
+from trainer.batching.packing import collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy

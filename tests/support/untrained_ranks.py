@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from tests.support.snapshot_ranks import received
 from tests.support.trainer_helpers import random_groups
 from tests.support.trainer_ranks import last_gradient, main, make_runner
-from trainer.batching.packing import PackedBatch, TrainingSample, collate
+from trainer.batching.packing import PackedBatch, collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import reshard

@@ -19,7 +19,8 @@ from tests.support.adapter_pushes import pushing, serving
 from tests.support.engine_harness import TOLERANCE, running_engine, weights_of
 from tests.support.trainer_helpers import random_groups, write_model
 from tests.support.trainer_ranks import make_runner
-from trainer.batching.packing import TrainingSample, collate
+from trainer.batching.packing import collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.step.runner import StepRunner

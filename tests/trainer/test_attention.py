@@ -21,8 +21,9 @@ from trainer.attention.packed_attention import rectangle_attention, uses_varlen
 from trainer.attention.varlen import varlen_attention
 from trainer.batching import attention_layout
 from trainer.batching.attention_layout import AttentionLayout, VarlenLayout
-from trainer.batching.packing import MicroBatch, TrainingSample, collate, in_lockstep
+from trainer.batching.packing import collate, in_lockstep
 from trainer.batching.shared_prefixes import InputSequence, SharedRows
+from trainer.batching.training_sample import MicroBatch, TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.policy import Policy

@@ -20,10 +20,11 @@ from tests.support.routes import random_routes
 from tests.support.trainer_helpers import joined, run_ranks, write_model
 from trainer.batching.balance import Cost, SequenceSize, plan
 from trainer.batching.balancer import Balancer, exchange
-from trainer.batching.packing import Packer, TrainingSample, sequences_of
+from trainer.batching.packing import Packer, sequences_of
 from trainer.batching.sample_messages import decoded, encoded
 from trainer.batching.segments import cut
 from trainer.batching.shared_prefixes import budget_size
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 
 BUDGET = 64

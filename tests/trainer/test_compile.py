@@ -11,7 +11,8 @@ from transformers import AutoConfig
 from areal_like.config.loading import from_mapping
 from areal_like.errors import ConfigError
 from tests.support.trainer_helpers import random_groups, write_model
-from trainer.batching.packing import TrainingSample, collate
+from trainer.batching.packing import collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.packed_model import decoder_layers

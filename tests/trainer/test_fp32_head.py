@@ -18,7 +18,8 @@ from rollout_server.engine.cache import KVCache
 from rollout_server.engine.models.loading import load
 from tests.support.fp32_head_ranks import batch_of, load_policy, whole_gradient
 from tests.support.trainer_helpers import VOCAB, run_ranks, write_model
-from trainer.batching.packing import TrainingSample, collate
+from trainer.batching.packing import collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.policy import Policy

@@ -25,9 +25,9 @@ from tests.support.trainer_ranks import last_gradient, make_runner
 from trainer.advantages import ADVANTAGES, FloatArray
 from trainer.advantages.critic import Critic, value_loss
 from trainer.advantages.gae import Gae, gae
-from trainer.batching.packing import TrainingSample
 from trainer.batching.positions import Position
 from trainer.batching.segments import trained_segments
+from trainer.batching.training_sample import TrainingSample
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.prometheus import TrainerSeries

@@ -36,7 +36,8 @@ from tests.trainer.test_policy import gradients
 from trainer.attention import linear
 from trainer.attention.linear import CONVOLUTION, DELTA_RULE, LinearAttention, check_kernels
 from trainer.batching.attention_layout import AttentionLayout
-from trainer.batching.packing import PackedBatch, TrainingSample, collate
+from trainer.batching.packing import PackedBatch, collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local

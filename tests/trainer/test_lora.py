@@ -26,7 +26,8 @@ from tests.support.lora_ranks import LORA, METHODS, adapter_of, pushed
 from tests.support.moe_model import write_moe_model
 from tests.support.trainer_helpers import VOCAB, dense_logprobs, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import last_gradient, make_runner
-from trainer.batching.packing import TrainingSample, collate
+from trainer.batching.packing import collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import MODEL_PREFIX, local

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import FinishReason, Trajectory
-from trainer.batching.packing import MicroBatch, Packer, TrainingSample, collate, num_targets
+from trainer.batching.packing import Packer, collate, num_targets
+from trainer.batching.training_sample import MicroBatch, TrainingSample
 
 BUDGET = 32
 

@@ -29,17 +29,11 @@ from tests.support.trainer_helpers import VOCAB, joined, random_groups, run_rank
 from tests.support.trainer_ranks import last_gradient, make_runner
 from tests.trainer.test_policy import gradients, packed
 from tests.trainer.test_shared_prefixes import branched
-from trainer.batching.packing import (
-    PackedBatch,
-    Packer,
-    TrainingSample,
-    collate,
-    is_target,
-    sequences_of,
-)
+from trainer.batching.packing import PackedBatch, Packer, collate, is_target, sequences_of
 from trainer.batching.positions import Position
 from trainer.batching.routes import LIVE, FaultKind, fault_of
 from trainer.batching.segments import cut, segments_of
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.models.packed_model import decoder_layers
 from trainer.models.policy import BaseReference, Policy

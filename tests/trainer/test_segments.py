@@ -15,8 +15,9 @@ from areal_like.trajectory import Trajectory
 from tests.support.trainer_helpers import joined, random_groups, random_trajectory
 from tests.support.trainer_ranks import last_gradient, make_runner
 from trainer.advantages import Advantage
-from trainer.batching.packing import Packer, TrainingSample, collate, is_target, num_targets
+from trainer.batching.packing import Packer, collate, is_target, num_targets
 from trainer.batching.segments import cut, segments_of, split_targets, trained_segments
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 
 OBJECTIVES: list[dict[str, Any]] = [

@@ -21,8 +21,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from areal_like.trajectory import FinishReason, Trajectory
 from tests.support.trainer_helpers import ARCHITECTURES, VOCAB, dense_logprobs, write_model
 from trainer.batching import attention_layout
-from trainer.batching.packing import PackedBatch, Packer, TrainingSample, collate
+from trainer.batching.packing import PackedBatch, Packer, collate
 from trainer.batching.shared_prefixes import InputSequence, SharedRows
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.policy import Policy

@@ -21,8 +21,9 @@ from tests.support.full_state import gather_full_state
 from tests.support.trainer_helpers import dense_logprobs, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import DTYPES, SHARES, last_gradient, make_runner
 from trainer.advantages import ADVANTAGES, Advantage, DrGrpo
-from trainer.batching.packing import TrainingSample, collate
+from trainer.batching.packing import collate
 from trainer.batching.scope import Scope
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import IncompleteStepError, Ranks
 from trainer.models.policy import Policy, build_policy
 from trainer.objectives import Need, Reinforce, SampledTokens, StepStats, TokenLosses

@@ -8,7 +8,8 @@ import torch
 
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.weights import ScoreTokens, TokenScores, WeightsFailed
-from trainer.batching.packing import TrainingSample, collate
+from trainer.batching.packing import collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.weights.checks import (
     MAX_CONTEXT,
     NOISE,

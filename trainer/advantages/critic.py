@@ -27,8 +27,9 @@ from areal_like.config import Config
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import FloatArray
 from trainer.advantages.gae import Gae
-from trainer.batching.packing import Packer, TrainingSample, in_lockstep
+from trainer.batching.packing import Packer, in_lockstep
 from trainer.batching.segments import values_of_targets
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.models.value_model import ValueModel
 from trainer.optimizer import ShardedAdamW

@@ -143,9 +143,10 @@ def packed_attention(
     """transformers' attention interface: query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D].
 
     `packed_kind`: `trainer.attention`. `packed_context`: the rows are those of this rank of a context group,
-    and the layout is that of all its rows. Dropout is ignored: a policy's log-probs must be those of the engine.
-    Raises ConfigError for architectures whose attention is more than softmax over a causal window, and for a
-    kernel that was chosen and does not take the tensors.
+    and the layout is that of all its rows. Dropout is ignored: a policy's log-probs must be those of the
+    engine. Raises ConfigError for architectures whose attention is more than softmax over a causal window,
+    for a kernel that was chosen and does not take the tensors, and for heads that a context group cannot
+    divide.
     """
     if packed_layout is None or softcap is not None or s_aux is not None:
         raise ConfigError(

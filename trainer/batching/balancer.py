@@ -2,9 +2,10 @@
 
     own samples -> sizes of all ranks -> the same plan everywhere -> samples to their ranks -> micro-batches
 
-The step has to be complete, so no micro-batch runs while groups are still being generated. Every data rank has
-fetched its own groups. A sample for another rank is sent there as one msgpack message with only the fields
-that a micro-batch needs; a sample that stays is not encoded. The other ranks of context groups have no samples and get no micro-batches here.
+The step has to be complete, so no micro-batch runs while groups are still being generated. Every data rank
+has fetched its own groups. A sample for another rank is sent there as one msgpack message with only the
+fields that a micro-batch needs; a sample that stays is not encoded. The other ranks of context groups have no
+samples and get no micro-batches here.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import torch
 
 from areal_like.errors import ArealError
 from trainer.batching.balance import Cost, MicrobatchPlan, SequenceSize, plan
-from trainer.batching.packing import MicroBatch, TrainingSample, sequences_of, too_long_of
+from trainer.batching.packing import sequences_of, too_long_of
 from trainer.batching.sample_messages import decoded, encoded
 from trainer.batching.shared_prefixes import Prefix, PrefixFinder
+from trainer.batching.training_sample import MicroBatch, TrainingSample
 from trainer.distributed.ranks import Ranks
 
 
@@ -175,9 +177,9 @@ def placed(
 
 
 _BYTES_PER_TOKEN = 34
-"""Bytes of a message (`sample_messages.py`): of the arrays, of an advantage, a lag and a flag for each token, and
-of the length of a segment."""
-_BYTES_PER_SAMPLE = 320
+"""Bytes of the arrays in `sample_messages.py`, of an advantage, a lag and a flag for each token, and of the
+length of a segment."""
+_BYTES_PER_SAMPLE = 336
 """Most bytes of a sample in addition to its tokens, and of the list that it is in."""
 
 

@@ -45,33 +45,11 @@ from trainer.batching.attention_layout import AttentionLayout
 from trainer.batching.context_part import ContextPart
 from trainer.batching.device_copies import copied
 from trainer.batching.routes import experts_of_segments, rows_of
+from trainer.batching.sample_messages import spread_microbatch
 from trainer.batching.shared_prefixes import InputSequence, PrefixFinder, SharedRows, budget_size
+from trainer.batching.training_sample import MicroBatch, TrainingSample
 from trainer.distributed.context import ContextGroup
 from trainer.distributed.ranks import Ranks
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TrainingSample:
-    """One trajectory with its advantage, its group's position in the step, and its lag."""
-
-    trajectory: Trajectory
-    advantage: float | NDArray[np.float64]
-    """One number for all its tokens, or a float64 array [num_tokens]."""
-    group: int
-    """Position of its group in the step, counted over all ranks."""
-    lag: int | NDArray[np.int64] = 0
-    """Optimizer steps since the weights that sampled its tokens: a number, or an int64 array [num_tokens]."""
-    beyond: NDArray[np.bool_] | None = None
-    """bool [num_tokens]: trained tokens that are beyond the staleness bound; None: none."""
-    num_masked: int = 0
-    """Sampled tokens that are context only, because they are beyond the staleness bound; they count in the
-    divisors of normalizers."""
-    is_continued: bool = False
-    """It is a part of a sample that is too long for a micro-batch, and the next part follows."""
-
-
-MicroBatch = tuple[TrainingSample, ...]
-"""Samples that run through the model together; `collate` turns them into a PackedBatch."""
 
 
 def is_target(trajectory: Trajectory) -> NDArray[np.bool_]:
@@ -399,8 +377,8 @@ def in_lockstep(
     `shares_prefixes`: see `collate`.
 
     In a context group all ranks get the micro-batches of the first one, the others with live=False: their
-    forward and backward are needed, but not their losses. Dummies follow for as long as another rank still has micro-batches. Collective. Raises
-    IncompleteStepError on every rank if one abandons the step.
+    forward and backward are needed, but not their losses. Dummies follow for as long as another rank still
+    has micro-batches. Collective. Raises IncompleteStepError on every rank if one abandons the step.
     """
     remaining = iter(microbatches)
     while True:
@@ -410,9 +388,6 @@ def in_lockstep(
         ranks.place.next_microbatch()
         live = microbatch is not None
         if ranks.context is not None:
-            # Imported here: it imports this module.
-            from trainer.batching.sample_messages import spread_microbatch
-
             assert microbatch is None or ranks.has_samples
             own = (microbatch or ()) if ranks.has_samples else None
             microbatch = spread_microbatch(own, ranks.context) or None

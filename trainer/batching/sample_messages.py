@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from areal_like.errors import ArealError
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.routes import Routes
-from trainer.batching.packing import MicroBatch, TrainingSample
+from trainer.batching.training_sample import MicroBatch, TrainingSample
 from trainer.distributed.context import ContextGroup
 
 _TOKEN_ARRAYS = {"tokens": "<i4", "loss_mask": "u1", "logprobs": "<f4", "versions": "<i4"}

@@ -26,15 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from areal_like.trajectory import Trajectory
-from trainer.batching.packing import (
-    PackedBatch,
-    Packer,
-    TrainingSample,
-    in_lockstep,
-    is_target,
-    split_by_sample,
-)
+from trainer.batching.packing import PackedBatch, Packer, in_lockstep, is_target, split_by_sample
 from trainer.batching.routes import routes_of
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 
 

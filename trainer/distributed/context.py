@@ -1,8 +1,9 @@
 """The ranks that compute each micro-batch together (`trainer.context_parallel`): a context group.
 
-Of M ranks, N neighbors are one context group: the ranks g N to g N + N - 1. Only the first of them has samples
-of the step; it sends each of its micro-batches to the others. A rank computes its part of the rows
-(`batching/context_part.py`), and in attention its part of the heads of all rows (`attention/context.py`).
+Of M ranks, N neighbors are one context group: the ranks g N to g N + N - 1. Only the first of them, a data
+rank, has samples of the step; it sends each of its micro-batches to the others. A rank computes its part of
+the rows (`batching/context_part.py`), and in attention its part of the heads of all rows
+(`attention/context.py`).
 
 Gradients are exact without a factor. `gather` gives every rank all log-probs, but only the first rank has
 losses of them: on the others they are multiplied by zero, as on a rank without work. The backward of `gather`

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from areal_like.wire.messages.consumer import Group
-from trainer.batching.packing import TrainingSample, is_target
+from trainer.batching.packing import is_target
 from trainer.batching.positions import Position
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 
 

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from areal_like.trajectory import FinishReason, Trajectory
-from trainer.batching.packing import PackedBatch, TrainingSample, num_targets
+from trainer.batching.packing import PackedBatch, num_targets
 from trainer.batching.routes import FaultKind
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.lag import PartTable
 from trainer.metrics.named_means import NamedMeans

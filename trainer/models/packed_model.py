@@ -19,8 +19,8 @@ tokens: every chunk would gather the weight and reduce its gradient again.
 In a context group (`Ranks.context`) a rank computes its part of a micro-batch's rows, and the values of all
 sampled tokens are gathered (`of_all`).
 
-Shape suffixes: T packed tokens, U rows that the model computes for them, S sampled tokens, C those whose values
-this rank computes, D hidden size.
+Shape suffixes: T packed tokens, U rows that the model computes for them, S sampled tokens, C those whose
+values this rank computes, D hidden size.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from areal_like.chat.token_row import TokenRow
 from areal_like.trajectory import FinishReason, Trajectory
-from trainer.batching.packing import PackedBatch, Packer, TrainingSample, in_lockstep
+from trainer.batching.packing import PackedBatch, Packer, in_lockstep
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.speed import StepSpeed
 from trainer.metrics.step_totals import shared_share

@@ -21,9 +21,10 @@ from areal_like.wire.messages.consumer import EarlyMember
 from trainer.advantages.base import Advantage, Estimator, FloatArray
 from trainer.advantages.parts import RewardHistory, RewardStatistics, context_of
 from trainer.advantages.turns import group_advantages
-from trainer.batching.packing import TrainingSample, num_targets
+from trainer.batching.packing import num_targets
 from trainer.batching.positions import Position, as_context
 from trainer.batching.scope import Scope
+from trainer.batching.training_sample import TrainingSample
 from trainer.metrics.step_totals import StepTotals
 from trainer.step.rewards import RewardTerms, TrajectoryGroup
 

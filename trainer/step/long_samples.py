@@ -21,8 +21,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trainer.batching.packing import TrainingSample, num_targets
+from trainer.batching.packing import num_targets
 from trainer.batching.sampled_tokens import SampledTokens
+from trainer.batching.training_sample import TrainingSample
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

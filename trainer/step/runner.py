@@ -34,20 +34,13 @@ from trainer.advantages.base import Estimator
 from trainer.advantages.critic import Critic, ValueTarget
 from trainer.advantages.reward_shaping import Shaping
 from trainer.batching.balancer import Balancer
-from trainer.batching.packing import (
-    MicroBatch,
-    PackedBatch,
-    Packer,
-    TrainingSample,
-    in_lockstep,
-    is_target,
-    num_targets,
-)
+from trainer.batching.packing import PackedBatch, Packer, in_lockstep, is_target, num_targets
 from trainer.batching.positions import Position
 from trainer.batching.routes import FaultKind
 from trainer.batching.sampled_tokens import SampledTokens
 from trainer.batching.scope import Scope
 from trainer.batching.segments import cut, trained_segments
+from trainer.batching.training_sample import MicroBatch, TrainingSample
 from trainer.distributed.ranks import IncompleteStepError, Ranks
 from trainer.gradients.base import Gradients
 from trainer.metrics.lag import LagTally
@@ -179,10 +172,11 @@ class StepRunner:
 
         Returns the step's metrics (see `_metrics`), equal on all ranks except for times.
 
-        `groups`: this rank's share in recorded order (`Ranks.share_of`). It may block until the next group arrives; that time is reported as `wait_s`. Its exceptions propagate,
-        and no update is made. `num_groups`: number of groups that all ranks together must have
-        seen; with fewer, every rank raises IncompleteStepError and makes no update. In groups that are not a
-        `Position` a version is the number of steps before it.
+        `groups`: this rank's share in recorded order (`Ranks.share_of`). It may block until the next group
+        arrives; that time is reported as `wait_s`. Its exceptions propagate, and no update is made.
+        `num_groups`: number of groups that all ranks together must have seen; with fewer, every rank raises
+        IncompleteStepError and makes no update. In groups that are not a `Position` a version is the number
+        of steps before it.
         `is_abandoned`: called between micro-batches; once it is true on any rank, every rank raises
         IncompleteStepError, and weights, moments and all other state are as before the step.
         """

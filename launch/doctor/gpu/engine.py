@@ -40,7 +40,8 @@ from rollout_server.policy.engines.supervisor import make_update_strategy
 from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.weights.strategy import WeightPush, WeightUpdateStrategy
-from trainer.batching.packing import TrainingSample, collate
+from trainer.batching.packing import collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.process_group import device_of, join_ranks
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local

@@ -19,7 +19,8 @@ from areal_like.wire.messages.consumer import Group
 from areal_like.wire.records import Record
 from tests.support.trainer_helpers import dense_logprobs, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import last_gradient, make_runner
-from trainer.batching.packing import TrainingSample, collate
+from trainer.batching.packing import collate
+from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import reshard
 from trainer.metrics.lag import LagTally
