@@ -23,8 +23,10 @@ def context_obstacle(facts: Mapping[str, Any], size: int) -> str:
             "sequence: set trainer.context_parallel=1"
         )
     rope = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
-    if kind in _BY_LENGTH:
+    # Some models have one for each kind of layer.
+    ropes = [each for each in (rope, *rope.values()) if isinstance(each, Mapping)]
+    kinds = [each.get("rope_type", each.get("type")) for each in ropes]
+    if kind := next((kind for kind in kinds if kind in _BY_LENGTH), ""):
         return (
             f"{name}: the rotary embeddings of this model (model.path) are of the kind {kind}, which depends "
             "on the longest sequence, and a rank has only a part of it: set trainer.context_parallel=1"

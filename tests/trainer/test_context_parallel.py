@@ -8,63 +8,241 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from areal_like.automatic_settings import resolved
+from areal_like.config.loading import from_mapping
+from areal_like.context_parallel import context_obstacle
+from areal_like.errors import ConfigError
 from tests.support.context_ranks import NUM_STEPS, case_runner, run_steps, weights_of
-from tests.support.trainer_helpers import run_ranks
-from trainer.distributed.ranks import Ranks
+from tests.support.families import write_family
+from tests.support.moe_model import write_moe_model
+from tests.support.trainer_helpers import VOCAB, run_ranks, write_model
+from trainer.batching.context_part import ContextPart
+from trainer.batching.shared_prefixes import InputSequence, SharedRows
+from trainer.distributed.ranks import Ranks, share_of
+from trainer.step.recipe import StepRecipe
 
-TOKEN: dict[str, Any] = {"settings": {"objective": {"name": "ppo"}}, "entropy_coef": 0.1}
-SEQUENCE: dict[str, Any] = {"settings": {"objective": {"name": "tis", "level": "sequence", "cap": 2.0}}}
-GEOMETRIC: dict[str, Any] = {"settings": {"objective": {"name": "gspo"}}, "checkpointing": True}
-WHOLE_GROUP: dict[str, Any] = {
+Case = dict[str, Any]
+
+TOKEN: Case = {"settings": {"objective": {"name": "ppo"}}, "entropy_coef": 0.1}
+SEQUENCE: Case = {"settings": {"objective": {"name": "tis", "level": "sequence", "cap": 2.0}}}
+GEOMETRIC: Case = {"settings": {"objective": {"name": "gspo"}}, "checkpointing": True}
+WHOLE_GROUP: Case = {
     "settings": {"objective": {"name": "vcpo", "norms": "proxy"}},
     "budget_tokens": 200,
 }
-CRITIC: dict[str, Any] = {"settings": {"objective": {"name": "ppo"}, "advantage": {"name": "gae"}}}
+CRITIC: Case = {"settings": {"objective": {"name": "ppo"}, "advantage": {"name": "gae"}}}
 KINDS = {"token": TOKEN, "sequence": SEQUENCE, "geometric": GEOMETRIC, "group": WHOLE_GROUP, "critic": CRITIC}
+WHOLE_STEP: dict[str, Case] = {
+    "batch": {"settings": {"objective": {"name": "m2po"}}},
+    "reference": {
+        "settings": {
+            "objective": {"name": "reinforce"},
+            "kl": {"coef": 0.3, "estimator": "k3", "place": "reward"},
+        }
+    },
+    "proximal": {
+        "settings": {"objective": {"name": "decoupled_ppo", "prox": "snapshot", "interval": 2}},
+        "normalizer": "seq_mean_token_mean",
+    },
+    "masks": {
+        "settings": {
+            "objective": {"name": "tis", "masks": [{"name": "trust_region", "max_kl": 9.0, "mean_kl": 3.0}]}
+        }
+    },
+}
 BY_CUT = {"balance", "num_microbatches", "shared_share"}
 """Metrics that depend on the cuts into micro-batches."""
 
 
 def compare(
-    weights: Mapping[str, Tensor],
+    got: Mapping[str, Tensor],
     metrics: list[dict[str, float]],
     want: Mapping[str, Tensor],
     want_metrics: list[dict[str, float]],
     *,
     error: float = 1e-9,
 ) -> None:
-    assert weights.keys() == want.keys()
+    assert got.keys() == want.keys()
     for name, tensor in want.items():
-        assert float((weights[name] - tensor).norm()) <= error * float(tensor.norm()), name
-    for got_of_step, want_of_step in zip(metrics, want_metrics, strict=True):
-        for name in (got_of_step.keys() | want_of_step.keys()) - BY_CUT:
-            got, value = got_of_step[name], want_of_step[name]
-            both_undefined = math.isnan(got) and math.isnan(value)
-            assert both_undefined or math.isclose(got, value, rel_tol=error, abs_tol=error), name
+        assert float((got[name] - tensor).norm()) <= error * float(tensor.norm()), name
+    for of_step, want_of_step in zip(metrics, want_metrics, strict=True):
+        for name in (of_step.keys() | want_of_step.keys()) - BY_CUT:
+            value, wanted = of_step[name], want_of_step[name]
+            both_undefined = math.isnan(value) and math.isnan(wanted)
+            assert both_undefined or math.isclose(value, wanted, rel_tol=error, abs_tol=error), name
 
 
-def check_cases(
-    folder: Path, ranks: Ranks, path: str, cases: list[dict[str, Any]], *, world_size: int, size: int
-) -> None:
-    """The cases on ranks in context groups of `size` give what one rank gives."""
+def run_cases(folder: Path, cases: list[Case], *, world_size: int, size: int) -> None:
     run_ranks(
-        "cases",
-        str(folder),
-        str(size),
-        path,
-        json.dumps(cases),
+        *("cases", str(folder), str(size), json.dumps(cases)),
         world_size=world_size,
         module="tests.support.context_ranks",
     )
+
+
+def check_cases(folder: Path, ranks: Ranks, cases: list[Case], *, world_size: int, size: int) -> None:
+    """Ranks in context groups of `size` give what one rank gives: the weights after some steps in float64,
+    the loss of the first step in float32."""
+    run_cases(folder, cases, world_size=world_size, size=size)
     for index, case in enumerate(cases):
-        runner = case_runner(path, ranks, {**case, "balances": False})
-        want_metrics = run_steps(runner, ranks, range(NUM_STEPS))
-        got = json.loads((folder / f"{index}.json").read_text())
-        compare(load_file(folder / f"{index}.safetensors"), got, weights_of(runner), want_metrics)
+        runner = case_runner(ranks, {**case, "balances": False})
+        want = run_steps(runner, ranks, range(case.get("num_steps", NUM_STEPS)))
+        metrics = json.loads((folder / f"{index}.json").read_text())
+        if case.get("num_steps") == 1:
+            for name in ("loss", "grad_norm", "entropy"):
+                assert metrics[0][name] == pytest.approx(want[0][name], rel=1e-5, abs=1e-7), (case, name)
+        else:
+            weights = load_file(folder / f"{index}.safetensors")
+            compare(weights, metrics, weights_of(runner), want)
 
 
 def test_two_ranks_of_a_context_are_one(tmp_path: Path, ranks: Ranks, path: str) -> None:
-    check_cases(tmp_path, ranks, path, list(KINDS.values()), world_size=2, size=2)
+    """One objective of each kind, with segments, shared prefixes, and a sample that is too long to pack."""
+    cases = [{"path": path, **case} for case in KINDS.values()]
+    for family in ("qwen3", "mistral"):  # grouped queries; windows
+        model = write_model(tmp_path / family, family, dtype=torch.float32)
+        cases.append({"path": model, "dtype": "float32", "num_steps": 1, **SEQUENCE})
+    check_cases(tmp_path, ranks, cases, world_size=2, size=2)
+
+
+@pytest.mark.long
+def test_four_ranks_of_a_context_are_one(tmp_path: Path, ranks: Ranks, path: str) -> None:
+    cases = [{"path": path, **case} for case in (*KINDS.values(), *WHOLE_STEP.values())]
+    check_cases(tmp_path, ranks, cases, world_size=4, size=4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("balances", [False, True])
+def test_two_data_ranks_with_contexts_are_one(
+    tmp_path: Path, ranks: Ranks, path: str, balances: bool
+) -> None:
+    every = (*KINDS.values(), *WHOLE_STEP.values())
+    cases = [{"path": path, "balances": balances, **case} for case in every]
+    check_cases(tmp_path, ranks, cases, world_size=4, size=2)
+
+
+@pytest.mark.long
+def test_families_in_a_context(tmp_path: Path, ranks: Ranks) -> None:
+    """Latent attention, experts with routes, windows in some layers, and an adapter with its reference."""
+    once: Case = {"dtype": "float32", "num_steps": 1}
+    models = {name: write_family(name, tmp_path / name) for name in ("deepseek_v3", "qwen3_moe", "gemma3")}
+    cases = [{"path": model, **once, **TOKEN} for model in models.values()]
+    experts = write_moe_model(tmp_path / "experts", vocab_size=VOCAB)
+    cases.append({"path": experts, **once, **SEQUENCE, "router_replay": True})
+    llama = write_model(tmp_path / "llama", dtype=torch.float32)
+    kl = {"settings": {**TOKEN["settings"], "kl": {"coef": 0.3, "place": "loss"}}}
+    cases.append({"path": llama, **once, **kl, "lora": {"rank": 4, "alpha": 8.0}})
+    check_cases(tmp_path, ranks, cases, world_size=2, size=2)
+
+
+@pytest.mark.long
+def test_checkpoints_resume_at_other_shapes(tmp_path: Path, ranks: Ranks, path: str) -> None:
+    """A checkpoint of two data ranks with contexts of two: bit for bit at that shape, exact at others."""
+    case = {"path": path, **CRITIC}
+    module = "tests.support.context_ranks"
+    run_ranks("saves", str(tmp_path), "2", json.dumps(case), "2", world_size=4, module=module)
+    want = load_file(tmp_path / "straight.safetensors")
+    want_metrics = json.loads((tmp_path / "straight.json").read_text())
+    for world_size, size in ((4, 2), (4, 4), (2, 1), (1, 1)):
+        name = f"resumed-{world_size}-{size}"
+        run_ranks(
+            *("resumes", str(tmp_path), str(size), json.dumps(case), "2", name),
+            world_size=world_size,
+            module=module,
+        )
+        got = load_file(tmp_path / f"{name}.safetensors")
+        if (world_size, size) == (4, 2):
+            assert all(torch.equal(tensor, want[key]) for key, tensor in got.items())
+        compare(got, json.loads((tmp_path / f"{name}.json").read_text()), want, want_metrics)
+
+
+@given(st.integers(0, 40), st.integers(1, 6), st.integers(1, 4))
+def test_every_group_has_one_data_rank(num: int, num_data: int, size: int) -> None:
+    world_size = num_data * size
+    shares = [
+        share_of(num, rank=rank, world_size=world_size, context_parallel=size) for rank in range(world_size)
+    ]
+    assert sorted(number for share in shares for number in share) == list(range(num))
+    assert all(not share for rank, share in enumerate(shares) if rank % size)
+
+
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=5), st.integers(1, 5), st.booleans())
+def test_parts_cover_a_microbatch(lengths: list[int], num_ranks: int, shares: bool) -> None:
+    """Each row and each sampled token belongs to one rank, which reads the row before the token."""
+    tokens = [np.arange(length, dtype=np.int32) for length in lengths]
+    shared = SharedRows.of([InputSequence(tokens=each) for each in tokens]) if shares else None
+    total = sum(lengths)
+    starts = np.cumsum([0, *lengths[:-1]])
+    sampled_S = np.setdiff1d(np.arange(total), starts)
+    parts = [
+        ContextPart.of(sampled_S, num_tokens=total, shared=shared, num_ranks=num_ranks, rank=rank)
+        for rank in range(num_ranks)
+    ]
+    num_rows = total if shared is None else len(shared.token_U)
+    assert len({len(part.row_R) for part in parts}) == 1
+    covered = torch.stack([part.row_R for part in parts]).T.flatten()[:num_rows]
+    assert covered.tolist() == list(range(num_rows))
+    flat = torch.full((num_ranks, parts[0].most_sampled), -1)
+    for rank, part in enumerate(parts):
+        flat[rank, : len(part.target_C)] = part.target_C
+        rows = part.row_R[part.read_C].tolist()
+        row_T = np.arange(total) if shared is None else shared.row_T
+        assert rows == row_T[part.target_C.numpy() - 1].tolist()
+    assert flat.flatten()[parts[0].place_S].tolist() == sampled_S.tolist()
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"num_attention_heads": 8, "num_key_value_heads": 2}, "does not divide the 2 KV heads"),
+        ({"num_attention_heads": 6}, "does not divide the 6 KV heads"),
+        (
+            {"num_attention_heads": 8, "num_key_value_heads": 4, "num_global_key_value_heads": 1},
+            "does not divide the 1 KV heads",
+        ),
+        ({"num_attention_heads": 8, "linear_num_value_heads": 4}, "linear attention"),
+        ({"num_attention_heads": 8, "rope_scaling": {"type": "longrope"}}, "kind longrope"),
+        ({"num_attention_heads": 8, "rope_parameters": {"rope_type": "dynamic"}}, "kind dynamic"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "kind longrope"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 1, "kv_lora_rank": 16}, ""),
+        ({"num_attention_heads": 8, "num_key_value_heads": 4, "rope_scaling": None}, ""),
+        ({"n_head": 4}, ""),
+    ],
+)
+def test_models_that_a_context_cannot_divide(facts: dict[str, Any], message: str) -> None:
+    obstacle = context_obstacle(facts, 4)
+    assert message in obstacle and bool(obstacle) == bool(message)
+    assert not obstacle or ("trainer.context_parallel=4" in obstacle and "model.path" in obstacle)
+
+
+def test_jobs_that_a_context_cannot_run_are_refused(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", "qwen2")  # one KV head
+    job = {"model": {"path": path}, "trainer": {"world_size": 2, "context_parallel": 2}}
+    with pytest.raises(ConfigError, match=r"trainer.context_parallel=2 .* 1 KV heads .*model.path"):
+        resolved(from_mapping(job))
+    with pytest.raises(ConfigError, match=r"trainer.context_parallel=2 .*trainer.world_size=3"):
+        from_mapping({"trainer": {"world_size": 3, "context_parallel": 2}})
+    with pytest.raises(ConfigError, match=r"groups_per_step .* trainer.context_parallel"):
+        from_mapping({"trainer": {"world_size": 8, "context_parallel": 2, "groups_per_step": 3}})
+    wide = from_mapping({"trainer": {"world_size": 8, "context_parallel": 4, "groups_per_step": 2}})
+    assert wide.trainer.context_parallel == 4
+    vcpo = from_mapping({**job, "objective": {"name": "vcpo", "norms": "ghost"}})
+    with pytest.raises(ConfigError, match=r"trainer.context_parallel=2: .*objective.norms"):
+        StepRecipe.of(vcpo)
+
+
+def test_a_model_is_checked_where_it_is_sharded(tmp_path: Path, ranks: Ranks) -> None:
+    class Pair:
+        size = 2
+
+    ranks.context = Pair()  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"trainer.context_parallel=2 does not divide the 1 KV heads"):
+        case_runner(ranks, {"path": write_model(tmp_path / "model", "qwen2")})
