@@ -23,7 +23,10 @@ from launch.comparison.rows import SCALED, are_close
 from launch.local_job.child import python_path
 
 _KIND_OF = {"logp_S": "policy's log-probs", "advantage_S": "advantages", "weight_S": "weights of the loss"}
-_ONE_RANK = ("trainer.world_size=1", "trainer.num_hosts=1", "trainer.host_index=0", "trainer.rendezvous=")
+_ONE_RANK = (
+    *("trainer.world_size=1", "trainer.context_parallel=1"),
+    *("trainer.num_hosts=1", "trainer.host_index=0", "trainer.rendezvous="),
+)
 _SETTINGS = (*_ONE_RANK, "trainer.balance=streaming", "resume=")
 _NUM_LINES = 3
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 _ROUNDING = (
     "trainer.world_size",
+    "trainer.context_parallel",
     "trainer.num_hosts",
     "trainer.device",
     "trainer.tokens_per_microbatch",

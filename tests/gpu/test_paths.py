@@ -246,9 +246,11 @@ def test_the_traced_memory_is_the_measured_one(tmp_path: Path, dtype: str, check
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
         ranks = Ranks(device=torch.device("cuda", 0))
-        run_steps(build_runner(config, ranks), config, lengths, microbatches=[1])  # libraries and workspaces
+        run_steps(
+            build_runner(config, ranks), config, lengths, ranks, microbatches=[1]
+        )  # libraries and workspaces
         before = torch.cuda.memory_allocated()
-        found = run_steps(build_runner(config, ranks), config, lengths, microbatches=[1, 2])
+        found = run_steps(build_runner(config, ranks), config, lengths, ranks, microbatches=[1, 2])
     finally:
         dist.destroy_process_group()
     measured = 1e9 * max(metrics["memory_peak_gb"] for metrics in found) - before

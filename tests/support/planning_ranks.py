@@ -27,13 +27,14 @@ from trainer.step.runner import StepRunner
 def memory(ranks: Ranks, out_dir: Path, settings: str) -> None:
     """Writes the measured and the traced peak of a rank, in bytes, to `rank-N.json`."""
     config, shape = with_local_model(from_mapping(json.loads(settings)))
+    ranks = Ranks(context_parallel=config.trainer.context_parallel)
     lengths = lengths_of(config, max_positions=shape.max_positions)
     # Once before: libraries, threads and work buffers stay.
-    run_steps(build_runner(config, ranks), config, lengths, microbatches=[1])
+    run_steps(build_runner(config, ranks), config, lengths, ranks, microbatches=[1])
     gc.collect()
     release_freed_memory()
     before = reset_peak()
-    run_steps(build_runner(config, ranks), config, lengths, microbatches=[1, 2])
+    run_steps(build_runner(config, ranks), config, lengths, ranks, microbatches=[1, 2])
     measured = peak() - before
     rank = ranks.rank
     dist.destroy_process_group()
@@ -53,9 +54,9 @@ def build_runner(config: Config, ranks: Ranks) -> StepRunner:
 
 
 def run_steps(
-    runner: StepRunner, config: Config, lengths: Lengths, *, microbatches: list[int]
+    runner: StepRunner, config: Config, lengths: Lengths, ranks: Ranks, *, microbatches: list[int]
 ) -> list[dict[str, Any]]:
-    """Steps of so many micro-batches on each rank, all as the trace assumes them; returns their metrics."""
+    """Steps of so many micro-batches on each data rank, as the trace assumes them; returns their metrics."""
     packed = worst_lengths(lengths, budget_tokens=config.trainer.tokens_per_microbatch)
     group = [
         sample(length, response=min(length - 1, lengths.max_response), reward=float(index % 2), first=index)
@@ -63,8 +64,8 @@ def run_steps(
     ]
     found = []
     for step, number in enumerate(microbatches):
-        metrics = runner.run([group] * number, step=step)
-        assert metrics["num_microbatches"] == number * config.trainer.world_size, metrics
+        metrics = runner.run([group] * (number * ranks.has_samples), step=step)
+        assert metrics["num_microbatches"] == number * ranks.num_data, metrics
         found.append(dict(metrics))
     return found
 

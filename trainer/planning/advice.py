@@ -68,6 +68,14 @@ def _at_most(plan: Plan, key: str, most: int) -> _Changed | None:
     return _trainer(plan, key, min(most, getattr(plan.config.trainer, key)))
 
 
+def _larger_context(plan: Plan) -> _Changed | None:
+    """Twice as many ranks for each micro-batch, as long as those of a group are on one host."""
+    size = 2 * plan.config.trainer.context_parallel
+    if plan.config.trainer.world_size % size or size > GPUS_PER_HOST:
+        return None
+    return _trainer(plan, "context_parallel", size)
+
+
 def _more_gpus_an_engine(plan: Plan) -> _Changed | None:
     """Twice as many GPUs for each engine, and half as many engines if there are several."""
     rollout, placement = plan.config.rollout, plan.placement
@@ -91,7 +99,8 @@ def _apart(plan: Plan) -> _Changed | None:
 
 def _more_ranks(plan: Plan) -> _Changed | None:
     ranks = 2 * plan.placement.trainer_gpus
-    if plan.placement.is_shared or ranks > plan.config.trainer.groups_per_step:
+    most = plan.config.trainer.groups_per_step * plan.config.trainer.context_parallel
+    if plan.placement.is_shared or ranks > most:
         return None
     changed = _trainer(plan, "world_size", ranks)
     return changed and (changed[0], changed[1], replace(plan.placement, trainer_gpus=ranks))
@@ -103,6 +112,7 @@ _CANDIDATES: tuple[_Candidate, ...] = (
     lambda plan: _trainer(plan, "gradient_checkpointing", True),
     lambda plan: _at_most(plan, "tokens_per_microbatch", plan.lengths.context),
     lambda plan: _at_most(plan, "logprob_chunk_tokens", _SMALL_CHUNK),
+    *[_larger_context] * 3,
     _apart,
     *[_more_gpus_an_engine] * 3,
     *[_more_ranks] * 6,

@@ -195,20 +195,21 @@ def _train(job: PlannedJob, formulas: list[str]) -> tuple[float, float]:
     of_weights = 4.0 * (trace.num_params + trace.num_adapter) + 2.0 * trace.num_trained
     useful = tokens * of_weights + tokens * mean * 6.0 * job.shape.attention_size
     compute_s = executed / (trace.world_size * job.peak * ASSUMED.trainer_efficiency)
-    microbatches = math.ceil(tokens / trace.world_size / job.config.trainer.tokens_per_microbatch)
+    microbatches = math.ceil(tokens / trace.num_data / job.config.trainer.tokens_per_microbatch)
     is_one_host = job.placement.trainer_gpus <= GPUS_PER_HOST
     rate = _nvlink(job) if is_one_host else ASSUMED.network_bytes_per_s
     gathered = 2.0 * job.param_bytes * (trace.num_params + trace.num_adapter)
     moved = (gathered + 4.0 * trace.num_trained) * (1 - 1 / trace.world_size)
     communicate_s = microbatches * moved / rate
-    train_s = max(compute_s, communicate_s)
+    exchange_s = _exchange_seconds(job, formulas, tokens=tokens)
+    train_s = max(compute_s, communicate_s) + exchange_s
     if job.config.trainer.kernels == "auto" and job.config.model.dtype == "bfloat16":
         trainer = job.config.trainer
         has_fa3 = job.placement.gpu.name in ("H100", "H200") and trainer.attention != "rectangles"
         liger = 0.0 if trainer.compile else ASSUMED.liger_saving
         share = tokens * mean * attention / executed if has_fa3 else 0.0
         saved = liger + share * (1 - ASSUMED.fa3_attention)
-        faster_s = max(compute_s * (1 - saved), communicate_s)
+        faster_s = max(compute_s * (1 - saved), communicate_s) + exchange_s
         formulas.append(
             f"training = {faster_s:.1f} s instead of {train_s:.1f} s with trainer.kernels=auto, if the "
             f"packages are installed. UNPROVEN: assumes that Liger saves {liger:.0%} of the computation and "
@@ -217,8 +218,9 @@ def _train(job: PlannedJob, formulas: list[str]) -> tuple[float, float]:
     mfu = useful / (trace.world_size * job.peak * train_s)
     per_parameter = "4" if trace.num_adapter else "6"
     formulas += [
-        f"training = max(compute {compute_s:.1f} s, FSDP2 {communicate_s:.1f} s) = {train_s:.1f} s for "
-        f"{tokens:.0f} tokens",
+        f"training = max(compute {compute_s:.1f} s, FSDP2 {communicate_s:.1f} s)"
+        + (f" + context groups {exchange_s:.1f} s" if exchange_s else "")
+        + f" = {train_s:.1f} s for {tokens:.0f} tokens",
         f"compute = traced FLOPs {executed:.3g} (with recomputation; attention at the mean length) / "
         f"({trace.world_size} ranks x {ASSUMED.trainer_efficiency:.0%} of {job.peak / 1e12:g} TFLOP/s)",
         f"FSDP2 = {microbatches} micro-batches x {moved / 1e9:.1f} GB (weights gathered twice, gradients "
@@ -227,6 +229,24 @@ def _train(job: PlannedJob, formulas: list[str]) -> tuple[float, float]:
         f"x peak x training) = {mfu:.0%}",
     ]
     return train_s, mfu
+
+
+def _exchange_seconds(job: PlannedJob, formulas: list[str], *, tokens: float) -> float:
+    """Time of the all-to-alls of context groups in a step, which are not overlapped with compute."""
+    trace, shape = job.trace, job.shape
+    if (size := trace.context_parallel) == 1:
+        return 0.0
+    sizes = shape.head_dim + shape.value_dim
+    values = shape.num_attention_layers * (shape.num_heads + shape.num_kv_heads) * sizes
+    # Forward, backward, and the forward again where activations are recomputed.
+    passes = 3 if job.config.trainer.gradient_checkpointing else 2
+    moved = tokens * values * job.param_bytes * passes * (1 - 1 / size) / trace.world_size
+    rate = _nvlink(job) if size <= GPUS_PER_HOST else ASSUMED.network_bytes_per_s
+    formulas.append(
+        f"context groups = {moved / 1e9:.1f} GB of queries, keys, values and outputs from each rank "
+        f"({size} ranks a group, {passes} passes) / {rate / 1e9:.0f} GB/s = {moved / rate:.1f} s"
+    )
+    return moved / rate
 
 
 def _nvlink(job: PlannedJob) -> float:

@@ -180,7 +180,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             shard = local(tensor) if isinstance(tensor, DTensor) else tensor
             if isinstance(shard, FakeTensor):
                 memory.made(shard)
-        if func.namespace in _FSDP_OPS:
+        if func.namespace in _FSDP_OPS and "alltoall" not in str(func):  # that of a context group's attention
             for tensor in tree_iter((args, kwargs)):
                 if isinstance(tensor, FakeTensor):
                     memory.used_by_fsdp(tensor)

@@ -43,6 +43,7 @@ from areal_like.expert_layers import ExpertLayers
 from areal_like.weights.hf_layout import is_adapter
 from trainer.advantages.gae import Gae
 from trainer.batching.attention_layout import RectangleLayout
+from trainer.batching.context_part import ContextPart
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
@@ -104,6 +105,13 @@ class StepTrace:
     Includes recomputation."""
     attention_flops: dict[str, float]
     """FLOPs of attention by phase, for each squared token of a sequence: times the sum of squared lengths."""
+    context_parallel: int = 1
+    """Ranks that compute the micro-batch together. FLOPs are those of all of them, memory is that of one."""
+
+    @property
+    def num_data(self) -> int:
+        """Number of ranks or context groups with micro-batches of their own."""
+        return self.world_size // self.context_parallel
 
     @property
     def peak(self) -> int:
@@ -215,16 +223,18 @@ def _step_trace(config: Config, shape: ModelShape, lengths: tuple[int, ...], tra
     phases = [phase for phase in FORWARDS if phase in flops]
     peak = max((dict(parts) for parts in traced.peaks.values()), key=lambda parts: sum(parts.values()))
     is_grouped = shape.num_kv_heads != shape.num_heads
+    context = config.trainer.context_parallel
+    num_heads = shape.num_heads // context
     on_cuda = config.trainer.device != "cpu"
     if on_cuda and is_grouped and config.model.dtype == "float32":
         # torch has no fused CUDA kernel: scores once before and once after the softmax.
-        peak[SCORES] = max(2 * 4 * n * shape.num_heads * length**2 for n, length in rectangles)
+        peak[SCORES] = max(2 * 4 * n * num_heads * length**2 for n, length in rectangles)
     elif on_cuda:
         # torch's flash_api.cpp, mha_bwd: the queries' gradients in float32, and for grouped queries those
         # of keys and values for every query head, in bfloat16.
         bytes_each = 4 + (2 * 2 if is_grouped else 0)
         positions = max(num_seqs * longest for num_seqs, longest in rectangles)
-        peak[WORKSPACE] = bytes_each * positions * shape.num_heads * shape.head_dim
+        peak[WORKSPACE] = bytes_each * positions * num_heads * shape.head_dim
     return StepTrace(
         world_size=config.trainer.world_size,
         num_params=traced.sizes[PARAMETERS],
@@ -234,8 +244,9 @@ def _step_trace(config: Config, shape: ModelShape, lengths: tuple[int, ...], tra
         num_tokens=sum(lengths),
         peak_bytes={purpose: size for purpose, size in peak.items() if size},
         resident_bytes={purpose: size for purpose, size in traced.resident.items() if size},
-        linear_flops={phase: float(flops[phase]) for phase in phases},
-        attention_flops={phase: flops[phase + ATTENTION] / squares for phase in phases},
+        linear_flops={phase: float(context * flops[phase]) for phase in phases},
+        attention_flops={phase: context * flops[phase + ATTENTION] / squares for phase in phases},
+        context_parallel=context,
     )
 
 
@@ -271,7 +282,7 @@ class _Trace:
         self._lengths = lengths
         self._max_response = max_response
         self._memory = TensorMemory(vocab_size=shape.vocab_size)
-        self._ranks = _FakeRanks()
+        self._ranks = _FakeRanks(context_parallel=config.trainer.context_parallel)
 
     def run(self) -> Traced:
         # Built outside the mode: rotary frequencies are real tensors, which `allow_non_fake_inputs` permits.
@@ -470,4 +481,19 @@ class _Trace:
                 sampled_S=zeros(num_sampled, torch.int64),
                 lengths=lengths,
                 sample_lengths=lengths,
+                context=self._context_part(total, num_sampled),
             )
+
+    def _context_part(self, num_rows: int, num_sampled: int) -> ContextPart | None:
+        if (size := self._ranks.context_parallel) == 1:
+            return None
+        own, sampled = (torch.zeros(-(-num // size), dtype=torch.int64) for num in (num_rows, num_sampled))
+        return ContextPart(
+            num_rows=num_rows,
+            most_sampled=len(sampled),
+            row_R=own,
+            token_R=own,
+            read_C=sampled,
+            target_C=sampled,
+            place_S=torch.zeros(num_sampled, dtype=torch.int64),
+        )

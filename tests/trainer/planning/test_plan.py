@@ -215,6 +215,22 @@ def test_gradients_are_part_of_the_trace(model: str) -> None:
     assert 5 * multiplied < per_token < 8.1 * multiplied
 
 
+def test_a_context_divides_activations(model: str) -> None:
+    ranks = ("trainer.world_size=4", "trainer.tokens_per_microbatch=65536")
+    one, four = (small(model, *ranks, f"trainer.context_parallel={size}", gpus="1+4xH100") for size in (1, 4))
+    parts_1, parts_4 = one.trace.peak_bytes, four.trace.peak_bytes
+    for part in ("gradients", "Adam's moments", "weights (float32 masters)"):
+        assert parts_4[part] == pytest.approx(parts_1[part], rel=0.01)
+    assert parts_4["activations"] == pytest.approx(parts_1["activations"] / 4, rel=0.25)
+    for phase, flops in one.trace.attention_flops.items():
+        assert four.trace.attention_flops[phase] == pytest.approx(flops)
+    assert four.trace.linear_flops["policy"] == pytest.approx(one.trace.linear_flops["policy"], rel=0.01)
+    assert "context_parallel=4" in text_of(four, [], explain=False)
+    assert one.estimate is not None and four.estimate is not None
+    assert four.estimate.train_s > one.estimate.train_s
+    assert any("context groups = " in formula for formula in four.estimate.formulas)
+
+
 def test_lora_is_part_of_the_plan(model: str) -> None:
     settings = ("trainer.gradient_checkpointing=false", "kl.coef=0.1")
     full = small(model, *settings)

@@ -150,7 +150,18 @@ def test_what_is_not_trained_is_kept(root: Path, family: str) -> None:
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_two_ranks_learn_what_one_does(root: Path) -> None:
     """From the command line, as a user: the last line names the model for `areal-like run`."""
-    alone = run(config_of(root, "alone"))
+    check_two_ranks(root, name="default-sft")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_a_context_group_learns_what_one_rank_does(root: Path) -> None:
+    check_two_ranks(root, "name=context", "trainer.context_parallel=2", name="context")
+
+
+def check_two_ranks(root: Path, *words: str, name: str) -> None:
+    """The run of two ranks has the weights and losses of one rank. `name`: of that run."""
+    alone = run(config_of(root, f"alone-{name}"))
     job = {"model": {"path": str(root / "model")}, "trainer": {"lr": 3e-3}}
     (root / "job.yaml").write_text(json.dumps(job))
     rows = f"train: {root}/train.jsonl, eval: {root}/eval.jsonl"
@@ -161,17 +172,18 @@ def test_two_ranks_learn_what_one_does(root: Path) -> None:
         "trainer.world_size=2",
         "trainer.warmup_steps=2",
         "eval.interval=5",
+        *words,
         cwd=root,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    checkpoint = root / "runs" / "default-sft" / "checkpoints" / f"step_{NUM_STEPS:06d}"
+    checkpoint = root / "runs" / name / "checkpoints" / f"step_{NUM_STEPS:06d}"
     assert done.stdout.splitlines()[-1] == f"model.path={checkpoint}"
     assert "eval.interval=5 has no effect" in done.stdout
     ours = load_file(alone.checkpoints / checkpoint.name / "model.safetensors")
     theirs = load_file(checkpoint / "model.safetensors")
     assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert tensor.allclose(theirs[name], atol=2e-6), name
+    for key, tensor in ours.items():
+        assert tensor.allclose(theirs[key], atol=2e-6), key
     losses = [
         [row["loss"] for row in metrics_of(paths)] for paths in (alone, RunPaths(checkpoint.parents[1]))
     ]
