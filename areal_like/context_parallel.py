@@ -17,11 +17,14 @@ def context_obstacle(facts: Mapping[str, Any], size: int) -> str:
     `facts`: the config.json of the model, or of its text part.
     """
     name = f"trainer.context_parallel={size}"
-    if facts.get("linear_num_value_heads"):
-        return (
-            f"{name}: this model (model.path) has linear attention, whose state runs through all tokens of a "
-            "sequence: set trainer.context_parallel=1"
-        )
+    if linear := facts.get("linear_num_value_heads"):
+        sizes = [facts.get(key) for key in ("linear_num_key_heads", "linear_key_head_dim")]
+        keys = sizes[0] * sizes[1] if isinstance(sizes[0], int) and isinstance(sizes[1], int) else 0
+        if linear % size or 2 * keys % size:
+            return (
+                f"{name} does not divide the {linear} value heads of this model's linear attention "
+                f"(model.path), or their 2 x {keys} channels of queries and keys: lower it"
+            )
     rope = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
     # Some models have one for each kind of layer.
     ropes = [each for each in (rope, *rope.values()) if isinstance(each, Mapping)]

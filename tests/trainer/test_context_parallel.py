@@ -15,18 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from areal_like.automatic_settings import resolved
 from areal_like.config.loading import from_mapping
 from areal_like.context_parallel import context_obstacle
 from areal_like.errors import ConfigError
 from tests.support.context_ranks import NUM_STEPS, case_runner, run_steps, weights_of
-from tests.support.families import write_family
+from tests.support.families import TEXT, write_family
 from tests.support.moe_model import write_moe_model
 from tests.support.trainer_helpers import VOCAB, run_ranks, write_model
 from trainer.batching.context_part import ContextPart
 from trainer.batching.shared_prefixes import InputSequence, SharedRows
 from trainer.distributed.ranks import Ranks, share_of
+from trainer.models.tiny import character_tokenizer
 from trainer.step.recipe import StepRecipe
 
 Case = dict[str, Any]
@@ -144,6 +146,26 @@ def test_families_in_a_context(tmp_path: Path, ranks: Ranks) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("size", [2, 4])
+def test_linear_attention_in_a_context(tmp_path: Path, ranks: Ranks, size: int) -> None:
+    """Channels of the convolution and heads of the recurrence are divided; each sequence has its state."""
+    cases: list[Case] = []
+    for family in ("qwen3_5_text", "qwen3_next"):
+        heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_key_value_heads": 4}
+        config = AutoConfig.for_model(family, **(TEXT[family] | heads))
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.add_(torch.randn_like(param) * 0.05)
+        model.save_pretrained(tmp_path / family)
+        character_tokenizer().save_pretrained(tmp_path / family)
+        once: Case = {"path": str(tmp_path / family), "dtype": "float32", "num_steps": 1}
+        cases += [{**once, **TOKEN}, {**once, **GEOMETRIC}]
+    check_cases(tmp_path, ranks, cases, world_size=size, size=size)
+
+
+@pytest.mark.long
 def test_checkpoints_resume_at_other_shapes(tmp_path: Path, ranks: Ranks, path: str) -> None:
     """A checkpoint of two data ranks with contexts of two: bit for bit at that shape, exact at others."""
     case = {"path": path, **CRITIC}
@@ -208,7 +230,14 @@ def test_parts_cover_a_microbatch(lengths: list[int], num_ranks: int, shares: bo
             {"num_attention_heads": 8, "num_key_value_heads": 4, "num_global_key_value_heads": 1},
             "does not divide the 1 KV heads",
         ),
-        ({"num_attention_heads": 8, "linear_num_value_heads": 4}, "linear attention"),
+        ({"num_attention_heads": 8, "linear_num_value_heads": 6}, "6 value heads"),
+        (
+            {
+                **{"num_attention_heads": 8, "linear_num_value_heads": 4},
+                **{"linear_num_key_heads": 1, "linear_key_head_dim": 3},
+            },
+            "2 x 3 channels",
+        ),
         ({"num_attention_heads": 8, "rope_scaling": {"type": "longrope"}}, "kind longrope"),
         ({"num_attention_heads": 8, "rope_parameters": {"rope_type": "dynamic"}}, "kind dynamic"),
         ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "kind longrope"),

@@ -50,6 +50,11 @@ class ContextExchange:
             gathered = tuple(self._all_rows(part) for part in parts_RNX)
         return [part_UX.unflatten(1, (-1, row.shape[2])) for part_UX, row in zip(gathered, rows, strict=True)]
 
+    def own_heads(self, num: int) -> slice:
+        """This rank's heads of `num`, after `to_heads`."""
+        own = num // self._group.size
+        return slice(self._group.rank * own, (self._group.rank + 1) * own)
+
     def to_rows(self, out_UHD: Tensor) -> Tensor:
         """[R, H, D] of the [U, H / N, D] that attention has computed."""
         size, head_size = self._group.size, out_UHD.shape[2]

@@ -11,10 +11,14 @@ The state runs from left to right and the padding is at the end, so no real posi
 takes the two kernels wherever it can import them, even for tensors on a CPU, and its own functions in torch
 drop the bounds silently. Therefore the layer's forward is called with the functions that this module chooses.
 
+In a context group the layer's projections and norms run on the rank's own rows. Its two functions run on all
+rows of the micro-batch: the convolution on a part of the channels, the recurrence on a part of the heads.
+
 A sequence's state at the end of a prefix is not kept for other sequences, so these models compute shared
 prefixes once for each sequence (`PackedModel.shares_prefixes`).
 
-Shape suffixes: U rows, N sequences of a rectangle, L longest of them, D hidden size.
+Shape suffixes: U rows, R rows of this rank of a context group, N sequences of a rectangle, L longest of them,
+D hidden size, C channels of the convolution, K its kernel, H heads.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import functools
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -32,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from areal_like.errors import ConfigError
+from trainer.attention.context import ContextExchange
 from trainer.attention.packed_attention import Kind, pad_rows, unpad_rows
 from trainer.batching.attention_layout import AttentionLayout, RectangleLayout
 
@@ -61,7 +66,7 @@ class LinearAttention:
         self.layer = layer
         self._with_kernels: Callable[..., Tensor] = layer.forward
         self._in_torch: Callable[..., Tensor] = functools.partial(_forward_in_torch(type(layer)), layer)
-        self._always_kernels = False
+        self._stand_ins: Mapping[str, Callable[..., Any]] = {}
 
     def __call__(
         self,
@@ -69,12 +74,16 @@ class LinearAttention:
         *,
         packed_layout: AttentionLayout | None = None,
         packed_kind: Kind = "auto",
+        packed_context: ContextExchange | None = None,
         **_ignored: Any,
     ) -> Tensor:
-        """[1, U, D] -> [1, U, D]."""
+        """[1, U, D] -> [1, U, D]; with `packed_context` [1, R, D] -> [1, R, D]."""
         assert packed_layout is not None and packed_layout.shared is None and len(hidden_states) == 1
         with self._exact_parameters():
-            if self._always_kernels or uses_kernels(packed_kind, hidden_states):
+            takes_bounds = bool(self._stand_ins) or uses_kernels(packed_kind, hidden_states)
+            if packed_context is not None:
+                return self._divided(hidden_states, packed_layout, packed_context, takes_bounds=takes_bounds)
+            if takes_bounds:
                 sequences = packed_layout.linear
                 return self._with_kernels(
                     hidden_states, cu_seq_lens_q=sequences.bounds, seq_idx=sequences.index_1U
@@ -88,7 +97,25 @@ class LinearAttention:
         `functions`: CONVOLUTION and DELTA_RULE -> functions with the signatures of transformers' own.
         """
         forward = _with_functions(inspect.unwrap(type(self.layer).forward), functions)
-        self._with_kernels, self._always_kernels = functools.partial(forward, self.layer), True
+        self._with_kernels, self._stand_ins = functools.partial(forward, self.layer), functions
+
+    def _divided(
+        self,
+        hidden_1RD: Tensor,
+        layout: AttentionLayout,
+        exchange: ContextExchange,
+        *,
+        takes_bounds: bool,
+    ) -> Tensor:
+        forward: Any = inspect.unwrap(type(self.layer).forward)
+        functions = {name: forward.__globals__[name] for name in (CONVOLUTION, DELTA_RULE)}
+        if self._stand_ins:
+            functions = dict(self._stand_ins)
+        elif not takes_bounds and not has_delta_rule(hidden_1RD):
+            functions = {name: inspect.unwrap(each) for name, each in functions.items()}
+        divided = _Divided(functions, layout, exchange, takes_bounds=takes_bounds)
+        out: Tensor = _with_functions(forward, divided.functions)(self.layer, hidden_1RD)
+        return out
 
     @contextmanager
     def _exact_parameters(self) -> Iterator[None]:
@@ -108,13 +135,89 @@ class LinearAttention:
                 parameters[name] = param
 
 
-def in_rectangles(forward: Callable[[Tensor], Tensor], hidden_UD: Tensor, layout: RectangleLayout) -> Tensor:
-    """[U, D] -> [U, D]: `forward` gets [N, L, D] of each rectangle."""
+class _Divided:
+    """The two functions of a layer's forward for own rows. Each exchanges rows for channels or heads,
+    runs on all rows of the micro-batch, and exchanges back."""
+
+    def __init__(
+        self,
+        functions: Mapping[str, Callable[..., Any]],
+        layout: AttentionLayout,
+        exchange: ContextExchange,
+        *,
+        takes_bounds: bool,
+    ) -> None:
+        """`takes_bounds`: `functions` take the bounds of sequences; else they run in rectangles."""
+        self._whole = functions
+        self._layout = layout
+        self._exchange = exchange
+        self._takes_bounds = takes_bounds
+        self.functions = {CONVOLUTION: self._convolution, DELTA_RULE: self._delta_rule}
+
+    def _convolution(
+        self, hidden_1CR: Tensor, weight_CK: Tensor, bias_C: Tensor | None = None, **settings: Any
+    ) -> Tensor:
+        (hidden_UC1,) = self._exchange.to_heads(hidden_1CR[0].T[:, :, None])
+        own = self._exchange.own_heads(len(weight_CK))
+        bias = None if bias_C is None else bias_C[own]
+
+        def convolve(hidden_NLC: Tensor, **bounds: Tensor) -> Tensor:
+            out_NCL: Tensor = self._whole[CONVOLUTION](
+                hidden_NLC.transpose(1, 2), weight_CK[own], bias, **settings, **bounds
+            )
+            return out_NCL.transpose(1, 2)
+
+        if self._takes_bounds:
+            sequences = self._layout.linear
+            bounds = {"cu_seq_lens_q": sequences.bounds, "seq_idx": sequences.index_1U}
+            out_UC = convolve(hidden_UC1[None, :, :, 0], **bounds)[0]
+        else:
+            out_UC = in_rectangles(convolve, hidden_UC1[:, :, 0], self._layout.rectangles)
+        return self._exchange.to_rows(out_UC[:, :, None])[:, :, 0].T[None]
+
+    def _delta_rule(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        *,
+        cu_seqlens: None = None,
+        **settings: Any,
+    ) -> tuple[Tensor, None]:
+        """query, key and value [1, R, H, size], g and beta [1, R, H] -> [1, R, H, size]"""
+        of_heads = self._exchange.to_heads(query[0], key[0], value[0], g[0, :, :, None], beta[0, :, :, None])
+
+        def scan(*parts: Tensor, **bounds: Tensor) -> Tensor:
+            query, key, value, g, beta = parts
+            out, _ = self._whole[DELTA_RULE](
+                query, key, value, g=g.squeeze(-1), beta=beta.squeeze(-1), **settings, **bounds
+            )
+            assert isinstance(out, Tensor)
+            return out
+
+        if self._takes_bounds:
+            sequences = self._layout.linear
+            bounds = {"cu_seqlens": sequences.bounds, "seq_idx": sequences.index_1U}
+            out_UHD = scan(*(each[None] for each in of_heads), **bounds)[0]
+        else:
+            out_UHD = in_rectangles(scan, of_heads, self._layout.rectangles)
+        return self._exchange.to_rows(out_UHD)[None], None
+
+
+def in_rectangles(
+    forward: Callable[..., Tensor], rows: Tensor | Sequence[Tensor], layout: RectangleLayout
+) -> Tensor:
+    """[U, ...] -> [U, ...]: `forward` gets [N, L, ...] of each rectangle, of each of `rows`."""
     sizes = [each.num_sequences * each.num_queries for each in layout.rectangles]
-    parts = torch.split(pad_rows(hidden_UD, layout), sizes)
+    inputs = [rows] if isinstance(rows, Tensor) else rows
+    parts = [torch.split(pad_rows(row_U, layout), sizes) for row_U in inputs]
     outs = [
-        forward(part.view(each.num_sequences, each.num_queries, -1)).flatten(0, 1)
-        for each, part in zip(layout.rectangles, parts, strict=True)
+        forward(
+            *(part.unflatten(0, (each.num_sequences, each.num_queries)) for part in of_rectangle)
+        ).flatten(0, 1)
+        for each, *of_rectangle in zip(layout.rectangles, *parts, strict=True)
     ]
     return unpad_rows(outs[0] if len(outs) == 1 else torch.cat(outs), layout)
 
