@@ -54,14 +54,16 @@ WHOLE_STEP: dict[str, Case] = {
         "settings": {"objective": {"name": "decoupled_ppo", "prox": "snapshot", "interval": 2}},
         "normalizer": "seq_mean_token_mean",
     },
+    "norms": {"settings": {"objective": {"name": "vcpo", "norms": "exact"}}},
+    "norms of the step": {"settings": {"objective": {"name": "vcpo", "norms": "exact", "baseline": "batch"}}},
     "masks": {
         "settings": {
             "objective": {"name": "tis", "masks": [{"name": "trust_region", "max_kl": 9.0, "mean_kl": 3.0}]}
         }
     },
 }
-BY_CUT = {"balance", "num_microbatches", "shared_share"}
-"""Metrics that depend on the cuts into micro-batches."""
+BY_CUT = {"balance", "num_microbatches", "shared_share", "baseline"}
+"""Metrics that depend on the cuts into micro-batches (`baseline` counts the dummies of ranks without work)."""
 
 
 def compare(

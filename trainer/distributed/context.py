@@ -16,6 +16,7 @@ Shape suffixes: N ranks of the group, R rows of a rank, X anything.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,11 @@ class ContextGroup:
         """
         out: Tensor = _Gather.apply(own_X, self)  # type: ignore[no-untyped-call]
         return out
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Sums each tensor over the ranks, in place."""
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=self._group)
 
     def _exchanged(self, part_NX: Tensor) -> Tensor:
         part_NX = part_NX.contiguous()

@@ -6,8 +6,9 @@ b* is known once the group's last norm is known, so two accumulators suffice: no
 is kept. Micro-batches are single samples, or parts of one that is too long, whose gradients are added up
 before the norm is taken. Parameters stay unsharded on every rank during the step, since FSDP2's
 reduce-scatter would mix the samples of several ranks; groups are added up locally, and the step's sum is
-reduced once. This supports any architecture, at the price of the full model, two accumulators and one
-gradient of its size on every rank (two while a sample is cut).
+reduced once. In a context group each rank has a part of a sample's gradient: they are added up before the
+norm, and the group's first rank continues with the sum. This supports any architecture, at the price of the
+full model, two accumulators and one gradient of its size on every rank (two while a sample is cut).
 
 Notation: A_i advantage, g_i gradient of sample i at advantage 1, w_i weight (1, or outside of the norms).
 Shape suffixes: S sampled tokens, N samples.
@@ -82,14 +83,19 @@ class SequenceGradients(Gradients):
     def add(self, loss_S: Tensor, *, tokens: SampledTokens, batch: PackedBatch) -> None:
         """Adds one sample, or a part of it; the first of a group finishes the group before it."""
         assert len(tokens.length_N) == 1
-        group = int(tokens.group_N)
-        if group != self._group and not self._over_batch:
-            self._finish_group()
-        self._group = group
         # After the forward, parameters are unsharded.
         params = [param for param in self._policy.parameters() if param.requires_grad]
         computed = torch.autograd.grad(loss_S.sum(), params, allow_unused=True, materialize_grads=True)
         grads = [grad.to(total.dtype) for grad, total in zip(computed, self._total, strict=True)]
+        if batch.context is not None:
+            assert self._ranks.context is not None
+            self._ranks.context.add_up(grads)
+            if not self._ranks.has_samples:
+                return
+        group = int(tokens.group_N)
+        if group != self._group and not self._over_batch:
+            self._finish_group()
+        self._group = group
         if self._begun is not None:
             torch._foreach_add_(grads, self._begun)
         self._begun = grads if batch.is_continued else None

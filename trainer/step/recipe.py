@@ -69,11 +69,13 @@ class StepRecipe:
                 "inputs of single layers, which compiled code does not expose: set trainer.compile=false"
             )
         context = config.trainer.context_parallel
-        if context > 1 and recipe.objective.late_coefficients:
+        takes_parts = not recipe.objective.late_coefficients or recipe.objective.one_sequence_per_microbatch
+        if context > 1 and not takes_parts:
             raise ConfigError(
-                f"trainer.context_parallel={context}: objective {recipe.objective.display_name} needs the "
-                "norms of single sequences' gradients (objective.norms=ghost, exact or auto), and a rank has "
-                "only a part of each sequence: set objective.norms=proxy or trainer.context_parallel=1"
+                f"trainer.context_parallel={context}: objective {recipe.objective.display_name} computes the "
+                "norms of single sequences' gradients from whole sequences (objective.norms=ghost or auto), "
+                "and a rank has a part of each: set objective.norms=proxy or exact, or "
+                "trainer.context_parallel=1"
             )
         used = recipe.estimator
         if turn_discount != 1 and isinstance(used, Advantage) and not used.credits_turns:
