@@ -63,7 +63,7 @@ WHOLE_STEP: dict[str, Case] = {
     },
 }
 BY_CUT = {"balance", "num_microbatches", "shared_share", "baseline"}
-"""Metrics that depend on the cuts into micro-batches (`baseline` counts the dummies of ranks without work)."""
+"""Metrics that depend on the cuts into micro-batches (`baseline` counts dummies of ranks without work)."""
 
 
 def compare(
