@@ -48,7 +48,9 @@ class ContextExchange:
             gathered = torch.split(self._all_rows(torch.cat(parts_RNX, dim=2)), sizes, dim=1)
         else:
             gathered = tuple(self._all_rows(part) for part in parts_RNX)
-        return [part_UX.unflatten(1, (-1, row.shape[2])) for part_UX, row in zip(gathered, rows, strict=True)]
+        return [
+            part_UX.view(len(part_UX), -1, row.shape[2]) for part_UX, row in zip(gathered, rows, strict=True)
+        ]
 
     def own_heads(self, num: int) -> slice:
         """This rank's heads of `num`, after `to_heads`."""
@@ -60,7 +62,8 @@ class ContextExchange:
         size, head_size = self._group.size, out_UHD.shape[2]
         padding = -len(out_UHD) % size
         out_UX = F.pad(out_UHD.flatten(1), (0, 0, 0, padding))
-        out_NRX = self._group.all_to_all(out_UX.unflatten(0, (-1, size)).transpose(0, 1))
+        out_RNX = out_UX.view(len(out_UX) // size, size, -1)
+        out_NRX = self._group.all_to_all(out_RNX.transpose(0, 1))
         return out_NRX.transpose(0, 1).reshape(out_NRX.shape[1], -1, head_size)
 
     def _all_rows(self, part_RNX: Tensor) -> Tensor:

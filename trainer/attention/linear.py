@@ -108,10 +108,10 @@ class LinearAttention:
         takes_bounds: bool,
     ) -> Tensor:
         forward: Any = inspect.unwrap(type(self.layer).forward)
-        functions = {name: forward.__globals__[name] for name in (CONVOLUTION, DELTA_RULE)}
-        if self._stand_ins:
-            functions = dict(self._stand_ins)
-        elif not takes_bounds and not has_delta_rule(hidden_1RD):
+        functions: Mapping[str, Callable[..., Any]] = self._stand_ins or {
+            name: forward.__globals__[name] for name in (CONVOLUTION, DELTA_RULE)
+        }
+        if not takes_bounds and not has_delta_rule(hidden_1RD):
             functions = {name: inspect.unwrap(each) for name, each in functions.items()}
         divided = _Divided(functions, layout, exchange, takes_bounds=takes_bounds)
         out: Tensor = _with_functions(forward, divided.functions)(self.layer, hidden_1RD)
@@ -152,7 +152,10 @@ class _Divided:
         self._layout = layout
         self._exchange = exchange
         self._takes_bounds = takes_bounds
-        self.functions = {CONVOLUTION: self._convolution, DELTA_RULE: self._delta_rule}
+        self.functions: Mapping[str, Callable[..., Any]] = {
+            CONVOLUTION: self._convolution,
+            DELTA_RULE: self._delta_rule,
+        }
 
     def _convolution(
         self, hidden_1CR: Tensor, weight_CK: Tensor, bias_C: Tensor | None = None, **settings: Any
