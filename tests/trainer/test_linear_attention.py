@@ -39,6 +39,7 @@ from trainer.batching.attention_layout import AttentionLayout
 from trainer.batching.packing import PackedBatch, collate
 from trainer.batching.training_sample import TrainingSample
 from trainer.checkpoints.checkpoint import Checkpoints
+from trainer.distributed.context import ContextGroup
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.gradients.ghost_tape import GhostTape
@@ -92,9 +93,9 @@ def trajectories() -> list[Trajectory]:
     return found
 
 
-def packed(chosen: list[Trajectory]) -> PackedBatch:
+def packed(chosen: list[Trajectory], *, context: ContextGroup | None = None) -> PackedBatch:
     samples = [TrainingSample(trajectory=t, advantage=1.0, group=0) for t in chosen]
-    return collate(samples, shares_prefixes=False)
+    return collate(samples, shares_prefixes=False, context=context)
 
 
 def dtypes_of(file: Path) -> dict[str, str]:
@@ -216,7 +217,15 @@ def test_kernels_get_the_bounds_of_the_sequences(
     torch.testing.assert_close(got_S, want_S, rtol=0, atol=1e-5)
     assert not torch.equal(got_S, want_S), "another order of summation: it was computed by these functions"
     got_S.sum().backward()
-    assert all(bool(grad.isfinite().all()) for grad in gradients(policy).values())
+    want = gradients(policy)
+    assert all(bool(grad.isfinite().all()) for grad in want.values())
+    policy.zero_grad()
+    ranks.context = ContextGroup(1)
+    of_context_S = policy(packed(trajectories(), context=ranks.context)).logprobs_S
+    torch.testing.assert_close(of_context_S, got_S, rtol=0, atol=1e-6)
+    of_context_S.sum().backward()
+    for name, grad in gradients(policy).items():
+        torch.testing.assert_close(grad, want[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_cpu_never_calls_kernels(

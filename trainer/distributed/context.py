@@ -17,6 +17,7 @@ Shape suffixes: N ranks of the group, R rows of a rank, X anything.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -33,16 +34,21 @@ _MOST_BYTES = 1 << 30
 class ContextGroup:
     """Every method is collective in the group."""
 
-    def __init__(self, size: int) -> None:
-        """Collective over all ranks of the default process group, whose number `size` divides."""
+    def __init__(self, size: int, *, timeout_s: float | None = None) -> None:
+        """Collective over all ranks of the default process group, whose number `size` divides.
+
+        `timeout_s`: time limit of a collective; None: torch's.
+        """
         world_rank = dist.get_rank()
         self.size = size
         """Number of ranks of the group (N)."""
         self.rank = world_rank % size
         """0 is the rank that has samples."""
         self._first = world_rank - self.rank
+        # torch would not take the limit of the default group.
+        timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         groups = [
-            dist.new_group(list(range(first, first + size)))
+            dist.new_group(list(range(first, first + size)), timeout=timeout)
             for first in range(0, dist.get_world_size(), size)
         ]
         self._group = groups[world_rank // size]

@@ -115,6 +115,7 @@ def joined_ranks(
             device=device,
             control_timeout_s=control_timeout_s,
             context_parallel=config.trainer.context_parallel,
+            collective_timeout_s=config.trainer.collective_timeout_s,
         )
         if config.trainer.groups_per_step < ranks.num_data:
             raise ConfigError(

@@ -99,11 +99,13 @@ class Ranks:
         device: torch.device | str = "cpu",
         control_timeout_s: float | None = None,
         context_parallel: int = 1,
+        collective_timeout_s: float | None = None,
     ) -> None:
         """Needs the default process group.
 
         `control_timeout_s`: time limit of a control collective; None: the default group's.
-        `context_parallel`: `trainer.context_parallel`. Raises ConfigError if it does not divide the ranks.
+        `context_parallel`: `trainer.context_parallel`. `collective_timeout_s`: time limit of a collective in a
+        context group; None: torch's. Raises ConfigError if `context_parallel` does not divide the ranks.
         """
         self.device = torch.device(device)
         self.place = RankPhase()
@@ -116,7 +118,7 @@ class Ranks:
                 f"{self.world_size}: change trainer.world_size or trainer.context_parallel"
             )
         if context_parallel > 1:
-            self.context = ContextGroup(context_parallel)
+            self.context = ContextGroup(context_parallel, timeout_s=collective_timeout_s)
         self._control: dist.ProcessGroup | None = None
         self._is_abandoned: Callable[[], bool] = lambda: False
         if control_timeout_s is not None and self.world_size > 1:
