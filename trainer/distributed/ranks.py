@@ -104,8 +104,8 @@ class Ranks:
         """Needs the default process group.
 
         `control_timeout_s`: time limit of a control collective; None: the default group's.
-        `context_parallel`: `trainer.context_parallel`. `collective_timeout_s`: time limit of a collective in a
-        context group; None: torch's. Raises ConfigError if `context_parallel` does not divide the ranks.
+        `context_parallel`: `trainer.context_parallel`. `collective_timeout_s`: time limit of a collective of
+        a context group; None: torch's. Raises ConfigError if the ranks cannot be divided into such groups.
         """
         self.device = torch.device(device)
         self.place = RankPhase()
