@@ -122,6 +122,12 @@ def joined_ranks(
                 f"trainer.groups_per_step={config.trainer.groups_per_step} must be at least the number of "
                 f"data ranks, {ranks.num_data}"
             )
+        if ranks.context is not None:
+            log.info(
+                "%d ranks compute each micro-batch together: %d context groups",
+                ranks.context.size,
+                ranks.num_data,
+            )
         connections = RankConnections()
         connections.end_when_dead()
         members = watch_members(ranks, meeting, timeout_s=config.trainer.collective_timeout_s)
