@@ -152,7 +152,7 @@ class StalenessConfig(Section, key="staleness"):
 
 _MAX_CLOSED_GROUP = 128
 """Largest group that may be closed: a position of parts then has at most 128 x 128 early members."""
-_WHOLE_GROUP_OBJECTIVES = frozenset({"oapl", "online_dpo", "rebel"})
+_WHOLE_GROUP_OBJECTIVES = frozenset({"oapl", "online_dpo", "rebel", "sppo"})
 _SHAPINGS_OF_PARTS = frozenset({"laconic", "overlong"})
 """Names of objectives, and of reward shapings, that need all samples of a group at once, and that do not. The
 buffer has to know them without importing the trainer, which declares the same as `takes_parts`."""

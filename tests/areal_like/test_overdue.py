@@ -150,7 +150,7 @@ def test_a_run_keeps_its_rule(tmp_path: Path) -> None:
 
 
 PRESETS = [f"{file.parent.name}={file.stem}" for file in sorted(CONFIGS.glob("*/*.yaml"))]
-WAITING = {f"objective={name}" for name in ("oapl", "rebel", "online_dpo", "vcpo")} | {"advantage=remax"}
+WAITING = {f"objective={name}" for name in ("oapl", "rebel", "online_dpo", "sppo", "vcpo")} | {"advantage=remax"}
 JOBS = sorted([*CONFIGS.glob("jobs/*.yaml"), *CONFIGS.glob("scale/*.yaml")])
 
 

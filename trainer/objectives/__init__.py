@@ -33,6 +33,7 @@ from trainer.objectives.oapl import Oapl
 from trainer.objectives.pairs import OnlineDpo, Rebel
 from trainer.objectives.ppo import DecoupledPpo, Ppo
 from trainer.objectives.soft import Maspo, Sapo
+from trainer.objectives.sppo import Sppo
 from trainer.objectives.tis import Reinforce, TruncatedIS
 from trainer.objectives.topr import Topr
 from trainer.objectives.trust_region import Kpop, TrustRegion
