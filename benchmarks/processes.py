@@ -54,8 +54,8 @@ def run_program(
 ) -> int:
     """Runs a program to its end; its output is appended to `log`. Returns the exit code.
 
-    `on_look`: called with the memory of its processes in MiB, every `look_s` seconds. `is_to_be_killed`: asked
-    every second; the program and its descendants get SIGKILL when it is true. If this process is
+    `on_look`: called with the memory of its processes in MiB, every `look_s` seconds. `is_to_be_killed`:
+    asked every second; the program and its descendants get SIGKILL when it is true. If this process is
     told to stop (KeyboardInterrupt, SystemExit), the program gets one SIGTERM and time to end; if it is
     killed, the kernel sends the SIGTERM.
     """
