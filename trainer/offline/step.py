@@ -63,7 +63,8 @@ class OfflineLoss(abc.ABC):
         """
 
     def details(self, sums: Mapping[str, float]) -> dict[str, Any]:
-        """Facts of held-out rows that are no numbers, for the run's summary; JSON."""
+        """Further facts of held-out rows, as JSON: numbers that the kind measures, and what only the run's
+        summary shows."""
         return {}
 
 
