@@ -88,7 +88,8 @@ def open_run(argv: Sequence[str], *, verb: str = "run", is_dry: bool = False) ->
 
     `verb`: `run`, or one of `offline_verbs`, whose run is called NAME-VERB unless `name=` is in `argv`,
     because one file may have the settings of both. `is_dry`: nothing is written and no lock is taken. Raises
-    ConfigError for a wrong setting, a directory that is in use or holds another run, or a run that cannot be resumed.
+    ConfigError for a wrong setting, a directory that is in use or holds another run, or a run that cannot be
+    resumed.
     """
     config = load_config(argv)
     if verb != "run" and not any(arg.startswith("name=") for arg in argv):

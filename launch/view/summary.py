@@ -183,7 +183,8 @@ def resume_command(config: Config, *, verb: str) -> str:
     """The shell command that resumes this run. `verb`: `run`, `sft` or another one that trains."""
     runs_dir = "" if config.runs_dir == "runs" else f" runs_dir={config.runs_dir}"
     settings = f"name={config.name} resume=latest{runs_dir}"
-    return f'make {verb} ARGS="{settings}"' if "MAKELEVEL" in os.environ else f"areal-like {verb} {settings}"
+    has_target = "MAKELEVEL" in os.environ and verb in ("run", "sft")
+    return f'make {verb} ARGS="{settings}"' if has_target else f"areal-like {verb} {settings}"
 
 
 def _table(summary: Mapping[str, Any], rows: Rows, *, title: str) -> Table:
