@@ -100,7 +100,8 @@ def _auto_class(config: Any) -> Any:
 
 def _names_of_vocabulary_head(config: Any) -> frozenset[str]:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        make: Any = AutoModelForCausalLM.from_config
+        model = make(config, trust_remote_code=False)
     head = model.get_output_embeddings()
     return frozenset(
         f"{name}.{leaf}"

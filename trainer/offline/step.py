@@ -111,7 +111,7 @@ class OfflineStep:
                     loss, sums_K = self._loss(microbatch)
                     # Multiplied by zero on a rank without work: the backward keeps FSDP2's collectives in
                     # step.
-                    (loss if live else loss * 0.0).backward()
+                    (loss if live else loss * 0.0).backward()  # type: ignore[no-untyped-call]
                     if live:
                         self._count(sums, sums_K, microbatch)
                         sums[_FLOPS] += self._speed.flops_of(microbatch)
