@@ -6,7 +6,7 @@ A log-ratio is log pi(y|x) - log ref(y|x), the sum over the tokens of the comple
 log pi(y|x) divided by the number of these tokens. Every loss is that of one pair or one completion: the
 caller takes the mean. All accept any finite input and return finite values and gradients.
 
-Shape suffixes: P pairs, N completions, M mismatched completions.
+Shape suffixes: N completions, M mismatched completions.
 """
 
 from __future__ import annotations
@@ -21,50 +21,54 @@ _SUREST = -1e-7
 """Largest mean log-prob whose odds are computed: a probability of 1 has infinite odds."""
 
 
-def dpo(margin_P: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """[P] `-(1 - e) log sigmoid(beta m) - e log sigmoid(-beta m)`, e the label smoothing.
+def dpo(margin: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """`-(1 - e) log sigmoid(beta m) - e log sigmoid(-beta m)` of each margin, e the label smoothing.
 
-    `margin_P`: log-ratio of the chosen minus that of the rejected completion.
+    `margin`: log-ratio of the chosen minus that of the rejected completion.
 
     With e = 0 it is DPO (Rafailov et al., arXiv 2305.18290, equation 7), else cDPO, for pairs of which a
     share e is labelled the wrong way round (Mitchell, A note on DPO with noisy preferences, 2023).
     """
-    logits_P = beta * margin_P
-    loss_P = -F.logsigmoid(logits_P) * (1 - label_smoothing)
-    return loss_P - F.logsigmoid(-logits_P) * label_smoothing if label_smoothing else loss_P
+    logits = beta * margin
+    loss = -F.logsigmoid(logits) * (1 - label_smoothing)
+    return loss - F.logsigmoid(-logits) * label_smoothing if label_smoothing else loss
 
 
-def ipo(mean_margin_P: Tensor, *, beta: float) -> Tensor:
-    """[P] `(m - 1 / (2 beta))^2` (Azar et al., arXiv 2310.12036, equation 17; beta is its tau).
+def ipo(mean_margin: Tensor, *, beta: float) -> Tensor:
+    """`(m - 1 / (2 beta))^2` of each margin (Azar et al., arXiv 2310.12036, equation 17; beta is its tau).
 
-    `mean_margin_P`: log-ratio divided by the number of tokens, of the chosen minus that of the rejected
-    completion. The paper does not divide; TRL does, and its authors report that the paper's results have it.
+    `mean_margin`: log-ratio divided by the number of tokens, of the chosen minus that of the rejected
+    completion. The paper does not divide; TRL does, and says that the paper's results have it.
     """
-    return (mean_margin_P - 1 / (2 * beta)).square()
+    return (mean_margin - 1 / (2 * beta)).square()
 
 
-def simpo(mean_margin_P: Tensor, *, beta: float, gamma: float, label_smoothing: float = 0.0) -> Tensor:
-    """[P] `-log sigmoid(beta m - gamma)` (Meng et al., arXiv 2405.14734, equation 6): no reference.
+def simpo(mean_margin: Tensor, *, beta: float, gamma: float, label_smoothing: float = 0.0) -> Tensor:
+    """`-log sigmoid(beta m - gamma)` of each margin (Meng et al., arXiv 2405.14734, equation 6).
 
-    `mean_margin_P`: mean log-prob of the chosen minus that of the rejected completion. `gamma`: target margin
+    `mean_margin`: mean log-prob of the chosen minus that of the rejected completion. `gamma`: target margin
     of the rewards. `label_smoothing`: as in `dpo`; TRL's addition.
     """
-    return dpo(mean_margin_P - gamma / beta, beta=beta, label_smoothing=label_smoothing)
+    return dpo(mean_margin - gamma / beta, beta=beta, label_smoothing=label_smoothing)
 
 
-def log_odds_ratio(chosen_mean_P: Tensor, rejected_mean_P: Tensor) -> Tensor:
-    """[P] log of the odds p / (1 - p) of the chosen over those of the rejected completion, where p is the
-    exponential of a mean log-prob (Hong et al., arXiv 2403.07691, equation 4)."""
-    return _log_odds(chosen_mean_P) - _log_odds(rejected_mean_P)
+def orpo(log_odds_ratio: Tensor, *, beta: float) -> Tensor:
+    """`-beta log sigmoid(r)` of each log odds ratio r, `log_odds` of the chosen minus those of the rejected
+    completion (Hong et al., arXiv 2403.07691, equation 7; beta is the lambda of equation 6).
 
-
-def orpo(chosen_mean_P: Tensor, rejected_mean_P: Tensor, *, beta: float) -> Tensor:
-    """[P] `-beta log sigmoid(log odds ratio)`: the second term of ORPO (arXiv 2403.07691, equations 6 and 7;
-    beta is its lambda), without a reference. Its first term is the supervised loss of the chosen completions.
-
-    `chosen_mean_P`, `rejected_mean_P`: mean log-probs.
+    It is the second term of ORPO. The first one is the supervised loss of the chosen completions.
     """
-    return -beta * F.logsigmoid(log_odds_ratio(chosen_mean_P, rejected_mean_P))
+    return -beta * F.logsigmoid(log_odds_ratio)
+
+
+def log_odds(mean_N: Tensor) -> Tensor:
+    """[N] log(p / (1 - p)), where p is the exponential of a mean log-prob (arXiv 2403.07691, equation 4)."""
+    log_p = mean_N.clamp(max=_SUREST)
+    # log(1 - p): two forms, each exact in its range. Gradients of the unused one must be finite too.
+    is_near_one = log_p > -math.log(2)
+    near = torch.log(-torch.expm1(torch.where(is_near_one, log_p, -1.0)))
+    far = torch.log1p(-torch.exp(torch.where(is_near_one, -1.0, log_p)))
+    return mean_N - torch.where(is_near_one, near, far)
 
 
 def kto(
@@ -94,16 +98,6 @@ def mismatched_kl(log_ratio_M: Tensor) -> Tensor:
 
 
 def rotated(num: int) -> list[int]:
-    """For each prompt of a batch, the index of the completion with which its KL is estimated: the one before
+    """For each prompt of a batch, the index of the one with whose completion its KL is estimated: that before
     it, as in TRL's KTOTrainer."""
     return [(index - 1) % num for index in range(num)]
-
-
-def _log_odds(mean_P: Tensor) -> Tensor:
-    """[P] log(p / (1 - p)) from log p."""
-    log_p = mean_P.clamp(max=_SUREST)
-    # log(1 - p): two forms, each exact in its range. Gradients of the unused one must be finite too.
-    is_near_one = log_p > -math.log(2)
-    near = torch.log(-torch.expm1(torch.where(is_near_one, log_p, -1.0)))
-    far = torch.log1p(-torch.exp(torch.where(is_near_one, -1.0, log_p)))
-    return mean_P - torch.where(is_near_one, near, far)

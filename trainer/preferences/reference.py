@@ -7,7 +7,7 @@ that differ in method or beta share the file, and a changed model, template or r
 whose content does not fit its hash is computed again. The reference model is in memory only while log-probs
 are computed, never beside the policy that is trained.
 
-Shape suffixes: N items, each with W completions.
+Shape suffixes: N items, each with some completions; W completions of all items.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import gc
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -81,36 +82,34 @@ class Reference:
 
     def logps(
         self,
-        num_items: int,
+        num_N: NDArray[np.int64],
         completions_of: Callable[[int], Sequence[_HasTrajectory | None]],
         *,
-        width: int,
         content: str,
         what: str,
     ) -> NDArray[np.float64]:
-        """[N, W] log-probs of all completions, from the cache or computed; NaN for None. Collective.
+        """[W] log-probs of the completions of all items, from the cache or computed; NaN for None. Collective.
 
-        `completions_of`: the W completions of an item. `content`: hash of all their tokens. `what`: their
-        name in the log.
+        `num_N`: number of completions of each item; `completions_of`: returns those of an item. `content`:
+        hash of all their tokens. `what`: their name in the log.
         """
-        ranks = self._ranks
+        ranks, total = self._ranks, int(num_N.sum())
         path, found = Path(), None
         if ranks.rank == 0:
-            key = hashlib.sha256(json.dumps([self._identity, content, num_items, width]).encode()).hexdigest()
+            key = hashlib.sha256(json.dumps([self._identity, content, num_N.tolist()]).encode()).hexdigest()
             path = cache_dir() / "reference_logps" / f"{key[:32]}.safetensors"
-            found = stored_logps(path, (num_items, width))
+            found = stored_logps(path, total)
         if ranks.agree(int(found is not None)):
-            mine = np.zeros(0) if found is None else found.reshape(-1)
-            if ranks.rank == 0:
+            if found is not None:
                 log.info("log-probs of the reference for %s: read from %s", what, path)
-            return ranks.gather(torch.from_numpy(mine)).numpy().reshape(num_items, width)
-        logp_NW = self._computed(num_items, completions_of, width=width, what=what)
+            return ranks.gather(torch.from_numpy(np.zeros(0) if found is None else found)).numpy()
+        logp_W = self._computed(num_N, completions_of, what=what)
         if ranks.rank == 0:
             try:
-                store_logps(path, logp_NW)
+                store_logps(path, logp_W)
             except OSError as error:
                 log.warning("%s cannot be written, so the next run computes it again: %s", path, error)
-        return logp_NW
+        return logp_W
 
     def close(self) -> None:
         """Frees the model's memory."""
@@ -137,10 +136,9 @@ class Reference:
 
     def _computed(
         self,
-        num_items: int,
+        num_N: NDArray[np.int64],
         completions_of: Callable[[int], Sequence[_HasTrajectory | None]],
         *,
-        width: int,
         what: str,
     ) -> NDArray[np.float64]:
         ranks, config = self._ranks, self._config
@@ -149,61 +147,59 @@ class Reference:
         if self._policy is None:
             self._policy = build_policy(config, self._path, ranks, frozen=True)
         policy = self._policy
-        shares = [range(rank, num_items, ranks.world_size) for rank in range(ranks.world_size)]
+        shares = [range(rank, len(num_N), ranks.world_size) for rank in range(ranks.world_size)]
         share = shares[ranks.rank]
-        mine = np.full((len(share), width), np.nan)
+        mine: list[float] = []
         due_s = started_s + _LOG_INTERVAL_S
         for begin in range(0, len(shares[0]), _CHUNK):  # rank 0 has the most items
-            places: list[tuple[int, int]] = []
-            trajectories: list[Trajectory] = []
-            for at in range(begin, min(begin + _CHUNK, len(share))):
-                for column, completion in enumerate(completions_of(share[at])):
-                    if completion is not None:
-                        places.append((at, column))
-                        trajectories.append(completion.trajectory())
-            values = values_of_targets(
-                trajectories,
-                lambda batch: policy.scored(batch).logprobs_S,
-                ranks,
-                budget_tokens=config.trainer.tokens_per_microbatch,
-                shares_prefixes=policy.shares_prefixes,
+            items = share[begin : begin + _CHUNK]
+            completions = [each for index in items for each in completions_of(index)]
+            values = iter(
+                values_of_targets(
+                    [each.trajectory() for each in completions if each is not None],
+                    lambda batch: policy.scored(batch).logprobs_S,
+                    ranks,
+                    budget_tokens=config.trainer.tokens_per_microbatch,
+                    shares_prefixes=policy.shares_prefixes,
+                )
             )
-            for place, value_S in zip(places, values, strict=True):
-                mine[place] = value_S.sum()
+            mine += [math.nan if each is None else float(next(values).sum()) for each in completions]
             if ranks.rank == 0 and time.monotonic() > due_s:
                 log.info("log-probs of the reference for %s: %d of %d", what, begin, len(shares[0]))
                 due_s += _LOG_INTERVAL_S
-        everyone = ranks.gather(torch.from_numpy(mine.reshape(-1))).numpy().reshape(num_items, width)
-        logp_NW = np.empty_like(everyone)
-        logp_NW[[index for each in shares for index in each]] = everyone
+        everyone = ranks.gather(torch.tensor(mine, dtype=torch.float64)).numpy()
+        order = [index for each in shares for index in each]
+        by_item = np.split(everyone, np.cumsum(num_N[order])[:-1])
+        in_order = sorted(zip(order, by_item, strict=True), key=lambda each: each[0])
+        logp_W = np.concatenate([part for _, part in in_order])
         if ranks.rank == 0:
             seconds = time.monotonic() - started_s
-            log.info("log-probs of the reference for %s: %d in %.1f s", what, logp_NW.size, seconds)
-        return logp_NW
+            log.info("log-probs of the reference for %s: %d in %.1f s", what, len(logp_W), seconds)
+        return logp_W
 
 
-def stored_logps(path: Path, shape: tuple[int, int]) -> NDArray[np.float64] | None:
-    """The log-probs in a file; None if there is no file, or not one of this shape with its hash."""
+def stored_logps(path: Path, num: int) -> NDArray[np.float64] | None:
+    """The log-probs in a file; None if there is no file, or not one of that many with their hash."""
     try:
-        if path.stat().st_size > 8 * shape[0] * shape[1] + _HEADER_BYTES:
+        if path.stat().st_size > 8 * num + _HEADER_BYTES:
             raise ValueError("it is longer than its numbers")
         with safe_open(path, framework="numpy") as file:
-            logp_NW, digest = file.get_tensor("logp"), (file.metadata() or {}).get("sha256")
-        if logp_NW.shape != shape or logp_NW.dtype != np.float64 or _sha256(logp_NW) != digest:
+            logp_W, digest = file.get_tensor("logp"), (file.metadata() or {}).get("sha256")
+        if logp_W.shape != (num,) or logp_W.dtype != np.float64 or _sha256(logp_W) != digest:
             raise ValueError("its content does not have its hash")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, SafetensorError) as error:
         log.warning("%s is computed again: %s", path, error)
         return None
-    return np.asarray(logp_NW, dtype=np.float64)
+    return np.asarray(logp_W, dtype=np.float64)
 
 
-def store_logps(path: Path, logp_NW: NDArray[np.float64]) -> None:
+def store_logps(path: Path, logp_W: NDArray[np.float64]) -> None:
     """Writes the file; readers see all of it or none. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        save_file({"logp": np.ascontiguousarray(logp_NW)}, partial, metadata={"sha256": _sha256(logp_NW)})
+        save_file({"logp": np.ascontiguousarray(logp_W)}, partial, metadata={"sha256": _sha256(logp_W)})
 
 
 def _sha256(values: NDArray[np.float64]) -> str:

@@ -1,153 +1,201 @@
-"""The loss of a micro-batch of pairs or labelled completions, for `trainer.offline.step`.
+"""The losses of a micro-batch of preferences, for `trainer.offline.step`.
 
-    begin() -> [batch -> log-probs of completions -> method -> sums]* -> metrics
+    begin() -> [batch -> log-probs of completions -> losses -> sums]* -> metrics
 
-A loss is a mean over the units of the whole step, ORPO's supervised term a mean over the tokens of its chosen
-completions, and KTO's KL a mean over all of its mismatched completions. So none depends on the cuts into
-micro-batches or on the number of ranks. TRL estimates the KL for each micro-batch of a device instead, and
-also takes the supervised term's mean there.
+A loss is a mean over the comparisons (for KTO the completions) of the whole step, ORPO's supervised term a
+mean over the tokens of its best completions, and KTO's KL a mean over all of its mismatched completions. So
+none depends on the cuts into micro-batches or on the number of ranks. TRL takes these means over the
+micro-batch of each device instead.
 
-The samples of a batch carry what the loss needs beside their tokens: `reward` is 1 for a desirable completion
-and 0 for an undesirable one, `advantage` the log-prob under the reference model, and `group` counts from 1.
+The samples of a batch carry what a loss needs beside their tokens: see `PreferenceRows.units`.
 
 Shape suffixes: N completions of a micro-batch, K sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from trainer.batching.packing import PackedBatch, TrainingSample
+from trainer.batching.packing import PackedBatch
 from trainer.batching.segments import values_of_targets
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
+from trainer.offline.rows import OfflineRows
 from trainer.offline.step import OfflineLoss
 from trainer.preferences.losses import mismatched_kl
-from trainer.preferences.methods import Completions, Method, share_ranked_right
-from trainer.preferences.units import Completion, Unit
+from trainer.preferences.methods import (
+    Completions,
+    Kto,
+    PairMethod,
+    better_NN,
+    ranked_right,
+    share_ranked_right,
+)
+from trainer.preferences.rows import PreferenceRows
 
-
-def samples_of(unit: Unit, *, number: int) -> list[TrainingSample]:
-    """A unit in the form of the trainer's batches. `number`: from 1, of the unit in its step."""
-    return [
-        TrainingSample(trajectory=each.trajectory(), advantage=each.ref_logp, group=number) for each in unit
-    ]
+_SIDES = ("chosen", "rejected")
+_PARTS = ("", "_reward", "_logp")
+_OF_SIDES = tuple(f"{side}{part}" for side in _SIDES for part in _PARTS)
 
 
 class PreferenceLoss(OfflineLoss):
-    """Before each step, and before held-out units are measured, call `begin`."""
+    """Base of both kinds of loss."""
 
-    names: ClassVar[tuple[str, ...]] = (
-        *("units", "losses", "entropies"),
-        *("chosen", "chosen_reward", "chosen_logp", "chosen_tokens"),
-        *("rejected", "rejected_reward", "rejected_logp", "rejected_tokens"),
-    )
-    divisor: ClassVar[str] = "units"
+    names: ClassVar[tuple[str, ...]] = ("losses", "entropies", "tokens", *_OF_SIDES)
+    divisor: ClassVar[str] = "chosen"
 
-    def __init__(self, policy: Policy, ranks: Ranks, *, method: Method, budget_tokens: int) -> None:
-        """`policy` is sharded and has temperature 1. `budget_tokens`: most tokens of a micro-batch."""
-        super().__init__(policy)
+    def __init__(self, policy: Policy) -> None:
+        """`policy`: sharded, with temperature 1."""
         assert policy.temperature == 1.0
-        self._ranks, self._method, self._budget_tokens = ranks, method, budget_tokens
-        self._kl = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        self._units_per_token = 0.0
-        self._rewards: list[Tensor] = []
-        """[N, 3] implicit reward, label and group of the completions of each micro-batch."""
+        super().__init__(policy)
 
-    def begin(
-        self, *, num_units: int, num_chosen_tokens: int, mismatched: Iterable[Completion | None] = ()
-    ) -> None:
-        """Prepares the units of a step, or held-out units; collective.
+    def _completions(self, batch: PackedBatch) -> tuple[Completions, Tensor]:
+        """(log-probs of the completions, sum of the entropies of their learned tokens)"""
+        logp_S, entropy_S, _ = self.model(batch)
+        starts_N = torch.tensor([0, *batch.sample_lengths[:-1]]).cumsum(0).to(logp_S.device)
+        given = Completions(
+            logp_N=batch.sum_N(logp_S.double()),
+            ref_logp_N=batch.advantages_T.index_select(0, starts_N),
+            num_tokens_N=batch.sum_N(torch.ones_like(logp_S, dtype=torch.float64)),
+        )
+        return given, entropy_S.detach().double().sum()
 
-        `num_units`, `num_chosen_tokens`: over all ranks. `mismatched`: this rank's, if the method has a KL.
-        """
-        self._units_per_token = num_units / max(num_chosen_tokens, 1)
-        self._rewards = []
-        if self._method.has_kl:
-            self._kl = mismatched_kl(self._log_ratios([each for each in mismatched if each is not None]))
+    @staticmethod
+    def _sums(
+        loss: Tensor,
+        entropy: Tensor,
+        given: Completions,
+        reward_N: Tensor,
+        weights: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """The sums that both kinds have. `weights`: [N] how often each completion is chosen, and rejected."""
+        values = (torch.ones_like(reward_N), reward_N, given.logp_N)
+        sides = [(weight_N * value_N).sum() for weight_N in weights for value_N in values]
+        return [loss, entropy, given.num_tokens_N.sum(), *sides]
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """loss, entropy (mean over learned tokens, in nats), tokens_trained (learned), reward_chosen,
+        reward_rejected, logp_chosen, logp_rejected (means over completions), reward_margin."""
+        found = {
+            "loss": sums["losses"] / max(self._num_losses(sums), 1.0),
+            "entropy": sums["entropies"] / max(sums["tokens"], 1.0),
+            "tokens_trained": round(sums["tokens"]),
+        }
+        for side in _SIDES:
+            if number := sums[side]:
+                found |= {f"{part[1:]}_{side}": sums[f"{side}{part}"] / number for part in _PARTS[1:]}
+        if all(sums[side] for side in _SIDES):
+            found["reward_margin"] = found["reward_chosen"] - found["reward_rejected"]
+        return found
+
+    def _num_losses(self, sums: Mapping[str, float]) -> float:
+        return sums["chosen"]
+
+
+class PairLoss(PreferenceLoss):
+    """Of comparisons of the completions of a prompt, all of which are in one micro-batch."""
+
+    names: ClassVar[tuple[str, ...]] = (*PreferenceLoss.names, "ranked_right", "best_nll", "best_tokens")
+
+    def __init__(self, policy: Policy, *, method: PairMethod) -> None:
+        """`policy`: sharded, with temperature 1."""
+        super().__init__(policy)
+        self._method = method
+        self._pairs_per_token = 0.0
+
+    def begin(self, rows: OfflineRows, indices: Sequence[int], *, step: int | None) -> None:
+        """Before a step, or a measurement of held-out rows (None)."""
+        num_pairs, num_tokens = (
+            int(rows.facts[name][list(indices)].sum()) for name in ("num_pairs", "num_chosen_tokens")
+        )
+        self._pairs_per_token = num_pairs / max(num_tokens, 1)
 
     def __call__(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         method = self._method
-        output = self.model(batch)
-        logp_N = batch.sum_N(output.logprobs_S.double())
-        if method.of_pairs and batch.num_samples % 2:  # a dummy
-            return logp_N.sum(), logp_N.new_zeros(len(self.names))
-        given = Completions(
-            logp_N=logp_N,
-            ref_logp_N=_of_samples(batch.advantages_T, batch),
-            num_tokens_N=batch.sum_N(torch.ones_like(output.logprobs_S, dtype=torch.float64)),
-            is_desirable_N=batch.rewards_N > 0,
-        )
-        losses = method.losses(given, self._kl)
-        loss = losses.sum()
-        if method.sft_weight:
-            supervised = -(logp_N * given.is_desirable_N).sum()
-            loss = loss + method.sft_weight * self._units_per_token * supervised
+        given, entropy = self._completions(batch)
+        is_pair_NN = better_NN(batch.rewards_N, batch.groups_N)
+        score_N = method.scores(given)
+        losses = torch.where(is_pair_NN, method.losses(score_N[:, None] - score_N), 0.0).sum()
+        is_best_N = is_pair_NN.any(1) & ~is_pair_NN.any(0)
+        best_nll = -torch.where(is_best_N, given.logp_N, 0.0).sum()
+        # The sum is divided by the number of pairs, and this term is a mean over tokens.
+        loss = losses + method.sft_weight * self._pairs_per_token * best_nll
         with torch.no_grad():
             reward_N = method.rewards(given)
-            # Copied to the host only at the end of the step: reading them now would stall a GPU.
-            self._rewards.append(torch.stack([reward_N, batch.rewards_N, batch.groups_N.to(reward_N)], dim=1))
-            sums = [torch.tensor(len(losses)), losses.sum(), output.entropy_S.double().sum()]
-            for chosen_N in (given.is_desirable_N, ~given.is_desirable_N):
-                for value_N in (torch.ones_like(reward_N), reward_N, logp_N, given.num_tokens_N):
-                    sums.append((value_N * chosen_N).sum())
-            return loss, torch.stack([each.to(logp_N) for each in sums])
+            right = (ranked_right(reward_N[:, None] - reward_N) * is_pair_NN).sum()
+            best_tokens = (given.num_tokens_N * is_best_N).sum()
+            pairs_NN = is_pair_NN.double()
+            sums = self._sums(losses, entropy, given, reward_N, (pairs_NN.sum(1), pairs_NN.sum(0)))
+            return loss, torch.stack([*sums, right, best_nll, best_tokens])
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """loss, entropy (mean over learned tokens, in nats), tokens_trained (learned), num_units,
-        reward_chosen, reward_rejected, reward_margin, reward_accuracy, logp_chosen, logp_rejected (means over
-        completions); kl, sft_loss where the method has them. Collective."""
-        method = self._method
-        num_tokens = sums["chosen_tokens"] + sums["rejected_tokens"]
-        found = {
-            "loss": sums["losses"] / max(sums["units"], 1.0),
-            "entropy": sums["entropies"] / max(num_tokens, 1.0),
-            "tokens_trained": round(num_tokens),
-            "num_units": round(sums["units"]),
-        }
-        for name in ("chosen", "rejected"):
-            if number := sums[name]:
-                found[f"reward_{name}"] = sums[f"{name}_reward"] / number
-                found[f"logp_{name}"] = sums[f"{name}_logp"] / number
-        accuracy = self._accuracy()  # collective
-        if sums["chosen"] and sums["rejected"]:
-            found["reward_margin"] = found["reward_chosen"] - found["reward_rejected"]
-            found["reward_accuracy"] = accuracy
-        if method.has_kl:
-            found["kl"] = float(self._kl)
-        if method.sft_weight and sums["chosen_tokens"]:
-            found["sft_loss"] = -sums["chosen_logp"] / sums["chosen_tokens"]
-            found["loss"] += method.sft_weight * found["sft_loss"]
+        """Those of every loss over pairs, num_pairs, reward_accuracy; of ORPO sft_loss, which is a part of
+        the loss."""
+        found = super().metrics(sums) | {"num_pairs": round(sums["chosen"])}
+        if sums["chosen"]:
+            found["reward_accuracy"] = sums["ranked_right"] / sums["chosen"]
+        if self._method.sft_weight:
+            found["sft_loss"] = sums["best_nll"] / max(sums["best_tokens"], 1.0)
+            found["loss"] += self._method.sft_weight * found["sft_loss"]
         return found
 
-    def _accuracy(self) -> float:
-        """Share of pairs that the implicit reward ranks right, over all ranks."""
-        mine = torch.cat([torch.zeros(0, 3, dtype=torch.float64), *(each.cpu() for each in self._rewards)])
-        found = self._ranks.gather(mine[mine[:, 2] > 0].reshape(-1)).reshape(-1, 3)  # without dummies
-        return share_ranked_right(found[:, 0], found[:, 1] > 0, of_pairs=self._method.of_pairs)
 
-    def _log_ratios(self, completions: Sequence[Completion]) -> Tensor:
-        """Log-ratios of the completions of all ranks; one 0 if there are none. Collective."""
-        policy = self.model
-        assert isinstance(policy, Policy)
-        self._ranks.place.enter("mismatched completions")
+class KtoLoss(PreferenceLoss):
+    """Of single completions with labels."""
+
+    names: ClassVar[tuple[str, ...]] = (*PreferenceLoss.names, "completions")
+    divisor: ClassVar[str] = "completions"
+
+    def __init__(self, policy: Policy, ranks: Ranks, *, method: Kto, budget_tokens: int) -> None:
+        """`policy`: sharded, with temperature 1. `budget_tokens`: most tokens of a micro-batch."""
+        super().__init__(policy)
+        self._ranks, self._method, self._budget_tokens = ranks, method, budget_tokens
+        self._kl = torch.zeros((), dtype=torch.float64)
+        self._rewards: list[Tensor] = []
+        """[N, 3] implicit reward, label and group of the completions of each micro-batch."""
+
+    def begin(self, rows: OfflineRows, indices: Sequence[int], *, step: int | None) -> None:
+        """Estimates the KL before a step, or a measurement of held-out rows (None). Collective."""
+        assert isinstance(rows, PreferenceRows) and isinstance(self.model, Policy)
+        policy, ranks = self.model, self._ranks
+        share = list(rows.mismatched_share(indices, step=step, ranks=ranks))
+        ranks.place.enter("mismatched completions")
         values = values_of_targets(
-            [each.trajectory() for each in completions],
+            [completion.trajectory() for completion, _ in share],
             lambda batch: policy.scored(batch).logprobs_S,
-            self._ranks,
+            ranks,
             budget_tokens=self._budget_tokens,
             shares_prefixes=policy.shares_prefixes,
         )
-        mine = [value_S.sum() - each.ref_logp for value_S, each in zip(values, completions, strict=True)]
-        ratios = self._ranks.gather(torch.tensor(mine, dtype=torch.float64))
-        return (ratios if len(ratios) else ratios.new_zeros(1)).to(self._ranks.device)
+        mine = [float(value_S.sum()) - ref for value_S, (_, ref) in zip(values, share, strict=True)]
+        ratios = ranks.gather(torch.tensor(mine, dtype=torch.float64))
+        self._kl = mismatched_kl(ratios if len(ratios) else ratios.new_zeros(1)).to(ranks.device)
+        self._rewards = []
 
+    def __call__(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        given, entropy = self._completions(batch)
+        is_desirable_N = batch.rewards_N > 0
+        loss = self._method.losses(given, is_desirable_N, self._kl.to(given.logp_N)).sum()
+        with torch.no_grad():
+            reward_N = self._method.rewards(given)
+            # Copied to the host at the end of the step: reading them now would stall a GPU.
+            self._rewards.append(torch.stack([reward_N, batch.rewards_N, batch.groups_N.to(reward_N)], dim=1))
+            sums = self._sums(loss, entropy, given, reward_N, (is_desirable_N.double(), ~is_desirable_N))
+            return loss, torch.stack([*sums, loss.new_tensor(len(reward_N))])
 
-def _of_samples(value_T: Tensor, batch: PackedBatch) -> Tensor:
-    """[N] the value of each sample's first token."""
-    starts_N = torch.tensor([0, *batch.sample_lengths[:-1]]).cumsum(0)
-    return value_T.index_select(0, starts_N.to(value_T.device))
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Those of every loss, kl, num_completions; reward_accuracy over all pairs of a desirable and an
+        undesirable completion. Collective."""
+        found = super().metrics(sums) | {"kl": float(self._kl), "num_completions": round(sums["completions"])}
+        mine = torch.cat([torch.zeros(0, 3, dtype=torch.float64), *(each.cpu() for each in self._rewards)])
+        of_all = self._ranks.gather(mine[mine[:, 2] > 0].reshape(-1)).reshape(-1, 3)  # without dummies
+        if all(sums[side] for side in _SIDES):
+            found["reward_accuracy"] = share_ranked_right(of_all[:, 0], of_all[:, 1] > 0)
+        return found
+
+    def _num_losses(self, sums: Mapping[str, float]) -> float:
+        return sums["completions"]
