@@ -24,7 +24,8 @@ from tests.support.trainer_helpers import without_measured
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.models.tiny_chat import CHAT_TEMPLATE, chat_tokenizer
-from trainer.sft.run import SupervisedRun
+from trainer.offline.run import OfflineRun
+from trainer.sft.training import SupervisedTraining
 
 NUM_ROWS, BATCH_ROWS = 22, 5
 NUM_STEPS = 9  # two epochs
@@ -73,7 +74,8 @@ def run(config: Config, *, resume: str = "", num_steps: int = 1000) -> RunPaths:
     object.__setattr__(config, "resume", resume)
     ranks = Ranks.alone()
     try:
-        SupervisedRun(config, ranks, stopping=StopAfter(num_steps), started_s=0.0).run()
+        kind = SupervisedTraining()
+        OfflineRun(kind, config, ranks, stopping=StopAfter(num_steps), started_s=0.0).run()
     finally:
         dist.destroy_process_group()
     return RunPaths.of(config)
