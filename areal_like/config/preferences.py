@@ -31,7 +31,8 @@ class PreferenceOptimizationConfig(PreferencesConfig, key="preferences"):
     """Loss; `kto` learns from single completions with labels, the others from comparisons."""
     beta: NonNegativeFloat = 0.0
     """Factor of the implicit reward: the smaller, the farther the policy may move from the reference. For
-    `ipo` it is the paper's tau; for `orpo` its lambda, the weight of the odds ratio. 0: 0.1, for `simpo` 2."""
+    `ipo` it is the paper's tau; for `orpo` its lambda, the weight of the odds ratio. 0: 0.1, for `simpo`
+    2."""
     label_smoothing: Annotated[float, Bounds(0, 0.5)] = 0.0
     """Share of the comparisons that are assumed to be labelled the wrong way round; only for `dpo` (cDPO) and
     `simpo`."""
@@ -42,8 +43,8 @@ class PreferenceOptimizationConfig(PreferencesConfig, key="preferences"):
     undesirable_weight: NonNegativeFloat = 1.0
     """Weight of completions with a bad label; only for `kto`."""
     reference: str = ""
-    """The reference model, only for `dpo`, `ipo` and `kto`: a Hugging Face directory or name; empty: the model
-    before training, with LoRA its base."""
+    """The reference model, only for `dpo`, `ipo` and `kto`: a Hugging Face directory or name; empty: the
+    model before training, with LoRA its base."""
 
     @property
     def method_beta(self) -> float:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.chat.learned_tokens import ConversationTokens
-from areal_like.data import open_rows
-from areal_like.data.preference_format import PreferenceFormat
+from areal_like.config.preferences import PreferenceOptimizationConfig
 from tests.support.sft_model import write_rows
 from trainer.distributed.ranks import Ranks
 from trainer.models.tiny_chat import chat_tokenizer
-from trainer.preferences.units import PreferenceUnits
+from trainer.offline.preference_rows import completion_tokens
+from trainer.preferences.rows import OptimizationRows
 
 
 def sum_pairs(num_rows: int, *, seed: int, kind: str = "text") -> list[dict[str, Any]]:
@@ -36,25 +36,17 @@ def sum_pairs(num_rows: int, *, seed: int, kind: str = "text") -> list[dict[str,
     return rows
 
 
-def units_of_rows(
-    folder: Path,
-    rows: Sequence[dict[str, Any]],
-    *,
-    of_pairs: bool = True,
-    longest: int = 100,
-    budget_tokens: int = 200,
-    truncates: bool = False,
-) -> PreferenceUnits:
-    """The units of rows in a file, for the tokenizer of the tiny chat model."""
-    source = write_rows(folder / "rows.jsonl", rows)
-    return PreferenceUnits(
-        open_rows(source, key="preferences.train"),
+def rows_of(
+    folder: Path, rows: Sequence[dict[str, Any]], *, of_pairs: bool = True, longest: int = 100
+) -> OptimizationRows:
+    """The rows of a file, for the tokenizer of the tiny chat model."""
+    return OptimizationRows(
+        PreferenceOptimizationConfig(),
+        write_rows(folder / "rows.jsonl", rows),
         key="preferences.train",
-        format=PreferenceFormat(),
-        tokens=ConversationTokens(chat_tokenizer()),
+        render=completion_tokens(ConversationTokens(chat_tokenizer())),
         longest=longest,
-        budget_tokens=budget_tokens,
-        truncates=truncates,
+        budget_tokens=200,
         of_pairs=of_pairs,
         ranks=Ranks.alone(),
     )

@@ -109,9 +109,7 @@ class Simpo(PairMethod):
         return given.mean_logp_N
 
     def losses(self, margin: Tensor) -> Tensor:
-        return losses.simpo(
-            margin, beta=self.beta, gamma=self.gamma, label_smoothing=self.label_smoothing
-        )
+        return losses.simpo(margin, beta=self.beta, gamma=self.gamma, label_smoothing=self.label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +163,6 @@ def build_method(settings: PreferenceOptimizationConfig) -> PairMethod | Kto:
             return Simpo(beta=beta, gamma=settings.gamma, label_smoothing=settings.label_smoothing)
         case "orpo":
             return Orpo(beta=beta)
-
-
-def better_NN(level_N: Tensor, group_N: Tensor) -> Tensor:
-    """[N, N] bool: i and j are of one prompt, and i is the better one."""
-    return (group_N[:, None] == group_N) & (level_N[:, None] > level_N)
 
 
 def ranked_right(difference: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,15 +29,16 @@ from safetensors.numpy import save_file
 from transformers import AutoConfig
 
 from areal_like.automatic_settings import compute_dtype, router_dtype, uses_fp32_head
+from areal_like.chat.token_row import TokenRow
 from areal_like.config import Config
 from areal_like.data.cache import remembered_hash
 from areal_like.errors import ConfigError
 from areal_like.paths import cache_dir, model_path, replacing
-from areal_like.trajectory import Trajectory
 from trainer.batching.segments import values_of_targets
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy, build_policy
 from trainer.models.safetensors_rows import SafetensorsRows, find_file
+from trainer.offline.rows import training_sample
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +49,6 @@ _CHUNK = 256
 _LOG_INTERVAL_S = 10.0
 _HEADER_BYTES = 4096
 """Most bytes of a file beside its numbers."""
-
-
-class _HasTrajectory(Protocol):
-    def trajectory(self) -> Trajectory: ...
 
 
 class Reference:
@@ -83,15 +79,15 @@ class Reference:
     def logps(
         self,
         num_N: NDArray[np.int64],
-        completions_of: Callable[[int], Sequence[_HasTrajectory | None]],
+        completions_of: Callable[[int], Sequence[TokenRow | None]],
         *,
         content: str,
         what: str,
     ) -> NDArray[np.float64]:
-        """[W] log-probs of the completions of all items, from the cache or computed; NaN for None. Collective.
+        """[W] log-probs of the completions of all items, from the cache or computed. Collective.
 
-        `num_N`: number of completions of each item; `completions_of`: returns those of an item. `content`:
-        hash of all their tokens. `what`: their name in the log.
+        `num_N`: number of completions of each item; `completions_of`: returns those of an item, or None,
+        whose log-prob is NaN. `content`: hash of all their tokens. `what`: their name in the log.
         """
         ranks, total = self._ranks, int(num_N.sum())
         path, found = Path(), None
@@ -137,7 +133,7 @@ class Reference:
     def _computed(
         self,
         num_N: NDArray[np.int64],
-        completions_of: Callable[[int], Sequence[_HasTrajectory | None]],
+        completions_of: Callable[[int], Sequence[TokenRow | None]],
         *,
         what: str,
     ) -> NDArray[np.float64]:
@@ -156,7 +152,7 @@ class Reference:
             completions = [each for index in items for each in completions_of(index)]
             values = iter(
                 values_of_targets(
-                    [each.trajectory() for each in completions if each is not None],
+                    [training_sample(each).trajectory for each in completions if each is not None],
                     lambda batch: policy.scored(batch).logprobs_S,
                     ranks,
                     budget_tokens=config.trainer.tokens_per_microbatch,

@@ -7,7 +7,7 @@ mean over the tokens of its best completions, and KTO's KL a mean over all of it
 none depends on the cuts into micro-batches or on the number of ranks. TRL takes these means over the
 micro-batch of each device instead.
 
-The samples of a batch carry what a loss needs beside their tokens: see `PreferenceRows.units`.
+The samples of a batch carry what a loss needs beside their tokens: see `OptimizationRows.units`.
 
 Shape suffixes: N completions of a micro-batch, K sums.
 """
@@ -24,18 +24,12 @@ from trainer.batching.packing import PackedBatch
 from trainer.batching.segments import values_of_targets
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
-from trainer.offline.rows import OfflineRows
+from trainer.offline.preference_rows import comparisons, margins
+from trainer.offline.rows import OfflineRows, training_sample
 from trainer.offline.step import OfflineLoss
 from trainer.preferences.losses import mismatched_kl
-from trainer.preferences.methods import (
-    Completions,
-    Kto,
-    PairMethod,
-    better_NN,
-    ranked_right,
-    share_ranked_right,
-)
-from trainer.preferences.rows import PreferenceRows
+from trainer.preferences.methods import Completions, Kto, PairMethod, ranked_right, share_ranked_right
+from trainer.preferences.rows import OptimizationRows
 
 _SIDES = ("chosen", "rejected")
 _PARTS = ("", "_reward", "_logp")
@@ -56,10 +50,9 @@ class PreferenceLoss(OfflineLoss):
     def _completions(self, batch: PackedBatch) -> tuple[Completions, Tensor]:
         """(log-probs of the completions, sum of the entropies of their learned tokens)"""
         logp_S, entropy_S, _ = self.model(batch)
-        starts_N = torch.tensor([0, *batch.sample_lengths[:-1]]).cumsum(0).to(logp_S.device)
         given = Completions(
             logp_N=batch.sum_N(logp_S.double()),
-            ref_logp_N=batch.advantages_T.index_select(0, starts_N),
+            ref_logp_N=margins(batch),
             num_tokens_N=batch.sum_N(torch.ones_like(logp_S, dtype=torch.float64)),
         )
         return given, entropy_S.detach().double().sum()
@@ -110,26 +103,28 @@ class PairLoss(PreferenceLoss):
     def begin(self, rows: OfflineRows, indices: Sequence[int], *, step: int | None) -> None:
         """Before a step, or a measurement of held-out rows (None)."""
         num_pairs, num_tokens = (
-            int(rows.facts[name][list(indices)].sum()) for name in ("num_pairs", "num_chosen_tokens")
+            int(rows.facts[name][list(indices)].sum()) for name in ("num_better", "num_best_tokens")
         )
         self._pairs_per_token = num_pairs / max(num_tokens, 1)
 
     def __call__(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         method = self._method
         given, entropy = self._completions(batch)
-        is_pair_NN = better_NN(batch.rewards_N, batch.groups_N)
+        pairs = comparisons(batch)
+        better_P, worse_P = (index_P[~pairs.is_tie_P] for index_P in (pairs.better_P, pairs.worse_P))
         score_N = method.scores(given)
-        losses = torch.where(is_pair_NN, method.losses(score_N[:, None] - score_N), 0.0).sum()
-        is_best_N = is_pair_NN.any(1) & ~is_pair_NN.any(0)
-        best_nll = -torch.where(is_best_N, given.logp_N, 0.0).sum()
+        losses = method.losses(score_N[better_P] - score_N[worse_P]).sum()
+        ones_P, none_N = torch.ones_like(better_P, dtype=torch.float64), torch.zeros_like(given.logp_N)
+        times_better_N, times_worse_N = (none_N.index_add(0, each, ones_P) for each in (better_P, worse_P))
+        is_best_N = (times_better_N > 0) & (times_worse_N == 0)
+        best_nll = -(given.logp_N * is_best_N).sum()
         # The sum is divided by the number of pairs, and this term is a mean over tokens.
         loss = losses + method.sft_weight * self._pairs_per_token * best_nll
         with torch.no_grad():
             reward_N = method.rewards(given)
-            right = (ranked_right(reward_N[:, None] - reward_N) * is_pair_NN).sum()
+            right = ranked_right(reward_N[better_P] - reward_N[worse_P]).sum()
             best_tokens = (given.num_tokens_N * is_best_N).sum()
-            pairs_NN = is_pair_NN.double()
-            sums = self._sums(losses, entropy, given, reward_N, (pairs_NN.sum(1), pairs_NN.sum(0)))
+            sums = self._sums(losses, entropy, given, reward_N, (times_better_N, times_worse_N))
             return loss, torch.stack([*sums, right, best_nll, best_tokens])
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -160,12 +155,12 @@ class KtoLoss(PreferenceLoss):
 
     def begin(self, rows: OfflineRows, indices: Sequence[int], *, step: int | None) -> None:
         """Estimates the KL before a step, or a measurement of held-out rows (None). Collective."""
-        assert isinstance(rows, PreferenceRows) and isinstance(self.model, Policy)
+        assert isinstance(rows, OptimizationRows) and isinstance(self.model, Policy)
         policy, ranks = self.model, self._ranks
         share = list(rows.mismatched_share(indices, step=step, ranks=ranks))
         ranks.place.enter("mismatched completions")
         values = values_of_targets(
-            [completion.trajectory() for completion, _ in share],
+            [training_sample(tokens).trajectory for tokens, _ in share],
             lambda batch: policy.scored(batch).logprobs_S,
             ranks,
             budget_tokens=self._budget_tokens,

@@ -10,10 +10,11 @@ from trainer.models.packed_model import PackedModel
 from trainer.models.policy import Policy, build_policy
 from trainer.offline.kind import OfflineTraining
 from trainer.offline.plan import StepPlan
+from trainer.offline.preference_rows import completion_tokens
 from trainer.offline.rows import conversation_tokens, longest_sequence
 from trainer.preferences.methods import Kto, build_method
 from trainer.preferences.reference import Reference
-from trainer.preferences.rows import PreferenceRows
+from trainer.preferences.rows import OptimizationRows
 from trainer.preferences.step import KtoLoss, PairLoss, PreferenceLoss
 
 
@@ -24,16 +25,17 @@ class PreferenceTraining(OfflineTraining):
     command = "preferences"
     measured = ("loss", "reward_accuracy", "reward_margin")
 
-    def rows(self, config: Config, source: str, key: str, ranks: Ranks) -> PreferenceRows:
+    def rows(self, config: Config, source: str, key: str, ranks: Ranks) -> OptimizationRows:
         """The rows with their log-probs under the reference model."""
         settings, method = config.preferences, build_method(config.preferences)
         is_kto = isinstance(method, Kto)
-        rows = PreferenceRows(
-            config,
+        rows = OptimizationRows(
+            settings,
             getattr(settings, key),
             key=f"preferences.{key}",
-            tokens=conversation_tokens(config, source),
+            render=completion_tokens(conversation_tokens(config, source)),
             longest=longest_sequence(config, settings, source),
+            budget_tokens=config.trainer.tokens_per_microbatch,
             of_pairs=not is_kto,
             ranks=ranks,
         )

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from areal_like.config import from_mapping
-from tests.support.preference_rows import sum_pairs, units_of_rows
+from areal_like.config import LoraConfig, from_mapping
+from tests.support.preference_rows import rows_of, sum_pairs
 from tests.support.sft_model import write_sft_model
 from trainer.distributed.ranks import Ranks
-from trainer.models.lora import LoraConfig
 from trainer.preferences.reference import Reference, store_logps, stored_logps
-from trainer.preferences.units import PreferenceUnits
+from trainer.preferences.rows import OptimizationRows
 
 
 @pytest.fixture(autouse=True)
@@ -30,15 +30,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         dist.destroy_process_group()
 
 
-def logps(model: str, units: PreferenceUnits, *, rank: int = 0) -> np.ndarray:
+def logps(model: str, rows: OptimizationRows, *, rank: int = 0) -> NDArray[np.float64]:
     config = from_mapping({"model": {"path": model}, "trainer": {"tokens_per_microbatch": 64}})
     config = replace(config, sampling=replace(config.sampling, temperature=1.0))
-    if rank:
-        config = replace(config, model=replace(config.model, lora=LoraConfig(rank=rank)))
+    config = replace(config, model=replace(config.model, lora=LoraConfig(rank=rank)))
     reference = Reference(config, Ranks.alone(), path="")
     try:
-        num = len(units.num_tokens_N)
-        return reference.logps(num, units.unit, width=2, content=units.fingerprint, what="pairs")
+        return reference.logps(rows.facts["num_completions"], rows.completions, content="x", what="pairs")
     finally:
         reference.close()
 
@@ -49,45 +47,43 @@ def test_log_probs_are_those_of_transformers(
     """The second time they come from the file; a broken one, and other weights, compute them again."""
     caplog.set_level(logging.INFO)
     path = write_sft_model(tmp_path / "model")
-    units = units_of_rows(tmp_path, sum_pairs(5, seed=1))
-    first = logps(path, units)
+    rows = rows_of(tmp_path, sum_pairs(5, seed=1))
+    first = logps(path, rows)
     model = AutoModelForCausalLM.from_pretrained(path)
-    for index in range(5):
-        for column, completion in enumerate(units.unit(index)):
-            (row,) = completion.sequences
-            with torch.no_grad():
-                logits = model(torch.tensor([row.tokens])).logits[0]
-            by_token = torch.log_softmax(logits.double(), -1)[:-1].gather(
-                1, torch.tensor(row.tokens[1:])[:, None]
-            )
-            expected = float((by_token[:, 0] * torch.tensor(row.loss_mask[1:])).sum())
-            assert first[index, column] == pytest.approx(expected, abs=1e-4)
+    completions = [row for index in range(5) for row in rows.completions(index)]
+    for logp, row in zip(first, completions, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([row.tokens])).logits[0]
+        targets = torch.tensor(row.tokens[1:])[:, None]
+        by_token = torch.log_softmax(logits.double(), -1)[:-1].gather(1, targets)[:, 0]
+        expected = float((by_token * torch.tensor(row.loss_mask[1:])).sum())
+        assert logp == pytest.approx(expected, abs=1e-4)
     (file,) = folder.iterdir()
 
-    assert np.array_equal(logps(path, units), first) and f"read from {file}" in caplog.text
-    assert np.array_equal(logps(path, units, rank=4), first), "with LoRA it is the base"
+    assert np.array_equal(logps(path, rows), first) and f"read from {file}" in caplog.text
+    assert np.array_equal(logps(path, rows, rank=4), first), "with LoRA it is the base"
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
-    assert np.array_equal(logps(path, units), first) and "is computed again: its content" in caplog.text
-    assert stored_logps(file, (5, 2)) is not None
+    assert np.array_equal(logps(path, rows), first) and "is computed again: its content" in caplog.text
+    assert stored_logps(file, 10) is not None
 
     other = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
         other.model.norm.weight[0] += 0.5
     other.save_pretrained(tmp_path / "model")
-    changed = logps(path, units)
+    changed = logps(path, rows)
     assert not np.allclose(changed, first) and len(list(folder.iterdir())) == 2
 
 
 def test_files_are_checked_before_use(tmp_path: Path) -> None:
     path = tmp_path / "logps.safetensors"
-    assert stored_logps(path, (2, 2)) is None
-    store_logps(path, np.arange(4.0).reshape(2, 2))
-    found = stored_logps(path, (2, 2))
-    assert found is not None and found.tolist() == [[0, 1], [2, 3]]
-    assert stored_logps(path, (4, 1)) is None
+    assert stored_logps(path, 4) is None
+    store_logps(path, np.arange(4.0))
+    found = stored_logps(path, 4)
+    assert found is not None and found.tolist() == [0, 1, 2, 3]
+    assert stored_logps(path, 5) is None
     path.write_bytes(path.read_bytes() + bytes(8192))
-    assert stored_logps(path, (2, 2)) is None
+    assert stored_logps(path, 4) is None
     path.write_bytes(b"no safetensors")
-    assert stored_logps(path, (2, 2)) is None
+    assert stored_logps(path, 4) is None
