@@ -43,6 +43,8 @@ _WITHOUT_EFFECT = (
     "metrics.",
     "security.",
     "sft.",
+    "reward_model.",
+    "preferences.",
     "trackers",
     "model.path",
     "model.warm_start_",

@@ -92,7 +92,7 @@ class OfflineRows(abc.ABC):
         )
         self._key = key
         facts_NF = self._measured(ranks)
-        self.facts = dict(zip(self.fact_names, facts_NF.T, strict=True))
+        self.facts: dict[str, NDArray[np.int64]] = dict(zip(self.fact_names, facts_NF.T, strict=True))
         """Name -> int64 [N] facts of all rows."""
         if problem := self._problem():
             raise ConfigError(f"{key}: {problem}")

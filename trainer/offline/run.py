@@ -179,8 +179,10 @@ class OfflineRun:
         self._ranks.place.enter("held-out loss", step=self._step)
         usable = [int(index) for index in self._held_out.num_tokens_N.nonzero()[0]]
         self._loss.begin(self._held_out, usable, step=None)
-        metrics, self._details = self._runner.measure(self._units(self._held_out, usable))
-        found = {name: metrics[name] for name in self._kind.measured if name in metrics}
+        metrics, details = self._runner.measure(self._units(self._held_out, usable))
+        measured = self._kind.measured
+        self._details = {name: value for name, value in details.items() if name not in measured}
+        found = {name: float(value) for name, value in (metrics | details).items() if name in measured}
         shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
         log.info("held-out rows after step %d: %s", self._step, shown)
         return found

@@ -72,7 +72,8 @@ class OfflineLoss(abc.ABC):
         """
 
     def details(self, sums: Mapping[str, float]) -> dict[str, Any]:
-        """Facts of held-out rows that are no numbers, for the run's summary; JSON."""
+        """Further facts of held-out rows, as JSON: numbers that the kind measures, and what only the run's
+        summary shows."""
         return {}
 
 
@@ -119,7 +120,7 @@ class OfflineStep:
                     loss, sums_K = self._loss(microbatch)
                     # Multiplied by zero on a rank without work: the backward keeps FSDP2's collectives in
                     # step.
-                    (loss if live else loss * 0.0).backward()
+                    (loss if live else loss * 0.0).backward()  # type: ignore[no-untyped-call]
                     if live:
                         self._count(sums, sums_K, microbatch)
                         sums[_FLOPS] += self._speed.flops_of(microbatch)

@@ -72,7 +72,7 @@ class PreferenceLoss(OfflineLoss):
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """loss, entropy (mean over learned tokens, in nats), tokens_trained (learned), reward_chosen,
-        reward_rejected, logp_chosen, logp_rejected (means over completions), reward_margin."""
+        reward_rejected, logp_chosen, logp_rejected (means over completions), margin."""
         found = {
             "loss": sums["losses"] / max(self._num_losses(sums), 1.0),
             "entropy": sums["entropies"] / max(sums["tokens"], 1.0),
@@ -82,7 +82,7 @@ class PreferenceLoss(OfflineLoss):
             if number := sums[side]:
                 found |= {f"{part[1:]}_{side}": sums[f"{side}{part}"] / number for part in _PARTS[1:]}
         if all(sums[side] for side in _SIDES):
-            found["reward_margin"] = found["reward_chosen"] - found["reward_rejected"]
+            found["margin"] = found["reward_chosen"] - found["reward_rejected"]
         return found
 
     def _num_losses(self, sums: Mapping[str, float]) -> float:
@@ -128,11 +128,11 @@ class PairLoss(PreferenceLoss):
             return loss, torch.stack([*sums, right, best_nll, best_tokens])
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Those of every loss over pairs, num_pairs, reward_accuracy; of ORPO sft_loss, which is a part of
+        """Those of every loss over pairs, num_pairs, accuracy; of ORPO sft_loss, which is a part of
         the loss."""
         found = super().metrics(sums) | {"num_pairs": round(sums["chosen"])}
         if sums["chosen"]:
-            found["reward_accuracy"] = sums["ranked_right"] / sums["chosen"]
+            found["accuracy"] = sums["ranked_right"] / sums["chosen"]
         if self._method.sft_weight:
             found["sft_loss"] = sums["best_nll"] / max(sums["best_tokens"], 1.0)
             found["loss"] += self._method.sft_weight * found["sft_loss"]
@@ -183,13 +183,13 @@ class KtoLoss(PreferenceLoss):
             return loss, torch.stack([*sums, loss.new_tensor(len(reward_N))])
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Those of every loss, kl, num_completions; reward_accuracy over all pairs of a desirable and an
+        """Those of every loss, kl, num_completions; accuracy over all pairs of a desirable and an
         undesirable completion. Collective."""
         found = super().metrics(sums) | {"kl": float(self._kl), "num_completions": round(sums["completions"])}
         mine = torch.cat([torch.zeros(0, 3, dtype=torch.float64), *(each.cpu() for each in self._rewards)])
         of_all = self._ranks.gather(mine[mine[:, 2] > 0].reshape(-1)).reshape(-1, 3)  # without dummies
         if all(sums[side] for side in _SIDES):
-            found["reward_accuracy"] = share_ranked_right(of_all[:, 0], of_all[:, 1] > 0)
+            found["accuracy"] = share_ranked_right(of_all[:, 0], of_all[:, 1] > 0)
         return found
 
     def _num_losses(self, sums: Mapping[str, float]) -> float:

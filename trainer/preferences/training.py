@@ -23,7 +23,7 @@ class PreferenceTraining(OfflineTraining):
 
     name = "preferences"
     command = "preferences"
-    measured = ("loss", "reward_accuracy", "reward_margin")
+    measured = ("loss", "accuracy", "margin")
 
     def rows(self, config: Config, source: str, key: str, ranks: Ranks) -> OptimizationRows:
         """The rows with their log-probs under the reference model."""

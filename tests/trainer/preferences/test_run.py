@@ -169,7 +169,7 @@ def test_a_step_is_that_of_plain_autograd(name: str, root: Path) -> None:
             loss = loss - given.logp_N[best].sum() / given.num_tokens_N[best].sum()
         reward_N = method.rewards(given).detach()
         margin = (reward_N[first] - reward_N[second]).mean()
-        assert found["reward_margin"] == pytest.approx(float(margin), rel=1e-4, abs=1e-5)
+        assert found["margin"] == pytest.approx(float(margin), rel=1e-4, abs=1e-5)
         assert found["num_pairs"] == len(better) == len(indices) - 1 + 5
     loss.backward()
     norm = torch.stack([param.grad.norm() for param in policy.parameters() if param.grad is not None]).norm()
@@ -183,7 +183,7 @@ def test_a_resumed_run_is_the_run_itself(name: str, root: Path) -> None:
     whole = run(config_of(root, "whole", method=name))
     rows = metrics_of(whole)
     assert [row["step"] for row in rows] == list(range(7))
-    assert [row["step"] for row in rows if "eval_reward_accuracy" in row] == [2, 5, 6]
+    assert [row["step"] for row in rows if "eval_accuracy" in row] == [2, 5, 6]
     if name == "dpo":
         assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-5), "the reference is the initial model"
 
@@ -198,7 +198,7 @@ def test_a_resumed_run_is_the_run_itself(name: str, root: Path) -> None:
     for each in summaries:
         del each["wall_seconds"], each["resumed_from_step"], each["model"]
     assert summaries[0] == summaries[1] and summaries[0]["finished"]
-    assert summaries[0]["eval_reward_accuracy_after"] == rows[-1]["eval_reward_accuracy"]
+    assert summaries[0]["eval_accuracy_after"] == rows[-1]["eval_accuracy"]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -208,8 +208,8 @@ def test_rewards_move_apart(name: str, root: Path) -> None:
     rows = metrics_of(run(config))
     first, last = rows[0], rows[-1]
     assert last["loss"] < first["loss"]
-    assert last["reward_margin"] > first["reward_margin"] + 0.01
-    assert last["reward_accuracy"] > 0.7
+    assert last["margin"] > first["margin"] + 0.01
+    assert last["accuracy"] > 0.7
 
 
 def test_an_adapter_has_its_base_as_reference(root: Path) -> None:
