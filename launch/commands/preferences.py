@@ -1,4 +1,4 @@
-"""`areal-like preferences`: trains the policy on comparisons or labels of completions, in a run of its own."""
+"""`areal-like preferences`: trains on comparisons or labels of completions, in a run of its own."""
 
 from __future__ import annotations
 

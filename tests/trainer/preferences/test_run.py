@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,9 @@ from areal_like.chat.token_row import TokenRow
 from areal_like.config import Config, LoraConfig, from_mapping
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
+from tests.support.offline import StopAfter, files_of, metrics_of
 from tests.support.preference_rows import rows_of, sum_pairs
 from tests.support.sft_model import write_rows, write_sft_model
-from tests.support.trainer_helpers import without_measured
 from trainer.distributed.ranks import Ranks
 from trainer.offline.plan import StepPlan
 from trainer.offline.run import OfflineRun
@@ -33,18 +32,6 @@ from trainer.preferences.training import PreferenceTraining
 
 METHODS = ("dpo", "ipo", "kto", "simpo", "orpo")
 RANKING = {"prompt": "20+30=", "responses": ["50", "5", "500", "51"], "scores": [3, 1, 1, 2]}
-
-
-class StopAfter(threading.Event):
-    """Is set after a number of steps: it is asked once before each."""
-
-    def __init__(self, num_steps: int) -> None:
-        super().__init__()
-        self.num_left = num_steps
-
-    def is_set(self) -> bool:
-        self.num_left -= 1
-        return self.num_left < 0
 
 
 @pytest.fixture
@@ -100,20 +87,6 @@ def run(config: Config, *, resume: str = "", num_steps: int = 1000) -> RunPaths:
     finally:
         dist.destroy_process_group()
     return RunPaths.of(config)
-
-
-def metrics_of(paths: RunPaths) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what is measured."""
-    rows = map(json.loads, paths.metrics.read_text().splitlines())
-    return [without_measured(row) for row in rows]
-
-
-def files_of(checkpoint: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(checkpoint)): path.read_bytes()
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file()
-    }
 
 
 def logp_of(model: Any, row: TokenRow) -> Tensor:
