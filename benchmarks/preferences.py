@@ -3,9 +3,10 @@
     python -m benchmarks.preferences [--seeds 0 1 2] [--steps 60]
 
 The warm-started model answers each prompt eight times, the task's reward labels the answers, and a prompt
-with right and wrong ones gives a pair (`benchmarks.reward_model`). `areal-like preferences` trains the same model
-on these pairs by each method. The measure is the task's reward of greedy answers to held-out prompts, whose
-multisets of digits no training has seen. The result is benchmarks/results/preferences.json; nothing is timed.
+with right and wrong ones gives a pair (`benchmarks.reward_model`). `areal-like preferences` trains the same
+model on these pairs by each method. The measure is the task's reward of greedy answers to held-out prompts,
+whose multisets of digits no training has seen. The result is benchmarks/results/preferences.json; nothing is
+timed.
 """
 
 from __future__ import annotations

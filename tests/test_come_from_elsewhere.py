@@ -20,6 +20,8 @@ import yaml
 from areal_like.runtime.command_line import load_config
 from launch.audit.run import audit_run
 from tests.support.launching import ROOT, TEST_LIMIT_S, areal_like
+from tests.support.preferences import sorting_pairs
+from tests.support.sft_model import write_rows
 
 PAGE = (ROOT / "docs" / "guides" / "come-from-elsewhere.md").read_text()
 FILES = dict(re.findall(r"```(?:python|yaml)\n# (\w+\.\w+)\n(.*?)```", PAGE, re.S))
@@ -124,6 +126,20 @@ def test_the_dpo_job_has_the_values_of_the_script(tmp_path: Path) -> None:
     assert trainer.checkpoint_interval == theirs["save_steps"]
     table = PAGE.split("## From verl")[0]
     assert [name for name in theirs if f"`{name}`" not in table] == []
+
+
+@pytest.mark.long
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_the_dpo_job_runs(tmp_path: Path, cache: dict[str, str]) -> None:
+    """With the tiny model, on rows of the shape that the script reads."""
+    (tmp_path / "dpo_job.yaml").write_text(FILES["dpo_job.yaml"])
+    for name in ("pairs", "held_out"):
+        write_rows(tmp_path / f"{name}.jsonl", sorting_pairs(40, seed=len(name)))
+    words = ("dpo_job.yaml", "model={path: tiny, warm_start_steps: 0}", "preferences.num_steps=2")
+    done = areal_like("preferences", *words, cwd=tmp_path, environment=cache)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "runs" / "taste-preferences" / "summary.json").read_text())
+    assert summary["finished"] and summary["eval_loss_before"] == pytest.approx(0.6931, abs=1e-3)
 
 
 def test_the_verl_job_has_the_values_of_the_yaml(directory: Path) -> None:
