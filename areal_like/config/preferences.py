@@ -61,3 +61,8 @@ class PreferenceOptimizationConfig(PreferencesConfig, key="preferences"):
                 f"preferences.{name}={value} has no effect with preferences.method={self.method}: it belongs "
                 f"to {', '.join(methods)}",
             )
+        require(
+            self.method != "kto" or self.batch_rows > 1,
+            "preferences.batch_rows=1 with preferences.method=kto: its KL is estimated from completions of "
+            "other rows of a step, so a step needs at least 2",
+        )

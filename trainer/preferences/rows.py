@@ -35,10 +35,12 @@ from trainer.preferences.reference import Reference
 class OptimizationCounts(PreferenceCounts):
     """Counts of the rows of one source."""
 
-    num_without_preference: int
+    num_without_target: int
     """Rows that are left out because they have only ties."""
     num_completions: int
     """Completions that are used."""
+    num_desirable: int
+    """Those of them that are labelled good; 0 for a method that compares completions."""
     num_learned: int
     """Learned tokens of the completions that are used."""
 
@@ -48,7 +50,8 @@ class OptimizationRows(PreferenceRows):
 
     fact_names = (
         *PreferenceRows.fact_names,
-        *("num_completions", "num_better", "num_learned", "num_best_tokens", "tokens_digest"),
+        *("num_completions", "num_desirable", "num_better", "num_learned", "num_best_tokens"),
+        "tokens_digest",
     )
 
     def __init__(self, *args: Any, of_pairs: bool, ranks: Ranks, **settings: Any) -> None:
@@ -72,8 +75,9 @@ class OptimizationRows(PreferenceRows):
         has_none = (facts["num_completions"] == 0) & (facts["is_too_long"] == 0)
         return OptimizationCounts(
             **of_base,
-            num_without_preference=int(has_none.sum()),
+            num_without_target=int(has_none.sum()),
             num_completions=int(facts["num_completions"].sum()),
+            num_desirable=int(facts["num_desirable"].sum()),
             num_learned=int(facts["num_learned"].sum()),
         )
 
@@ -160,11 +164,12 @@ class OptimizationRows(PreferenceRows):
         of_base = super()._facts(index)
         used = self._used(index)
         if not of_base[0] or not used:
-            return (*of_base, 0, 0, 0, 0, 0)
+            return (*of_base, 0, 0, 0, 0, 0, 0)
         best = max(level for _, level in used)
         return (
             *of_base,
             len(used),
+            0 if self._of_pairs else sum(level > 0 for _, level in used),
             of_base[1] - of_base[2],
             sum(tokens.num_learned for tokens, _ in used),
             sum(tokens.num_learned for tokens, level in used if level == best),
@@ -173,7 +178,7 @@ class OptimizationRows(PreferenceRows):
 
     def _warnings(self) -> Iterator[tuple[int, str]]:
         yield from super()._warnings()
-        yield self.counts.num_without_preference, "are left out: they have only ties"
+        yield self.counts.num_without_target, "are left out: they have only ties"
 
 
 def used_completions(row: PreferenceRow, *, of_pairs: bool) -> list[tuple[int, float]]:

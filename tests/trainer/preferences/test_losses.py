@@ -189,6 +189,7 @@ def test_ranking_share_counts_pairs() -> None:
         ({"method": "orpo", "reference": "other"}, "it belongs to dpo, ipo, kto"),
         ({"label_smoothing": 0.6}, "label_smoothing=0.6: use 0 to 0.5"),
         ({"method": "dpoo"}, "did you mean dpo"),
+        ({"method": "kto", "batch_rows": 1}, "so a step needs at least 2"),
     ],
 )
 def test_settings_of_other_methods_are_refused(settings: dict[str, Any], message: str) -> None:

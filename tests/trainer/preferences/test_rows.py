@@ -54,7 +54,7 @@ def test_comparisons_are_units(tmp_path: Path) -> None:
     ]
     counts = rows.counts
     assert (counts.num_pairs, counts.num_ties, counts.num_completions) == (9, 2, 8)
-    assert counts.num_without_preference == 1
+    assert counts.num_without_target == 1
     assert rows.facts["num_better"].tolist() == [1, 1, 0, 5]
     assert rows.facts["num_best_tokens"].tolist()[-1] == len("15") + 1
     (unit,) = rows.units(3, group=3)
@@ -73,6 +73,7 @@ def test_single_completions_have_labels(tmp_path: Path) -> None:
         [("15", 1.0)],
         [("16", 0.0)],
     ]
+    assert rows.counts.num_desirable == sum(row["label"] for row in labelled) + 2
     with pytest.raises(ConfigError, match=r"rows.jsonl:1: it has one completion with a label"):
         rows_of(tmp_path, labelled)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -183,6 +184,17 @@ def test_rewards_move_apart(name: str, root: Path) -> None:
     assert last["loss"] < first["loss"]
     assert last["margin"] > first["margin"] + 0.01
     assert last["accuracy"] > 0.7
+
+
+def test_weights_of_labels_are_recommended(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = [{"prompt": "1=", "completion": str(i), "label": i < 6} for i in range(8)]
+    write_rows(root / "labels.jsonl", labels)
+    run(config_of(root, "uneven", method="kto", num_steps=1))
+    found = "6 good completions weigh 3 times what 2 bad ones do, .* between 0.333 and 0.444"
+    assert re.search(found, caplog.text)
+    caplog.clear()
+    run(config_of(root, "even", method="kto", num_steps=1, desirable_weight=0.4))
+    assert "weigh" not in caplog.text
 
 
 def test_an_adapter_has_its_base_as_reference(root: Path) -> None:
