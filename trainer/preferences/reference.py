@@ -32,7 +32,7 @@ from areal_like.automatic_settings import compute_dtype, router_dtype, uses_fp32
 from areal_like.chat.token_row import TokenRow
 from areal_like.config import Config
 from areal_like.data.cache import remembered_hash
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, first_line
 from areal_like.paths import cache_dir, model_path, replacing
 from trainer.batching.segments import values_of_targets
 from trainer.distributed.ranks import Ranks
@@ -62,16 +62,15 @@ class Reference:
         self._config, self._ranks = config, ranks
         own = model_path(config)
         self._path = path or own
-        if path:
-            of_own, of_reference = (
-                int(AutoConfig.from_pretrained(each, trust_remote_code=False).get_text_config().vocab_size)
-                for each in (own, path)
-            )
-            if of_reference < of_own:
-                raise ConfigError(
-                    f"preferences.reference={path}: its vocabulary has {of_reference} tokens and that of "
-                    f"{own} {of_own}: the reference must have the same tokenizer"
-                )
+        try:
+            found = [*SafetensorsRows.of_model(self._path).files, find_file(self._path, "config.json")]
+            self._files = [file for file in found if file is not None]
+            if path:
+                _check_vocabulary(path, own)
+        except (OSError, ValueError) as error:  # ConfigError is a ValueError
+            if not path:
+                raise
+            raise ConfigError(f"preferences.reference={path}: {first_line(error)}") from error
         self._policy: Policy | None = None
         # The other ranks may be on machines without the files of rank 0, and need no key.
         self._identity = self._describe() if ranks.rank == 0 else ""
@@ -117,8 +116,7 @@ class Reference:
     def _describe(self) -> str:
         """Everything that determines a log-prob beside the tokens."""
         config = self._config
-        files = [*SafetensorsRows.of_model(self._path).files, find_file(self._path, "config.json")]
-        digests = sorted((file.name, remembered_hash(file)) for file in files if file is not None)
+        digests = sorted((file.name, remembered_hash(file)) for file in self._files)
         return json.dumps(
             [
                 _LAYOUT,
@@ -172,6 +170,19 @@ class Reference:
             seconds = time.monotonic() - started_s
             log.info("log-probs of the reference for %s: %d in %.1f s", what, len(logp_W), seconds)
         return logp_W
+
+
+def _check_vocabulary(path: str, own: str) -> None:
+    """Raises ConfigError if the model of `path` has fewer tokens than that of `own`."""
+    of_own, of_reference = (
+        int(AutoConfig.from_pretrained(each, trust_remote_code=False).get_text_config().vocab_size)
+        for each in (own, path)
+    )
+    if of_reference < of_own:
+        raise ConfigError(
+            f"its vocabulary has {of_reference} tokens and that of {own} {of_own}: the reference must have the "
+            "same tokenizer"
+        )
 
 
 def stored_logps(path: Path, num: int) -> NDArray[np.float64] | None:

@@ -207,9 +207,10 @@ def test_an_adapter_has_its_base_as_reference(root: Path) -> None:
     assert all(name.startswith("base_model.") for name in load_file(adapter))
 
 
-def test_a_reference_needs_the_vocabulary(root: Path) -> None:
+def test_a_reference_that_does_not_fit_is_refused(root: Path) -> None:
     facts = json.loads((root / "reference" / "config.json").read_text())
     (root / "reference" / "config.json").write_text(json.dumps({**facts, "vocab_size": 5}))
-    config = config_of(root, "small", reference=str(root / "reference"))
-    with pytest.raises(ConfigError, match="its vocabulary has 5 tokens and"):
-        run(config)
+    for name, message in (("reference", "its vocabulary has 5 tokens and"), ("absent", "cannot be found")):
+        config = config_of(root, name, reference=str(root / name))
+        with pytest.raises(ConfigError, match=f"preferences.reference={root / name}: .*{message}"):
+            run(config)
