@@ -180,8 +180,8 @@ def _check_vocabulary(path: str, own: str) -> None:
     )
     if of_reference < of_own:
         raise ConfigError(
-            f"its vocabulary has {of_reference} tokens and that of {own} {of_own}: the reference must have the "
-            "same tokenizer"
+            f"its vocabulary has {of_reference} tokens and that of {own} {of_own}: the reference must have "
+            "the same tokenizer"
         )
 
 
