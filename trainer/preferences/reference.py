@@ -139,7 +139,9 @@ class Reference:
         ranks.place.enter("reference log-probs")
         started_s = time.monotonic()
         if self._policy is None:
-            self._policy = build_policy(config, self._path, ranks, frozen=True)
+            # A run that reads the cache instead must draw the same random numbers afterwards.
+            with torch.random.fork_rng(devices=[ranks.device] if ranks.device.type == "cuda" else []):
+                self._policy = build_policy(config, self._path, ranks, frozen=True)
         policy = self._policy
         shares = [range(rank, len(num_N), ranks.world_size) for rank in range(ranks.world_size)]
         share = shares[ranks.rank]

@@ -48,7 +48,9 @@ def test_log_probs_are_those_of_transformers(
     caplog.set_level(logging.INFO)
     path = write_sft_model(tmp_path / "model")
     rows = rows_of(tmp_path, sum_pairs(5, seed=1))
+    random_state = torch.random.get_rng_state()
     first = logps(path, rows)
+    assert torch.equal(torch.random.get_rng_state(), random_state), "as if it had been read from the cache"
     model = AutoModelForCausalLM.from_pretrained(path)
     completions = [row for index in range(5) for row in rows.completions(index)]
     for logp, row in zip(first, completions, strict=True):
