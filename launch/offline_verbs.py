@@ -50,7 +50,18 @@ REWARD_MODEL = OfflineVerb(
     use="a directory for AutoModelForSequenceClassification; areal-like reward-model trains it further, with",
     prepares=("--reward-model",),
 )
-OFFLINE_VERBS = {each.verb: each for each in (SFT, REWARD_MODEL)}
+PREFERENCES = OfflineVerb(
+    verb="preferences",
+    section="preferences",
+    module="trainer.preferences",
+    measures=(
+        _LOSS,
+        ("accuracy", "accuracy of the rewards", "{:.1%}"),
+        ("margin", "margin of the rewards", "{:.3f}"),
+    ),
+    use="train it with rewards, or evaluate it: areal-like run or eval, with",
+)
+OFFLINE_VERBS = {each.verb: each for each in (SFT, REWARD_MODEL, PREFERENCES)}
 
 
 def offline_verb(paths: RunPaths) -> OfflineVerb | None:

@@ -44,6 +44,7 @@ _WITHOUT_EFFECT = (
     "security.",
     "sft.",
     "reward_model.",
+    "preferences.",
     "trackers",
     "model.path",
     "model.warm_start_",

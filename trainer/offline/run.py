@@ -74,8 +74,9 @@ class OfflineRun:
         step = self._checkpoints.resume_step(config.resume, ranks)
         model = kind.model(config, source, ranks, with_weights=step is None)
         self._optimizer = ShardedAdamW.of(config.trainer, model, ranks, lr=config.trainer.lr)
+        self._loss = kind.loss(config, model, ranks)
         self._runner = OfflineStep(
-            kind.loss(config, model, ranks),
+            self._loss,
             self._optimizer,
             ranks,
             budget_tokens=config.trainer.tokens_per_microbatch,
@@ -158,6 +159,7 @@ class OfflineRun:
     def _train(self) -> None:
         step = self._step
         rows = self._plan.rows(step)
+        self._loss.begin(self._rows, rows, step=step)
         metrics: dict[str, Any] = dict(self._runner.train(self._units(self._rows, rows), step=step))
         self._step = step + 1
         is_last = self.is_finished
@@ -176,6 +178,7 @@ class OfflineRun:
             return {}
         self._ranks.place.enter("held-out loss", step=self._step)
         usable = [int(index) for index in self._held_out.num_tokens_N.nonzero()[0]]
+        self._loss.begin(self._held_out, usable, step=None)
         metrics, details = self._runner.measure(self._units(self._held_out, usable))
         measured = self._kind.measured
         self._details = {name: value for name, value in details.items() if name not in measured}

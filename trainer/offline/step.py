@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from trainer.metrics.step_totals import shared_share
 from trainer.models.lora import use_dropout
 from trainer.models.packed_model import PackedModel
 from trainer.optimizer import ShardedAdamW
+
+if TYPE_CHECKING:
+    from trainer.offline.rows import OfflineRows
 
 Unit = Sequence[TrainingSample]
 """Samples that are in one micro-batch."""
@@ -47,6 +50,12 @@ class OfflineLoss(abc.ABC):
     def __init__(self, model: PackedModel) -> None:
         """`model`: sharded."""
         self.model = model
+
+    def begin(  # noqa: B027 - most losses need nothing
+        self, rows: OfflineRows, indices: Sequence[int], *, step: int | None
+    ) -> None:
+        """Prepares for the rows with these indices, over all ranks: those of a step, or held-out ones (None).
+        Collective."""
 
     @abc.abstractmethod
     def __call__(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
