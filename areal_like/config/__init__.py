@@ -14,6 +14,7 @@ from areal_like.config.job import Config, DaemonConfig, MetricsConfig, ModelConf
 from areal_like.config.loading import from_mapping, to_mapping
 from areal_like.config.lora import LoraConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig, SglangConfig
+from areal_like.config.scorer import ScorerConfig
 from areal_like.config.security import SecurityConfig
 from areal_like.config.sft import SftConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
@@ -34,6 +35,7 @@ __all__ = [
     "RewardsConfig",
     "RolloutConfig",
     "SamplingConfig",
+    "ScorerConfig",
     "SecurityConfig",
     "SessionsConfig",
     "SftConfig",

@@ -37,6 +37,7 @@ REWARDS = Registry[RewardFunction](
         "math": f"{_LIBRARY}.mathematics.Mathematics",
         "code": f"{_LIBRARY}.code.Code",
         "judge": f"{_LIBRARY}.judge.Judge",
+        "model": f"{_LIBRARY}.model.ModelReward",
     },
 )
 _OWN_SETTINGS = frozenset(field.name for field in dataclasses.fields(RewardFunction))
