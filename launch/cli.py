@@ -54,6 +54,7 @@ GROUPS = {
         "sft": "train on conversations or completions (supervised)",
         "eval": "evaluate a model on the sets of a configuration",
         "merge": "write the model that a LoRA adapter makes of its base",
+        "score-server": "serve a reward model over HTTP",
         "fetch": "download the weights of model=smollm2",
     },
     "clusters": {

@@ -21,7 +21,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from areal_like.chat.scored_text import scored_tokens
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -29,6 +28,7 @@ from starlette.routing import Route
 from starlette.types import Scope
 
 from areal_like.chat.openai import MAX_MESSAGES, most_bytes
+from areal_like.chat.scored_text import scored_tokens
 from areal_like.config import Config
 from areal_like.errors import ConfigError, UserError
 from areal_like.http.access import PROBE_PATHS, AccessRules, Reason, Refusal, RoleOfToken, host_names

@@ -188,8 +188,7 @@ class ModelReward(RewardFunction):
 
     @functools.cached_property
     def _client(self) -> ServiceClient:
-        urls, key, trust = self._urls, api_key_in(self.api_key_file), None
-        read_key = functools.partial(str, key)
+        urls, key, job = self._urls, api_key_in(self.api_key_file), None
         if urls:
             place = Scorers(lambda: urls, path=self._format.path, shown=" ".join(urls))
         else:
@@ -197,18 +196,17 @@ class ModelReward(RewardFunction):
             if job is None:
                 raise RewardError("this process has no job with score servers: set task.reward.url")
             place = Scorers(job.urls, path=self._format.path, shown="of the job")
-            read_key, trust = (read_key if key else job.token), job.trust()
         return ServiceClient(
             name="scorer",
             place=place,
-            api_key=read_key,
+            api_key=job.token if job is not None and not key else lambda: key,
             timeout_s=self.timeout_s,
             max_retries=self.max_retries,
             first_pause_s=self.first_pause_s,
             longest_pause_s=_LONGEST_PAUSE_S,
             max_concurrent=self.max_concurrent,
             max_reply_bytes=self.max_reply_bytes,
-            trust=trust,
+            trust=None if job is None else job.trust(),
         )
 
     @functools.cached_property

@@ -1,7 +1,7 @@
 """Where score servers are: at given URLs, or those of the job, which change when a server is started again.
 
-A rollout server tells its reward workers where to look by an environment variable, because task settings, from
-which the workers are made, must be equal in all servers of a job.
+A rollout server tells its reward workers where to look by an environment variable, because task settings,
+from which the workers are made, must be equal in all servers of a job.
 """
 
 from __future__ import annotations
