@@ -21,8 +21,8 @@ _RUN = "scorer"
 @command(
     "score-server",
     "Serve the scores of a reward model over HTTP (/score, and /classify as SGLang does), until Ctrl-C or "
-    "SIGTERM. A run with scorer.path starts such servers itself; this is for several runs that share one, and "
-    "for other machines.",
+    "SIGTERM. A run with scorer.path starts such servers itself; this is for runs that share one, and for "
+    "other machines.",
     argument("model", metavar="DIR", help="Hugging Face directory of a sequence classifier with one label"),
     argument("--name", metavar="NAME", default="scorer-0", help="of the server (scorer-0)"),
     SETTINGS,
