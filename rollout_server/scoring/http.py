@@ -246,12 +246,18 @@ def _prompt(body: dict[str, Any]) -> str | Sequence[dict[str, Any]]:
         isinstance(prompt, list)
         and 0 < len(prompt) <= MAX_MESSAGES
         and all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in prompt)
-        and all(isinstance(one.get("content"), str | list | None) for one in prompt)
+        and all(_is_content(one.get("content", 0)) for one in prompt)
     ):
         return prompt
     raise ParamError(
         f"prompt must be a text, or a list of 1 to {MAX_MESSAGES} messages with `role` and `content`",
         param="prompt",
+    )
+
+
+def _is_content(value: Any) -> bool:
+    return isinstance(value, str | None) or (
+        isinstance(value, list) and all(isinstance(part, dict) for part in value)
     )
 
 
