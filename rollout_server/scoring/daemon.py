@@ -44,18 +44,15 @@ async def main(runtime: Runtime) -> None:
     service = ScoreService(
         model,
         runtime.metrics,
+        identity=identity,
         max_length=longest_text(settings.max_length, of_model=model.max_length),
         max_batch_tokens=settings.max_batch_tokens,
         max_waiting=settings.max_waiting,
     )
-    runtime.metrics.gauge_of("scorer_model", "The reward model's identity; always 1.", ["model"], []).labels(
-        identity
-    ).set(1)
     routes = ScoreRoutes(
         service=service,
         tokenizer=model.tokenizer,
         pad_token_id=model.pad_token_id,
-        identity=identity,
         path=str(directory.path),
         is_well=lambda: not runtime.not_ready_because,
     )

@@ -41,7 +41,8 @@ from areal_like.security.keys import KeyRole
 from areal_like.security.tls import tls_files
 from areal_like.security.tokens import role_of_token
 from areal_like.wire.sockets import bound_socket
-from rollout_server.scoring.service import STATUS, Refused, RefusedTextError, Scored, ScoreService
+from rollout_server.scoring.metrics import Refused
+from rollout_server.scoring.service import STATUS, RefusedTextError, Scored, ScoreService
 
 MAX_TEXTS = 256
 """Maximum number of texts in one request to /classify."""
@@ -61,7 +62,6 @@ class ScoreRoutes:
     service: ScoreService
     tokenizer: Any
     pad_token_id: int | None
-    identity: str
     path: str
     is_well: Callable[[], bool] = lambda: True
     """False while no text can be scored."""
@@ -106,7 +106,7 @@ class ScoreRoutes:
             return scored_tokens(self.tokenizer, prompt, completion, pad_token_id=self.pad_token_id)
 
         scored = await self.service.score(tokens, timeout_s=_timeout_s(body))
-        return {"score": scored.score, "num_tokens": scored.num_tokens, "model": self.identity}
+        return {"score": scored.score, "num_tokens": scored.num_tokens, "model": self.service.identity}
 
     async def _classify(self, body: dict[str, Any]) -> Any:
         texts, ids = body.get("text"), body.get("input_ids")
@@ -134,7 +134,7 @@ class ScoreRoutes:
         return lambda: list(self.tokenizer(text)["input_ids"])
 
     def _embedding(self, scored: Scored) -> dict[str, Any]:
-        about = {"prompt_tokens": scored.num_tokens, "weight_version": self.identity}
+        about = {"prompt_tokens": scored.num_tokens, "weight_version": self.service.identity}
         return {"embedding": [scored.score], "meta_info": about}
 
     async def _info(self, _: Request) -> Response:
@@ -143,7 +143,7 @@ class ScoreRoutes:
                 "model_path": self.path,
                 "tokenizer_path": self.path,
                 "is_generation": False,
-                "weight_version": self.identity,
+                "weight_version": self.service.identity,
                 "max_length": self.service.max_length,
             }
         )

@@ -16,12 +16,12 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from areal_like.errors import ArealError, ConfigError, UserError
-from areal_like.runtime.metrics import SECONDS, Metrics
+from areal_like.runtime.metrics import Metrics
 from rollout_server.scoring.batching import BatchQueue, Waiting
+from rollout_server.scoring.metrics import Refused, ScorerSeries
 
 log = logging.getLogger(__name__)
 
@@ -34,23 +34,6 @@ _FORWARD_ERRORS = (
 """What the code of a model may raise; torch's errors are RuntimeErrors."""
 _FROZEN_S = 60.0
 """A forward pass that takes longer makes the daemon unready."""
-
-
-class Refused(StrEnum):
-    """Why a text has no score: the label of the metric `areal_scorer_refused_total`."""
-
-    INVALID = "invalid"
-    """The request is malformed, or its messages cannot be rendered."""
-    TOO_LONG = "too_long"
-    """The text has more tokens than `scorer.max_length`, or than the model's context."""
-    NOT_FINITE = "not_finite"
-    """The model's score is not a finite number."""
-    FULL = "full"
-    """`scorer.max_waiting` texts wait already."""
-    LATE = "late"
-    """It waited longer than its client does."""
-    FAILED = "failed"
-    """The forward pass failed."""
 
 
 STATUS: Mapping[Refused, int] = {
@@ -97,9 +80,17 @@ class ScoreService:
     """Belongs to one event loop: `run` in a task, then `score`; `close` at the end."""
 
     def __init__(
-        self, model: Model, metrics: Metrics, *, max_length: int, max_batch_tokens: int, max_waiting: int
+        self,
+        model: Model,
+        metrics: Metrics,
+        *,
+        identity: str,
+        max_length: int,
+        max_batch_tokens: int,
+        max_waiting: int,
     ) -> None:
         """`max_length`: longest text in tokens."""
+        self.identity = identity
         self.max_length = max_length
         self.vocab_size = model.vocab_size
         self._model = model
@@ -114,20 +105,7 @@ class ScoreService:
         self._last_number = 0
         self.failed: asyncio.Future[None] = self._loop.create_future()
         """Receives the exception that must end the process."""
-        self._num_scores = metrics.counter("scorer_scores", "Texts scored.")
-        self._num_tokens = metrics.counter("scorer_tokens", "Tokens of the texts scored.")
-        self._num_padding = metrics.counter("scorer_padding_tokens", "Padding in the batches.")
-        self._num_batches = metrics.counter("scorer_batches", "Forward passes of the reward model.")
-        self._busy_s = metrics.counter("scorer_busy_seconds", "Time spent in forward passes.")
-        self._refused = metrics.counter(
-            "scorer_refused", "Texts without a score, by reason.", label="reason", values=list(Refused)
-        )
-        metrics.gauge("scorer_waiting", "Texts that wait for their score.").set_function(
-            lambda: float(len(self._since_s))
-        )
-        self._latency = metrics.histogram(
-            "scorer_request_seconds", "Time from the arrival of a text to its score.", buckets=SECONDS
-        )
+        self._series = ScorerSeries(metrics, num_waiting=lambda: len(self._since_s), identity=identity)
 
     async def score(self, tokens: Callable[[], list[int]], *, timeout_s: float) -> Scored:
         """Returns the score of the text whose token ids `tokens` returns; it runs in a thread, and may raise
@@ -151,14 +129,12 @@ class ScoreService:
             raise self.refused(error) from None
         finally:
             del self._since_s[number]
-        self._num_scores.inc()
-        self._num_tokens.inc(len(ids))
-        self._latency.observe(self._loop.time() - began_s)
+        self._series.scored(num_tokens=len(ids), seconds=self._loop.time() - began_s)
         return Scored(value, len(ids))
 
     def refused(self, error: RefusedTextError) -> RefusedTextError:
         """Counts an error; returns it."""
-        self._refused.labels(error.reason.value).inc()
+        self._series.refused(error.reason)
         return error
 
     async def run(self) -> None:
@@ -224,10 +200,7 @@ class ScoreService:
                     text.done.set_result(score)
         finally:
             self._pass_began_s = math.inf
-            self._num_batches.inc()
-            self._busy_s.inc(self._loop.time() - began_s)
-            lengths = [len(text) for text in texts]
-            self._num_padding.inc(max(lengths) * len(lengths) - sum(lengths))
+            self._series.passed([len(text) for text in texts], seconds=self._loop.time() - began_s)
 
 
 def longest_text(stated: int, *, of_model: int) -> int:

@@ -96,12 +96,11 @@ class ScoreServer:
         thread.start()
 
         async def start() -> tuple[ScorePlane, ScoreService, asyncio.Task[None]]:
-            service = ScoreService(self._model, self.metrics, **self._limits)
+            service = ScoreService(self._model, self.metrics, identity=self._identity, **self._limits)
             routes = ScoreRoutes(
                 service=service,
                 tokenizer=self._model.tokenizer,
                 pad_token_id=self._model.pad_token_id,
-                identity=self._identity,
                 path="/models/tiny",
             )
             plane = ScorePlane(
