@@ -13,6 +13,8 @@ from areal_like.config.evaluation import EvalConfig, EvalSetConfig
 from areal_like.config.job import Config, DaemonConfig, MetricsConfig, ModelConfig
 from areal_like.config.loading import from_mapping, to_mapping
 from areal_like.config.lora import LoraConfig
+from areal_like.config.offline import OfflineConfig, PreferencesConfig
+from areal_like.config.reward_model import RewardModelConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig, SglangConfig
 from areal_like.config.scorer import ScorerConfig
 from areal_like.config.security import SecurityConfig
@@ -31,7 +33,10 @@ __all__ = [
     "LoraConfig",
     "MetricsConfig",
     "ModelConfig",
+    "OfflineConfig",
     "OnFailureConfig",
+    "PreferencesConfig",
+    "RewardModelConfig",
     "RewardsConfig",
     "RolloutConfig",
     "SamplingConfig",

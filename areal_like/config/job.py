@@ -23,6 +23,7 @@ from areal_like.config.default_objective import AUTO, as_setting, default_object
 from areal_like.config.episode import EpisodeConfig, RewardsConfig, SessionsConfig
 from areal_like.config.evaluation import EVAL_BYTES_PER_SAMPLE, EvalConfig
 from areal_like.config.lora import LoraConfig
+from areal_like.config.reward_model import RewardModelConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig
 from areal_like.config.scorer import ScorerConfig
 from areal_like.config.security import SecurityConfig
@@ -208,6 +209,7 @@ class Config(Section):
     kl: KlConfig = field(default_factory=KlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     trackers: tuple[str | dict[str, Any], ...] = ()
     """Programs that show the run's metrics: `tensorboard`, `wandb`, or mappings with `name` (or `_target_`)
     and that tracker's own settings. metrics.jsonl is written with and without them."""

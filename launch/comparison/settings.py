@@ -43,6 +43,7 @@ _WITHOUT_EFFECT = (
     "metrics.",
     "security.",
     "sft.",
+    "reward_model.",
     "trackers",
     "model.path",
     "model.warm_start_",

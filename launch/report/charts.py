@@ -62,6 +62,7 @@ _LEARNING = (
         {"training": "loss", "held out": "eval_loss"},
         floor=None,
     ),
+    Spec("Accuracy", "share of the comparisons", {"training": "accuracy", "held out": "eval_accuracy"}),
     Spec("Entropy", "nats", {"entropy": "entropy"}),
     Spec("Effective sample size", "share of the sequences", {"ESS": "ess_ratio"}),
     Spec("Lag", "optimizer steps", {"mean": "lag_mean"}, {"largest": "lag_max", "bound": "max_staleness"}),

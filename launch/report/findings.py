@@ -74,7 +74,7 @@ def _gaps(run: Run) -> list[tuple[int, float, float]]:
 
 
 def _pipeline(run: Run) -> Iterator[str]:
-    if run.is_sft or len(run.columns.steps) < _NUM_STEPS_JUDGED:
+    if run.is_offline or len(run.columns.steps) < _NUM_STEPS_JUDGED:
         return
     trainer, engines = settled(run, "trainer idle"), idle_of_engines(run)
     if trainer is not None and trainer > 0.3:
@@ -108,7 +108,7 @@ def _learning(run: Run) -> Iterator[str]:
     if rows.has("loss") and unknown:
         at = int(rows.steps[int(np.flatnonzero(np.isnan(losses))[0])])
         yield f"The loss is not finite in {unknown:,} steps, first in step {at}."
-    if run.is_sft or len(rows.steps) < _NUM_STEPS_JUDGED:
+    if run.is_offline or len(rows.steps) < _NUM_STEPS_JUDGED:
         return
     ess = rows.tail_mean("ess_ratio")
     if ess is not None and ess < 0.3:

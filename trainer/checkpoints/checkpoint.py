@@ -58,7 +58,6 @@ from trainer.checkpoints.writing import (
 from trainer.distributed.ranks import Ranks
 from trainer.models.packed_model import DTYPES, PackedModel
 from trainer.models.peft_folder import CONFIG_FILE, check_same_adapter, write_config
-from trainer.models.policy import Policy
 from trainer.optimizer import ShardedAdamW
 from trainer.step.proximal import ProximalPolicy
 
@@ -172,7 +171,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        policy: Policy,
+        policy: PackedModel,
         optimizer: ShardedAdamW,
         ranks: Ranks,
         *,
@@ -265,7 +264,7 @@ class Checkpoints:
     def load(
         self,
         step: int,
-        policy: Policy,
+        policy: PackedModel,
         optimizer: ShardedAdamW,
         ranks: Ranks,
         *,
@@ -372,7 +371,7 @@ def _read_json(path: Path) -> Any:
         raise ConfigError(f"{path} cannot be read ({error}): resume from another step") from error
 
 
-def _check_untouched(path: Path, policy: Policy) -> None:
+def _check_untouched(path: Path, policy: PackedModel) -> None:
     """Raises ConfigError if the next checkpoint would lack tensors of this one: they are copied from the
     initial model, and no longer there. Raises WeightSyncError for a damaged file."""
     kept = {tensor.name for tensor in hf_tensors(policy.model)} | {one.name for one in policy.untouched()}
@@ -389,7 +388,7 @@ def _check_untouched(path: Path, policy: Policy) -> None:
 
 
 def _models(
-    policy: Policy, optimizer: ShardedAdamW, critic: Critic | None, proximal: ProximalPolicy | None
+    policy: PackedModel, optimizer: ShardedAdamW, critic: Critic | None, proximal: ProximalPolicy | None
 ) -> dict[str, tuple[PackedModel, ModelState]]:
     models: dict[str, tuple[PackedModel, ModelState]] = {POLICY: (policy, optimizer)}
     if critic is not None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -128,7 +128,7 @@ class PackedModel(nn.Module):
         `settings`: the settings of the subclass. Raises ConfigError for an architecture that cannot be
         trained, or whose routers cannot be replayed.
         """
-        model = build_skeleton(path, dtype=master_dtype)
+        model = cls.skeleton(path, dtype=master_dtype)
         tied = tied_names(model)
         built = cls(model, **settings)
         built._path, built._tied, built._seed = path, tied, seed
@@ -152,6 +152,11 @@ class PackedModel(nn.Module):
             built.train()  # transformers recomputes only in training mode; dropout stays zero
             lora.use_dropout(model, False)
         return built
+
+    @classmethod
+    def skeleton(cls, path: str, *, dtype: torch.dtype) -> Any:
+        """As `build_skeleton`, of the class that this model wraps."""
+        return build_skeleton(path, dtype=dtype)
 
     @classmethod
     def load(
@@ -347,15 +352,17 @@ class PackedModel(nn.Module):
         finally:
             self.replay = replay
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
+    def hidden(self, batch: PackedBatch, *, at_S: Tensor | None = None) -> Tensor:
         """Last hidden states [S, D] at the position before each sampled token, where its logits come from.
 
-        A sequence's first token is never sampled, so there is always a position before.
+        A sequence's first token is never sampled, so there is always a position before. `at_S`: int64 indices
+        of other tokens whose states are wanted.
         """
         assert self.shares_prefixes or batch.shared is None
         if self._wide is not None:
             self._wide.gather()
-        tokens, positions, read_S = batch.tokens_T, batch.positions_T, batch.sampled_S - 1
+        tokens, positions = batch.tokens_T, batch.positions_T
+        read_S = batch.sampled_S - 1 if at_S is None else at_S
         if (rows := batch.rows) is not None:
             tokens, positions = (x.index_select(0, rows.token_U) for x in (tokens, positions))
             read_S = rows.row_T.index_select(0, read_S)
@@ -370,16 +377,19 @@ class PackedModel(nn.Module):
         return hidden_UD.index_select(0, read_S)
 
 
-def build_skeleton(path: str, *, dtype: torch.dtype) -> Any:
+def build_skeleton(path: str, *, dtype: torch.dtype, auto_class: Callable[[Any], Any] = auto_class) -> Any:
     """The causal LM of a Hugging Face directory or name, its parameters on the meta device in `dtype`.
 
-    A wrapper has no encoders of other inputs. Raises ConfigError for an architecture that transformers does
-    not know, and for quantized weights.
+    A wrapper has no encoders of other inputs. `auto_class`: gives the class of transformers that makes the
+    model of a configuration, which it may change. Raises ConfigError for an architecture that transformers
+    does not know, and for quantized weights.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
             model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         raise ConfigError(
             f"{path}: transformers has no causal language model for it ({first_line(error)})"

@@ -76,8 +76,8 @@ def step_numbers(row: Mapping[str, Any], *, aliases: str = "none") -> dict[str, 
     for column, value in row.items():
         if column in _NOT_TRACKED:
             continue
-        if column == "eval_loss":  # of supervised training
-            name = f"{EVALUATION}/loss"
+        if column.startswith("eval_"):  # of training on rows
+            name = f"{EVALUATION}/{column.removeprefix('eval_')}"
         else:
             name = column if isinstance(value, Mapping) else f"{_GROUP_OF.get(column, _OTHER_GROUP)}/{column}"
         numbers.update(_numbers(name, value))
