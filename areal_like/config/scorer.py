@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 from areal_like.config.common import Bounds, NonNegativeInt, PositiveInt, Section, check_device, require
 
@@ -18,6 +18,9 @@ class ScorerConfig(Section, key="scorer"):
     path: str = ""
     """Hugging Face directory of a reward model: a sequence classifier with one label, in safetensors, with
     its tokenizer. `areal-like run` then starts score servers for `task.reward: model`. Empty: none."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the reward model's chat template: those with which it was trained
+    (`model.chat_template_kwargs` of its run)."""
     num_servers: Annotated[int, Bounds(1, MAX_SCORERS)] = 1
     """Number of score servers; each holds the whole model."""
     device: str = "cpu"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from areal_like.errors import ConfigError
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
@@ -36,7 +36,8 @@ async def main(runtime: Runtime) -> None:
     with runtime.waits("reward model: load"):
         stopping = asyncio.ensure_future(runtime.stopping.wait())
         loading = in_thread(_loading(directory, runtime, index=index), name="load")
-        await asyncio.wait([stopping, loading], return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {stopping, loading}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if not loading.done():
             return
@@ -53,6 +54,7 @@ async def main(runtime: Runtime) -> None:
         service=service,
         tokenizer=model.tokenizer,
         pad_token_id=model.pad_token_id,
+        template_kwargs=settings.chat_template_kwargs,
         path=str(directory.path),
         is_well=lambda: not runtime.not_ready_because,
     )
@@ -75,7 +77,7 @@ async def main(runtime: Runtime) -> None:
             runtime.advertise(scores=plane.url, model=identity)
             runtime.ready()
             log.info("reward model %s, %s, ready at %s", identity, model.model_type, plane.url)
-            watched = {stopping, running, service.failed, plane.serving}
+            watched: set[asyncio.Future[Any]] = {stopping, running, service.failed, plane.serving}
             done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             for ended in done:
                 ended.result()

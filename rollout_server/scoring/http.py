@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,8 @@ class ScoreRoutes:
     service: ScoreService
     tokenizer: Any
     pad_token_id: int | None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template."""
     path: str
     is_well: Callable[[], bool] = lambda: True
     """False while no text can be scored."""
@@ -103,7 +105,13 @@ class ScoreRoutes:
             raise ParamError("completion must be a text", param="completion")
 
         def tokens() -> list[int]:
-            return scored_tokens(self.tokenizer, prompt, completion, pad_token_id=self.pad_token_id)
+            return scored_tokens(
+                self.tokenizer,
+                prompt,
+                completion,
+                pad_token_id=self.pad_token_id,
+                template_kwargs=self.template_kwargs,
+            )
 
         scored = await self.service.score(tokens, timeout_s=_timeout_s(body))
         return {"score": scored.score, "num_tokens": scored.num_tokens, "model": self.service.identity}
@@ -116,14 +124,14 @@ class ScoreRoutes:
         if isinstance(texts, str):
             return self._embedding(await self.service.score(self._encoded(texts), timeout_s=timeout_s))
         if texts is None and _are_ids(ids):
-            return self._embedding(await self.service.score(lambda: ids, timeout_s=timeout_s))
+            return self._embedding(await self.service.score(_known(ids), timeout_s=timeout_s))
         entries = texts if texts is not None else ids
         is_text = texts is not None
         if not isinstance(entries, list) or not 0 < len(entries) <= MAX_TEXTS:
             raise UserError(f"want a text, a list of token ids, or a list of 1 to {MAX_TEXTS} of these")
         if not all(isinstance(one, str) if is_text else _are_ids(one) for one in entries):
             raise UserError("want texts as `text`, and lists of token ids as `input_ids`")
-        made = [self._encoded(one) if is_text else (lambda one=one: one) for one in entries]
+        made = [self._encoded(one) if is_text else _known(one) for one in entries]
         # All of them are awaited, so that none of the errors is left without a reader.
         scored = await asyncio.gather(
             *(self.service.score(tokens, timeout_s=timeout_s) for tokens in made), return_exceptions=True
@@ -259,6 +267,10 @@ def _is_content(value: Any) -> bool:
     return isinstance(value, str | None) or (
         isinstance(value, list) and all(isinstance(part, dict) for part in value)
     )
+
+
+def _known(ids: list[int]) -> Callable[[], list[int]]:
+    return lambda: ids
 
 
 def _are_ids(value: Any) -> bool:

@@ -289,7 +289,7 @@ def test_another_model_in_mid_run_is_named(
         ({"url": {"a": "http://a"}}, "want a URL, or a list"),
         ({"api": "classify"}, "needs `url`, and `tokenizer`"),
         ({"api": "openai"}, "use score or classify"),
-        ({"tokenizer": "x"}, "only for api=classify"),
+        ({"tokenizer": "x"}, "are only for api=classify"),
         ({"transform": "clip", "low": 1.0, "high": 1.0}, "must be above low"),
         ({"timeout_s": 0}, "must be above 0"),
         ({"max_retries": -1}, "must be at least 0"),

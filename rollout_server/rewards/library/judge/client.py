@@ -58,9 +58,9 @@ class JudgeClient:
                     asked["seed"] = seed + num_tries
                 raise TryAgainError(f"its reply has {error}", pause_s=0.0) from error
 
-        reply, verdict = await self.service.ask(write, read_reply, counts)
+        text, verdict = await self.service.ask(write, read_reply, counts)
         if self.cache:
-            await asyncio.to_thread(self.cache.put, key, reply)
+            await asyncio.to_thread(self.cache.put, key, text)
         return verdict
 
     async def close(self) -> None:

@@ -12,7 +12,7 @@ from areal_like.chat.scored_text import scored_tokens
 from areal_like.errors import ConfigError, RewardError
 from rollout_server.rewards.library.service import ServiceClient, TryAgainError
 
-Prompt = str | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[dict[str, Any]]
 _IDENTITY_CHARS = 16
 _MAX_IDENTITY_CHARS = 64
 _UNKNOWN = "unknown"
@@ -67,14 +67,23 @@ class ClassifyFormat:
 
     path = "/classify"
 
-    def __init__(self, tokenizer: Any, *, pad_token_id: int | None) -> None:
+    def __init__(
+        self, tokenizer: Any, *, pad_token_id: int | None, template_kwargs: Mapping[str, Any]
+    ) -> None:
         self._tokenizer, self._pad_token_id = tokenizer, pad_token_id
+        self._template_kwargs = template_kwargs
         self._info: Mapping[str, Any] | None = None
         """What the server tells about its model; None: not asked yet."""
 
     def write(self, prompt: Prompt, completion: str, *, timeout_s: float) -> bytes:
         try:
-            ids = scored_tokens(self._tokenizer, prompt, completion, pad_token_id=self._pad_token_id)
+            ids = scored_tokens(
+                self._tokenizer,
+                prompt,
+                completion,
+                pad_token_id=self._pad_token_id,
+                template_kwargs=self._template_kwargs,
+            )
         except ConfigError as error:
             raise RewardError(f"the reward model cannot read this text: {error}") from None
         return json.dumps({"input_ids": ids}).encode()

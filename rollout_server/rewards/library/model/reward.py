@@ -11,8 +11,8 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,8 @@ class ModelReward(RewardFunction):
     """`score`: our score server, which makes the tokens. `classify`: SGLang's format."""
     tokenizer: str = ""
     """Directory with the reward model's tokenizer and config.json; only for `api: classify`."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template; only for `api: classify` (else `scorer.chat_template_kwargs`)."""
     chat: bool = False
     """True: a text prompt is scored as a user's message, in the chat template of the reward model."""
     transform: Literal["none", "sigmoid", "clip"] = "none"
@@ -82,10 +84,13 @@ class ModelReward(RewardFunction):
                 "task.reward model with api=classify needs `url`, and `tokenizer`: a directory with the "
                 "reward model's tokenizer"
             )
-        if self.api == "score" and self.tokenizer:
+        if self.api == "score" and (self.tokenizer or self.chat_template_kwargs):
             raise ConfigError(
-                "task.reward.tokenizer is only for api=classify: a score server has its own; leave it out"
+                "task.reward.tokenizer and chat_template_kwargs are only for api=classify: a score server has "
+                "its own; leave them out"
             )
+        if not isinstance(self.chat_template_kwargs, Mapping):
+            raise ConfigError("task.reward.chat_template_kwargs: want a mapping")
         if not self.low < self.high or not math.isfinite(self.high - self.low):
             raise ConfigError(f"task.reward.high={self.high:g}: must be above low={self.low:g}")
         check_bounds(self)
@@ -184,7 +189,11 @@ class ModelReward(RewardFunction):
                 f"task.reward.tokenizer={self.tokenizer}: want the directory of the reward model, with its "
                 f"tokenizer and config.json ({first_line(error)})"
             ) from None
-        return ClassifyFormat(tokenizer, pad_token_id=pad if isinstance(pad, int) else None)
+        return ClassifyFormat(
+            tokenizer,
+            pad_token_id=pad if isinstance(pad, int) else None,
+            template_kwargs=self.chat_template_kwargs,
+        )
 
     @functools.cached_property
     def _client(self) -> ServiceClient:
