@@ -86,8 +86,8 @@ class ModelReward(RewardFunction):
             )
         if self.api == "score" and (self.tokenizer or self.chat_template_kwargs):
             raise ConfigError(
-                "task.reward.tokenizer and chat_template_kwargs are only for api=classify: a score server has "
-                "its own; leave them out"
+                "task.reward.tokenizer and chat_template_kwargs are only for api=classify: a score server "
+                "has its own; leave them out"
             )
         if not isinstance(self.chat_template_kwargs, Mapping):
             raise ConfigError("task.reward.chat_template_kwargs: want a mapping")
