@@ -13,6 +13,7 @@ messages.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,8 +151,13 @@ def conversation(
 
 
 def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The function schemas of a row's column `tools`. Raises ConfigError."""
+    """The function schemas of a row's column `tools`, a list or its JSON text. Raises ConfigError."""
     tools = row.get("tools") or []
+    if isinstance(tools, str):  # as in some of TRL's data sets
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"`tools`: not JSON ({error})") from error
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ConfigError(f"`tools`: want a list of function schemas, got {type(tools).__name__}")
     return tools

@@ -72,6 +72,7 @@ def test_configured_keys_and_prompts() -> None:
     found = read(row, **keys)
     assert (found.prompt, found.margin, found.tools) == ("1+1?", 0.5, [{"type": "x"}])
     assert found.conversation(1).is_text and found.conversation(1).tools == found.tools
+    assert read({**row, "tools": '[{"type": "x"}]'}, **keys).tools == found.tools
     chat = read(row, system_prompt="Be short.", **keys)
     assert chat.prompt == [SYSTEM, USER]
     assert chat.conversation(0).messages == [SYSTEM, USER, RIGHT]
@@ -106,6 +107,8 @@ def test_configured_keys_and_prompts() -> None:
         ({"prompt": "x", "responses": ["a", "b"], "ranks": [1]}, "`ranks`: want 2 numbers"),
         ({"prompt": "x", "responses": ["a", "b"], "scores": [1, True]}, "`scores`: want a number, got True"),
         ({"prompt": "x", "responses": ["a", "b"], "scores": [1, 2], "ranks": [1, 2]}, "leave one of them"),
+        ({"prompt": "x", "chosen": "a", "rejected": "b", "tools": "[{"}, "`tools`: not JSON"),
+        ({"prompt": "x", "chosen": "a", "rejected": "b", "tools": "{}"}, "`tools`: want a list of function"),
         ({"prompt": "x", "completion": "a", "label": "good"}, "`label`: want true or false, got 'good'"),
     ],
 )
