@@ -27,6 +27,8 @@ LARGEST_REWARD = 1e9
 float32, in which the sums over a step of their second and fourth powers must stay finite."""
 LARGEST_METRIC = float(np.finfo(np.float32).max)
 """Largest size of a metric of a sample. It is averaged in float64 and never trained on."""
+GOLD_REWARD = "reward_gold"
+"""Name of the metric of a sample that holds a reward which is not trained on (`task.gold_reward`)."""
 LEAST_LOGPROB = -1e6
 """No engine that computes with float32 samples a token with a smaller log-prob."""
 MAX_SAMPLE_S = 1e9

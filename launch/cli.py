@@ -56,6 +56,7 @@ GROUPS = {
         "preferences": "train on comparisons of completions (DPO, IPO, KTO, SimPO, ORPO)",
         "eval": "evaluate a model on the sets of a configuration",
         "merge": "write the model that a LoRA adapter makes of its base",
+        "score-server": "serve a reward model over HTTP",
         "fetch": "download the weights of model=smollm2",
     },
     "clusters": {

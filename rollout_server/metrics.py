@@ -61,6 +61,10 @@ _COUNTERS = {
     ),
     "reward_s": ("reward_seconds", "Time spent in the task's reward function."),
     "reward_restarts": ("reward_worker_restarts", "Reward workers lost to a timeout or a crash."),
+    "scorer_changes": (
+        "scorer_changes",
+        "Reward models, beyond the first, that have scored samples of this server.",
+    ),
     "environment_s": ("environment_seconds", "Time that samples waited for calls of their environments."),
     "environment_restarts": (
         "environment_restarts",
@@ -279,6 +283,7 @@ class ServerStats:
             **{name: self.runner.num_failed[kind] for kind, name in _FAILED.items()},
             "reward_s": sum(pool.seconds_total for pool in self.rewards),
             "reward_restarts": sum(pool.num_restarts for pool in self.rewards),
+            "scorer_changes": sum(pool.num_scorer_changes for pool in self.rewards),
             **{name: self.runner.num_finished[reason] for reason, name in _FINISHED.items()},
             "environment_s": sum(pool.seconds_total for pool in self.environments),
             "environment_restarts": sum(pool.num_restarts for pool in self.environments),

@@ -16,6 +16,7 @@ from areal_like.config.lora import LoraConfig
 from areal_like.config.offline import OfflineConfig, PreferencesConfig
 from areal_like.config.reward_model import RewardModelConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig, SglangConfig
+from areal_like.config.scorer import ScorerConfig
 from areal_like.config.security import SecurityConfig
 from areal_like.config.sft import SftConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
@@ -39,6 +40,7 @@ __all__ = [
     "RewardsConfig",
     "RolloutConfig",
     "SamplingConfig",
+    "ScorerConfig",
     "SecurityConfig",
     "SessionsConfig",
     "SftConfig",

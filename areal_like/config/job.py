@@ -26,6 +26,7 @@ from areal_like.config.lora import LoraConfig
 from areal_like.config.preferences import PreferenceOptimizationConfig
 from areal_like.config.reward_model import RewardModelConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig
+from areal_like.config.scorer import ScorerConfig
 from areal_like.config.security import SecurityConfig
 from areal_like.config.sft import SftConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
@@ -195,6 +196,7 @@ class Config(Section):
     episode: EpisodeConfig = field(default_factory=EpisodeConfig)
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)

@@ -70,6 +70,15 @@ class JobSpecs:
         command = ("rollout_server", *self._common, *port, "--name", name)
         return ChildSpec(name=name, command=command, num_threads=self._config.rollout.least_threads)
 
+    def scorer(self, name: str) -> ChildSpec:
+        """A score server. With fixed ports, its daemon's port is after those of the trainer's ranks."""
+        config = self._config
+        port = self._http_port(
+            config.rollout.num_servers + config.trainer.world_size + int(name.rpartition("-")[2])
+        )
+        command = ("rollout_server.scoring", *self._common, *port, "--name", name)
+        return ChildSpec(name=name, command=command, num_threads=config.scorer.num_threads)
+
     def offline(self, verb: OfflineVerb) -> ChildSpec:
         """The trainer of an offline run; with several ranks, the process that starts the ranks."""
         command = (verb.module, *self._common)

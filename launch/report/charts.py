@@ -51,7 +51,7 @@ _LEARNING = (
     Spec(
         "Reward",
         "mean of a step's samples",
-        {"training": "reward_mean"},
+        {"training": "reward_mean", "gold (not trained on)": "reward_gold_mean"},
         {"greedy": "greedy_reward"},
         evaluates=True,
         floor=None,

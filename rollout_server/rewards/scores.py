@@ -23,6 +23,8 @@ MAX_NAMES = 1000
 """Maximum number of parts and metrics of one score together; the metadata of a record has room for about as
 many."""
 MAX_NAME_CHARS = 200
+SCORER = "scorer/"
+"""Beginning of the metric, always 1, whose name tells which reward model scored a sample."""
 
 
 def as_score(returned: Any, completion: Completion, *, call: str = "reward") -> Score:

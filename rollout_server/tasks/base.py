@@ -45,6 +45,8 @@ Split = Literal["train", "eval"]
 """`train` prompts are for training; `eval` prompts are held out, so none of them may be in `train`."""
 
 _FINGERPRINT_EXAMPLES = 4
+_NOT_EXAMPLES = frozenset({"external", "gold_reward"})
+"""Settings that are left out of a fingerprint: who makes the samples, and what else is recorded."""
 
 Prompt = str | list[Message]
 """Plain text (base and character models), or chat messages for the tokenizer's chat template."""
@@ -303,9 +305,8 @@ class Task(ABC):
         return hashlib.sha256(description.encode()).hexdigest()[:16]
 
     def _describe(self) -> str:
-        # Who makes the samples does not change examples, so the fingerprint equals that of releases without
-        # the setting.
-        names = [one.name for one in dataclasses.fields(self) if one.init and one.name != "external"]
+        # These settings do not change examples, so the fingerprint equals that of releases without them.
+        names = [one.name for one in dataclasses.fields(self) if one.init and one.name not in _NOT_EXAMPLES]
         settings = {name: getattr(self, name) for name in names}
         num_examples = {"train": self.num_train, "eval": self.num_eval}
         examples = [
