@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import time
@@ -61,6 +63,51 @@ def supervisor_arguments(limits: Limits, *, is_namespace: bool) -> str:
     return json.dumps(vars(limits) | {"parent": 0 if is_namespace else os.getpid()})
 
 
+@dataclass(frozen=True)
+class RunningProgram:
+    """A supervised command with pipes. `end` kills it with all processes that it started."""
+
+    process: subprocess.Popen[bytes]
+    end_signal: signal.Signals
+    directory: str = ""
+    """Temporary directory, removed at the end; empty without one."""
+
+    def end(self) -> None:
+        """Kills the command, which takes milliseconds, and closes its pipes. May be called again."""
+        end_process(self.process, self.end_signal)
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if stream is not None:
+                with contextlib.suppress(OSError):  # what is left to write has no reader
+                    stream.close()
+        if self.directory:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def start_supervised(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    directory: str,
+    end_signal: signal.Signals,
+    temporary: str = "",
+) -> RunningProgram:
+    """Starts a supervised command with unbuffered pipes. Raises OSError.
+
+    Call it in a thread that lives on: the kernel signals the supervisor when the thread that started it ends.
+    """
+    process = subprocess.Popen(
+        command,
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=dict(environment),
+        cwd=directory,
+        start_new_session=True,
+    )
+    return RunningProgram(process, end_signal, temporary)
+
+
 @dataclass
 class _Output:
     limit: int
@@ -103,10 +150,10 @@ def run_bounded(
     streams: dict[IO[bytes], _Output] = {process.stdout: out, process.stderr: err}
     try:
         timed_out = not _read_until_end(process, streams, deadline=time.monotonic() + limits.timeout_s)
-        _end(process, end_signal)
+        end_process(process, end_signal)
         _read_rest(streams)
     finally:
-        _end(process, signal.SIGKILL)
+        end_process(process, signal.SIGKILL)
         for stream in streams:
             stream.close()
     code = process.returncode
@@ -151,7 +198,8 @@ def _read(streams: Mapping[IO[bytes], _Output], *, deadline: float, most: int) -
     return True
 
 
-def _end(process: subprocess.Popen[bytes], end_signal: signal.Signals) -> None:
+def end_process(process: subprocess.Popen[bytes], end_signal: signal.Signals) -> None:
+    """Signals a process and waits until it has ended; kills it if that takes too long."""
     if process.poll() is None:
         process.send_signal(end_signal)
         try:
