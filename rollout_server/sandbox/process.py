@@ -65,16 +65,20 @@ def supervisor_arguments(limits: Limits, *, is_namespace: bool) -> str:
 
 @dataclass(frozen=True)
 class RunningProgram:
-    """A supervised command with pipes. `end` kills it with all processes that it started."""
+    """A supervised command with pipes. `kill` and `end` end all processes that it started, too."""
 
     process: subprocess.Popen[bytes]
     end_signal: signal.Signals
     directory: str = ""
     """Temporary directory, removed at the end; empty without one."""
 
-    def end(self) -> None:
-        """Kills the command, which takes milliseconds, and closes its pipes. May be called again."""
+    def kill(self) -> None:
+        """Kills the command and waits for its end, which takes milliseconds. May be called again."""
         end_process(self.process, self.end_signal)
+
+    def end(self) -> None:
+        """Kills the command and closes its pipes. May be called again."""
+        self.kill()
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             if stream is not None:
                 with contextlib.suppress(OSError):  # what is left to write has no reader
