@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from areal_like.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rollout_server.sandbox.process import RunningProgram
+from rollout_server.sandbox.running import RunningProgram
 
 
 @dataclass(frozen=True, kw_only=True)

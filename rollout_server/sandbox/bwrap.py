@@ -20,13 +20,13 @@ from areal_like.errors import ConfigError
 from rollout_server.sandbox import supervisor
 from rollout_server.sandbox.base import ACCEPT_RLIMITS, Limits, ProgramResult, problem_of
 from rollout_server.sandbox.process import (
-    RunningProgram,
     environment_of,
     memory_file,
     run_bounded,
     start_supervised,
     supervisor_arguments,
 )
+from rollout_server.sandbox.running import RunningProgram
 
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 _PROGRAM = "/tmp/program.py"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import time
@@ -16,13 +14,12 @@ from dataclasses import dataclass, field
 from typing import IO, BinaryIO
 
 from rollout_server.sandbox.base import Limits, ProgramResult
+from rollout_server.sandbox.running import RunningProgram, end_process
 
 _READ_BYTES = 1 << 16
 _MAX_DISCARDED_BYTES = 16 << 20
 """A program that writes more than this beyond the kept output is killed, because reading output costs CPU
 time."""
-_END_TIMEOUT_S = 7.0
-"""Time for the supervisor to kill processes that the program left behind."""
 _REST_TIMEOUT_S = 1.0
 _MFD_NOEXEC_SEAL = 8
 
@@ -61,30 +58,6 @@ def environment_of(directory: str) -> dict[str, str]:
 def supervisor_arguments(limits: Limits, *, is_namespace: bool) -> str:
     """Returns the first argument of supervisor.py. In a process namespace it cannot see its parent."""
     return json.dumps(vars(limits) | {"parent": 0 if is_namespace else os.getpid()})
-
-
-@dataclass(frozen=True)
-class RunningProgram:
-    """A supervised command with pipes. `kill` and `end` end all processes that it started, too."""
-
-    process: subprocess.Popen[bytes]
-    end_signal: signal.Signals
-    directory: str = ""
-    """Temporary directory, removed at the end; empty without one."""
-
-    def kill(self) -> None:
-        """Kills the command and waits for its end, which takes milliseconds. May be called again."""
-        end_process(self.process, self.end_signal)
-
-    def end(self) -> None:
-        """Kills the command and closes its pipes. May be called again."""
-        self.kill()
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if stream is not None:
-                with contextlib.suppress(OSError):  # what is left to write has no reader
-                    stream.close()
-        if self.directory:
-            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def start_supervised(
@@ -200,17 +173,6 @@ def _read(streams: Mapping[IO[bytes], _Output], *, deadline: float, most: int) -
                 else:
                     selector.unregister(key.fileobj)
     return True
-
-
-def end_process(process: subprocess.Popen[bytes], end_signal: signal.Signals) -> None:
-    """Signals a process and waits until it has ended; kills it if that takes too long."""
-    if process.poll() is None:
-        process.send_signal(end_signal)
-        try:
-            process.wait(_END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _read_rest(streams: Mapping[IO[bytes], _Output]) -> None:

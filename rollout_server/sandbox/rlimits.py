@@ -20,12 +20,12 @@ from areal_like.errors import ConfigError
 from rollout_server.sandbox import supervisor
 from rollout_server.sandbox.base import Limits, ProgramResult, problem_of
 from rollout_server.sandbox.process import (
-    RunningProgram,
     environment_of,
     run_bounded,
     start_supervised,
     supervisor_arguments,
 )
+from rollout_server.sandbox.running import RunningProgram
 
 
 class RlimitsSandbox:

@@ -22,17 +22,12 @@ import re
 import textwrap
 import threading
 import typing
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from areal_like.errors import ConfigError, EpisodeError, ToolError
-from areal_like.registry import Registry
 from rollout_server.tools.kinds import Kind, kind_of
-
-if TYPE_CHECKING:
-    from rollout_server.tools.source import ToolSource
 
 TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 _MAX_ERROR_CHARS = 500
@@ -287,39 +282,3 @@ def _described(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
         body = textwrap.dedent(body[: end.start()] if end else body)
         about = {name: " ".join(words.split()) for name, words in _ARG.findall(body)}
     return " ".join(head.split()), about
-
-
-class NamedTool(ABC):
-    """Settings of a tool, in a task's settings: `tools: [calculator, {name: python, timeout_s: 5}]`.
-
-    Like a task, a named tool is a frozen dataclass whose fields are its settings. A tool of your own needs no
-    registration: `{_target_: my_module.MyTool}`, or a plain function given to ToolEnvironment.
-    """
-
-    @abstractmethod
-    def tool(self) -> Tool | ToolSource:
-        """Returns the tool, or the source of tools, with these settings."""
-
-
-TOOLS = Registry[NamedTool](
-    "tools",
-    NamedTool,  # type: ignore[type-abstract]
-    elsewhere={
-        "calculator": "rollout_server.tools.calculator.Calculator",
-        "mcp": "rollout_server.tools.mcp.MCPServer",
-        "python": "rollout_server.tools.python.Python",
-        "search": "rollout_server.tools.search.Search",
-    },
-)
-"""Tools are registered by path and imported on use."""
-
-
-def make_tools(settings: Sequence[str | Mapping[str, Any]], *, sandbox: str) -> tuple[Tool | ToolSource, ...]:
-    """Creates the tools in a list of names, or of sections with `name` or `_target_`.
-
-    `sandbox`: the job's `rewards.sandbox`. Raises ConfigError.
-    """
-    if isinstance(settings, str | Mapping):
-        raise ConfigError(f"tools: want a list, such as [calculator], got {settings!r}")
-    sections = [{"name": one} if isinstance(one, str) else one for one in settings]
-    return tuple(made.tool() for made in TOOLS.build_list(sections, job={"sandbox": sandbox}))

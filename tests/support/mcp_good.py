@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 from mcp.server import MCPServer
 from mcp_types import ImageContent
@@ -42,14 +40,6 @@ def picture() -> ImageContent:
 def fail() -> str:
     """Always fails."""
     raise ValueError("nothing here")
-
-
-@server.tool()
-def leave_behind(mark: str) -> str:
-    """Starts a process in a session of its own, which does not end."""
-    program = f"'{mark}'; import time; time.sleep(3600)"
-    subprocess.Popen([sys.executable, "-I", "-S", "-c", program], start_new_session=True)
-    return "started"
 
 
 if __name__ == "__main__":

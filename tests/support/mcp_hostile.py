@@ -1,13 +1,15 @@
-"""A server of tools on stdio that misbehaves: `python mcp_hostile.py HOW`. It needs only the standard library."""
+"""A server of tools on stdio that misbehaves: `python mcp_hostile.py HOW`. It needs no package."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from typing import Any
 
+_said: list[str] = []
 HOW = sys.argv[1] if len(sys.argv) > 1 else ""
 ANYTHING = {"type": "object", "properties": {"text": {"type": "string"}}}
 
@@ -27,6 +29,8 @@ def listing(cursor: str) -> dict[str, Any]:
                 "tools": [{"name": f"t{n}", "inputSchema": ANYTHING} for n in range(250)],
                 "nextCursor": f"{cursor}x",
             }
+        case "huge list":
+            return {"tools": [{"name": f"t{n}", "inputSchema": ANYTHING} for n in range(20_000)]}
         case "endless pages":
             return {"tools": [], "nextCursor": "same"}
         case "huge schema":
@@ -79,6 +83,12 @@ def result_of(text: str) -> Any:
             return {
                 "content": [{"type": "text", "text": " ".join("error" * ("error" in one) for one in answers)}]
             }
+        case "leave behind":
+            program = f"{sys.argv[2]!r}; import time; time.sleep(3600)"
+            subprocess.Popen([sys.executable, "-I", "-S", "-c", program], start_new_session=True)
+        case "remember":
+            _said.append(text)
+            return {"content": [{"type": "text", "text": f"{len(_said)} times"}]}
         case "resource":
             return {"content": [{"type": "resource_link", "name": "x", "uri": "http://127.0.0.1:9/key"}]}
     return {"content": [{"type": "text", "text": f"said {text}"}]}

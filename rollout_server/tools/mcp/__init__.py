@@ -9,6 +9,6 @@ except ImportError as error:
         f"tools of MCP servers need an extra: pip install 'areal-like[mcp]' ({error})"
     ) from error
 
-from rollout_server.tools.mcp.settings import MCPServer
+from rollout_server.tools.mcp.server import MCPServer
 
 __all__ = ["MCPServer"]

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 import mcp_types
@@ -22,13 +22,11 @@ from mcp.client.streamable_http import streamable_http_client
 
 from areal_like.errors import ToolError, ToolServerError
 from rollout_server.environments import lasting
+from rollout_server.sandbox.running import RunningProgram
 from rollout_server.tools.mcp.budget import Budget
 from rollout_server.tools.mcp.http import client_for
+from rollout_server.tools.mcp.settings import MCPSettings
 from rollout_server.tools.mcp.stdio import ProgramStreams
-
-if TYPE_CHECKING:
-    from rollout_server.sandbox.process import RunningProgram
-    from rollout_server.tools.mcp.settings import MCPServer
 
 _CLOSE_TIMEOUT_S = 1.0
 """Time to end an HTTP session in order."""
@@ -42,7 +40,7 @@ for _name in ("mcp", "httpx2", "httpcore2"):
 class Connection:
     """A connection. After `open`, `request` until `problem` is set, and `close` in any case."""
 
-    def __init__(self, settings: MCPServer) -> None:
+    def __init__(self, settings: MCPSettings) -> None:
         self.problem = ""
         """Why it is closed; empty while it is open."""
         self.tools: Any = None
@@ -91,10 +89,11 @@ class Connection:
         try:
             return sent.result()
         except MCPError as error:
-            if error.code != mcp_types.CONNECTION_CLOSED:
+            if error.code == mcp_types.PARSE_ERROR:  # also of the SDK, for a body that is no message
+                self.abort("its response is not valid")
+            elif error.code != mcp_types.CONNECTION_CLOSED:
                 raise ToolError(f"{error.message:.400}") from None
-            # The task that holds the session knows why.
-            if self._tasks:
+            elif self._tasks:  # the task that holds the session knows why
                 await asyncio.wait(self._tasks, timeout=_CLOSE_TIMEOUT_S)
             self.abort("it closed the connection")
         except ValueError:  # pydantic's

@@ -48,6 +48,8 @@ class _OneOrigin(httpx2.AsyncBaseTransport):
         encoding = response.headers.get("content-encoding", "identity")
         if response.is_redirect or 300 <= response.status_code < 400:
             problem = f"it responded with a redirect (HTTP {response.status_code}), which is not followed"
+        elif request.method == "POST" and response.status_code >= 400 and not _is_answer(response):
+            problem = f"it responded with HTTP {response.status_code}"
         elif encoding.lower() != "identity":
             problem = f"it sent a body with content-encoding {encoding:.40}"
         else:
@@ -79,6 +81,13 @@ class _Counted(httpx2.AsyncByteStream):
 
     async def aclose(self) -> None:
         await self._inner.aclose()
+
+
+def _is_answer(response: httpx2.Response) -> bool:
+    """True if the body may say what is wrong with the request, in the protocol's form."""
+    return response.status_code == 400 and response.headers.get("content-type", "").startswith(
+        "application/json"
+    )
 
 
 @cache

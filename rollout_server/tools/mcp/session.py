@@ -12,24 +12,22 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mcp_types
 
 from areal_like.errors import ToolError, ToolServerError
 from rollout_server.tools.mcp.connection import Connection
 from rollout_server.tools.mcp.schemas import ArgumentCheck, accepted
+from rollout_server.tools.mcp.settings import MCPSettings
 from rollout_server.tools.tool import TOOL_NAME, Tool, json_object
-
-if TYPE_CHECKING:
-    from rollout_server.tools.mcp.settings import MCPServer
 
 log = logging.getLogger(__name__)
 
 _MAX_PAGES = 32
 """Pages of a list of tools."""
 
-_kept: dict[MCPServer, Connection] = {}
+_kept: dict[MCPSettings, Connection] = {}
 """Connections that outlive an episode."""
 
 
@@ -65,7 +63,7 @@ class MCPTool(Tool):
 class MCPSession:
     """A server in one episode."""
 
-    def __init__(self, settings: MCPServer) -> None:
+    def __init__(self, settings: MCPSettings) -> None:
         self.num_failures = 0
         """Calls that failed because of the server."""
         self._settings = settings
@@ -74,7 +72,7 @@ class MCPSession:
         self._tools: tuple[MCPTool, ...] = ()
 
     @classmethod
-    async def start(cls, settings: MCPServer) -> MCPSession:
+    async def start(cls, settings: MCPSettings) -> MCPSession:
         """Starts the server, or continues with one that was kept.
 
         Raises ToolServerError, or ConfigError if this machine lacks what the settings name.

@@ -3,7 +3,8 @@
     MCPServer(server="files", command=["/opt/files/server", "--quiet"], readable=["/opt/files"])
     MCPServer(server="search", url="https://search.example:8443/mcp", key_variable="SEARCH_KEY")
 
-    settings.py     the settings, one object for all episodes
+    server.py       MCPServer
+    settings.py     its settings, one object for all episodes
     session.py      the server in one episode: its list of tools, calls, restarts
     connection.py   one connection, with the session of the official SDK on it
     stdio.py        its streams to a program      http.py    its HTTP client
@@ -26,9 +27,7 @@ from urllib.parse import urlsplit
 
 from areal_like.errors import ConfigError
 from rollout_server.sandbox import Limits, Sandbox, make_sandbox
-from rollout_server.tools.mcp.session import MCPSession
-from rollout_server.tools.source import ToolSource
-from rollout_server.tools.tool import TOOL_NAME, NamedTool
+from rollout_server.tools.tool import TOOL_NAME
 
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -43,8 +42,8 @@ _POSITIVE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class MCPServer(NamedTool, ToolSource):
-    """`{name: mcp, server: files, command: [/opt/files/bin/server]}`."""
+class MCPSettings:
+    """Where a server is, and its limits."""
 
     server: str
     """Name of the server in messages: letters, digits, `_`, `.` and `-`."""
@@ -137,12 +136,6 @@ class MCPServer(NamedTool, ToolSource):
             raise self._error("key_variable: a key is sent only over https, or to this machine")
         if self.env_allow or self.readable:
             raise self._error("env_allow and readable are for a command")
-
-    def tool(self) -> ToolSource:
-        return self
-
-    async def open(self) -> MCPSession:
-        return await MCPSession.start(self)
 
     def check(self) -> None:
         """Raises ConfigError if the sandbox, a file or a variable that the server needs is missing."""

@@ -15,7 +15,7 @@ import anyio
 import mcp_types
 from mcp.shared.message import SessionMessage
 
-from rollout_server.sandbox.process import RunningProgram
+from rollout_server.sandbox.running import RunningProgram
 from rollout_server.tools.mcp.budget import Budget
 
 _MAX_ERROR_BYTES = 16 << 20
