@@ -17,6 +17,7 @@
             EpisodeBudgetError
             EnvironmentLostError
                 AgentLostError
+            ToolServerError
         SessionGoneError
         ToolError
         WeightSyncError
@@ -131,6 +132,10 @@ class AgentLostError(EnvironmentLostError):
         """`is_of_sample`: the agent completed earlier samples, so the cause may be this sample."""
         super().__init__(message)
         self.is_of_sample = is_of_sample
+
+
+class ToolServerError(EpisodeError):
+    """A server of tools cannot be used: it does not start, its tools are refused, or it ended too often."""
 
 
 class SessionGoneError(ArealError):
