@@ -20,6 +20,7 @@ from areal_like.config.common import (
     require,
 )
 from areal_like.config.default_objective import AUTO, as_setting, default_objective, why
+from areal_like.config.distill import DistillConfig
 from areal_like.config.episode import EpisodeConfig, RewardsConfig, SessionsConfig
 from areal_like.config.evaluation import EVAL_BYTES_PER_SAMPLE, EvalConfig
 from areal_like.config.lora import LoraConfig
@@ -204,6 +205,7 @@ class Config(Section):
     """`name` or `_target_`, that advantage's own settings, `turn_discount` (1), and `shaping`: a list of such
     mappings."""
     kl: KlConfig = field(default_factory=KlConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     trackers: tuple[str | dict[str, Any], ...] = ()

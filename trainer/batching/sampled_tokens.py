@@ -77,6 +77,8 @@ class SampledTokens:
     """Log-prob under the weights at the start of the step, detached; None without Need.PROX."""
     ref_logp_S: Tensor | None = None
     """Log-prob under the frozen reference model; None without Need.REF."""
+    teacher_logp_S: Tensor | None = None
+    """Log-prob under the sample's teacher, NaN for a sample that has none; None without Need.TEACHER."""
     collision_S: Tensor | None = None
     """Sum over the vocabulary of the squared probabilities, detached; None without Need.COLLISION."""
     kept_S: Tensor | None = None
@@ -98,6 +100,7 @@ class SampledTokens:
         *,
         prox_logp_S: Tensor | None = None,
         ref_logp_S: Tensor | None = None,
+        teacher_logp_S: Tensor | None = None,
     ) -> SampledTokens:
         """The sampled tokens of a packed batch, with the results [S] of the forward passes over it."""
         dtype, at = logp_S.dtype, batch.sampled_S
@@ -115,6 +118,7 @@ class SampledTokens:
             entropy_S=entropy_S,
             prox_logp_S=prox_logp_S,
             ref_logp_S=ref_logp_S,
+            teacher_logp_S=None if teacher_logp_S is None else teacher_logp_S.to(dtype),
             collision_S=collision_S,
             beyond_S=None if batch.beyond_T is None else batch.beyond_T[at],
             num_masked_N=batch.num_masked_N,

@@ -1,0 +1,129 @@
+"""The teachers of distillation: frozen models, and log-probs that the records already have.
+
+    sample -> its label -> distill.teachers -> a model here, or a server, whose log-probs are in its record
+
+A teacher here is loaded, sharded and packed like a reference model (`kl.reference`), and its forward comes
+before the policy's in each micro-batch. With several, each computes only the samples of its own labels: a
+micro-batch is taken apart, so all of them together compute each token once. All ranks run each of them once
+for a micro-batch, if need be on a dummy, because the gathering of FSDP2's shards is collective.
+
+Memory of each rank: its rows of each model in `model.dtype`, without gradients and moments.
+
+Shape suffixes: S sampled tokens of a micro-batch, N its samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from areal_like.config import Config, DistillConfig
+from areal_like.errors import ConfigError
+from areal_like.trajectory import TEACHER_LOGPROBS
+from areal_like.vocabulary import check_vocabulary
+from areal_like.weights.untrained import text_config
+from trainer.batching.packing import DUMMY, PackedBatch, TrainingSample, collate
+from trainer.distributed.ranks import Ranks
+from trainer.models.packed_model import build_skeleton
+from trainer.models.policy import Policy, build_policy
+
+
+class Teachers:
+    """Called once for each micro-batch, on all ranks."""
+
+    def __init__(self, settings: DistillConfig, ranks: Ranks, *, models: Mapping[str, Policy]) -> None:
+        """`models`: directory or name -> sharded, frozen model, for each in `settings.models`."""
+        assert models.keys() == {*settings.models.values()}
+        self.models = models
+        self._settings = settings
+        self._ranks = ranks
+
+    @classmethod
+    def of(cls, config: Config, ranks: Ranks, *, student: str) -> Teachers:
+        """Loads the models of `distill.teachers`. `student`: directory or name of the policy's initial model.
+
+        Raises ConfigError for a model that cannot be a teacher of it, or that cannot be loaded.
+        """
+        models: dict[str, Policy] = {}
+        for label, path in config.distill.models.items():
+            if path not in models:
+                check_teacher(config, path, label=label, student=student)
+                with _named(label, path):
+                    models[path] = build_policy(config, local_path(path), ranks, frozen=True)
+        return cls(config.distill, ranks, models=models)
+
+    @torch.no_grad()
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        """[S] log-prob of each sampled token under its sample's teacher, float32 or wider; NaN where it has
+        none. Collective."""
+        teacher_S = self._recorded(batch)
+        places = self._settings.models
+        path_of = [places.get(self._settings.teacher_of(s.trajectory.label), "") for s in batch.samples]
+        for path, model in self.models.items():
+            mine = [each == path for each in path_of]
+            if all(mine):
+                teacher_S = model(batch).logprobs_S
+            elif any(mine) or self._ranks.world_size > 1:
+                chosen = [sample for sample, is_mine in zip(batch.samples, mine, strict=True) if is_mine]
+                logprobs_S = self._of_some(model, chosen)
+                if chosen:
+                    mine_N = torch.tensor(mine, device=teacher_S.device)
+                    teacher_S = teacher_S.to(logprobs_S.dtype)
+                    teacher_S[mine_N[batch.samples_T[batch.sampled_S]]] = logprobs_S
+        return teacher_S
+
+    def _of_some(self, model: Policy, samples: Sequence[TrainingSample]) -> Tensor:
+        shares = model.shares_prefixes
+        part = collate(samples or [DUMMY], device=self._ranks.device, shares_prefixes=shares)
+        logprobs_S: Tensor = model(part).logprobs_S
+        return logprobs_S
+
+    def _recorded(self, batch: PackedBatch) -> Tensor:
+        """[S] float32 log-probs in the samples' records, which teachers at servers computed; else NaN."""
+        nothing, servers = np.float32(np.nan), self._settings.servers
+        parts = [
+            s.trajectory.arrays[TEACHER_LOGPROBS]
+            if TEACHER_LOGPROBS in s.trajectory.arrays
+            and self._settings.teacher_of(s.trajectory.label) in servers
+            else np.full(s.trajectory.num_tokens, nothing)
+            for s in batch.samples
+        ]
+        recorded_T = torch.from_numpy(np.concatenate(parts).astype(np.float32))
+        return recorded_T.to(batch.tokens_T.device)[batch.sampled_S]
+
+
+def check_teacher(config: Config, path: str, *, label: str, student: str) -> None:
+    """Raises ConfigError if the model in `path` cannot be a teacher of the model in `student`: another
+    vocabulary, or a context that the policy's samples may exceed."""
+    with _named(label, path):
+        skeletons = [build_skeleton(each, dtype=torch.float32) for each in (student, local_path(path))]
+        check_vocabulary(local_path(path), student)
+    own, most = (
+        int(getattr(text_config(model.config), "max_position_embeddings", None) or 1 << 30)
+        for model in skeletons
+    )
+    longest = min(own, config.rollout.max_context or config.trainer.tokens_per_microbatch)
+    if most < longest:
+        raise ConfigError(
+            f"distill.teachers.{label}={path}: its context has {most} tokens, and a sample may have "
+            f"{longest}: set rollout.max_context to at most {most}, or name another teacher"
+        )
+
+
+def local_path(path: str) -> str:
+    """A directory as `from_pretrained` takes it."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+@contextlib.contextmanager
+def _named(label: str, path: str) -> Iterator[None]:
+    """A ConfigError of the block names the teacher."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"distill.teachers.{label}={path}: {error}") from error
