@@ -75,7 +75,7 @@ def make_runner(
     router_replay: bool = False,
 ) -> StepRunner:
     """A runner over a test model: sequence TIS and token mean, unless `settings` (sections) override them.
-    With `objective=distill` and no section `distill` the teacher is the model itself.
+    With `objective=distill` and no section `distill` the teacher is the same model with larger weights.
 
     `beyond`: `staleness.beyond` of a job with `buffer.overdue=close`; empty: of another job. `lora`: with an
     adapter, for policy and critic. `has_weights`: False leaves it to the caller to load a checkpoint.
@@ -126,6 +126,9 @@ def make_runner(
             for each in distill.models.values()
         }
         teachers = Teachers(distill, ranks, models=models)
+        if "distill" not in sections:
+            for param in models[path].parameters():
+                local(param.detach()).mul_(1.5)
     return StepRunner(
         policy,
         ShardedAdamW(policy, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm),

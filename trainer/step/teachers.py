@@ -49,10 +49,10 @@ class Teachers:
 
         Raises ConfigError for a model that cannot be a teacher of it, or that cannot be loaded.
         """
+        check_teachers(config, student=student)
         models: dict[str, Policy] = {}
         for label, path in config.distill.models.items():
             if path not in models:
-                check_teacher(config, path, label=label, student=student)
                 with _named(label, path):
                     models[path] = build_policy(config, local_path(path), ranks, frozen=True)
         return cls(config.distill, ranks, models=models)
@@ -97,12 +97,22 @@ class Teachers:
         return recorded_T.to(batch.tokens_T.device)[batch.sampled_S]
 
 
+def check_teachers(config: Config, *, student: str) -> None:
+    """Raises ConfigError if a model of `distill.teachers` cannot be a teacher of the model in `student`."""
+    for label, path in config.distill.models.items():
+        check_teacher(config, path, label=label, student=student)
+
+
 def check_teacher(config: Config, path: str, *, label: str, student: str) -> None:
-    """Raises ConfigError if the model in `path` cannot be a teacher of the model in `student`: another
-    vocabulary, or a context that the policy's samples may exceed."""
+    """Raises ConfigError if the model in `path` cannot be a teacher of the model in `student`: it cannot be
+    loaded, has another vocabulary, or a context that the policy's samples may exceed.
+
+    Reads no weights.
+    """
     with _named(label, path):
         skeletons = [build_skeleton(each, dtype=torch.float32) for each in (student, local_path(path))]
         check_vocabulary(local_path(path), student)
+        Policy.build(local_path(path)).check_initial_weights()
     own, most = (
         int(getattr(text_config(model.config), "max_position_embeddings", None) or 1 << 30)
         for model in skeletons
