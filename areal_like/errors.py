@@ -22,6 +22,7 @@
         WeightSyncError
         RewardError
             RewardTimeoutError
+        TeacherError
         CheckpointError
         DiskFullError
         StoreCorruptError
@@ -151,6 +152,10 @@ class RewardError(ArealError):
 
 class RewardTimeoutError(RewardError):
     """A reward function exceeded its time limit."""
+
+
+class TeacherError(ArealError):
+    """No server of a sample's teacher has returned the log-probs of its tokens (`distill.teachers`)."""
 
 
 class CheckpointError(ArealError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from areal_like.config.common import NonNegativeInt, PositiveFloat, PositiveInt, Section, require
+from areal_like.config.common import NonNegativeFloat, PositiveFloat, PositiveInt, Section, require
 
 DEFAULT = "default"
 """Key of the teacher of every label that has none of its own."""
@@ -33,9 +33,9 @@ class DistillConfig(Section, key="distill"):
     """PEM file with the certificates that verify https servers; empty: those of the system."""
     timeout_s: PositiveFloat = 60.0
     """Time limit of one request to a server, in seconds."""
-    max_retries: NonNegativeInt = 3
-    """Further requests for a sample after one that failed, to the next server of its list. After them the
-    sample counts as failed (`buffer.on_failure.teacher`)."""
+    retry_s: NonNegativeFloat = 120.0
+    """Time for which a request that failed is repeated, at the next server of its list, in seconds. After it
+    the sample counts as failed (`buffer.on_failure.teacher`)."""
     max_requests: PositiveInt = 32
     """Requests that a rollout server has at one teacher's server at the same time; others wait."""
 
@@ -70,6 +70,11 @@ class DistillConfig(Section, key="distill"):
             for label, value in self.teachers.items()
             if _is_at_server(value)
         }
+
+    @property
+    def longest_s(self) -> float:
+        """Longest time from the first request for a sample to its failure, in seconds."""
+        return self.retry_s + self.timeout_s
 
     def teacher_of(self, label: str) -> str:
         """The key in `teachers` for a sample with this label; empty: it has no teacher."""

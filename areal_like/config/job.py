@@ -475,6 +475,13 @@ class Config(Section):
                 f"not above rollout.reward_timeout_s={self.rollout.reward_timeout_s:g}: the trainer would "
                 "report a stall while a reward is within its limit",
             )
+            require(
+                not self.distill.servers or self.distill.longest_s < self.stall_s(limit_s),
+                f"{key}={limit_s:g} after rollout.generate_timeout_s={self.rollout.generate_timeout_s:g} is "
+                f"not above distill.retry_s={self.distill.retry_s:g} and "
+                f"distill.timeout_s={self.distill.timeout_s:g} together: the trainer would report a stall "
+                "while a teacher is within its limits",
+            )
 
     def _check_eval_sets(self) -> None:
         context, max_bytes = self.rollout.max_context, self.buffer.max_message_bytes

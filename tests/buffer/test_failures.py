@@ -295,7 +295,7 @@ def test_a_task_that_fails_later_is_waited_for(kind: FailureKind) -> None:
             ledger.dispatcher.return_leases(name, [lease.lease_id for lease in rest[name]])
         assert not ledger.state.failure_reason
         assert (
-            "the task's code fails at every rollout server: 3 samples failed in a row"
+            "the task's code or a teacher fails at every rollout server: 3 samples failed in a row"
             in ledger.failed_samples.task_trouble
         )
         backoffs = [server.health.quarantine for server in ledger.servers.values()]
