@@ -249,6 +249,7 @@ class Config(Section):
         self._check_adapters()
         self._check_router_replay()
         self._check_engine_url()
+        self._check_teachers()
         for section in ("task", "objective", "advantage"):
             keys = getattr(self, section)
             require(("name" in keys) != ("_target_" in keys), f"{section}: give either `name` or `_target_`")
@@ -612,6 +613,26 @@ class Config(Section):
             f"rollout.sglang.url={sglang.url}: start the engine with an API key and name the file that holds "
             "it in rollout.sglang.api_key_file, or accept the risk with security.insecure=true",
         )
+
+    def _check_teachers(self) -> None:
+        """Refuses teachers at servers that would score at another temperature, and keys in the clear."""
+        servers = [url for urls in self.distill.servers.values() for url in urls]
+        require(
+            not servers or self.sampling.temperature == 1,
+            f"sampling.temperature={self.sampling.temperature:g}: the servers of distill.teachers return "
+            "log-probs at temperature 1: set sampling.temperature=1, or let the trainer load the teachers",
+        )
+        for url in servers:
+            parts = urlsplit(url)
+            require(
+                not self.distill.api_key_file
+                or parts.scheme == "https"
+                or is_loopback(parts.hostname or "")
+                or self.security.insecure,
+                f"distill.teachers: {url} is not encrypted, and it would get the key of distill.api_key_file: "
+                "give https://..., reach it through a tunnel (http://127.0.0.1:port), or accept the risk with "
+                "security.insecure=true",
+            )
 
     def _check_sync_interval(self) -> None:
         interval = self.weights.sync_interval
