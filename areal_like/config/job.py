@@ -629,8 +629,8 @@ class Config(Section):
                 or parts.scheme == "https"
                 or is_loopback(parts.hostname or "")
                 or self.security.insecure,
-                f"distill.teachers: {url} is not encrypted, and it would get the key of distill.api_key_file: "
-                "give https://..., reach it through a tunnel (http://127.0.0.1:port), or accept the risk with "
+                f"distill.teachers: {url} is not encrypted, and distill.api_key_file would go there: give "
+                "https://..., reach it through a tunnel (http://127.0.0.1:port), or accept the risk with "
                 "security.insecure=true",
             )
 
