@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from areal_like.config.common import NonNegativeFloat, PositiveFloat, PositiveInt, Section, require
 
@@ -26,7 +26,12 @@ class DistillConfig(Section, key="distill"):
     the embedded engine), or a list of such servers. Samples of a label without a teacher have no such term.
     All teachers need the policy's vocabulary."""
     coef: PositiveFloat = 1.0
-    """Weight of the term, -log(policy / teacher) of the token, in the advantage."""
+    """Weight of the term, -log(policy / teacher) of the token, in the advantage, or of the KL in the loss."""
+    loss: Literal["sampled", "full"] = "sampled"
+    """`sampled`: the term in the advantage, from the token that was sampled. `full`: the KL over the whole
+    vocabulary at each token is added to the loss instead, for teachers in the trainer. It has less variance
+    and no importance weight, and each micro-batch keeps the teachers' log-probs of the vocabulary: 4 bytes
+    for each sampled token and entry."""
     api_key_file: str = ""
     """File with the key of the teachers' servers, readable by its owner only; empty: they need none."""
     ca_file: str = ""
@@ -40,6 +45,11 @@ class DistillConfig(Section, key="distill"):
     """Requests that a rollout server has at one teacher's server at the same time; others wait."""
 
     def check(self) -> None:
+        require(
+            self.loss == "sampled" or not self.servers,
+            "distill.loss=full needs the teachers' log-probs of the whole vocabulary, and servers return "
+            "those of the sampled tokens: set distill.loss=sampled, or give directories",
+        )
         for label, value in self.teachers.items():
             places = value if isinstance(value, (list, tuple)) else [value]
             texts = [place for place in places if isinstance(place, str) and place]

@@ -125,7 +125,7 @@ def make_runner(
             each: Policy.load(each, ranks, master_dtype=dtype, frozen=True)
             for each in distill.models.values()
         }
-        teachers = Teachers(distill, ranks, models=models)
+        teachers = Teachers(distill, ranks, models=models, vocab_size=policy.model.config.vocab_size)
         if "distill" not in sections:
             for param in models[path].parameters():
                 local(param.detach()).mul_(1.5)

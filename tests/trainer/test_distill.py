@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from areal_like.config import Config, DistillConfig
 from areal_like.config.loading import from_mapping
@@ -38,12 +38,24 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: write_model(root / name, "gpt2", seed=seed) for seed, name in enumerate(names)}
 
 
-def distill(teachers: dict[str, Any], **objective: Any) -> dict[str, Any]:
-    return {"objective": {"name": "distill", **objective}, "distill": {"teachers": teachers, "coef": 0.5}}
+def distill(teachers: dict[str, Any], *, loss: str = "sampled") -> dict[str, Any]:
+    settings = {"teachers": teachers, "coef": 0.5, "loss": loss}
+    return {"objective": {"name": "distill"}, "distill": settings}
+
+
+def full_logprobs(model: Any, trajectory: Trajectory) -> Tensor:
+    """[L, V] log-probs at each token given those before it; the first row is not used."""
+    tokens_1L = torch.from_numpy(trajectory.tokens.astype(np.int64))[None]
+    logps_LV = torch.log_softmax(model(input_ids=tokens_1L, use_cache=False).logits[0, :-1], -1)
+    return torch.cat([torch.zeros_like(logps_LV[:1]), logps_LV])
 
 
 def direct_gradient(
-    groups: list[list[Trajectory]], student: str, teacher_of: Callable[[Trajectory], str]
+    groups: list[list[Trajectory]],
+    student: str,
+    teacher_of: Callable[[Trajectory], str],
+    *,
+    is_full: bool = False,
 ) -> tuple[float, dict[str, Tensor]]:
     """Mean reverse KL of the tokens with a teacher, and the gradient of the loss by its definition."""
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64)
@@ -55,6 +67,14 @@ def direct_gradient(
         if path not in teachers:
             teachers[path] = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
         sampled = torch.from_numpy(t.loss_mask.astype(bool))
+        if is_full:
+            own_SV = full_logprobs(model, t)[sampled]
+            with torch.no_grad():
+                its_SV = full_logprobs(teachers[path], t)[sampled]
+            kl_S = (own_SV.exp() * (own_SV - its_SV)).sum(1)
+            total, num_tokens = total + 0.5 * kl_S.sum(), num_tokens + len(kl_S)
+            gaps += kl_S.tolist()
+            continue
         logp_S = dense_logprobs(model, [t])[0][sampled]
         with torch.no_grad():
             teacher_S = dense_logprobs(teachers[path], [t])[0][sampled]
@@ -75,8 +95,9 @@ def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("teachers", ["one", "by label", "without default"])
 @pytest.mark.parametrize("budget_tokens", [30, 10_000])
+@pytest.mark.parametrize("loss", ["sampled", "full"])
 def test_gradient_equals_the_direct_one(
-    paths: dict[str, str], ranks: Ranks, teachers: str, budget_tokens: int
+    paths: dict[str, str], ranks: Ranks, teachers: str, budget_tokens: int, loss: str
 ) -> None:
     """Of whole micro-batches, of those with samples of several teachers, and of samples without one."""
     named = {
@@ -85,12 +106,14 @@ def test_gradient_equals_the_direct_one(
         "without default": {"even": paths["first"]},
     }[teachers]
     groups = random_groups(5, prompt=4)
-    runner = make_runner(
-        paths["student"], ranks, beta1=0.0, settings=distill(named), budget_tokens=budget_tokens
-    )
+    settings = distill(named, loss=loss)
+    runner = make_runner(paths["student"], ranks, beta1=0.0, settings=settings, budget_tokens=budget_tokens)
     metrics = runner.run(groups, step=7)
     kl, want = direct_gradient(
-        groups, paths["student"], lambda t: named.get(t.label) or named.get("default", "")
+        groups,
+        paths["student"],
+        lambda t: named.get(t.label) or named.get("default", ""),
+        is_full=loss == "full",
     )
     assert_equal(last_gradient(runner), want)
     assert metrics["reverse_kl"] == pytest.approx(kl, rel=1e-9)
@@ -101,14 +124,16 @@ def test_gradient_equals_the_direct_one(
     assert metrics["reward"] == pytest.approx(np.mean([t.reward for g in groups for t in g]))
 
 
-def test_samples_longer_than_a_microbatch(paths: dict[str, str], ranks: Ranks) -> None:
+@pytest.mark.parametrize("loss", ["sampled", "full"])
+def test_samples_longer_than_a_microbatch(paths: dict[str, str], ranks: Ranks, loss: str) -> None:
     groups = random_groups(4)
     groups[1][0] = joined(groups[1], label="even")  # its segments are cut over micro-batches
     named = {"even": paths["first"], "default": paths["second"]}
     gradients = []
     for budget_tokens in (14, 10_000):
+        settings = distill(named, loss=loss)
         runner = make_runner(
-            paths["student"], ranks, beta1=0.0, settings=distill(named), budget_tokens=budget_tokens
+            paths["student"], ranks, beta1=0.0, settings=settings, budget_tokens=budget_tokens
         )
         runner.run(groups, step=7)
         gradients.append(last_gradient(runner))
@@ -119,7 +144,7 @@ def test_two_ranks_give_the_gradient_of_one(paths: dict[str, str], ranks: Ranks,
     """Also where one rank has no sample of a teacher, or none at all, and where samples change ranks."""
     cases = [
         distill({"even": paths["first"], "default": paths["second"]}),
-        distill({"even": paths["first"]}),
+        distill({"even": paths["first"]}, loss="full"),
         {**distill({"default": paths["first"]}), "objective": {"name": "gspo", "clip_low": 0.5}},
     ]
     run_ranks("steps", str(tmp_path), paths["student"], json.dumps(cases), world_size=2)
@@ -235,6 +260,10 @@ def test_cap_beyond_the_bound_uses_the_term() -> None:
         ({"distill": {"teachers": {"math": ["a", URL]}}}, "give a directory"),
         ({"distill": {"teachers": {"math": "x"}, "api_key_file": "key"}}, "names none: remove"),
         ({"distill": {"coef": 0}}, r"distill\.coef must be above 0"),
+        (
+            {"distill": {"teachers": {"x": URL}, "loss": "full"}},
+            "of the whole vocabulary, and servers return",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], match: str) -> None:
@@ -269,6 +298,13 @@ def test_unsuitable_teachers_are_refused(paths: dict[str, str], tmp_path: Path) 
         ConfigError, match="its context has 64 tokens, and a sample may have 2048: set rollout"
     ):
         check_teacher(config, paths["first"], label="x", student=llama)
+    full = replace(config, distill=DistillConfig(teachers={"x": paths["first"]}, loss="full"))
+    larger = AutoConfig.from_pretrained(paths["student"])
+    larger.vocab_size += 1
+    larger.save_pretrained(tmp_path / "larger")
+    AutoTokenizer.from_pretrained(paths["student"]).save_pretrained(tmp_path / "larger")
+    with pytest.raises(ConfigError, match="head has 41 rows, and the policy's 42: "):
+        check_teacher(full, paths["first"], label="x", student=str(tmp_path / "larger"))
     with pytest.raises(ConfigError, match=r"distill\.teachers\.x=/nowhere/at/all: "):
         check_teacher(config, "/nowhere/at/all", label="x", student=llama)
 

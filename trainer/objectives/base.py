@@ -68,6 +68,8 @@ class Need(StrEnum):
     """Log-probs under a frozen reference model: one more forward."""
     TEACHER = "teacher"
     """Log-probs under the teachers of `distill.teachers`: one more forward, unless the records have them."""
+    REVERSE_KL = "reverse_kl"
+    """KL(pi || tea) over the whole vocabulary, which carries gradient; together with TEACHER."""
     COLLISION = "collision"
     """Sum over the vocabulary of squared probabilities at each token: one more pass over the logits."""
     ENTROPY = "entropy"

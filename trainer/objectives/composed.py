@@ -3,7 +3,7 @@
     losses = mask * (cap * objective + kl.coef * KL(pi || ref) - entropy_coef * entropy)
 
 The objective's advantages include the term of the teachers, -distill.coef log(pi / tea) of each token, if
-there are any (`distill.py`).
+there are any (`distill.py`). With `distill.loss=full`, distill.coef KL(pi || tea) is in the loss instead.
 
 The cap (`staleness.beyond=cap`) is for tokens beyond the staleness bound, and min(1, |A / g|), where g is the
 derivative of the objective's loss of the token by its log-prob. So g is at most that of REINFORCE, -A: the
@@ -44,7 +44,7 @@ from trainer.objectives.base import (
     StepStats,
     TokenLosses,
 )
-from trainer.objectives.distill import teacher_means, with_teacher
+from trainer.objectives.distill import full_kl_S, teacher_means, with_teacher
 from trainer.objectives.importance import MAX_EXPONENT
 from trainer.objectives.masks import MASKS, Mask
 
@@ -80,6 +80,8 @@ class Composed(Objective):
     """The importance weight of a token beyond the staleness bound is at most 1."""
     teacher_coef: float = 0.0
     """Weight of the teachers' term in the advantages; 0: none."""
+    teacher_is_full: bool = False
+    """That term is a KL over the vocabulary in the loss."""
 
     def check(self) -> None:
         for name in Objective.__annotations__.keys() - vars(Composed).keys():
@@ -109,6 +111,7 @@ class Composed(Objective):
                 (Need.REF, self.kl),
                 (Need.ENTROPY, self.entropy_coef),
                 (Need.TEACHER, self.teacher_coef),
+                (Need.REVERSE_KL, self.teacher_is_full),
             )
             if is_used
         }
@@ -143,6 +146,8 @@ class Composed(Objective):
             kl_S = kl_estimate(batch.logp_S - batch.ref_logp_S, estimator=self.kl.estimator)
             loss_S = loss_S + self.kl.coef * kl_S
             means["kl_ref"] = kl_S
+        if self.teacher_is_full:
+            loss_S = loss_S + self.teacher_coef * full_kl_S(batch)
         if self.entropy_coef:
             loss_S = loss_S - self.entropy_coef * batch.entropy_S
         if batch.kept_S is not None:
@@ -175,7 +180,8 @@ class Composed(Objective):
         return stats
 
     def _taught(self, batch: SampledTokens) -> SampledTokens:
-        return with_teacher(batch, coef=self.teacher_coef) if self.teacher_coef else batch
+        is_in_advantage = self.teacher_coef and not self.teacher_is_full
+        return with_teacher(batch, coef=self.teacher_coef) if is_in_advantage else batch
 
     def _masked(
         self, batch: SampledTokens, stats: StepStats, masks: Sequence[tuple[int, Mask]]
@@ -259,6 +265,7 @@ def build_objective(
         entropy_coef=entropy_coef,
         caps_beyond=caps_beyond,
         teacher_coef=coef,
+        teacher_is_full=bool(coef) and distill is not None and distill.loss == "full",
     )
 
 

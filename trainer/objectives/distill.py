@@ -13,6 +13,10 @@ mu restores this expectation; cap makes it biased towards the policy that sample
 left out at both is the effect of a token on the prefixes of later ones (a discount of 0): the gradient is
 that of the sum of the KLs at the prefixes that were sampled, not of the KL of whole sequences.
 
+`distill.loss=full` takes the KL over the whole vocabulary at each prefix in place of its estimate from one
+token, as GKD does: the loss is coef KL(pi || tea), without an importance weight, because no token of it was
+sampled. The prefixes are those of the policy that sampled.
+
 The objective here is token-level TIS (`tis.py`) without an advantage of its own. `composed.py` adds A_t, to
 it and to any other objective, there beside the advantages of the task's rewards. Log-ratios are clamped to
 +-20 nats. A token without a teacher has no such term, and with this objective it does not count in the
@@ -24,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from areal_like.trajectory import Trajectory
@@ -43,6 +48,12 @@ def reverse_kl_S(batch: SampledTokens) -> Tensor:
     return (batch.logp_S.detach() - batch.teacher_logp_S).clamp(-MAX_EXPONENT, MAX_EXPONENT)
 
 
+def full_kl_S(batch: SampledTokens) -> Tensor:
+    """[S] KL(pi || tea) over the vocabulary, with gradient; 0 for tokens without a teacher."""
+    assert batch.reverse_kl_S is not None and batch.teacher_logp_S is not None
+    return torch.where(batch.teacher_logp_S.isnan(), 0.0, batch.reverse_kl_S)
+
+
 def with_teacher(batch: SampledTokens, *, coef: float) -> SampledTokens:
     """The batch with the teachers' term added to its advantages; 0 for tokens without a teacher."""
     return replace(batch, advantage_S=batch.advantage_S - coef * reverse_kl_S(batch).nan_to_num(nan=0.0))
@@ -50,8 +61,9 @@ def with_teacher(batch: SampledTokens, *, coef: float) -> SampledTokens:
 
 def teacher_means(batch: SampledTokens) -> dict[str, Tensor]:
     """Vectors of the metrics `reverse_kl`, over tokens with a teacher, and `teacher_share`."""
-    kl_S = reverse_kl_S(batch)
-    has_S = ~kl_S.isnan()
+    sampled_S = reverse_kl_S(batch)
+    has_S = ~sampled_S.isnan()
+    kl_S = sampled_S if batch.reverse_kl_S is None else batch.reverse_kl_S
     return {"reverse_kl": kl_S[has_S], "teacher_share": has_S}
 
 

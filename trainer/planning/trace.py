@@ -47,7 +47,7 @@ from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.packed_model import DTYPES, PackedModel, decoder_layers
-from trainer.models.policy import ENTROPY_NUMBERS_ON_GPU, BaseReference, Policy
+from trainer.models.policy import ENTROPY_NUMBERS_ON_GPU, BaseReference, Distributions, Policy
 from trainer.models.value_model import ValueModel
 from trainer.objectives import Need
 from trainer.optimizer import ShardedAdamW
@@ -59,6 +59,7 @@ from trainer.planning.shapes import ModelShape, find_shape
 from trainer.planning.tensor_memory import ACTIVATIONS, ATTENTION, TensorMemory
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.recipe import StepRecipe
+from trainer.step.teachers import check_rows
 from trainer.weights.push_source import MergedWeights
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -332,13 +333,17 @@ class _Trace:
             if reference is not None:
                 with torch.no_grad(), self._memory.as_(ACTIVATIONS, phase="reference"):
                     reference(batch)
+            kept: Distributions | None = None
             for teacher in teachers[-1:]:
                 with torch.no_grad(), self._memory.as_(ACTIVATIONS, phase="teacher"):
-                    teacher(batch)
+                    if Need.REVERSE_KL in recipe.objective.needs:
+                        kept = Distributions(teacher.all_logprobs(batch)[:, : self._shape.vocab_size])
+                    else:
+                        teacher(batch)
             if proximal is not None:
                 with torch.no_grad(), self._memory.as_(ACTIVATIONS, phase="proximal"):
                     proximal(batch)
-            self._train_policy(policy, optimizer, batch)
+            self._train_policy(policy, optimizer, batch, kept)
             if critic is not None:
                 self._train_critic(critic, critic_optimizer, batch)
             del pushed
@@ -383,14 +388,18 @@ class _Trace:
         for index, layer in enumerate(decoder_layers(model.model)):
             watch(layer, index)
 
-    def _train_policy(self, policy: Policy, optimizer: ShardedAdamW, batch: PackedBatch) -> None:
+    def _train_policy(
+        self, policy: Policy, optimizer: ShardedAdamW, batch: PackedBatch, teacher: Distributions | None
+    ) -> None:
         needs = self._recipe.objective.needs
         policy.with_collision = Need.COLLISION in needs
         policy.with_entropy_gradient = Need.ENTROPY in needs
         self._add_gradients(policy, GRADIENTS)
         with self._memory.as_(ACTIVATIONS, phase="policy"):
-            out = policy(batch)
+            out = policy(batch, teacher)
             loss = out.logprobs_S.sum()
+            if out.reverse_kl_S is not None:
+                loss = loss + out.reverse_kl_S.sum()
             if policy.with_entropy_gradient:
                 loss = loss + out.entropy_S.sum()
             self._memory.begin("backward")
@@ -460,6 +469,9 @@ class _Trace:
             )
             for path, key in places.items()
         ]
+        if self._config.distill.loss == "full":
+            for path, teacher in zip(places, built, strict=True):
+                check_rows(places[path], teacher.model, num_rows=self._shape.vocab_size)
         return sorted(built, key=lambda model: sum(param.numel() for param in model.parameters()))
 
     def _build_critic(self) -> ValueModel:

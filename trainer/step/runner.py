@@ -55,7 +55,7 @@ from trainer.metrics.model_flops import ModelFlops, cost_of
 from trainer.metrics.speed import PhaseTimer, StepSpeed
 from trainer.metrics.step_totals import OF_BEYOND, StepTotals
 from trainer.models.packed_model import PackedModel
-from trainer.models.policy import BaseReference, Policy
+from trainer.models.policy import BaseReference, Distributions, Policy
 from trainer.objectives import Need, Objective, StepStats
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
@@ -414,6 +414,7 @@ class StepRunner:
         """
         needs = self._objective.needs
         prox_logp_S = ref_logp_S = teacher_logp_S = None
+        teacher: Distributions | None = None
         # Before the policy's forward: with an adapter these are forwards of the same model.
         with torch.no_grad():
             if Need.PROX in needs and self.proximal is not None:
@@ -423,8 +424,11 @@ class StepRunner:
                 ref_logp_S = self._reference(batch).logprobs_S
             if Need.TEACHER in needs:
                 assert self._teachers is not None
-                teacher_logp_S = self._teachers(batch)
-        output = self.policy(batch)
+                if Need.REVERSE_KL in needs:
+                    teacher_logp_S, teacher = self._teachers.distributions(batch)
+                else:
+                    teacher_logp_S = self._teachers(batch)
+        output = self.policy(batch, teacher)
         if Need.PROX in needs and self.proximal is None:
             # One optimizer step per batch: the weights at the start of the step are the current ones.
             prox_logp_S = output.logprobs_S.detach()

@@ -268,6 +268,9 @@ def test_teachers_are_part_of_the_plan(model: str, tmp_path: Path) -> None:
     # A forward alone, and no product with the head at prompts.
     flops = taught.trace.linear_flops
     assert 0.2 < flops["teacher"] / flops["policy"] < 0.4 and "teacher" not in plain.trace.linear_flops
+    full = small(model, "objective=distill", f"distill.teachers.default={large}", "distill.loss=full")
+    more = full.trace.peak_bytes["logits of the head"] - plain.trace.peak_bytes["logits of the head"]
+    assert more >= 4 * 32_000 * 448  # at least the sampled tokens of one sequence
 
 
 def test_a_push_of_the_adapter_alone(model: str) -> None:
