@@ -129,6 +129,7 @@ class Attempt(ABC):
             raise EpisodeError(f"the episode raised {type(error).__name__}: {error}") from error
         if self.request.teachers is None:
             return await self._scored(played)
+        self.request.on_move(Place.REWARD)
         async with _scoring(self.request.teachers, self._unscored(played)) as scoring:
             trajectory = await self._scored(played)
             return _with_teacher(trajectory, await scoring)

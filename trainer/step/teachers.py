@@ -113,6 +113,8 @@ class Teachers:
     def _recorded(self, batch: PackedBatch) -> Tensor:
         """[S] float32 log-probs in the samples' records, which teachers at servers computed; else NaN."""
         nothing, servers = np.float32(np.nan), self._settings.servers
+        if not servers:
+            return torch.full(batch.sampled_S.shape, torch.nan, device=batch.tokens_T.device)
         parts = [
             s.trajectory.arrays[TEACHER_LOGPROBS]
             if TEACHER_LOGPROBS in s.trajectory.arrays
