@@ -122,7 +122,8 @@ class TeacherServer:
             raise MalformedScoresError(f"{self.url}: the log-probs are of other tokens than those sent")
         if not ((scores >= LEAST_LOGPROB) & (scores <= _MOST_LOGPROB)).all():
             raise MalformedScoresError(f"{self.url}: it has returned numbers that are no log-probs")
-        return np.minimum(scores, 0).astype(np.float32)
+        logprobs: NDArray[np.float32] = np.minimum(scores, 0).astype(np.float32)
+        return logprobs
 
     async def _entries(self, prompt: dict[str, Any]) -> list[Any]:
         """The entries (log-prob, token, text) of the tokens from `logprob_start_len` on."""

@@ -119,8 +119,13 @@ class Policy(PackedModel):
             checkpoint(self._head, h, t, gradient_VD, tea, use_reentrant=False, preserve_rng_state=False)
             for h, t, tea in zip(hidden, targets, of_teacher, strict=True)
         ]
-        joined = [None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)]
-        return TokenLogProbs(*joined)
+        logprobs, entropies, collisions, reverse_kls = zip(*parts, strict=True)
+        return TokenLogProbs(
+            torch.cat(logprobs),
+            torch.cat(entropies),
+            torch.cat(collisions) if self.with_collision else None,
+            None if teacher is None else torch.cat(reverse_kls),
+        )
 
     @torch.no_grad()
     def all_logprobs(self, batch: PackedBatch) -> Tensor:
