@@ -23,6 +23,7 @@
         WeightSyncError
         RewardError
             RewardTimeoutError
+        TeacherError
         CheckpointError
         DiskFullError
         StoreCorruptError
@@ -156,6 +157,10 @@ class RewardError(ArealError):
 
 class RewardTimeoutError(RewardError):
     """A reward function exceeded its time limit."""
+
+
+class TeacherError(ArealError):
+    """No server of a sample's teacher has returned the log-probs of its tokens (`distill.teachers`)."""
 
 
 class CheckpointError(ArealError):

@@ -70,6 +70,9 @@ _TRUNCATED = frozenset(
 )
 TOKEN_REWARDS = "token_rewards"
 """Name of the array float32[T] with a reward of each token (process rewards)."""
+TEACHER_LOGPROBS = "teacher_logprobs"
+"""Name of the array float32[T] with the log-prob of each sampled token under the sample's teacher, if that is
+at a server (`distill.teachers`); 0 elsewhere."""
 
 _DTYPES = (
     ("tokens", np.dtype(np.int32)),
@@ -98,8 +101,8 @@ def are_equal_rewards(rewards: Sequence[float]) -> bool:
     return bool(high - low <= _REWARD_ROUNDING * max(1.0, abs(low), abs(high)))
 
 
-def least_logprob(values: NDArray[np.float32]) -> float:
-    """The smallest of these log-probs, of which there is at least one; 0 if none is below 0.
+def least_logprob(values: NDArray[Any], *, name: str = "logprobs") -> float:
+    """The smallest of these log-probs float32, of which there is at least one; 0 if none is below 0.
 
     Compares the bit patterns as integers, which is twice as fast as comparing floats: among negative floats
     the smallest has the largest pattern. Raises ValueError unless all are finite and at most 0 (up to
@@ -107,7 +110,7 @@ def least_logprob(values: NDArray[np.float32]) -> float:
     """
     largest = np.maximum.reduce(values.view(np.uint32))
     if largest >= _NEGATIVE_INFINITY_BITS or np.maximum.reduce(values.view(np.int32)) > _MAX_LOGPROB_BITS:
-        raise ValueError("trajectory.logprobs: want finite values that are at most 0")
+        raise ValueError(f"trajectory.{name}: want finite values that are at most 0")
     return min(0.0, float(largest.view(np.float32)))
 
 
@@ -211,6 +214,11 @@ class Trajectory:
             or not np.isfinite(rewards).all()
         ):
             raise ValueError(f"trajectory.{TOKEN_REWARDS}: want finite float32[{len(self.tokens)}]")
+        teacher = self.arrays.get(TEACHER_LOGPROBS)
+        if teacher is not None:
+            if teacher.dtype != np.float32 or teacher.shape != self.tokens.shape:
+                raise ValueError(f"trajectory.{TEACHER_LOGPROBS}: want float32[{len(self.tokens)}]")
+            least_logprob(teacher, name=TEACHER_LOGPROBS)
 
     def _check_routes(self, routes: Routes) -> None:
         num_rows = len(self.tokens) - (len(self.segments) or 1)

@@ -46,8 +46,14 @@ def prepare_model(config: Config, *, out_dir: Path | None = None, is_reward_mode
     be one itself. Raises ConfigError when the model cannot be built, found or loaded.
     """
     if plan_of := _BUILT.get(config.model.path):
-        return str(_cached(config, plan_of(config), out_dir=out_dir or RunPaths.of(config).built_model))
-    return _check_existing(config, is_reward_model=is_reward_model)
+        path = str(_cached(config, plan_of(config), out_dir=out_dir or RunPaths.of(config).built_model))
+    else:
+        path = _check_existing(config, is_reward_model=is_reward_model)
+    if config.distill.models:
+        from trainer.step.teachers import check_teachers
+
+        check_teachers(config, student=path)
+    return path
 
 
 BuildPlan = tuple[str, Mapping[str, Any], Callable[[Path], None]]

@@ -8,6 +8,7 @@ The package imports neither hydra nor torch, because every process imports it fi
 """
 
 from areal_like.config.buffer import BufferConfig, OnFailureConfig
+from areal_like.config.distill import DistillConfig
 from areal_like.config.episode import EpisodeConfig, RewardsConfig, SessionsConfig
 from areal_like.config.evaluation import EvalConfig, EvalSetConfig
 from areal_like.config.job import Config, DaemonConfig, MetricsConfig, ModelConfig
@@ -26,6 +27,7 @@ __all__ = [
     "BufferConfig",
     "Config",
     "DaemonConfig",
+    "DistillConfig",
     "EpisodeConfig",
     "EvalConfig",
     "EvalSetConfig",

@@ -20,6 +20,7 @@ from areal_like.config.common import (
     require,
 )
 from areal_like.config.default_objective import AUTO, as_setting, default_objective, why
+from areal_like.config.distill import DistillConfig
 from areal_like.config.episode import EpisodeConfig, RewardsConfig, SessionsConfig
 from areal_like.config.evaluation import EVAL_BYTES_PER_SAMPLE, EvalConfig
 from areal_like.config.lora import LoraConfig
@@ -208,6 +209,7 @@ class Config(Section):
     """`name` or `_target_`, that advantage's own settings, `turn_discount` (1), and `shaping`: a list of such
     mappings."""
     kl: KlConfig = field(default_factory=KlConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
@@ -253,6 +255,7 @@ class Config(Section):
         self._check_adapters()
         self._check_router_replay()
         self._check_engine_url()
+        self._check_teachers()
         for section in ("task", "objective", "advantage"):
             keys = getattr(self, section)
             require(("name" in keys) != ("_target_" in keys), f"{section}: give either `name` or `_target_`")
@@ -479,6 +482,13 @@ class Config(Section):
                 f"not above rollout.reward_timeout_s={self.rollout.reward_timeout_s:g}: the trainer would "
                 "report a stall while a reward is within its limit",
             )
+            require(
+                not self.distill.servers or self.distill.longest_s < self.stall_s(limit_s),
+                f"{key}={limit_s:g} after rollout.generate_timeout_s={self.rollout.generate_timeout_s:g} is "
+                f"not above distill.retry_s={self.distill.retry_s:g} and "
+                f"distill.timeout_s={self.distill.timeout_s:g} together: the trainer would report a stall "
+                "while a teacher is within its limits",
+            )
 
     def _check_eval_sets(self) -> None:
         context, max_bytes = self.rollout.max_context, self.buffer.max_message_bytes
@@ -609,6 +619,26 @@ class Config(Section):
             f"rollout.sglang.url={sglang.url}: start the engine with an API key and name the file that holds "
             "it in rollout.sglang.api_key_file, or accept the risk with security.insecure=true",
         )
+
+    def _check_teachers(self) -> None:
+        """Refuses teachers at servers that would score at another temperature, and keys in the clear."""
+        servers = [url for urls in self.distill.servers.values() for url in urls]
+        require(
+            not servers or self.sampling.temperature == 1,
+            f"sampling.temperature={self.sampling.temperature:g}: the servers of distill.teachers return "
+            "log-probs at temperature 1: set sampling.temperature=1, or let the trainer load the teachers",
+        )
+        for url in servers:
+            parts = urlsplit(url)
+            require(
+                not self.distill.api_key_file
+                or parts.scheme == "https"
+                or is_loopback(parts.hostname or "")
+                or self.security.insecure,
+                f"distill.teachers: {url} is not encrypted, and distill.api_key_file would go there: give "
+                "https://..., reach it through a tunnel (http://127.0.0.1:port), or accept the risk with "
+                "security.insecure=true",
+            )
 
     def _check_sync_interval(self) -> None:
         interval = self.weights.sync_interval

@@ -1,7 +1,8 @@
 """One attempt to make a sample: the policy's turns, their reward, and the partial tokens after a failure.
 
     make(): play() -> the task's reward -> Trajectory
-       `----> EngineError, EpisodeError, RewardError -> num_sampled, without_reward()
+               `----> log-probs of its teacher --^    (a teacher at a server)
+       `----> EngineError, EpisodeError, RewardError, TeacherError -> num_sampled, without_reward()
 
 The kinds of samples differ only in how turns are played: one prompt and one completion (`SingleTurn`), a
 conversation with an environment (`EnvironmentAttempt`), or a program that requests each turn
@@ -12,10 +13,14 @@ before it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from areal_like.errors import (
     RAISED_BY_TASKS,
@@ -27,7 +32,13 @@ from areal_like.errors import (
     PromptRefusedError,
     RewardError,
 )
-from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, FinishReason, Trajectory
+from areal_like.trajectory import (
+    LARGEST_METRIC,
+    LARGEST_REWARD,
+    TEACHER_LOGPROBS,
+    FinishReason,
+    Trajectory,
+)
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.turns import SampleRewards, Turns, add_up, both
@@ -38,6 +49,7 @@ from rollout_server.sample.prompts import LoadedPrompt, PromptLeader
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.open_session import OpenSession, SessionOutcome
 from rollout_server.tasks.base import Completion, Score, Split
+from rollout_server.teachers.pool import TeacherPool
 from rollout_server.workers.environment_pool import EnvironmentPool, EnvironmentSession
 from rollout_server.workers.reward_pool import Reward, RewardPool
 
@@ -65,6 +77,8 @@ class SampleRequest:
     """Called when the sample leaves the engine or comes back to it."""
     rewards: RewardPool | None
     """None if the task has no reward for this example."""
+    teachers: TeacherPool | None = None
+    """None if no teacher at a server scores this sample."""
 
 
 RunAgent = Callable[[OpenSession, SampleRequest], Awaitable[Score | None]]
@@ -103,13 +117,25 @@ class Attempt(ABC):
         """Samples the turns. Raises EngineError, or any other exception that fails the sample."""
 
     async def make(self) -> Trajectory:
-        """Samples the turns and computes their reward. Raises EngineError, EpisodeError or RewardError."""
+        """Samples the turns and computes their reward, and beside it the log-probs of their teacher.
+
+        Raises EngineError, EpisodeError, RewardError or TeacherError.
+        """
         try:
             played = await self.play()
         except (EngineError, EpisodeError):
             raise
         except RAISED_BY_TASKS as error:  # also raised by renderers: only this sample fails
             raise EpisodeError(f"the episode raised {type(error).__name__}: {error}") from error
+        if self.request.teachers is None:
+            return await self._scored(played)
+        self.request.on_move(Place.REWARD)
+        async with _scoring(self.request.teachers, self._unscored(played)) as scoring:
+            trajectory = await self._scored(played)
+            return _with_teacher(trajectory, await scoring)
+
+    async def _scored(self, played: Played) -> Trajectory:
+        """The sample with its reward."""
         turns, request = self.turns, self.request
         turn_lengths = turns.turn_lengths
         scored: Reward | None = None
@@ -142,6 +168,15 @@ class Attempt(ABC):
                 reward_s=scored.seconds if scored is not None else 0.0,
                 is_greedy=request.is_greedy,
                 label=self.label,
+            )
+        except ValueError as error:
+            raise EngineError(f"the engine's completion cannot be used: {error}") from None
+
+    def _unscored(self, played: Played) -> Trajectory:
+        """The sample without its reward. Raises EngineError."""
+        try:
+            return self.turns.to_trajectory(
+                SampleRewards(), finish_reason=played.finish_reason, label=self.label
             )
         except ValueError as error:
             raise EngineError(f"the engine's completion cannot be used: {error}") from None
@@ -444,6 +479,28 @@ class SessionAttempt(Attempt):
         self.session.close(f"{problem}: claim another session")
         self._outcome = SessionOutcome.IDLE
         return EpisodeError(problem)
+
+
+@contextlib.asynccontextmanager
+async def _scoring(
+    teachers: TeacherPool, trajectory: Trajectory
+) -> AsyncIterator[asyncio.Task[NDArray[np.float32] | None]]:
+    """The request to a sample's teacher, in progress; it is cancelled at the end of the block."""
+    scoring = asyncio.create_task(teachers.logprobs(trajectory))
+    try:
+        yield scoring
+    finally:
+        scoring.cancel()
+        await asyncio.wait([scoring])
+        if not scoring.cancelled():
+            scoring.exception()  # the sample may have failed for another reason
+
+
+def _with_teacher(trajectory: Trajectory, logprobs_T: NDArray[np.float32] | None) -> Trajectory:
+    """The trajectory with the log-probs of its teacher; None: it has no teacher at a server."""
+    if logprobs_T is None:
+        return trajectory
+    return replace(trajectory, arrays={**trajectory.arrays, TEACHER_LOGPROBS: logprobs_T})
 
 
 def _check_posted(score: Score | None, turn_rewards: list[float], *, num_turns: int) -> None:

@@ -36,6 +36,7 @@ from rollout_server.sample.prompts import LONG_PROMPT_TOKENS, needs_leader
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sources import SampleSource
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
+from rollout_server.teachers.pool import TeacherPool
 from rollout_server.workers.reward_pool import Reward
 from tests.rollout_server.test_environment_attempts import Ordinals
 from tests.rollout_server.test_episodes import CountingEngine, Digits
@@ -187,6 +188,7 @@ class Served:
         environments: TwoTurns | None = None,
         eval_sets: dict[str, SampleSource] | None = None,
         settings: dict[str, Any] | None = None,
+        teachers: TeacherPool | None = None,
     ) -> None:
         self.results: list[SampleResult] = []
         self.held = HeldLeases(engine_samples=AT_ENGINE, max_episodes=EPISODES)
@@ -206,6 +208,7 @@ class Served:
             gate=GenerationGate(),
             book=SessionBook(),
             buffers=self,  # type: ignore[arg-type]
+            teachers=teachers,
         )
         self.runner.engine = self.engine
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from areal_like.errors import ArealError
-from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.trajectory import TEACHER_LOGPROBS, FinishReason, Trajectory
 from areal_like.wire.routes import Routes
 from trainer.batching.balance import Cost, MicrobatchPlan, SequenceSize, plan
 from trainer.batching.packing import MicroBatch, TrainingSample, sequences_of, too_long_of
@@ -176,11 +176,11 @@ def placed(
 _TOKEN_ARRAYS = {"tokens": "<i4", "loss_mask": "u1", "logprobs": "<f4", "versions": "<i4"}
 _ADDED = {"advantage": "<f8", "lag": "<i8", "beyond": "?"}
 """Values of a `TrainingSample`: an array with an entry for each token, one number for all, or None."""
-_BYTES_PER_TOKEN = 34
-"""Bytes of the arrays above, of an advantage, a lag and a flag for each token, and of the length of a
-segment."""
-_BYTES_PER_SAMPLE = 320
-"""Most bytes of a sample in addition to its tokens, and of the list that it is in."""
+_BYTES_PER_TOKEN = 38
+"""Bytes of the arrays above, of an advantage, a lag, a flag and a teacher's log-prob for each token, and of
+the length of a segment."""
+_BYTES_PER_SAMPLE = 640
+"""Most bytes of a sample in addition to its tokens, among them its label, and of the list that it is in."""
 
 
 def exchange(
@@ -221,6 +221,7 @@ def exchange(
 def _encoded(sample: TrainingSample) -> dict[str, Any]:
     trajectory = sample.trajectory
     values = {name: getattr(sample, name) for name in _ADDED}
+    teacher = trajectory.arrays.get(TEACHER_LOGPROBS)
     return {
         **{name: _bytes(getattr(trajectory, name), dtype) for name, dtype in _TOKEN_ARRAYS.items()},
         **{name: None if value is None else _bytes(value, _ADDED[name]) for name, value in values.items()},
@@ -230,12 +231,14 @@ def _encoded(sample: TrainingSample) -> dict[str, Any]:
         "group": sample.group,
         "num_masked": sample.num_masked,
         "routes": None if trajectory.routes is None else trajectory.routes.to_bytes(),
+        "label": trajectory.label,
+        "teacher": None if teacher is None else _bytes(teacher, "<f4"),
     }
 
 
 def _decoded(fields: dict[str, Any]) -> TrainingSample:
     arrays: dict[str, Any] = {name: _array(fields[name], dtype) for name, dtype in _TOKEN_ARRAYS.items()}
-    num_tokens = len(arrays["tokens"])
+    num_tokens, teacher = len(arrays["tokens"]), fields["teacher"]
     added: dict[str, Any] = {}
     for name, dtype in _ADDED.items():
         if fields[name] is not None:
@@ -250,6 +253,8 @@ def _decoded(fields: dict[str, Any]) -> TrainingSample:
             finish_reason=FinishReason(fields["finish_reason"]),
             segments=tuple(_array(fields["segments"], "<i4").tolist()),
             routes=None if fields["routes"] is None else Routes.from_bytes(fields["routes"]),
+            label=fields["label"],
+            arrays={} if teacher is None else {TEACHER_LOGPROBS: _array(teacher, "<f4")},
         ),
         group=int(fields["group"]),
         num_masked=int(fields["num_masked"]),

@@ -59,6 +59,8 @@ _GAUGES = {
     "zero_advantage_groups": "Groups of the last step without any advantage",
     "reward_baseline": "Running mean of the rewards of earlier steps (advantage=running)",
     "rho_ref": "Measured ESS ratio at which the step size is not reduced (objective.rho_ref=measured)",
+    "reverse_kl": "Mean of log(pi / teacher) over sampled tokens with a teacher (distill.teachers)",
+    "teacher_share": "Share of sampled tokens that have a teacher (distill.teachers)",
     "greedy_reward": "Mean reward of the last step's greedy samples (advantage=remax)",
     "value_loss": "Half the critic's mean squared error in the last step, before its update (advantage=gae)",
     "explained_variance": "Share of the variance of its targets that the critic explains; 0 is a constant",

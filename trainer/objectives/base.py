@@ -66,6 +66,10 @@ class Need(StrEnum):
     """
     REF = "ref"
     """Log-probs under a frozen reference model: one more forward."""
+    TEACHER = "teacher"
+    """Log-probs under the teachers of `distill.teachers`: one more forward, unless the records have them."""
+    REVERSE_KL = "reverse_kl"
+    """KL(pi || tea) over the whole vocabulary, which carries gradient; together with TEACHER."""
     COLLISION = "collision"
     """Sum over the vocabulary of squared probabilities at each token: one more pass over the logits."""
     ENTROPY = "entropy"
@@ -117,6 +121,9 @@ class Objective(Section, ABC, key="objective"):
     """True: a group is never split over micro-batches (for baselines and gradients of a whole group)."""
     one_sequence_per_microbatch: bool = False
     """True: every micro-batch is a single sample (for autograd's gradient of each sample)."""
+    takes_token_advantages: bool = True
+    """False: the tokens of a sample have one advantage, or none, so no term of single tokens may be added to
+    it (`distill.teachers`)."""
     late_coefficients: bool = False
     """True: `gradients` scales the losses after the backward, so no other term may be added to them."""
     shares_prefixes: bool = True

@@ -80,6 +80,7 @@ class Oapl(Objective):
     normalizer = "seq_mean_token_sum"
     skips_zero_advantage = False
     single_version = True
+    takes_token_advantages = False
 
     beta1: PositiveFloat = 1.0
     """Temperature of V*: V* tends to the group's best reward as it falls, to the mean as it rises."""

@@ -47,7 +47,7 @@ from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.packed_model import DTYPES, PackedModel, decoder_layers
-from trainer.models.policy import ENTROPY_NUMBERS_ON_GPU, BaseReference, Policy
+from trainer.models.policy import ENTROPY_NUMBERS_ON_GPU, BaseReference, Distributions, Policy
 from trainer.models.value_model import ValueModel
 from trainer.objectives import Need
 from trainer.optimizer import ShardedAdamW
@@ -55,16 +55,17 @@ from trainer.planning.gpus import Placement
 from trainer.planning.layers import FEW, Traced, extended, has_equal_layers, with_layers
 from trainer.planning.lengths import Lengths, worst_lengths
 from trainer.planning.linear_attention import use_stand_ins
-from trainer.planning.shapes import ModelShape
+from trainer.planning.shapes import ModelShape, find_shape
 from trainer.planning.tensor_memory import ACTIVATIONS, ATTENTION, TensorMemory
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.recipe import StepRecipe
+from trainer.step.teachers import check_rows
 from trainer.weights.push_source import MergedWeights
 
 BYTES = {"float32": 4, "bfloat16": 2}
 """`model.dtype` -> bytes of a number."""
 POLICY = "policy"
-FORWARDS = (POLICY, "reference", "proximal", "critic")
+FORWARDS = (POLICY, "reference", "proximal", "teacher", "critic")
 """Phases whose FLOPs are the time of a step."""
 BASE = "base model (frozen)"
 MASTERS = "weights (float32 masters)"
@@ -74,6 +75,7 @@ MOMENTS = "Adam's moments"
 GRADIENTS = "gradients"
 REFERENCE = "reference model"
 PROXIMAL = "proximal policy (float32)"
+TEACHERS = "teachers (distill.teachers)"
 CRITIC = "critic: weights, moments, gradients"
 SCORES = "attention scores (float32)"
 WORKSPACE = "workspace of attention's backward"
@@ -100,8 +102,8 @@ class StepTrace:
     resident_bytes: dict[str, int]
     """Bytes by purpose, between two steps."""
     linear_flops: dict[str, float]
-    """FLOPs of the micro-batch outside attention, by phase: `policy`, `reference`, `proximal`, `critic`.
-    Includes recomputation."""
+    """FLOPs of the micro-batch outside attention, by phase: `policy`, `reference`, `proximal`, `teacher`,
+    `critic`. Includes recomputation."""
     attention_flops: dict[str, float]
     """FLOPs of attention by phase, for each squared token of a sequence: times the sum of squared lengths."""
 
@@ -285,11 +287,13 @@ class _Trace:
             reference = BaseReference(policy) if is_base else self._build_policy(DTYPES[dtype])
         if recipe.objective.proximal:
             proximal_model = policy if policy.has_adapter else self._build_policy()
+        teachers = self._build_teachers() if Need.TEACHER in recipe.objective.needs else []
         critic = self._build_critic() if isinstance(recipe.estimator, Gae) else None
         found = {POLICY: policy, REFERENCE: reference, PROXIMAL: proximal_model, CRITIC: critic}
         models = {name: model for name, model in found.items() if isinstance(model, PackedModel)}
-        for model in set(models.values()):
-            self._watch_layers(model)
+        for model in {*models.values(), *teachers}:
+            if model not in teachers:  # their layers are not the policy's: they are one stage
+                self._watch_layers(model)
             has_kernels = config.trainer.device != "cpu" and config.trainer.attention != "rectangles"
             if has_kernels and dtype != "float32":
                 use_stand_ins(model)
@@ -308,6 +312,10 @@ class _Trace:
                 reference.with_entropy = False
                 with self._memory.as_(REFERENCE):
                     reference.shard(self._ranks, dtype=dtype, frozen=True)
+            for teacher in teachers:
+                teacher.with_entropy = False
+                with self._memory.as_(TEACHERS):
+                    teacher.shard(self._ranks, dtype=dtype, frozen=True)
             proximal = None
             if proximal_model is not None and recipe.objective.proximal:
                 with self._memory.as_(PROXIMAL):
@@ -325,10 +333,17 @@ class _Trace:
             if reference is not None:
                 with torch.no_grad(), self._memory.as_(ACTIVATIONS, phase="reference"):
                     reference(batch)
+            kept: Distributions | None = None
+            for teacher in teachers[-1:]:
+                with torch.no_grad(), self._memory.as_(ACTIVATIONS, phase="teacher"):
+                    if Need.REVERSE_KL in recipe.objective.needs:
+                        kept = Distributions(teacher.all_logprobs(batch)[:, : self._shape.vocab_size])
+                    else:
+                        teacher(batch)
             if proximal is not None:
                 with torch.no_grad(), self._memory.as_(ACTIVATIONS, phase="proximal"):
                     proximal(batch)
-            self._train_policy(policy, optimizer, batch)
+            self._train_policy(policy, optimizer, batch, kept)
             if critic is not None:
                 self._train_critic(critic, critic_optimizer, batch)
             del pushed
@@ -373,14 +388,18 @@ class _Trace:
         for index, layer in enumerate(decoder_layers(model.model)):
             watch(layer, index)
 
-    def _train_policy(self, policy: Policy, optimizer: ShardedAdamW, batch: PackedBatch) -> None:
+    def _train_policy(
+        self, policy: Policy, optimizer: ShardedAdamW, batch: PackedBatch, teacher: Distributions | None
+    ) -> None:
         needs = self._recipe.objective.needs
         policy.with_collision = Need.COLLISION in needs
         policy.with_entropy_gradient = Need.ENTROPY in needs
         self._add_gradients(policy, GRADIENTS)
         with self._memory.as_(ACTIVATIONS, phase="policy"):
-            out = policy(batch)
+            out = policy(batch, teacher)
             loss = out.logprobs_S.sum()
+            if out.reverse_kl_S is not None:
+                loss = loss + out.reverse_kl_S.sum()
             if policy.with_entropy_gradient:
                 loss = loss + out.entropy_S.sum()
             self._memory.begin("backward")
@@ -423,10 +442,12 @@ class _Trace:
         optimizer.step(divisor=1.0, lr=0.0)
         return optimizer
 
-    def _build_policy(self, dtype: torch.dtype = torch.float32, *, lora: LoraConfig | None = None) -> Policy:
+    def _build_policy(
+        self, dtype: torch.dtype = torch.float32, *, lora: LoraConfig | None = None, directory: str = ""
+    ) -> Policy:
         trainer = self._config.trainer
         policy = Policy.build(
-            self._shape.directory,
+            directory or self._shape.directory,
             temperature=self._config.sampling.temperature,
             chunk_tokens=trainer.logprob_chunk_tokens,
             fp32_head=uses_fp32_head(self._config),
@@ -438,6 +459,20 @@ class _Trace:
         if trainer.device != "cpu":
             policy.entropy_numbers = ENTROPY_NUMBERS_ON_GPU  # fake tensors are a CPU's
         return policy
+
+    def _build_teachers(self) -> list[Policy]:
+        """The models of `distill.teachers`, the largest last: each token is computed by one of them."""
+        places = {path: f"distill.teachers.{label}" for label, path in self._config.distill.models.items()}
+        built = [
+            self._build_policy(
+                DTYPES[str(self._config.model.dtype)], directory=str(find_shape(path, key=key)[0])
+            )
+            for path, key in places.items()
+        ]
+        if self._config.distill.loss == "full":
+            for path, teacher in zip(places, built, strict=True):
+                check_rows(places[path], teacher.model, num_rows=self._shape.vocab_size)
+        return sorted(built, key=lambda model: sum(param.numel() for param in model.parameters()))
 
     def _build_critic(self) -> ValueModel:
         checkpointing = bool(self._config.trainer.gradient_checkpointing)

@@ -8,11 +8,13 @@ from trainer.advantages.critic import Critic
 from trainer.advantages.gae import Gae
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import BaseReference, Policy, build_policy
+from trainer.objectives import Need
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.recipe import StepRecipe, warn_of_ignored_settings, warn_of_products
 from trainer.step.runner import StepRunner
+from trainer.step.teachers import Teachers
 
 
 def build_step_runner(
@@ -39,6 +41,9 @@ def build_step_runner(
         proximal = ProximalPolicy.of(
             config, policy, ranks, rule=rule, path=initial, with_weights=with_weights
         )
+    teachers = None
+    if Need.TEACHER in recipe.objective.needs and initial:
+        teachers = Teachers.of(config, ranks, student=initial)
     num_params = sum(param.numel() for param in policy.model.parameters())
     objective = recipe.objective.for_model(num_params)
     normalizer = Normalizer(name=trainer.normalizer, max_tokens=config.sampling.max_new_tokens)
@@ -57,6 +62,7 @@ def build_step_runner(
         kl=recipe.kl,
         critic=critic,
         proximal=proximal,
+        teachers=teachers,
         turn_discount=recipe.turn_discount,
         peak_tflops=trainer.peak_tflops,
         balances=_balances(config, ranks),

@@ -54,6 +54,7 @@ class StepRecipe:
                 config.resolved_objective,
                 max_tokens=max_tokens,
                 kl=kl,
+                distill=config.distill,
                 entropy_coef=config.trainer.entropy_coef,
                 takes_parts=closes,
                 caps_beyond=closes and config.staleness.beyond == "cap",

@@ -55,7 +55,7 @@ from trainer.metrics.model_flops import ModelFlops, cost_of
 from trainer.metrics.speed import PhaseTimer, StepSpeed
 from trainer.metrics.step_totals import OF_BEYOND, StepTotals
 from trainer.models.packed_model import PackedModel
-from trainer.models.policy import BaseReference, Policy
+from trainer.models.policy import BaseReference, Distributions, Policy
 from trainer.objectives import Need, Objective, StepStats
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
@@ -65,6 +65,7 @@ from trainer.step.long_samples import LongSample, PartLosses
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.rewards import RewardTerms, TrajectoryGroup
 from trainer.step.step_advantages import StepAdvantages
+from trainer.step.teachers import Teachers
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class StepRunner:
         kl: KlConfig | None = None,
         critic: Critic | None = None,
         proximal: ProximalPolicy | None = None,
+        teachers: Teachers | None = None,
         turn_discount: float = 1.0,
         peak_tflops: float = 0.0,
         balances: bool = False,
@@ -97,15 +99,21 @@ class StepRunner:
         `budget_tokens`: most tokens of a micro-batch. `reference`: frozen model, for objectives that need
         one. `shapings`: reward shapings, in order. `kl`: penalty on rewards; None: none (one in the loss is
         part of the objective). `critic`: for an advantage that needs one. `proximal`: for an objective with a
-        rule for it. `turn_discount`: between the turns of a sample. `peak_tflops`: peak of one rank's device,
-        for MFU; 0: looked up by its name. `balances`: divide the sequences over the ranks by cost once a step
-        is complete; no effect with an objective that runs one sequence at a time. `beyond`:
-        `staleness.beyond`, with `buffer.overdue=close`; empty: another `buffer.overdue`. Raises ConfigError
-        if the objective's reference or the advantage's critic is missing.
+        rule for it. `teachers`: for an objective that needs their log-probs. `turn_discount`: between the
+        turns of a sample. `peak_tflops`: peak of one rank's device, for MFU; 0: looked up by its name.
+        `balances`: divide the sequences over the ranks by cost once a step is complete; no effect with an
+        objective that runs one sequence at a time. `beyond`: `staleness.beyond`, with `buffer.overdue=close`;
+        empty: another `buffer.overdue`. Raises ConfigError if the objective's reference or teachers, or the
+        advantage's critic, are missing.
         """
         if Need.REF in objective.needs and reference is None:
             raise ConfigError(
                 f"objective {objective.display_name} needs a reference model, and none is configured"
+            )
+        if Need.TEACHER in objective.needs and teachers is None:
+            raise ConfigError(
+                f"objective {objective.display_name} needs the log-probs of a teacher, and none is "
+                "configured (distill.teachers)"
             )
         if objective.proximal is not None and proximal is None:
             raise ConfigError(
@@ -125,6 +133,7 @@ class StepRunner:
         self._ranks = ranks
         self._objective = objective
         self._reference = reference
+        self._teachers = teachers
         self._beyond = beyond
         self._normalizer = replace(normalizer, name=objective.normalizer or normalizer.name)
         self._gradients = objective.gradients(policy, ranks)
@@ -145,10 +154,13 @@ class StepRunner:
             others.append(reference.policy if isinstance(reference, BaseReference) else reference)
         if proximal is not None:
             others.append(proximal.model)
+        judges: list[PackedModel] = []
+        if teachers is not None and Need.TEACHER in objective.needs:
+            judges += teachers.models.values()
         self._shares_prefixes = (
             objective.shares_prefixes
             and not objective.late_coefficients
-            and all(model.shares_prefixes for model in (policy, *others))
+            and all(model.shares_prefixes for model in (policy, *others, *judges))
         )
         self._routes_shape = None if policy.replay is None else policy.replay.shape
         limits: dict[str, Any] = {
@@ -165,7 +177,7 @@ class StepRunner:
             self._packer = Balancer(ranks, cost=cost, route_bytes=route_bytes, **limits)
         else:
             self._packer = Packer(one_sequence_per_microbatch=is_single, **limits)
-        self._speed = StepSpeed(policy, ranks, others=others, peak_tflops=peak_tflops)
+        self._speed = StepSpeed(policy, ranks, others=others, one_of=judges, peak_tflops=peak_tflops)
 
     def run(
         self,
@@ -401,7 +413,8 @@ class StepRunner:
         Collective under FSDP2.
         """
         needs = self._objective.needs
-        prox_logp_S = ref_logp_S = None
+        prox_logp_S = ref_logp_S = teacher_logp_S = None
+        teacher: Distributions | None = None
         # Before the policy's forward: with an adapter these are forwards of the same model.
         with torch.no_grad():
             if Need.PROX in needs and self.proximal is not None:
@@ -409,7 +422,13 @@ class StepRunner:
             if Need.REF in needs:
                 assert self._reference is not None
                 ref_logp_S = self._reference(batch).logprobs_S
-        output = self.policy(batch)
+            if Need.TEACHER in needs:
+                assert self._teachers is not None
+                if Need.REVERSE_KL in needs:
+                    teacher_logp_S, teacher = self._teachers.distributions(batch)
+                else:
+                    teacher_logp_S = self._teachers(batch)
+        output = self.policy(batch, teacher)
         if Need.PROX in needs and self.proximal is None:
             # One optimizer step per batch: the weights at the start of the step are the current ones.
             prox_logp_S = output.logprobs_S.detach()
@@ -420,7 +439,13 @@ class StepRunner:
         if self._is_first_forward:
             self._is_first_forward = False
             self.on_first_forward(batch, output.logprobs_S)
-        tokens = SampledTokens.of(batch, *output, prox_logp_S=prox_logp_S, ref_logp_S=ref_logp_S)
+        tokens = SampledTokens.of(
+            batch,
+            *output,
+            prox_logp_S=prox_logp_S,
+            ref_logp_S=ref_logp_S,
+            teacher_logp_S=teacher_logp_S,
+        )
         if tokens.beyond_S is not None and torch.is_grad_enabled():  # not in a pass for statistics
             totals.observe_beyond(tokens)
         return tokens

@@ -265,6 +265,7 @@ DETACHED = {
     "vespo": weighted,
     "vcpo": weighted,
     "lad": weighted,
+    "distill": weighted,
     "maspo": gated,
 }
 """Losses with detached weights; all others are tested by finite differences."""

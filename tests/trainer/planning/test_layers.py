@@ -51,7 +51,7 @@ LONG = (
     ("ranks", "settings"),
     [
         (4, (*LONG, "trainer.gradient_checkpointing=true", "kl.coef=0.1")),
-        (2, (*SHORT, "model.lora.rank=4", "kl.coef=0.1")),
+        (2, (*SHORT, "model.lora.rank=4", "kl.coef=0.1", "distill.teachers.default=tiny", "objective=tis")),
         pytest.param(
             1,
             (
