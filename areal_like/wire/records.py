@@ -59,6 +59,7 @@ from areal_like.trajectory import (
     LEAST_LOGPROB,
     MAX_SAMPLE_S,
     NOT_SAMPLED,
+    STEP_REWARDS,
     TOKEN_REWARDS,
     FinishReason,
     Trajectory,
@@ -502,7 +503,7 @@ class Record:
             and all(
                 np.abs(array).max() <= LARGEST_REWARD
                 for name, array in self._arrays()
-                if name == TOKEN_REWARDS
+                if name in (TOKEN_REWARDS, STEP_REWARDS)
             )
         )
 

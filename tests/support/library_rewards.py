@@ -73,6 +73,16 @@ def positional(text: str, gold: str) -> float:
 not_a_function = 3
 
 
+def of_words(completion: Completion, reward: float = 1.0) -> Score:
+    """A reward for each word of the completion."""
+    return Score(steps=[(word, reward) for word in completion.split()])
+
+
+def last_character(completion: Completion) -> Score:
+    """A reward for the whole completion, as its only step."""
+    return Score(steps=[(len(completion), 1.0)])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rewarded(Task):
     """A task whose reward is a setting, as that of `task.name=data`."""

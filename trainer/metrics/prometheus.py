@@ -58,6 +58,8 @@ _GAUGES = {
     "shared_share": "Share of the last step's tokens that were not computed: prefixes shared with others",
     "zero_advantage_groups": "Groups of the last step without any advantage",
     "reward_baseline": "Running mean of the rewards of earlier steps (advantage=running)",
+    "steps_per_sample": "Mean number of rewarded steps of a sample (advantage=grpo_process)",
+    "step_reward_mean": "Mean reward of those steps",
     "rho_ref": "Measured ESS ratio at which the step size is not reduced (objective.rho_ref=measured)",
     "greedy_reward": "Mean reward of the last step's greedy samples (advantage=remax)",
     "value_loss": "Half the critic's mean squared error in the last step, before its update (advantage=gae)",

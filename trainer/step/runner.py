@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -291,6 +292,7 @@ class StepRunner:
         for each in scored:
             shaped = () if self.rewards.is_identity else each.shaped
             totals.recorded(each.position.trajectories, shaped=shaped)
+            self.advantages.record(each, totals)
             if self._beyond:
                 totals.parts.note(each.position, each.samples)
             samples = [trained_segments(sample) for sample in each.samples]
@@ -546,8 +548,11 @@ class StepRunner:
         state = {"shaping_duals": self.rewards.duals, "advantage_state": list(self.advantages.state)}
         if self._objective_state:
             state["objective_state"] = list(self._objective_state)
-        history = self.advantages.history.dump()
-        return state | ({"reward_history": history} if history else {})
+        if history := self.advantages.history.dump():
+            state["reward_history"] = history
+        if any(of_steps := [history.dump() for history in self.advantages.step_histories]):
+            state["step_histories"] = of_steps
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restores the result of `state`; a checkpoint of an earlier version has only `shaping_duals`, and
@@ -556,5 +561,7 @@ class StepRunner:
         self.rewards.restore(state["shaping_duals"])
         self.advantages.restore(state.get("advantage_state", []))
         self.advantages.history.restore(state.get("reward_history", []), num_duals=len(self.rewards.duals))
+        for history, rows in zip_longest(self.advantages.step_histories, state.get("step_histories", [])):
+            history.restore(rows or [], num_duals=0)
         if len(kept := state.get("objective_state", [])) == len(self._objective_state):
             self._objective_state = tuple(kept)  # else another objective's: this one begins to measure
