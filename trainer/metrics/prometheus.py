@@ -57,6 +57,8 @@ _GAUGES = {
     "balance": "Share of the ranks' time in the last step's micro-batches that is work, by the planned costs",
     "shared_share": "Share of the last step's tokens that were not computed: prefixes shared with others",
     "zero_advantage_groups": "Groups of the last step without any advantage",
+    "kl_ref": "Mean KL of policy to reference model over the last step's sampled tokens (kl.coef)",
+    "kl_coef": "Weight of the KL penalty in the last step (kl.coef, kl.budget)",
     "reward_baseline": "Running mean of the rewards of earlier steps (advantage=running)",
     "steps_per_sample": "Mean number of rewarded steps of a sample (advantage=grpo_process)",
     "step_reward_mean": "Mean reward of those steps",

@@ -42,6 +42,7 @@ from trainer.objectives.base import (
     TokenLosses,
 )
 from trainer.objectives.importance import MAX_EXPONENT
+from trainer.objectives.kl_control import KlControl
 from trainer.objectives.masks import MASKS, Mask
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class Composed(Objective):
     masks: tuple[Mask, ...] = ()
     kl: KlConfig | None = None
     """KL penalty in the loss; None: none."""
+    kl_control: KlControl | None = None
+    """Its coefficient, if there is one."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0: none."""
     caps_beyond: bool = False
@@ -124,7 +127,8 @@ class Composed(Objective):
         if self.kl is not None:
             assert batch.ref_logp_S is not None
             kl_S = kl_estimate(batch.logp_S - batch.ref_logp_S, estimator=self.kl.estimator)
-            loss_S = loss_S + self.kl.coef * kl_S
+            coef = self.kl.coef if self.kl_control is None else self.kl_control.coef
+            loss_S = loss_S + coef * kl_S
             means["kl_ref"] = kl_S
         if self.entropy_coef:
             loss_S = loss_S - self.entropy_coef * batch.entropy_S
@@ -218,7 +222,14 @@ def build_objective(
         )
     if not masks and in_loss is None and not entropy_coef and not caps_beyond:
         return inner
-    return Composed(inner=inner, masks=masks, kl=in_loss, entropy_coef=entropy_coef, caps_beyond=caps_beyond)
+    return Composed(
+        inner=inner,
+        masks=masks,
+        kl=in_loss,
+        kl_control=None if in_loss is None else KlControl(in_loss),
+        entropy_coef=entropy_coef,
+        caps_beyond=caps_beyond,
+    )
 
 
 def _capped(loss_S: Tensor, batch: SampledTokens) -> Tensor:

@@ -19,6 +19,7 @@ Shape suffix: S sampled tokens of a micro-batch.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -138,6 +139,7 @@ class StepRunner:
             closes=bool(beyond),
             masks_beyond=beyond in ("", "mask"),
         )
+        self._kl_control = self.rewards.kl_control or objective.kl_control
         self._step_advantages: StepAdvantages | None = None
         if self.advantages.scope is Scope.BATCH:
             self._step_advantages = StepAdvantages(self.advantages, ranks, critic=critic)
@@ -475,8 +477,22 @@ class StepRunner:
                 self.proximal.follow(step)
         metrics = {} if self.critic is None else self.critic.learn(value_targets, step=step)
         metrics |= self.advantages.learn(totals, step=step) | self._objective.step_metrics(stats)
+        metrics |= self._adapt_kl(totals)
         loss = totals.total("loss") / divisor
         return metrics | {"loss": loss, "grad_norm": grad_norm, "lr": lr, "lr_scale": lr_scale}
+
+    def _adapt_kl(self, totals: StepTotals) -> dict[str, float]:
+        """Adapts the coefficient of a KL penalty; returns the step's coefficient and KL, if there is one."""
+        control = self._kl_control
+        if control is None:
+            return {}
+        is_in_reward = control is self.rewards.kl_control
+        kl = self.rewards.mean_kl if is_in_reward else totals.mean("kl_ref")
+        if not is_in_reward and not totals.count("kl_ref"):
+            kl = math.nan
+        metrics = {"kl_coef": control.coef} | ({"kl_ref": kl} if math.isfinite(kl) else {})
+        control.update(kl)
+        return metrics
 
     def _metrics(self, update: dict[str, float], totals: StepTotals, timer: PhaseTimer) -> dict[str, Any]:
         """The metrics of the step that just ended. Collective.
@@ -548,6 +564,8 @@ class StepRunner:
         state = {"shaping_duals": self.rewards.duals, "advantage_state": list(self.advantages.state)}
         if self._objective_state:
             state["objective_state"] = list(self._objective_state)
+        if self._kl_control is not None and self._kl_control.is_adaptive:
+            state["kl_coef"] = self._kl_control.coef
         if history := self.advantages.history.dump():
             state["reward_history"] = history
         if any(of_steps := [history.dump() for history in self.advantages.step_histories]):
@@ -563,5 +581,7 @@ class StepRunner:
         self.advantages.history.restore(state.get("reward_history", []), num_duals=len(self.rewards.duals))
         for history, rows in zip_longest(self.advantages.step_histories, state.get("step_histories", [])):
             history.restore(rows or [], num_duals=0)
+        if self._kl_control is not None and self._kl_control.is_adaptive:
+            self._kl_control.coef = state.get("kl_coef", self._kl_control.settings.coef)
         if len(kept := state.get("objective_state", [])) == len(self._objective_state):
             self._objective_state = tuple(kept)  # else another objective's: this one begins to measure
