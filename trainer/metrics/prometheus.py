@@ -67,6 +67,11 @@ _GAUGES = {
     "value_loss": "Half the critic's mean squared error in the last step, before its update (advantage=gae)",
     "explained_variance": "Share of the variance of its targets that the critic explains; 0 is a constant",
     "critic_grad_norm": "Gradient norm of the critic before clipping",
+    "prm_loss": "Cross-entropy of the reward model in the last step, before its update (advantage=prime)",
+    "prm_accuracy": "Share of the last step's samples whose outcome the reward model predicts",
+    "prm_reward_mean": "Mean over samples of the sum of their tokens' rewards (advantage=prime)",
+    "prm_outcomes_clipped": "Share of samples whose reward was outside 0..1, the range of outcomes",
+    "prm_grad_norm": "Gradient norm of the reward model before clipping",
     "lora_lost_updates": "Share of the merged weights' numbers that changed in float32 from one push to the "
     "next and not in the dtype of the push (model.lora)",
     "lag_mean": "Mean lag of the last step's samples in optimizer steps",

@@ -97,7 +97,9 @@ class GroupAdvantages:
         """
         if shaping := self.rewards.shaping_of_whole_groups:
             return f"advantage.shaping {shaping}"
-        if isinstance(self.estimator, Advantage) and self.estimator.compares_samples:
+        if not isinstance(self.estimator, Advantage):
+            return "" if self.estimator.takes_parts else f"advantage {type(self.estimator).__name__}"
+        if self.estimator.compares_samples:
             if self.estimator.scope is Scope.BATCH:
                 return f"advantage {type(self.estimator).__name__}"
             if self.rewards.scope is Scope.BATCH:

@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from areal_like.errors import ConfigError
 from areal_like.wire.messages.consumer import Group
 from trainer.advantages.base import Estimator
 from trainer.advantages.critic import Critic, ValueTarget
+from trainer.advantages.implicit_rewards import ImplicitRewards, OutcomeTarget
 from trainer.advantages.reward_shaping import Shaping
 from trainer.batching.balancer import Balancer
 from trainer.batching.packing import (
@@ -66,7 +67,7 @@ from trainer.step.group_advantages import GroupAdvantages, ScoredPosition
 from trainer.step.long_samples import LongSample, PartLosses
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.rewards import RewardTerms, TrajectoryGroup
-from trainer.step.step_advantages import StepAdvantages
+from trainer.step.step_advantages import StepAdvantages, Targets
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class StepRunner:
         shapings: Sequence[Shaping] = (),
         kl: KlConfig | None = None,
         critic: Critic | None = None,
+        prm: ImplicitRewards | None = None,
         proximal: ProximalPolicy | None = None,
         turn_discount: float = 1.0,
         peak_tflops: float = 0.0,
@@ -98,10 +100,10 @@ class StepRunner:
 
         `budget_tokens`: most tokens of a micro-batch. `reference`: frozen model, for objectives that need
         one. `shapings`: reward shapings, in order. `kl`: penalty on rewards; None: none (one in the loss is
-        part of the objective). `critic`: for an advantage that needs one. `proximal`: for an objective with a
-        rule for it. `turn_discount`: between the turns of a sample. `peak_tflops`: peak of one rank's device,
-        for MFU; 0: looked up by its name. `balances`: divide the sequences over the ranks by cost once a step
-        is complete; no effect with an objective that runs one sequence at a time. `beyond`:
+        part of the objective). `critic`, `prm`: for an advantage that needs one. `proximal`: for an objective
+        with a rule for it. `turn_discount`: between the turns of a sample. `peak_tflops`: peak of one rank's
+        device, for MFU; 0: looked up by its name. `balances`: divide the sequences over the ranks by cost
+        once a step is complete; no effect with an objective that runs one sequence at a time. `beyond`:
         `staleness.beyond`, with `buffer.overdue=close`; empty: another `buffer.overdue`. Raises ConfigError
         if the objective's reference or the advantage's critic is missing.
         """
@@ -118,6 +120,7 @@ class StepRunner:
         self.policy = policy
         self.optimizer = optimizer
         self.critic = critic
+        self.prm = prm
         self.proximal = proximal
         self.on_first_forward: Callable[[PackedBatch, Tensor], None] = lambda batch, logp_S: None
         """Called in each step with this rank's first micro-batch and its log-probs [S] under the weights at
@@ -142,7 +145,7 @@ class StepRunner:
         self._kl_control = self.rewards.kl_control or objective.kl_control
         self._step_advantages: StepAdvantages | None = None
         if self.advantages.scope is Scope.BATCH:
-            self._step_advantages = StepAdvantages(self.advantages, ranks, critic=critic)
+            self._step_advantages = StepAdvantages(self.advantages, ranks, critic=critic, prm=prm)
         others: list[PackedModel] = []
         if reference is not None and Need.REF in objective.needs:
             others.append(reference.policy if isinstance(reference, BaseReference) else reference)
@@ -197,7 +200,7 @@ class StepRunner:
         with self._ranks.abandonable(is_abandoned):
             positions = self._positions(timer.timed("wait_s", groups), totals, step=step)
             # One position at a time as they arrive, unless rewards or advantages depend on the whole step.
-            scored, value_targets = self._scored(positions, timer, step=step)
+            scored, targets = self._scored(positions, timer, step=step)
             microbatches: Iterable[MicroBatch] = self._packer.microbatches(self._trained(scored, totals))
             del scored  # its samples are freed once they are in micro-batches
             with self._gradients as gradients:
@@ -222,7 +225,7 @@ class StepRunner:
                 f"step {step} ended with {totals.total('num_groups'):.0f} of {num_groups} groups"
             )
         with timer.span("update_s"):
-            update = self._update(stats, value_targets, totals, step=step)
+            update = self._update(stats, targets, totals, step=step)
         return self._metrics(update, totals, timer)
 
     def _positions(
@@ -279,8 +282,8 @@ class StepRunner:
 
     def _scored(
         self, positions: Iterable[Position], timer: PhaseTimer, *, step: int
-    ) -> tuple[Iterable[ScoredPosition], list[ValueTarget]]:
-        """(the positions with advantages, the critic's targets, if it has one)."""
+    ) -> tuple[Iterable[ScoredPosition], Targets]:
+        """(the positions with advantages, the targets of critic or reward model, if there is one)."""
         if self._step_advantages is None:
             return (self.advantages.of_position(position, step=step) for position in positions), []
         collected = list(positions)
@@ -458,10 +461,10 @@ class StepRunner:
         return self._objective.summarize(gathered) if gathered else {}
 
     def _update(
-        self, stats: StepStats, value_targets: Sequence[ValueTarget], totals: StepTotals, *, step: int
+        self, stats: StepStats, targets: Targets, totals: StepTotals, *, step: int
     ) -> dict[str, float]:
-        """Divide by global counts -> clip -> AdamW; then critic, proximal policy, and the state of rewards
-        and advantages. Collective. Returns metrics of the update."""
+        """Divide by global counts -> clip -> AdamW; then critic or reward model, proximal policy, and the
+        state of rewards and advantages. Collective. Returns metrics of the update."""
         divisor = self._normalizer.divisor(
             num_tokens=totals.total("counted_tokens"), num_seqs=totals.total("counted_seqs")
         )
@@ -475,7 +478,11 @@ class StepRunner:
             grad_norm = self.optimizer.step(divisor=divisor, lr=lr)
             if self.proximal is not None:
                 self.proximal.follow(step)
-        metrics = {} if self.critic is None else self.critic.learn(value_targets, step=step)
+        metrics: dict[str, float] = {}
+        if self.critic is not None:
+            metrics = self.critic.learn(cast(list[ValueTarget], targets), step=step)
+        elif self.prm is not None:
+            metrics = self.prm.learn(cast(list[OutcomeTarget], targets), step=step)
         metrics |= self.advantages.learn(totals, step=step) | self._objective.step_metrics(stats)
         metrics |= self._adapt_kl(totals)
         loss = totals.total("loss") / divisor
@@ -556,6 +563,7 @@ class StepRunner:
             "policy": self.policy,
             "optimizer": self.optimizer,
             "critic": self.critic,
+            "prm": self.prm,
             "proximal": self.proximal,
         }
 
