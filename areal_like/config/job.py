@@ -407,6 +407,8 @@ class Config(Section):
                 "of so many groups need does not fit into a message",
                 f"set sampling.group_size to at most {_MAX_CLOSED_GROUP}",
             )
+        if advantage == "prime":
+            return "advantage.name=prime needs the token rewards of whole groups", "choose another advantage"
         if name in _WHOLE_GROUP_OBJECTIVES:
             return f"objective.name={name} needs whole groups", "choose another objective"
         is_own_baseline = name == "vcpo" and objective.get("baseline", "group") != "none"

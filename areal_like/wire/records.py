@@ -59,6 +59,7 @@ from areal_like.trajectory import (
     LEAST_LOGPROB,
     MAX_SAMPLE_S,
     NOT_SAMPLED,
+    STEP_REWARDS,
     TEACHER_LOGPROBS,
     TOKEN_REWARDS,
     FinishReason,
@@ -330,7 +331,7 @@ def _runs(versions: NDArray[np.int32]) -> list[list[int]]:
     return [[int(versions[start]), end - start] for start, end in zip(starts, ends, strict=True)]
 
 
-_LARGEST = {TOKEN_REWARDS: LARGEST_REWARD, TEACHER_LOGPROBS: -LEAST_LOGPROB}
+_LARGEST = {TOKEN_REWARDS: LARGEST_REWARD, STEP_REWARDS: LARGEST_REWARD, TEACHER_LOGPROBS: -LEAST_LOGPROB}
 """Array with a meaning of its own -> largest size of its numbers."""
 _HEADER = struct.Struct("<4sIIIQII")
 _MAGIC = b"ATR1"

@@ -45,6 +45,7 @@ from rollout_server.conversation.turns import SampleRewards, Turns, add_up, both
 from rollout_server.environments.base import Message, Reply, Step
 from rollout_server.leases.held_leases import Place
 from rollout_server.rendering.prompt_renderer import PromptRenderer
+from rollout_server.rewards.step_tokens import tokens_of_ends
 from rollout_server.sample.prompts import LoadedPrompt, PromptLeader
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.open_session import OpenSession, SessionOutcome
@@ -153,9 +154,11 @@ class Attempt(ABC):
                 split=request.split, index=request.index, completion=completion
             )
         try:
+            score = both(played.score, scored.score if scored is not None else None)
             outcome = add_up(
-                both(played.score, scored.score if scored is not None else None),
+                score,
                 num_turns=len(turn_lengths),
+                step_ends=self._step_ends(score, played.text),
                 step_rewards=played.step_rewards,
                 step_metrics=played.metrics,
             )
@@ -181,6 +184,22 @@ class Attempt(ABC):
         except ValueError as error:
             raise EngineError(f"the engine's completion cannot be used: {error}") from None
 
+    @abstractmethod
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Returns the text of sampled tokens without special tokens."""
+
+    def _step_ends(self, score: Score | None, text: str) -> list[int]:
+        """Returns the number of sampled tokens of the last turn up to the end of each step of the score.
+        `text`: of that turn, as the reward saw it. Raises RewardError."""
+        if score is None or not score.steps:
+            return []
+        return tokens_of_ends(
+            self.turns.turns[-1].sampled.tolist(),
+            [int(end) for end, _ in score.steps],
+            text=text,
+            decode=self.decode,
+        )
+
     def _too_much(self, problem: str) -> RewardError | EpisodeError:
         """Returns the error of a sample whose rewards do not add up."""
         return RewardError(problem)
@@ -202,6 +221,9 @@ class SingleTurn(Attempt):
     leader: PromptLeader
     """Told when the prompt is computed."""
     renderer: PromptRenderer
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.renderer.decode(np.array(token_ids, np.int32))
 
     async def play(self) -> Played:
         generation, _ = await self.turns.sample(self.prompt.tokens_P)
@@ -234,6 +256,9 @@ class EnvironmentAttempt(Attempt):
     _step_rewards: list[float] = field(default_factory=list, init=False)
     _metrics: dict[str, float] = field(default_factory=dict, init=False)
     """Sums of the environment's metrics over the steps."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.turns.renderer.decode(token_ids, skip_special_tokens=True)
 
     async def play(self) -> Played:
         request = self.request
@@ -314,6 +339,9 @@ class SessionAttempt(Attempt):
     run_agent: RunAgent | None
     """None for external agents."""
     _outcome: SessionOutcome = field(default=SessionOutcome.FAILED, init=False)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.turns.renderer.decode(token_ids, skip_special_tokens=True)
 
     async def make(self) -> Trajectory:
         try:

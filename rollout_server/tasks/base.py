@@ -137,7 +137,8 @@ class Completion(str):
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A reward with its details. The sample's reward is `value` plus the sums of `turns` and `tokens`."""
+    """A reward with its details. The sample's reward is `value` plus the sums of `turns`, `tokens` and
+    `steps`."""
 
     value: float = 0.0
     """Reward of the whole sample, credited to its last sampled token."""
@@ -149,6 +150,12 @@ class Score:
     """Reward of each turn of the policy; empty: no turn has one."""
     tokens: Sequence[float] = ()
     """Reward of each sampled token, over all turns in order; empty: no token has one."""
+    steps: Sequence[tuple[int | str, float]] = ()
+    """(end, reward) of each step of the completion, in order; empty: no step has one.
+
+    `end`: number of characters of the completion up to the end of the step, or the step's text, before which
+    only whitespace may come. The reward is credited to the token in which the step's last character ends. Not
+    together with `tokens`."""
 
 
 Rewarded = float | Mapping[str, float] | Score

@@ -194,6 +194,10 @@ def _agent_score(returned: Any) -> Score:
     turns: Sequence[Any] = getattr(returned, "turns", ())
     tokens: Sequence[Any] = getattr(returned, "tokens", ())
     try:
+        if len(getattr(returned, "steps", ())):
+            raise RewardError(
+                "agent() returned Score.steps: only a task's reward() can reward steps of a text"
+            )
         of_any_length = Completion("", turn_lengths=turns, token_ids=tokens)
         return as_score(returned, of_any_length, call="agent")
     except (RewardError, TypeError) as error:

@@ -27,8 +27,9 @@ from areal_like.trajectory import Trajectory
 from tests.support.full_state import gather_full_state
 from tests.support.trainer_helpers import flattened, joined, random_groups, without_measured
 from tests.support.waiting import HANG_LIMIT_S
-from trainer.advantages import ADVANTAGES, Advantage, Gae
+from trainer.advantages import ADVANTAGES, Advantage, Gae, Prime
 from trainer.advantages.critic import Critic
+from trainer.advantages.implicit_rewards import ImplicitRewards
 from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import IncompleteStepError, Ranks
@@ -116,7 +117,7 @@ def make_runner(
         proximal = ProximalPolicy(own, policy, rule=objective.proximal)
         proximal.restart()
     reference: Policy | BaseReference | None = None
-    if kl or Need.REF in objective.needs:
+    if kl or Need.REF in objective.needs or isinstance(estimator, Prime):
         is_own = policy.has_adapter
         reference = BaseReference(policy) if is_own else Policy.load(path, ranks, master_dtype=dtype)
     teachers = None
@@ -129,6 +130,14 @@ def make_runner(
         if "distill" not in sections:
             for param in models[path].parameters():
                 local(param.detach()).mul_(1.5)
+    prm = None
+    if isinstance(estimator, Prime):
+        assert reference is not None
+        prm_policy = Policy.load(path, ranks, chunk_tokens=16, **built)
+        adam = ShardedAdamW(prm_policy, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm)
+        prm = ImplicitRewards(
+            prm_policy, adam, reference, ranks, settings=estimator, budget_tokens=budget_tokens
+        )
     return StepRunner(
         policy,
         ShardedAdamW(policy, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm),
@@ -141,6 +150,7 @@ def make_runner(
         shapings=shapings,
         kl=kl if kl and kl.place == "reward" else None,
         critic=critic,
+        prm=prm,
         proximal=proximal,
         teachers=teachers,
         peak_tflops=peak_tflops,
@@ -149,9 +159,9 @@ def make_runner(
     )
 
 
-def last_gradient(runner: StepRunner | Critic) -> dict[str, Tensor]:
+def last_gradient(runner: StepRunner | Critic | ImplicitRewards) -> dict[str, Tensor]:
     """The gradient of the last step: with beta1 = 0, Adam's first moment. Unsharded, on rank 0."""
-    model = runner.model if isinstance(runner, Critic) else runner.policy
+    model = runner.policy if isinstance(runner, StepRunner) else runner.model
     shards = shards_of(model, runner.optimizer.shards)
     moments = [runner.optimizer.moments(MODEL_PREFIX + shard.name)["exp_avg"] for shard in shards]
     return dict(gather([replace(s, rows=rows) for s, rows in zip(shards, moments, strict=True)]))

@@ -130,6 +130,10 @@ class PartContext:
     """Number of sampled tokens."""
     running: RewardStatistics
     """As of the step at which the group began."""
+    steps: RewardStatistics = RewardStatistics()
+    """Likewise, of the rewards of steps, for an estimator that compares those."""
+    step_sums: RewardStatistics = RewardStatistics()
+    """Likewise, of the sum of a sample's rewards of steps."""
 
     def baseline(self, weights_E: FloatArray | None = None) -> float:
         """b by the formula in the module's docstring; 0 if there is neither a member nor a running mean.
@@ -162,11 +166,20 @@ def stand_in(member: EarlyMember) -> Trajectory:
     )
 
 
-def context_of(early: Sequence[EarlyMember], *, without: int, running: RewardStatistics) -> PartContext:
+def context_of(
+    early: Sequence[EarlyMember],
+    *,
+    without: int,
+    running: RewardStatistics,
+    steps: RewardStatistics = RewardStatistics(),
+    step_sums: RewardStatistics = RewardStatistics(),
+) -> PartContext:
     """The context of the sample with index `without`."""
     others = [member for member in early if member.sample_index != without]
     return PartContext(
         rewards_E=np.array([member.reward for member in others], dtype=np.float64),
         lengths_E=np.array([member.num_sampled for member in others], dtype=np.float64),
         running=running,
+        steps=steps,
+        step_sums=step_sums,
     )

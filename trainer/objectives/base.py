@@ -46,6 +46,7 @@ from trainer.advantages.base import Advantage
 from trainer.batching.sampled_tokens import SampledTokens
 from trainer.batching.scope import Scope
 from trainer.gradients.base import Gradients
+from trainer.objectives.kl_control import KlControl
 
 if TYPE_CHECKING:
     from trainer.distributed.ranks import Ranks
@@ -142,6 +143,8 @@ class Objective(Section, ABC, key="objective"):
     """Set if the method prescribes its own advantage, which replaces the configured one."""
     normalizer: str | None = None
     """Set if the method prescribes its own normalizer, which replaces the configured one."""
+    kl_control: KlControl | None = None
+    """Set if the loss has a KL penalty."""
 
     @property
     def weighs_products(self) -> bool:

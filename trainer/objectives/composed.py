@@ -46,6 +46,7 @@ from trainer.objectives.base import (
 )
 from trainer.objectives.distill import full_kl_S, teacher_means, with_teacher
 from trainer.objectives.importance import MAX_EXPONENT
+from trainer.objectives.kl_control import KlControl
 from trainer.objectives.masks import MASKS, Mask
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class Composed(Objective):
     masks: tuple[Mask, ...] = ()
     kl: KlConfig | None = None
     """KL penalty in the loss; None: none."""
+    kl_control: KlControl | None = None
+    """Its coefficient, if there is one."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0: none."""
     caps_beyond: bool = False
@@ -144,7 +147,8 @@ class Composed(Objective):
         if self.kl is not None:
             assert batch.ref_logp_S is not None
             kl_S = kl_estimate(batch.logp_S - batch.ref_logp_S, estimator=self.kl.estimator)
-            loss_S = loss_S + self.kl.coef * kl_S
+            coef = self.kl.coef if self.kl_control is None else self.kl_control.coef
+            loss_S = loss_S + coef * kl_S
             means["kl_ref"] = kl_S
         if self.teacher_is_full:
             loss_S = loss_S + self.teacher_coef * full_kl_S(batch)
@@ -262,6 +266,7 @@ def build_objective(
         inner=inner,
         masks=masks,
         kl=in_loss,
+        kl_control=None if in_loss is None else KlControl(in_loss),
         entropy_coef=entropy_coef,
         caps_beyond=caps_beyond,
         teacher_coef=coef,

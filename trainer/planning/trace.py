@@ -42,12 +42,13 @@ from areal_like.errors import ConfigError
 from areal_like.expert_layers import ExpertLayers
 from areal_like.weights.hf_layout import is_adapter
 from trainer.advantages.gae import Gae
+from trainer.advantages.prime import Prime
 from trainer.batching.attention_layout import RectangleLayout
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.packed_model import DTYPES, PackedModel, decoder_layers
-from trainer.models.policy import ENTROPY_NUMBERS_ON_GPU, BaseReference, Distributions, Policy
+from trainer.models.policy import ENTROPY_NUMBERS_ON_GPU, BaseReference, Distributions, Policy, TokenLogProbs
 from trainer.models.value_model import ValueModel
 from trainer.objectives import Need
 from trainer.optimizer import ShardedAdamW
@@ -65,7 +66,7 @@ from trainer.weights.push_source import MergedWeights
 BYTES = {"float32": 4, "bfloat16": 2}
 """`model.dtype` -> bytes of a number."""
 POLICY = "policy"
-FORWARDS = (POLICY, "reference", "proximal", "teacher", "critic")
+FORWARDS = (POLICY, "reference", "proximal", "teacher", "critic", "prm")
 """Phases whose FLOPs are the time of a step."""
 BASE = "base model (frozen)"
 MASTERS = "weights (float32 masters)"
@@ -77,6 +78,7 @@ REFERENCE = "reference model"
 PROXIMAL = "proximal policy (float32)"
 TEACHERS = "teachers (distill.teachers)"
 CRITIC = "critic: weights, moments, gradients"
+PRM = "reward model: weights, moments, gradients"
 SCORES = "attention scores (float32)"
 WORKSPACE = "workspace of attention's backward"
 PARAMETERS, TRAINED, ADAPTER, LARGEST = "parameters", "trained", "adapter", "largest parameter"
@@ -103,7 +105,7 @@ class StepTrace:
     """Bytes by purpose, between two steps."""
     linear_flops: dict[str, float]
     """FLOPs of the micro-batch outside attention, by phase: `policy`, `reference`, `proximal`, `teacher`,
-    `critic`. Includes recomputation."""
+    `critic`, `prm`. Includes recomputation."""
     attention_flops: dict[str, float]
     """FLOPs of attention by phase, for each squared token of a sequence: times the sum of squared lengths."""
 
@@ -288,8 +290,14 @@ class _Trace:
         if recipe.objective.proximal:
             proximal_model = policy if policy.has_adapter else self._build_policy()
         teachers = self._build_teachers() if Need.TEACHER in recipe.objective.needs else []
-        critic = self._build_critic() if isinstance(recipe.estimator, Gae) else None
-        found = {POLICY: policy, REFERENCE: reference, PROXIMAL: proximal_model, CRITIC: critic}
+        second: ValueModel | Policy | None = None
+        purpose, phase = CRITIC, "critic"
+        if isinstance(recipe.estimator, Gae):
+            second = self._build_critic()
+        elif isinstance(recipe.estimator, Prime):
+            second, purpose, phase = self._build_policy(), PRM, "prm"
+            second.with_entropy = False
+        found = {POLICY: policy, REFERENCE: reference, PROXIMAL: proximal_model, purpose: second}
         models = {name: model for name, model in found.items() if isinstance(model, PackedModel)}
         for model in {*models.values(), *teachers}:
             if model not in teachers:  # their layers are not the policy's: they are one stage
@@ -322,10 +330,10 @@ class _Trace:
                     if proximal_model is not policy:
                         proximal_model.shard(self._ranks, dtype=dtype, reshard_after_forward=reshards)
                     proximal = ProximalPolicy(proximal_model, policy, rule=recipe.objective.proximal)
-            if critic is not None:
-                with self._memory.as_(CRITIC):
-                    critic.shard(self._ranks, dtype=dtype, reshard_after_forward=reshards)
-                    critic_optimizer = self._optimizer(critic)
+            if second is not None:
+                with self._memory.as_(purpose):
+                    second.shard(self._ranks, dtype=dtype, reshard_after_forward=reshards)
+                    second_optimizer = self._optimizer(second)
             is_merged = policy.has_adapter and config.weights.lora == "merged"
             pushed = self._merged(policy) if is_merged else None  # keeps what the next push is compared with
             resident = self._memory.now_bytes()
@@ -344,8 +352,8 @@ class _Trace:
                 with torch.no_grad(), self._memory.as_(ACTIVATIONS, phase="proximal"):
                     proximal(batch)
             self._train_policy(policy, optimizer, batch, kept)
-            if critic is not None:
-                self._train_critic(critic, critic_optimizer, batch)
+            if second is not None:
+                self._train_second(second, second_optimizer, batch, purpose=purpose, phase=phase)
             del pushed
         return self._traced(models, resident)
 
@@ -408,10 +416,20 @@ class _Trace:
             self._memory.begin("update")
             optimizer.step(divisor=1.0, lr=0.0)
 
-    def _train_critic(self, critic: ValueModel, optimizer: ShardedAdamW, batch: PackedBatch) -> None:
-        self._add_gradients(critic, CRITIC)
-        with self._memory.as_(ACTIVATIONS, phase="critic"):
-            loss = critic(batch).sum()
+    def _train_second(
+        self,
+        model: ValueModel | Policy,
+        optimizer: ShardedAdamW,
+        batch: PackedBatch,
+        *,
+        purpose: str,
+        phase: str,
+    ) -> None:
+        """Trains the critic or the reward model."""
+        self._add_gradients(model, purpose)
+        with self._memory.as_(ACTIVATIONS, phase=phase):
+            output = model(batch)
+            loss = (output.logprobs_S if isinstance(output, TokenLogProbs) else output).sum()
             self._memory.begin("backward")
             loss.backward()
             self._memory.begin("update")

@@ -19,9 +19,11 @@ Shape suffix: S sampled tokens of a micro-batch.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import zip_longest
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ from areal_like.errors import ConfigError
 from areal_like.wire.messages.consumer import Group
 from trainer.advantages.base import Estimator
 from trainer.advantages.critic import Critic, ValueTarget
+from trainer.advantages.implicit_rewards import ImplicitRewards, OutcomeTarget
 from trainer.advantages.reward_shaping import Shaping
 from trainer.batching.balancer import Balancer
 from trainer.batching.packing import (
@@ -64,7 +67,7 @@ from trainer.step.group_advantages import GroupAdvantages, ScoredPosition
 from trainer.step.long_samples import LongSample, PartLosses
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.rewards import RewardTerms, TrajectoryGroup
-from trainer.step.step_advantages import StepAdvantages
+from trainer.step.step_advantages import StepAdvantages, Targets
 from trainer.step.teachers import Teachers
 
 log = logging.getLogger(__name__)
@@ -87,6 +90,7 @@ class StepRunner:
         shapings: Sequence[Shaping] = (),
         kl: KlConfig | None = None,
         critic: Critic | None = None,
+        prm: ImplicitRewards | None = None,
         proximal: ProximalPolicy | None = None,
         teachers: Teachers | None = None,
         turn_discount: float = 1.0,
@@ -98,9 +102,9 @@ class StepRunner:
 
         `budget_tokens`: most tokens of a micro-batch. `reference`: frozen model, for objectives that need
         one. `shapings`: reward shapings, in order. `kl`: penalty on rewards; None: none (one in the loss is
-        part of the objective). `critic`: for an advantage that needs one. `proximal`: for an objective with a
-        rule for it. `teachers`: for an objective that needs their log-probs. `turn_discount`: between the
-        turns of a sample. `peak_tflops`: peak of one rank's device, for MFU; 0: looked up by its name.
+        part of the objective). `critic`, `prm`: for an advantage that needs one. `proximal`: for an objective
+        with a rule for it. `teachers`: for an objective that needs their log-probs. `turn_discount`: between
+        the turns of a sample. `peak_tflops`: peak of one rank's device, for MFU; 0: looked up by its name.
         `balances`: divide the sequences over the ranks by cost once a step is complete; no effect with an
         objective that runs one sequence at a time. `beyond`: `staleness.beyond`, with `buffer.overdue=close`;
         empty: another `buffer.overdue`. Raises ConfigError if the objective's reference or teachers, or the
@@ -124,6 +128,7 @@ class StepRunner:
         self.policy = policy
         self.optimizer = optimizer
         self.critic = critic
+        self.prm = prm
         self.proximal = proximal
         self.on_first_forward: Callable[[PackedBatch, Tensor], None] = lambda batch, logp_S: None
         """Called in each step with this rank's first micro-batch and its log-probs [S] under the weights at
@@ -146,9 +151,10 @@ class StepRunner:
             closes=bool(beyond),
             masks_beyond=beyond in ("", "mask"),
         )
+        self._kl_control = self.rewards.kl_control or objective.kl_control
         self._step_advantages: StepAdvantages | None = None
         if self.advantages.scope is Scope.BATCH:
-            self._step_advantages = StepAdvantages(self.advantages, ranks, critic=critic)
+            self._step_advantages = StepAdvantages(self.advantages, ranks, critic=critic, prm=prm)
         others: list[PackedModel] = []
         if reference is not None and Need.REF in objective.needs:
             others.append(reference.policy if isinstance(reference, BaseReference) else reference)
@@ -206,7 +212,7 @@ class StepRunner:
         with self._ranks.abandonable(is_abandoned):
             positions = self._positions(timer.timed("wait_s", groups), totals, step=step)
             # One position at a time as they arrive, unless rewards or advantages depend on the whole step.
-            scored, value_targets = self._scored(positions, timer, step=step)
+            scored, targets = self._scored(positions, timer, step=step)
             microbatches: Iterable[MicroBatch] = self._packer.microbatches(self._trained(scored, totals))
             del scored  # its samples are freed once they are in micro-batches
             with self._gradients as gradients:
@@ -231,7 +237,7 @@ class StepRunner:
                 f"step {step} ended with {totals.total('num_groups'):.0f} of {num_groups} groups"
             )
         with timer.span("update_s"):
-            update = self._update(stats, value_targets, totals, step=step)
+            update = self._update(stats, targets, totals, step=step)
         return self._metrics(update, totals, timer)
 
     def _positions(
@@ -288,8 +294,8 @@ class StepRunner:
 
     def _scored(
         self, positions: Iterable[Position], timer: PhaseTimer, *, step: int
-    ) -> tuple[Iterable[ScoredPosition], list[ValueTarget]]:
-        """(the positions with advantages, the critic's targets, if it has one)."""
+    ) -> tuple[Iterable[ScoredPosition], Targets]:
+        """(the positions with advantages, the targets of critic or reward model, if there is one)."""
         if self._step_advantages is None:
             return (self.advantages.of_position(position, step=step) for position in positions), []
         collected = list(positions)
@@ -303,6 +309,7 @@ class StepRunner:
         for each in scored:
             shaped = () if self.rewards.is_identity else each.shaped
             totals.recorded(each.position.trajectories, shaped=shaped)
+            self.advantages.record(each, totals)
             if self._beyond:
                 totals.parts.note(each.position, each.samples)
             samples = [trained_segments(sample) for sample in each.samples]
@@ -479,10 +486,10 @@ class StepRunner:
         return self._objective.summarize(gathered) if gathered else {}
 
     def _update(
-        self, stats: StepStats, value_targets: Sequence[ValueTarget], totals: StepTotals, *, step: int
+        self, stats: StepStats, targets: Targets, totals: StepTotals, *, step: int
     ) -> dict[str, float]:
-        """Divide by global counts -> clip -> AdamW; then critic, proximal policy, and the state of rewards
-        and advantages. Collective. Returns metrics of the update."""
+        """Divide by global counts -> clip -> AdamW; then critic or reward model, proximal policy, and the
+        state of rewards and advantages. Collective. Returns metrics of the update."""
         divisor = self._normalizer.divisor(
             num_tokens=totals.total("counted_tokens"), num_seqs=totals.total("counted_seqs")
         )
@@ -496,10 +503,28 @@ class StepRunner:
             grad_norm = self.optimizer.step(divisor=divisor, lr=lr)
             if self.proximal is not None:
                 self.proximal.follow(step)
-        metrics = {} if self.critic is None else self.critic.learn(value_targets, step=step)
+        metrics: dict[str, float] = {}
+        if self.critic is not None:
+            metrics = self.critic.learn(cast(list[ValueTarget], targets), step=step)
+        elif self.prm is not None:
+            metrics = self.prm.learn(cast(list[OutcomeTarget], targets), step=step)
         metrics |= self.advantages.learn(totals, step=step) | self._objective.step_metrics(stats)
+        metrics |= self._adapt_kl(totals)
         loss = totals.total("loss") / divisor
         return metrics | {"loss": loss, "grad_norm": grad_norm, "lr": lr, "lr_scale": lr_scale}
+
+    def _adapt_kl(self, totals: StepTotals) -> dict[str, float]:
+        """Adapts the coefficient of a KL penalty; returns the step's coefficient and KL, if there is one."""
+        control = self._kl_control
+        if control is None:
+            return {}
+        is_in_reward = control is self.rewards.kl_control
+        kl = self.rewards.mean_kl if is_in_reward else totals.mean("kl_ref")
+        if not is_in_reward and not totals.count("kl_ref"):
+            kl = math.nan
+        metrics = {"kl_coef": control.coef} | ({"kl_ref": kl} if math.isfinite(kl) else {})
+        control.update(kl)
+        return metrics
 
     def _metrics(self, update: dict[str, float], totals: StepTotals, timer: PhaseTimer) -> dict[str, Any]:
         """The metrics of the step that just ended. Collective.
@@ -563,6 +588,7 @@ class StepRunner:
             "policy": self.policy,
             "optimizer": self.optimizer,
             "critic": self.critic,
+            "prm": self.prm,
             "proximal": self.proximal,
         }
 
@@ -571,8 +597,13 @@ class StepRunner:
         state = {"shaping_duals": self.rewards.duals, "advantage_state": list(self.advantages.state)}
         if self._objective_state:
             state["objective_state"] = list(self._objective_state)
-        history = self.advantages.history.dump()
-        return state | ({"reward_history": history} if history else {})
+        if self._kl_control is not None and self._kl_control.is_adaptive:
+            state["kl_coef"] = self._kl_control.coef
+        if history := self.advantages.history.dump():
+            state["reward_history"] = history
+        if any(of_steps := [history.dump() for history in self.advantages.step_histories]):
+            state["step_histories"] = of_steps
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restores the result of `state`; a checkpoint of an earlier version has only `shaping_duals`, and
@@ -581,5 +612,9 @@ class StepRunner:
         self.rewards.restore(state["shaping_duals"])
         self.advantages.restore(state.get("advantage_state", []))
         self.advantages.history.restore(state.get("reward_history", []), num_duals=len(self.rewards.duals))
+        for history, rows in zip_longest(self.advantages.step_histories, state.get("step_histories", [])):
+            history.restore(rows or [], num_duals=0)
+        if self._kl_control is not None and self._kl_control.is_adaptive:
+            self._kl_control.coef = state.get("kl_coef", self._kl_control.settings.coef)
         if len(kept := state.get("objective_state", [])) == len(self._objective_state):
             self._objective_state = tuple(kept)  # else another objective's: this one begins to measure

@@ -178,11 +178,13 @@ def _sum(functions: Mapping[str, RewardFunction], scores: Mapping[str, Score]) -
     parts: dict[str, float] = {}
     metrics: dict[str, float] = {}
     turns, tokens = np.zeros(0), np.zeros(0, np.float32)
+    steps: dict[int | str, float] = {}
     for name, function in functions.items():
         score, weight = scores[name], function.weight
         metrics |= {f"{name}/{key}": value for key, value in score.metrics.items()}
         if weight == 0:
-            total = math.fsum((score.value, *score.turns, *score.tokens))
+            of_steps = [reward for _, reward in score.steps]
+            total = math.fsum((score.value, *score.turns, *score.tokens, *of_steps))
             metrics |= {name: total} if "failed" not in score.metrics else {}
             metrics |= {f"{name}/{key}": value for key, value in score.parts.items()}
             continue
@@ -195,12 +197,15 @@ def _sum(functions: Mapping[str, RewardFunction], scores: Mapping[str, Score]) -
             parts[name] = weight * score.value
         turns = _added(turns, weight * np.asarray(score.turns, np.float64))
         tokens = _added(tokens, np.asarray(score.tokens, np.float32) * np.float32(weight))
+        for end, reward in score.steps:
+            steps[end] = steps.get(end, 0.0) + weight * reward
     return Score(
         value=math.fsum(values),
         parts=parts,
         metrics=metrics,
         turns=tuple(turns.tolist()),
         tokens=tokens,  # type: ignore[arg-type]  # an array is as good as a sequence
+        steps=tuple(sorted(steps.items())),
     )
 
 

@@ -64,6 +64,7 @@ LONG = (
             marks=pytest.mark.chaos,
         ),
         pytest.param(1, (*LONG, "trainer.gradient_checkpointing=false"), marks=pytest.mark.chaos),
+        pytest.param(1, (*SHORT, "advantage=prime"), marks=pytest.mark.chaos),
         pytest.param(
             2, (*SHORT, "advantage=gae", "trainer.reshard_after_forward=false"), marks=pytest.mark.chaos
         ),
