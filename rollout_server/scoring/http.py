@@ -123,7 +123,7 @@ class ScoreRoutes:
         timeout_s = _timeout_s(body)
         if isinstance(texts, str):
             return self._embedding(await self.service.score(self._encoded(texts), timeout_s=timeout_s))
-        if texts is None and _are_ids(ids):
+        if isinstance(ids, list) and _are_ids(ids):
             return self._embedding(await self.service.score(_known(ids), timeout_s=timeout_s))
         entries = texts if texts is not None else ids
         is_text = texts is not None

@@ -44,6 +44,9 @@ LEADER_COLUMNS = {
 }
 """Columns that rank 0 adds in a running job (tests/launch/test_run.py checks them)."""
 
+GOLD_COLUMNS = {"reward_gold_mean"}
+"""Columns of runs with `task.gold_reward` (tests/jobs/test_scorer_job.py checks them)."""
+
 LORA_COLUMNS = {"lora_lost_updates"}
 """Columns of runs with `model.lora` (tests/jobs/test_lora_job.py checks them)."""
 
@@ -87,7 +90,12 @@ def test_every_column_is_on_the_page(tmp_path: Path, ranks: Ranks) -> None:
         rows.append(step_row(4, metrics))
     seen = {re.sub(r"_\d+$", "_I", name) for row in rows for name in row}
     others = (
-        LEADER_COLUMNS | DEVICE_COLUMNS | LORA_COLUMNS | ROUTE_COLUMNS | {"greedy_reward", "reward_baseline"}
+        LEADER_COLUMNS
+        | DEVICE_COLUMNS
+        | LORA_COLUMNS
+        | ROUTE_COLUMNS
+        | GOLD_COLUMNS
+        | {"greedy_reward", "reward_baseline"}
     )
     assert seen | others == named_columns()
 

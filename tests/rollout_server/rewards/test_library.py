@@ -82,7 +82,10 @@ def test_functions_of_users() -> None:
 @pytest.mark.parametrize(
     ("spec", "problem"),
     [
-        ("exakt", r"task.reward=exakt: choose one of code, exact, judge, math, regex; for your own function"),
+        (
+            "exakt",
+            r"task.reward=exakt: choose one of code, exact, judge, math, model, regex; for your own function",
+        ),
         ({"name": "exact", "numebrs": True}, r"unknown key `task.reward.numebrs` .* did you mean numbers"),
         ([], "empty list"),
         (3, r"want a name \(code, exact, .*got 3"),
