@@ -74,17 +74,20 @@ def test_the_commands_of_the_guide_run(tmp_path: Path, cache: dict[str, str]) ->
 
 @pytest.mark.long
 @pytest.mark.timeout(TEST_LIMIT_S)
-def test_a_student_approaches_its_teacher(tmp_path: Path, cache: dict[str, str]) -> None:
-    """A student of a few warm-start steps, and a teacher of many; both are the default job's model."""
+@pytest.mark.parametrize(("loss", "most"), [("full", 0.6), ("sampled", 0.8)])
+def test_a_student_approaches_its_teacher(
+    tmp_path: Path, cache: dict[str, str], loss: str, most: float
+) -> None:
+    """The default job's model, warm-started on wrong answers, and a teacher that knows only right ones."""
     build_tiny_model(tmp_path / "teacher", seed=1, warm_start_steps=150, swap_prob=0.0)
     settings = [
         "name=x",
         "objective=distill",
         f"distill.teachers.default={tmp_path / 'teacher'}",
-        "model.warm_start_steps=30",
-        "trainer.num_steps=40",
+        f"distill.loss={loss}",
+        "trainer.num_steps=30",
         "trainer.groups_per_step=8",
-        "trainer.lr=3e-4",
+        "trainer.lr=2e-4",
         "eval.num_prompts=0",
     ]
     done = areal_like("run", *settings, cwd=tmp_path, environment=cache)
@@ -92,7 +95,7 @@ def test_a_student_approaches_its_teacher(tmp_path: Path, cache: dict[str, str])
     kl = [row["reverse_kl"] for row in rows_of(tmp_path / "runs" / "x")]
     first, last = sum(kl[:5]) / 5, sum(kl[-5:]) / 5
     print(f"reverse KL {first:.2f} -> {last:.2f}")
-    assert 0 < last < 0.7 * first
+    assert 0 < last < most * first
 
 
 @contextmanager
