@@ -185,7 +185,7 @@ def _loaded(path: str, device: str, good: str, bad: str) -> _StepModel:
         raise ConfigError(f"score_steps: {path} cannot be loaded: {error}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"score_steps: {path} has no fast tokenizer, so its separators cannot be found")
-    model.to(torch.device(device)).eval()
+    torch.nn.Module.to(model, device=torch.device(device)).eval()
     return _StepModel(
         tokenizer=tokenizer, model=model, device=device, classes=classes, is_causal=kind == "ForCausalLM"
     )
@@ -199,7 +199,8 @@ def _with_two_layers(path: str, config: Any) -> Any:
 
     config.num_labels = 2
     dtype = getattr(config, "dtype", None) or torch.float32
-    model = AutoModelForTokenClassification.from_config(config, dtype=dtype, trust_remote_code=False)
+    auto: Any = AutoModelForTokenClassification
+    model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
     size = config.hidden_size
     head = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.ReLU(), torch.nn.Linear(size, 2))
     model.score = head.to(dtype)

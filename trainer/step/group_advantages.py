@@ -221,8 +221,8 @@ class GroupAdvantages:
             (own,) = self.rewards.shape_group([trajectory], duals=running.duals)
             context = context_of(members, without=origin.sample_index, running=running)
             if self.step_histories:
-                found = (history.as_of(origin.begin_step, step=step) for history in self.step_histories)
-                context = replace(context, **dict(zip(("steps", "step_sums"), found, strict=True)))
+                steps, sums = (h.as_of(origin.begin_step, step=step) for h in self.step_histories)
+                context = replace(context, steps=steps, step_sums=sums)
             shaped.append(own)
             advantages.append(self.estimator.of_partial(own, context))
         return self.scored(position, shaped, advantages)

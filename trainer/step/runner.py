@@ -568,7 +568,10 @@ class StepRunner:
 
     def state(self) -> dict[str, Any]:
         """The state that a checkpoint stores in addition to weights and moments, for `restore`; JSON."""
-        state = {"shaping_duals": self.rewards.duals, "advantage_state": list(self.advantages.state)}
+        state: dict[str, Any] = {
+            "shaping_duals": self.rewards.duals,
+            "advantage_state": list(self.advantages.state),
+        }
         if self._objective_state:
             state["objective_state"] = list(self._objective_state)
         if self._kl_control is not None and self._kl_control.is_adaptive:
