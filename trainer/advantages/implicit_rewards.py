@@ -33,7 +33,7 @@ from trainer.models.policy import BaseReference, Policy, build_policy
 from trainer.optimizer import ShardedAdamW
 
 _LR_RATIO = 2.0
-"""Default ratio of the reward model's to the policy's learning rate: the paper's 1e-6 and 5e-7."""
+"""Default ratio of the reward model's to the policy's learning rate: 1e-6 and 5e-7 in the authors' recipe."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
