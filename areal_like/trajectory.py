@@ -234,7 +234,8 @@ class Trajectory:
         if (
             ends is None
             or rewards is None
-            or (ends.dtype, rewards.dtype) != (np.int32, np.float32)
+            or ends.dtype != np.int32
+            or rewards.dtype != np.float32
             or ends.ndim != 1
             or ends.shape != rewards.shape
             or not 0 < len(ends) <= MAX_STEPS
@@ -244,7 +245,7 @@ class Trajectory:
                 f"trajectory.{STEP_ENDS}, {STEP_REWARDS}: want int32[K] and finite float32[K], K at most "
                 f"{MAX_STEPS}"
             )
-        if ends[0] < 1 or ends[-1] > len(self.tokens) or (ends[1:] < ends[:-1]).any():
+        if ends.min() < 1 or ends.max() > len(self.tokens) or (np.diff(ends.astype(np.int64)) < 0).any():
             raise ValueError(f"trajectory.{STEP_ENDS}: want ascending ends within the tokens")
         if not self.loss_mask[ends - 1].all():
             raise ValueError(f"trajectory.{STEP_ENDS}: the last token of a step was not sampled")

@@ -154,7 +154,6 @@ def _without(text: str, markers: Sequence[str]) -> str:
 @functools.lru_cache(maxsize=2)
 def _loaded(path: str, device: str, good: str, bad: str) -> _StepModel:
     # Imported here: they take a second, and only some tasks score steps.
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
     try:
@@ -167,6 +166,7 @@ def _loaded(path: str, device: str, good: str, bad: str) -> _StepModel:
                 f"score_steps: {path} is a {name or 'model without architectures'}: want one of "
                 f"{', '.join(f'...{kind}' for kind in _KINDS)}"
             )
+        model: Any
         options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
         classes = (0, 1)
         if kind == "ForCausalLM":
@@ -185,7 +185,7 @@ def _loaded(path: str, device: str, good: str, bad: str) -> _StepModel:
         raise ConfigError(f"score_steps: {path} cannot be loaded: {error}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"score_steps: {path} has no fast tokenizer, so its separators cannot be found")
-    model.to(torch.device(device)).eval()
+    model.to(device).eval()
     return _StepModel(
         tokenizer=tokenizer, model=model, device=device, classes=classes, is_causal=kind == "ForCausalLM"
     )
@@ -199,7 +199,8 @@ def _with_two_layers(path: str, config: Any) -> Any:
 
     config.num_labels = 2
     dtype = getattr(config, "dtype", None) or torch.float32
-    model = AutoModelForTokenClassification.from_config(config, dtype=dtype, trust_remote_code=False)
+    auto: Any = AutoModelForTokenClassification
+    model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
     size = config.hidden_size
     head = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.ReLU(), torch.nn.Linear(size, 2))
     model.score = head.to(dtype)

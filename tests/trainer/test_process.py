@@ -147,12 +147,12 @@ def test_parts_are_compared_with_running_statistics() -> None:
         EarlyMember(sample_index=index, reward=reward, num_sampled=4, is_truncated=False)
         for index, reward in enumerate((9.0, 1.0, 2.0))
     ]
-    context = context_of(early, without=0, running=running, steps=steps, step_sums=sums)
+    context = replace(context_of(early, without=0, running=running), steps=steps, step_sums=sums)
     # Steps: (.5 - .25) / .5 = .5 and (1 - .25) / .5 = 1.5; outcome: (3 - (1.5 - .75)) / 2 = 1.125.
     got = estimator.of_partial(sample([(2, 0.5), (4, 1.0)], outcome=3.0), context)
     assert got[2:].tolist() == [3.125, 3.125, 2.625, 2.625]
     # Its own reward, 9 as an early member, does not enter.
-    other = context_of(early[1:], without=0, running=running, steps=steps, step_sums=sums)
+    other = replace(context_of(early[1:], without=0, running=running), steps=steps, step_sums=sums)
     assert (estimator.of_partial(sample([(2, 0.5), (4, 1.0)], outcome=3.0), other) == got).all()
     # Without steps, and before any statistics of them, it is GRPO.
     plain = context_of(early, without=0, running=running)

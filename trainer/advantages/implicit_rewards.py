@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from areal_like.config import Config
-from areal_like.config.job import LoraConfig
+from areal_like.config import Config, LoraConfig
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import FloatArray
 from trainer.advantages.prime import Prime, cross_entropy
@@ -34,7 +33,7 @@ from trainer.models.policy import BaseReference, Policy, build_policy
 from trainer.optimizer import ShardedAdamW
 
 _LR_RATIO = 2.0
-"""Default ratio of the reward model's to the policy's learning rate: the paper's 1e-6 and 5e-7."""
+"""Default ratio of the reward model's to the policy's learning rate: 1e-6 and 5e-7 in the authors' recipe."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,7 +100,7 @@ class ImplicitRewards:
         """The samples with the rewards of their sampled tokens, in order, computed without gradient."""
 
         def rewards_S(batch: PackedBatch) -> Tensor:
-            log_ratio_S = self.model(batch).logprobs_S - self._reference(batch).logprobs_S
+            log_ratio_S: Tensor = self.model(batch).logprobs_S - self._reference(batch).logprobs_S
             return self.settings.beta * log_ratio_S
 
         found = values_of_targets(
@@ -159,4 +158,4 @@ class ImplicitRewards:
                 loss = (torch.from_numpy(weight_S).to(logp_S) * logp_S).sum()
             else:
                 loss = logp_S.sum() * 0.0
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()

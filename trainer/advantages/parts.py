@@ -166,20 +166,11 @@ def stand_in(member: EarlyMember) -> Trajectory:
     )
 
 
-def context_of(
-    early: Sequence[EarlyMember],
-    *,
-    without: int,
-    running: RewardStatistics,
-    steps: RewardStatistics = RewardStatistics(),
-    step_sums: RewardStatistics = RewardStatistics(),
-) -> PartContext:
+def context_of(early: Sequence[EarlyMember], *, without: int, running: RewardStatistics) -> PartContext:
     """The context of the sample with index `without`."""
     others = [member for member in early if member.sample_index != without]
     return PartContext(
         rewards_E=np.array([member.reward for member in others], dtype=np.float64),
         lengths_E=np.array([member.num_sampled for member in others], dtype=np.float64),
         running=running,
-        steps=steps,
-        step_sums=step_sums,
     )

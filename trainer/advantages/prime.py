@@ -10,16 +10,17 @@ terms, of the tokens and of the outcome, have a leave-one-out baseline over the 
     A_it = process sum_{s >= t} gamma^(s-t) [r_is - mean_{j != i} rbar_j] + o_i - mean_{j != i} o_j
 
 rbar_j is the mean of r over the tokens of sample j; in the second term o is the reward after shaping and KL
-penalty, not clipped. With `process` 1 this is the paper's RLOO advantage (its equation 5). The authors'
-release (`compute_rloo_advantage_return` in verl's recipe) adds (r_is - rbar_i) / (K - 1) to the first bracket
-and whitens the advantages over the batch.
+penalty, not clipped. With `process` 1 this is the paper's advantage with RLOO. The authors' release (verl's
+recipe `prime`, `compute_rloo_advantage_return`) adds (r_is - rbar_i) / (K - 1) to the first bracket and
+whitens the advantages over the batch. The defaults of `beta` and of the learning rates' ratio are that
+recipe's.
 
-The order in a step is that of the paper's Algorithm 1: rewards under phi, then phi's update, then advantages
-from these rewards and the policy's update, with one forward of phi for the rewards ("single forward"). Since
-the rewards are computed before, phi is updated with the policy at the end of a step, and an abandoned step
-leaves it unchanged. Left out: rewards under the updated phi ("double forward"), which costs one more forward
-of phi and would have to undo an update; and the filter of prompts by accuracy (`buffer.group_filter=spread`,
-`buffer.curriculum`).
+The order in a step is the one that the authors describe (Algorithm 1; model card of Eurus-2-7B-PRIME):
+rewards under phi, then phi's update from them, then advantages from the same rewards and the policy's update
+("single forward"). Since the rewards are computed before, phi is updated with the policy at the end of a
+step, and an abandoned step leaves it unchanged. Left out: rewards under the updated phi ("double forward",
+the recipe's `update=before`), which costs one more forward of phi and would have to undo an update of an
+abandoned step; and the filter of prompts by accuracy (`buffer.group_filter=spread`, `buffer.curriculum`).
 
 This module is pure numpy; the model is in `implicit_rewards.py`.
 Shape suffixes: S sampled tokens of a sample, K samples of a group, N samples.

@@ -82,7 +82,7 @@ class GrpoProcess(Advantage):
         relative = outcome - (context.baseline() - context.step_sums.mean)
         if self.std:
             rewards_K, relative = rewards_K / context.steps.deviation, relative / context.running.deviation
-        return _to_go(trajectory, ends_K, rewards_K) + self.outcome * relative
+        return np.asarray(_to_go(trajectory, ends_K, rewards_K) + self.outcome * relative)
 
     def _normalized(self, rewards_J: FloatArray) -> FloatArray:
         """[J] (r - mean) / std; exactly zero if all rewards are equal."""

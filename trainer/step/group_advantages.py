@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,13 +28,10 @@ from trainer.advantages.turns import group_advantages
 from trainer.batching.packing import TrainingSample, num_targets
 from trainer.batching.positions import Position, as_context
 from trainer.batching.scope import Scope
-from trainer.metrics.step_totals import StepTotals
+from trainer.metrics.step_totals import OF_STEPS, StepTotals
 from trainer.step.rewards import RewardTerms, TrajectoryGroup
 
 log = logging.getLogger(__name__)
-
-_OF_STEPS = ("step_reward", "step_reward_sum")
-"""Totals of a step: the rewards of all steps, and their sum of each sample."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,8 +70,12 @@ class GroupAdvantages:
         """The estimator's state from earlier steps; checkpoints store it."""
         self.history = RewardHistory(decay=estimator.history_decay)
         """Running statistics of rewards, with `closes`; checkpoints store them."""
-        self.step_histories = [RewardHistory(decay=estimator.history_decay) for _ in _OF_STEPS]
-        """Likewise of the rewards of steps and of their sums, for an estimator that compares steps."""
+        self.step_histories = [
+            RewardHistory(decay=estimator.history_decay)
+            for _ in (OF_STEPS if closes and estimator.credits_steps else ())
+        ]
+        """Likewise of the rewards of steps and of their sums over a sample, for an estimator that compares
+        steps."""
 
     @property
     def is_rescaled(self) -> bool:
@@ -114,8 +115,6 @@ class GroupAdvantages:
             names += ["shaped_reward", "shaped_reward_square"]
         if self.estimator.uses_greedy:
             names.append("greedy_reward")
-        if self.estimator.credits_steps:
-            names += [each for name in _OF_STEPS for each in (name, f"{name}_square")]
         return tuple(names)
 
     def record(self, scored: ScoredPosition, totals: StepTotals) -> None:
@@ -124,7 +123,7 @@ class GroupAdvantages:
             return
         steps = [rewards_of_steps(trajectory) for trajectory in scored.position.trajectories]
         sums = [rewards_K.sum() for rewards_K in steps]
-        for name, rewards in zip(_OF_STEPS, (np.concatenate(steps), np.array(sums)), strict=True):
+        for name, rewards in zip(OF_STEPS, (np.concatenate(steps), np.array(sums)), strict=True):
             totals.add(name, float(rewards.sum()), count=float(len(rewards)))
             totals.add(f"{name}_square", float(np.square(rewards).sum()), count=float(len(rewards)))
 
@@ -183,8 +182,8 @@ class GroupAdvantages:
             metrics["steps_per_sample"] = num_steps / max(totals.count("step_reward_sum"), 1.0)
             if num_steps:
                 metrics["step_reward_mean"] = totals.mean("step_reward")
-            for history, of_steps in zip(self.step_histories, _OF_STEPS, strict=True):
-                if self.closes and num_steps:
+            for history, of_steps in zip(self.step_histories, OF_STEPS, strict=False):
+                if num_steps:
                     history.begin(step, duals=())
                     mean, square = totals.mean(of_steps), totals.mean(f"{of_steps}_square")
                     history.append(step, mean=mean, square=square, duals=())
@@ -210,8 +209,9 @@ class GroupAdvantages:
         shaped: list[Trajectory] = []
         advantages: list[float | FloatArray] = []
         of_group: dict[int, tuple[RewardStatistics, list[EarlyMember]]] = {}
-        for history in (self.history, *self.step_histories):
-            history.begin(step, duals=self.rewards.duals if history is self.history else ())
+        self.history.begin(step, duals=self.rewards.duals)
+        for history in self.step_histories:
+            history.begin(step, duals=())
         for trajectory, origin in zip(position.trajectories, position.origins, strict=True):
             if origin.ticket_id not in of_group:
                 running = self.history.as_of(origin.begin_step, step=step)
@@ -219,12 +219,10 @@ class GroupAdvantages:
                 of_group[origin.ticket_id] = running, members
             running, members = of_group[origin.ticket_id]
             (own,) = self.rewards.shape_group([trajectory], duals=running.duals)
-            steps, step_sums = (
-                history.as_of(origin.begin_step, step=step) for history in self.step_histories
-            )
-            context = context_of(
-                members, without=origin.sample_index, running=running, steps=steps, step_sums=step_sums
-            )
+            context = context_of(members, without=origin.sample_index, running=running)
+            if self.step_histories:
+                steps, sums = (h.as_of(origin.begin_step, step=step) for h in self.step_histories)
+                context = replace(context, steps=steps, step_sums=sums)
             shaped.append(own)
             advantages.append(self.estimator.of_partial(own, context))
         return self.scored(position, shaped, advantages)

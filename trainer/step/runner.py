@@ -22,7 +22,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any, cast
 
 import numpy as np
@@ -594,7 +593,10 @@ class StepRunner:
 
     def state(self) -> dict[str, Any]:
         """The state that a checkpoint stores in addition to weights and moments, for `restore`; JSON."""
-        state = {"shaping_duals": self.rewards.duals, "advantage_state": list(self.advantages.state)}
+        state: dict[str, Any] = {
+            "shaping_duals": self.rewards.duals,
+            "advantage_state": list(self.advantages.state),
+        }
         if self._objective_state:
             state["objective_state"] = list(self._objective_state)
         if self._kl_control is not None and self._kl_control.is_adaptive:
@@ -612,8 +614,9 @@ class StepRunner:
         self.rewards.restore(state["shaping_duals"])
         self.advantages.restore(state.get("advantage_state", []))
         self.advantages.history.restore(state.get("reward_history", []), num_duals=len(self.rewards.duals))
-        for history, rows in zip_longest(self.advantages.step_histories, state.get("step_histories", [])):
-            history.restore(rows or [], num_duals=0)
+        of_steps = dict(enumerate(state.get("step_histories", [])))
+        for index, history in enumerate(self.advantages.step_histories):
+            history.restore(of_steps.get(index, []), num_duals=0)
         if self._kl_control is not None and self._kl_control.is_adaptive:
             self._kl_control.coef = state.get("kl_coef", self._kl_control.settings.coef)
         if len(kept := state.get("objective_state", [])) == len(self._objective_state):

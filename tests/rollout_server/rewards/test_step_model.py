@@ -15,10 +15,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split as SplitOn
 from transformers import (
     AutoModelForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForTokenClassification,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2ForTokenClassification,
 )
 
 from areal_like.errors import ConfigError, RewardError
@@ -46,8 +46,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def config() -> Qwen2Config:
-    return Qwen2Config(
+def config() -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=len(CHARACTERS) + 6,
         hidden_size=16,
         intermediate_size=24,
@@ -63,7 +63,7 @@ def config() -> Qwen2Config:
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(0)
-    Qwen2ForTokenClassification(config()).save_pretrained(directory)
+    LlamaForTokenClassification(config()).save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return directory
 
@@ -85,8 +85,8 @@ def test_values_are_read_at_the_separators(classifier: Path) -> None:
     assert score_steps("add", STEPS, model=str(classifier)) == pytest.approx(want)
     messages = [{"role": "user", "content": "add"}]
     assert score_steps(messages, STEPS, model=str(classifier)) == pytest.approx(want)
-    with_system = by_hand(classifier, f"<system>be good<eos>{text}")
-    got = score_steps("add", STEPS, model=str(classifier), system="be good")
+    with_system = by_hand(classifier, f"<system>be bad<eos>{text}")
+    got = score_steps("add", STEPS, model=str(classifier), system="be bad")
     assert got == pytest.approx(with_system) and got != pytest.approx(want)
     plain = by_hand(classifier, "add 1+2=3.<extra_0>\n3+4=8.<extra_0>")
     assert score_steps("add", STEPS, model=str(classifier), chat=False, after="\n") == pytest.approx(plain)
@@ -129,10 +129,10 @@ def test_a_head_of_two_layers(classifier: Path, tmp_path: Path) -> None:
 def test_a_causal_model_says_plus_or_minus(tmp_path: Path) -> None:
     """Math-Shepherd's format: the next token after the separator."""
     torch.manual_seed(1)
-    model = Qwen2ForCausalLM(config()).eval()
+    model = LlamaForCausalLM(config()).eval()
     model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    got = score_steps("add", STEPS, model=str(tmp_path), separator=" k\n".replace("k", "j"), chat=False)
+    got = score_steps("add", STEPS, model=str(tmp_path), separator=" j\n", chat=False)
     ids = tokenizer()("add 1+2=3. j\n3+4=8. j\n", add_special_tokens=False)["input_ids"]
     plus, minus = (tokenizer().convert_tokens_to_ids(sign) for sign in "+-")
     newline = tokenizer().convert_tokens_to_ids("\n")
@@ -175,7 +175,7 @@ def test_other_models_are_refused(classifier: Path, tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path)
     settings = json.loads((classifier / "config.json").read_text())
     for changes, message in (
-        ({"architectures": ["Qwen2Model"]}, "want one of ...ForTokenClassification"),
+        ({"architectures": ["LlamaModel"]}, "want one of ...ForTokenClassification"),
         ({"id2label": {"0": "a", "1": "b", "2": "c"}}, "has 3 labels: want bad and good"),
         ({"architectures": ["Qwen2ForProcessRewardModel"]}, "not those of a step model"),
     ):
