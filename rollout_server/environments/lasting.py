@@ -6,8 +6,9 @@ At the end of an episode the worker cancels every other task, and is not used ag
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
-tasks: set[asyncio.Task[None]] = set()
+tasks: set[asyncio.Task[Any]] = set()
 """Tasks that are not cancelled."""
 pids: set[int] = set()
 """Children that may live on."""

@@ -87,8 +87,10 @@ class ToolEnvironment(Environment):
             await self._opened.pop().close()
 
     def check(self) -> None:
-        for checked in (*self._own, *self._sources):
-            checked.check()
+        for tool in self._own:
+            tool.check()
+        for source in self._sources:
+            source.check()
 
     async def step(self, reply: Reply) -> Step:
         """Runs the calls of a reply. Metrics: `tool_calls`, `tool_errors`, `unknown_tools`; with sources also

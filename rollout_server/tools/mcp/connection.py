@@ -56,16 +56,17 @@ class Connection:
         """The task that holds the session."""
         self._tasks: set[asyncio.Task[Any]] = set()
         """This task, and requests in progress."""
+        self._others: set[asyncio.Task[Any]] = set()
+        """Tasks that were there before it was opened."""
 
     async def open(self) -> None:
         """Starts the server and makes the handshake. Raises ToolServerError."""
         limit_s = self._settings.start_timeout_s
+        self._others = asyncio.all_tasks()
         if self._settings.command:
             self._start_program()
         self._serving = asyncio.create_task(self._serve(), name=f"mcp-{self._settings.server}")
-        self._keep(self._serving)
-        lasting.tasks.add(self._serving)
-        self._serving.add_done_callback(lasting.tasks.discard)
+        self._hold(self._serving)
         await self._wait(self._session, limit_s, late=f"it did not start within {limit_s:g} s")
         if self.problem:
             raise ToolServerError(self.problem)
@@ -82,7 +83,7 @@ class Connection:
         if renew:
             self._budget.renew()
         sent = asyncio.create_task(self._session.result().send_request(request, result))
-        self._keep(sent)
+        self._hold(sent)
         await self._wait(sent, timeout_s, late=f"no response within {timeout_s:.3g} s")
         if self.problem:
             raise ToolServerError(self.problem)
@@ -122,11 +123,14 @@ class Connection:
             self._program.end()
 
     def keep(self) -> None:
-        """Lets the connection outlive the episode."""
+        """Lets the connection outlive the episode: its program, and the tasks that its opening started."""
+        for task in asyncio.all_tasks() - self._others:
+            lasting.tasks.add(task)
+            task.add_done_callback(lasting.tasks.discard)
         if self._program is not None:
             lasting.pids.add(self._program.process.pid)
 
-    def _keep(self, task: asyncio.Task[Any]) -> None:
+    def _hold(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # its caller may be gone

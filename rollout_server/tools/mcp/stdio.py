@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -47,8 +48,8 @@ class ProgramStreams:
         try:
             output, errors = (asyncio.StreamReader(limit=self._budget.max_bytes) for _ in range(2))
             for reader, pipe in ((output, process.stdout), (errors, process.stderr)):
-                made = asyncio.StreamReaderProtocol(reader)
-                transports.append((await loop.connect_read_pipe(lambda made=made: made, pipe))[0])
+                protocol = functools.partial(asyncio.StreamReaderProtocol, reader)
+                transports.append((await loop.connect_read_pipe(protocol, pipe))[0])
             to_program, flow = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, process.stdin)
             transports.append(to_program)
             writer = asyncio.StreamWriter(to_program, flow, None, loop)

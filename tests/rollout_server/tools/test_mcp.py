@@ -108,7 +108,7 @@ def test_a_server_that_says_nothing() -> None:
     [
         (
             "exit",
-            "Error: the server of this tool failed (it ended with exit code 7); the next call starts",
+            "Error: the server of this tool failed (it ended with exit code 7",
             1,
         ),
         ("huge", "Error: the server of this tool failed (it sent more than max_response_bytes=1048576", 1),
@@ -191,10 +191,23 @@ async def closed(pool: EnvironmentPool) -> None:
         await asyncio.sleep(0.01)
 
 
-async def episodes(settings: dict[str, Any], *texts: str) -> tuple[list[str], list[int], int]:
-    """One episode for each text: what the policy reads, idle workers after each, lost ones in all."""
+def test_servers_of_one_episode_and_kept_ones() -> None:
+    """Workers are used again, and only a kept server's state reaches later episodes."""
+    kept = hostile_settings(keep=True, prefix="kept_")
+    contents, idle, num_lost = asyncio.run(
+        episodes([hostile_settings(), kept], "remember", "remember", "exit", "remember")
+    )
+    own, others = zip(*contents, strict=True)
+    assert [*own[:2], own[3]] == ["1 times", "1 times", "1 times"] and "exit code 7" in own[2]
+    assert [*others[:2], others[3]] == ["1 times", "2 times", "1 times"] and "exit code 7" in others[2]
+    assert idle == [1, 1, 1, 1] and num_lost == 0
+
+
+async def episodes(servers: list[dict[str, Any]], *texts: str) -> tuple[list[list[str]], list[int], int]:
+    """One episode for each text: what the policy reads of `say` and `kept_say`, idle workers after each, and
+    lost ones in all."""
     contents, idle = [], []
-    task = {"_target_": TASK, "tools": [{"name": "mcp", **settings}]}
+    task = {"_target_": TASK, "tools": [{"name": "mcp", **server} for server in servers]}
     async with environment_pool(task, sandbox=sandbox(), memory_mb=1024) as pool:
         await pool.check()
         await closed(pool)
@@ -202,8 +215,9 @@ async def episodes(settings: dict[str, Any], *texts: str) -> tuple[list[str], li
             environment = await pool.open(split="train", index=0, seed=0)
             try:
                 await environment.reset()
-                step = await environment.step(call("say", text=text))
-                contents.append(step.messages[0]["content"])
+                calls = [("say", {"text": text}), ("kept_say", {"text": text})]
+                step = await environment.step(say(calls=calls))
+                contents.append([message["content"] for message in step.messages])
             finally:
                 environment.close()
             await closed(pool)
@@ -211,24 +225,16 @@ async def episodes(settings: dict[str, Any], *texts: str) -> tuple[list[str], li
         return contents, idle, pool.num_restarts
 
 
-def test_each_episode_has_its_own_server() -> None:
-    contents, idle, num_lost = asyncio.run(episodes(hostile_settings(), "remember", "exit", "remember"))
-    assert [contents[0], contents[2]] == ["1 times", "1 times"] and "exit code 7" in contents[1]
-    assert idle == [1, 1, 1] and num_lost == 0
-
-
-def test_a_kept_server_serves_later_episodes() -> None:
-    kept = hostile_settings(keep=True)
-    contents, idle, num_lost = asyncio.run(episodes(kept, "remember", "remember", "exit", "remember"))
-    assert [*contents[:2], contents[3]] == ["1 times", "2 times", "1 times"]
-    assert idle == [1, 1, 1, 1] and num_lost == 0
-
-
 def test_a_job_whose_server_does_not_start_is_refused() -> None:
     with pytest.raises(ConfigError, match="MCP server hostile: it ended with exit code 1: no license found"):
-        asyncio.run(episodes(hostile_settings("cannot start")))
+        asyncio.run(episodes([hostile_settings("cannot start")]))
+
+
+def test_what_is_missing_is_found_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the environment variable NOT_SET is not set"):
-        asyncio.run(episodes(hostile_settings(env_allow=["NOT_SET"])))
+        hostile(env_allow=["NOT_SET"], sandbox="rlimits").check()
+    with pytest.raises(ConfigError, match="readable: .*/none does not exist"):
+        hostile(readable=[str(tmp_path / "none")], sandbox="rlimits").check()
 
 
 @pytest.mark.parametrize(
