@@ -57,7 +57,7 @@ class PreferenceCounts:
 class PreferenceRows(OfflineRows):
     """The rows of one source."""
 
-    fact_names = ("num_tokens", "num_pairs", "num_ties", "is_too_long", "label", "digest")
+    fact_names: tuple[str, ...] = ("num_tokens", "num_pairs", "num_ties", "is_too_long", "label", "digest")
 
     def __init__(
         self,

@@ -67,7 +67,11 @@ def test_a_killed_run_continues_to_the_last_bit(
     paths = [RunPaths(tmp_path / "runs" / name) for name in ("whole", "killed")]
     assert metrics_of(paths[0]) == metrics_of(paths[1])
     last = f"step_{NUM_STEPS:06d}"
-    assert files_of(paths[0].checkpoints / last) == files_of(paths[1].checkpoints / last)
+    files = [files_of(each.checkpoints / last) for each in paths]
+    for each in files:
+        # torch seeds each process at random; the run draws nothing from that state.
+        del each["rows/random_state.safetensors"]
+    assert files[0] == files[1] and "model.safetensors" in files[0]
     assert done.stdout.splitlines()[-1] == f"model.path={paths[1].checkpoints / last}"
 
 
