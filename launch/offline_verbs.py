@@ -25,6 +25,8 @@ class OfflineVerb:
     """(name of a metric of held-out rows, label, format), in the order of the summary."""
     use: str
     """What its model is for; the settings that name the model follow."""
+    title: str = ""
+    """What a report calls its runs; empty: by the verb."""
     prepares: tuple[str, ...] = ()
     """Further arguments of `trainer.prepare_model`."""
 
@@ -36,6 +38,7 @@ SFT = OfflineVerb(
     module="trainer.sft",
     measures=(_LOSS,),
     use="train it with rewards: areal-like run, with",
+    title="Supervised run",
 )
 REWARD_MODEL = OfflineVerb(
     verb="reward-model",

@@ -194,4 +194,4 @@ def described(run: Run) -> str:
     for name, keys in facts.items():
         known = [settings[key] for key in keys.split() if settings.get(key) not in (None, "", "None")]
         found += [f"{name} {known[0]}"] if known else []
-    return ("" if run.verb is None else f"Run of {run.verb.verb}. ") + ", ".join(found)
+    return ("" if run.verb is None else f"{run.verb.title or f'Run of {run.verb.verb}'}. ") + ", ".join(found)

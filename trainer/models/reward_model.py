@@ -54,7 +54,7 @@ class RewardModel(PackedModel):
         return model
 
     def fresh_parameters(self) -> frozenset[str]:
-        """Those, and the vocabulary's head, which is not read."""
+        """A new head, and the vocabulary's, which the files may have and which is not read."""
         return self._fresh
 
     def forward(self, batch: PackedBatch) -> Tensor:
