@@ -31,6 +31,7 @@ GENERATION = (
     "rollout.",
     "seed",
     "sessions.",
+    "scorer.",
     "task",
     "weights.",
 )
