@@ -53,8 +53,16 @@ class TokenLogProbs(NamedTuple):
     `Policy.with_entropy`."""
     collision_S: Tensor | None
     """Sum of its squared probabilities, detached; None unless `Policy.with_collision`."""
-    reverse_kl_S: Tensor | None = None
-    """KL of the same distribution from the one that `forward` was given; None without one."""
+
+
+class TaughtLogProbs(NamedTuple):
+    """Output of a forward that was given the distributions of a teacher; fields as in `TokenLogProbs`."""
+
+    logprobs_S: Tensor
+    entropy_S: Tensor
+    collision_S: Tensor | None
+    reverse_kl_S: Tensor
+    """KL(policy || teacher) over the vocabulary at each sampled token; carries gradient."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +108,15 @@ class Policy(PackedModel):
         self.entropy_numbers: int | None = None
         """Log-probs whose entropy is computed at a time; None: the number that suits the device."""
 
-    def forward(self, batch: PackedBatch, teacher: Distributions | None = None) -> TokenLogProbs:
+    def forward(
+        self, batch: PackedBatch, teacher: Distributions | None = None
+    ) -> TokenLogProbs | TaughtLogProbs:
         """`teacher`: its distributions at the sampled tokens, for `reverse_kl_S`."""
         hidden_SD = self.hidden(batch)
         targets_S = batch.tokens_T.index_select(0, batch.sampled_S)
         if len(targets_S) <= self.chunk_tokens:
-            return TokenLogProbs(
-                *self._head(hidden_SD, targets_S, None, None if teacher is None else teacher.logprobs_SV)
-            )
+            teacher_SV = None if teacher is None else teacher.logprobs_SV
+            return _output(*self._head(hidden_SD, targets_S, None, teacher_SV))
         sizes = self.chunk_tokens
         hidden, targets = torch.split(hidden_SD, sizes), torch.split(targets_S, sizes)
         of_teacher: Sequence[Tensor | None] = [None] * len(hidden)
@@ -120,7 +129,7 @@ class Policy(PackedModel):
             for h, t, tea in zip(hidden, targets, of_teacher, strict=True)
         ]
         logprobs, entropies, collisions, reverse_kls = zip(*parts, strict=True)
-        return TokenLogProbs(
+        return _output(
             torch.cat(logprobs),
             torch.cat(entropies),
             torch.cat(collisions) if self.with_collision else None,
@@ -181,6 +190,14 @@ class Policy(PackedModel):
         if self.with_collision:
             collision_C = torch.linalg.vector_norm(logps_CV.detach().exp(), dim=-1).square()
         return logps_C, entropy_C, collision_C, reverse_kl_C
+
+
+def _output(
+    logprobs_S: Tensor, entropy_S: Tensor, collision_S: Tensor | None, reverse_kl_S: Tensor | None
+) -> TokenLogProbs | TaughtLogProbs:
+    if reverse_kl_S is None:
+        return TokenLogProbs(logprobs_S, entropy_S, collision_S)
+    return TaughtLogProbs(logprobs_S, entropy_S, collision_S, reverse_kl_S)
 
 
 def _entropy(logps_CV: Tensor, *, numbers: int | None) -> Tensor:

@@ -406,7 +406,7 @@ class _Trace:
         with self._memory.as_(ACTIVATIONS, phase="policy"):
             out = policy(batch, teacher)
             loss = out.logprobs_S.sum()
-            if out.reverse_kl_S is not None:
+            if teacher is not None:
                 loss = loss + out.reverse_kl_S.sum()
             if policy.with_entropy_gradient:
                 loss = loss + out.entropy_S.sum()
