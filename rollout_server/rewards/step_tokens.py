@@ -26,7 +26,7 @@ from areal_like.errors import RewardError
 Decode = Callable[[Sequence[int]], str]
 """Converts token ids to a text without special tokens."""
 
-_WINDOW = 64
+_WINDOW = 16
 _REPLACEMENT = "\ufffd"
 """Decoders put it where bytes are not, or not yet, a character."""
 _MAX_COST = 1 << 22
