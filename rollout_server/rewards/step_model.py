@@ -167,10 +167,10 @@ def _loaded(path: str, device: str, good: str, bad: str) -> _StepModel:
                 f"{', '.join(f'...{kind}' for kind in _KINDS)}"
             )
         model: Any
-        options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
+        options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True}
         classes = (0, 1)
         if kind == "ForCausalLM":
-            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **options)
+            model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
             ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (bad, good)]
             if not all(ids) or ids[0][-1] == ids[1][-1]:
                 raise ConfigError(f"score_steps: good={good!r} and bad={bad!r} have no tokens of their own")
@@ -178,7 +178,7 @@ def _loaded(path: str, device: str, good: str, bad: str) -> _StepModel:
         elif kind == "ForTokenClassification":
             if config.num_labels != 2:
                 raise ConfigError(f"score_steps: {path} has {config.num_labels} labels: want bad and good")
-            model = AutoModelForTokenClassification.from_pretrained(path, dtype="auto", **options)
+            model = AutoModelForTokenClassification.from_pretrained(path, trust_remote_code=False, **options)
         else:
             model = _with_two_layers(path, config)
     except (OSError, ValueError, KeyError) as error:

@@ -26,11 +26,11 @@ from areal_like.errors import RewardError
 Decode = Callable[[Sequence[int]], str]
 """Converts token ids to a text without special tokens."""
 
-_WINDOW = 64
+_WINDOW = 16
 _REPLACEMENT = "\ufffd"
 """Decoders put it where bytes are not, or not yet, a character."""
-_MAX_COST = 1 << 24
-"""Most tokens that are decoded for one completion with a single window: a few seconds."""
+_MAX_COST = 1 << 22
+"""Most tokens that are decoded for one completion with a single window: the server's event loop waits."""
 
 
 def tokens_of_ends(token_ids: Sequence[int], ends: Sequence[int], *, text: str, decode: Decode) -> list[int]:
