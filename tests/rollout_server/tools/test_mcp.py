@@ -233,7 +233,7 @@ def test_a_job_whose_server_does_not_start_is_refused() -> None:
 def test_what_is_missing_is_found_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the environment variable NOT_SET is not set"):
         hostile(env_allow=["NOT_SET"], sandbox="rlimits").check()
-    with pytest.raises(ConfigError, match="readable: .*/none does not exist"):
+    with pytest.raises(ConfigError, match=r"readable: .*/none does not exist"):
         hostile(readable=[str(tmp_path / "none")], sandbox="rlimits").check()
 
 
