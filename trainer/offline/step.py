@@ -14,10 +14,11 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.batching.packing import PackedBatch, Packer, TrainingSample, in_lockstep
@@ -28,13 +29,18 @@ from trainer.models.lora import use_dropout
 from trainer.models.packed_model import PackedModel
 from trainer.optimizer import ShardedAdamW
 
-if TYPE_CHECKING:
-    from trainer.offline.rows import OfflineRows
-
 Unit = Sequence[TrainingSample]
 """Samples that are in one micro-batch."""
 _TOKENS, _ROWS, _SEQUENCES, _MICROBATCHES, _FLOPS = range(5)
 _NUM_COMMON = _FLOPS + 1
+
+
+class RowFacts(Protocol):
+    """The rows of one source (`trainer.offline.rows.OfflineRows`), as a loss sees them."""
+
+    @property
+    def facts(self) -> Mapping[str, NDArray[np.int64]]:
+        """Name -> int64 [N] facts of all rows."""
 
 
 class OfflineLoss(abc.ABC):
@@ -52,7 +58,7 @@ class OfflineLoss(abc.ABC):
         self.model = model
 
     def begin(  # noqa: B027 - most losses need nothing
-        self, rows: OfflineRows, indices: Sequence[int], *, step: int | None
+        self, rows: RowFacts, indices: Sequence[int], *, step: int | None
     ) -> None:
         """Prepares for the rows with these indices, over all ranks: those of a step, or held-out ones (None).
         Collective."""

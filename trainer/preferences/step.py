@@ -25,8 +25,8 @@ from trainer.batching.segments import values_of_targets
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.offline.preference_rows import comparisons, margins
-from trainer.offline.rows import OfflineRows, training_sample
-from trainer.offline.step import OfflineLoss
+from trainer.offline.rows import training_sample
+from trainer.offline.step import OfflineLoss, RowFacts
 from trainer.preferences.losses import mismatched_kl
 from trainer.preferences.methods import Completions, Kto, PairMethod, ranked_right, share_ranked_right
 from trainer.preferences.rows import OptimizationRows
@@ -100,7 +100,7 @@ class PairLoss(PreferenceLoss):
         self._method = method
         self._pairs_per_token = 0.0
 
-    def begin(self, rows: OfflineRows, indices: Sequence[int], *, step: int | None) -> None:
+    def begin(self, rows: RowFacts, indices: Sequence[int], *, step: int | None) -> None:
         """Before a step, or a measurement of held-out rows (None)."""
         num_pairs, num_tokens = (
             int(rows.facts[name][list(indices)].sum()) for name in ("num_better", "num_best_tokens")
@@ -153,7 +153,7 @@ class KtoLoss(PreferenceLoss):
         self._rewards: list[Tensor] = []
         """[N, 3] implicit reward, label and group of the completions of each micro-batch."""
 
-    def begin(self, rows: OfflineRows, indices: Sequence[int], *, step: int | None) -> None:
+    def begin(self, rows: RowFacts, indices: Sequence[int], *, step: int | None) -> None:
         """Estimates the KL before a step, or a measurement of held-out rows (None). Collective."""
         assert isinstance(rows, OptimizationRows) and isinstance(self.model, Policy)
         policy, ranks = self.model, self._ranks
