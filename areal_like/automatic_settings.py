@@ -141,11 +141,11 @@ def resolved(config: Config) -> Config:
 def start_limit_s(config: Config) -> float:
     """Longest time without output of an engine that starts or loads weights, in seconds.
 
-    This is `rollout.start_timeout_s` plus the time to read the model's weights. The time is not added for a
-    model that is given by its hub name or built by the run.
+    This is `rollout.start_timeout_s` plus the time to read the weights of the model and of a reward model. No
+    time is added for a model that is given by its hub name or built by the run.
     """
-    folder = Path(config.model.path).expanduser()
-    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    folders = [Path(path).expanduser() for path in (config.model.path, config.scorer.path) if path]
+    num_bytes = sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
     return config.rollout.start_timeout_s + num_bytes / LEAST_BYTES_PER_S
 
 

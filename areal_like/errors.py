@@ -17,11 +17,13 @@
             EpisodeBudgetError
             EnvironmentLostError
                 AgentLostError
+            ToolServerError
         SessionGoneError
         ToolError
         WeightSyncError
         RewardError
             RewardTimeoutError
+        TeacherError
         CheckpointError
         DiskFullError
         StoreCorruptError
@@ -133,6 +135,10 @@ class AgentLostError(EnvironmentLostError):
         self.is_of_sample = is_of_sample
 
 
+class ToolServerError(EpisodeError):
+    """A server of tools cannot be used: it does not start, its tools are refused, or it ended too often."""
+
+
 class SessionGoneError(ArealError):
     """The session of a request has ended; the message says why. It accepts no further requests."""
 
@@ -151,6 +157,10 @@ class RewardError(ArealError):
 
 class RewardTimeoutError(RewardError):
     """A reward function exceeded its time limit."""
+
+
+class TeacherError(ArealError):
+    """No server of a sample's teacher has returned the log-probs of its tokens (`distill.teachers`)."""
 
 
 class CheckpointError(ArealError):

@@ -28,6 +28,8 @@ class FailureKind(StrEnum):
     """The task's example() or the episode raised or hung."""
     ROUTES = "routes"
     """The engine returned no routes for a completion, or unusable ones (`model.router_replay`)."""
+    TEACHER = "teacher"
+    """No server of the sample's teacher returned the log-probs of its tokens within `distill.retry_s`."""
     AGENT = "agent"
     """External agents did not make the sample: they made no request, posted no reward, or disappeared."""
 
@@ -45,7 +47,9 @@ class FailurePolicy(StrEnum):
 
 FAULTS_OF_SERVER = frozenset({FailureKind.ENGINE, FailureKind.TIMEOUT, FailureKind.ROUTES})
 """Kinds that count against the rollout server."""
-FAULTS_OF_TASK = frozenset({FailureKind.REWARD, FailureKind.REWARD_TIMEOUT, FailureKind.ENVIRONMENT})
-"""Kinds that count against the task's code."""
+FAULTS_OF_TASK = frozenset(
+    {FailureKind.REWARD, FailureKind.REWARD_TIMEOUT, FailureKind.ENVIRONMENT, FailureKind.TEACHER}
+)
+"""Kinds that count against the task's code, or against services that are the same for every server."""
 FAULTS_OF_AGENTS = frozenset({FailureKind.AGENT})
 """Kinds that count against the agent that claimed the session; its server keeps the count."""

@@ -27,6 +27,8 @@ LARGEST_REWARD = 1e9
 float32, in which the sums over a step of their second and fourth powers must stay finite."""
 LARGEST_METRIC = float(np.finfo(np.float32).max)
 """Largest size of a metric of a sample. It is averaged in float64 and never trained on."""
+GOLD_REWARD = "reward_gold"
+"""Name of the metric of a sample that holds a reward which is not trained on (`task.gold_reward`)."""
 LEAST_LOGPROB = -1e6
 """No engine that computes with float32 samples a token with a smaller log-prob."""
 MAX_SAMPLE_S = 1e9
@@ -68,6 +70,16 @@ _TRUNCATED = frozenset(
 )
 TOKEN_REWARDS = "token_rewards"
 """Name of the array float32[T] with a reward of each token (process rewards)."""
+TEACHER_LOGPROBS = "teacher_logprobs"
+"""Name of the array float32[T] with the log-prob of each sampled token under the sample's teacher, if that is
+at a server (`distill.teachers`); 0 elsewhere."""
+STEP_ENDS = "step_ends"
+"""Name of the array int32[K] with the end of each rewarded step within a turn: its last token is at end - 1.
+It ascends; two steps that end within one token have the same end."""
+STEP_REWARDS = "step_rewards"
+"""Name of the array float32[K] with the rewards of those steps."""
+MAX_STEPS = 4096
+"""Most rewarded steps of one sample."""
 
 _DTYPES = (
     ("tokens", np.dtype(np.int32)),
@@ -96,8 +108,8 @@ def are_equal_rewards(rewards: Sequence[float]) -> bool:
     return bool(high - low <= _REWARD_ROUNDING * max(1.0, abs(low), abs(high)))
 
 
-def least_logprob(values: NDArray[np.float32]) -> float:
-    """The smallest of these log-probs, of which there is at least one; 0 if none is below 0.
+def least_logprob(values: NDArray[Any], *, name: str = "logprobs") -> float:
+    """The smallest of these log-probs float32, of which there is at least one; 0 if none is below 0.
 
     Compares the bit patterns as integers, which is twice as fast as comparing floats: among negative floats
     the smallest has the largest pattern. Raises ValueError unless all are finite and at most 0 (up to
@@ -105,7 +117,7 @@ def least_logprob(values: NDArray[np.float32]) -> float:
     """
     largest = np.maximum.reduce(values.view(np.uint32))
     if largest >= _NEGATIVE_INFINITY_BITS or np.maximum.reduce(values.view(np.int32)) > _MAX_LOGPROB_BITS:
-        raise ValueError("trajectory.logprobs: want finite values that are at most 0")
+        raise ValueError(f"trajectory.{name}: want finite values that are at most 0")
     return min(0.0, float(largest.view(np.float32)))
 
 
@@ -127,8 +139,8 @@ class Trajectory:
     versions: NDArray[np.int32]
     """[T] version of the weights that sampled each token, from the engine; NOT_SAMPLED elsewhere."""
     reward: float
-    """Scalar reward of the whole trajectory. It includes the rewards of turns and of tokens; the remainder
-    belongs to the last sampled token."""
+    """Scalar reward of the whole trajectory. It includes the rewards of turns, steps and tokens; the
+    remainder belongs to the last sampled token."""
     reward_components: dict[str, float] = field(default_factory=dict)
     """Named parts of the reward, for metrics."""
     segments: tuple[int, ...] = ()
@@ -209,6 +221,34 @@ class Trajectory:
             or not np.isfinite(rewards).all()
         ):
             raise ValueError(f"trajectory.{TOKEN_REWARDS}: want finite float32[{len(self.tokens)}]")
+        teacher = self.arrays.get(TEACHER_LOGPROBS)
+        if teacher is not None:
+            if teacher.dtype != np.float32 or teacher.shape != self.tokens.shape:
+                raise ValueError(f"trajectory.{TEACHER_LOGPROBS}: want float32[{len(self.tokens)}]")
+            least_logprob(teacher, name=TEACHER_LOGPROBS)
+        if STEP_ENDS in self.arrays or STEP_REWARDS in self.arrays:
+            self._check_steps()
+
+    def _check_steps(self) -> None:
+        ends, rewards = self.arrays.get(STEP_ENDS), self.arrays.get(STEP_REWARDS)
+        if (
+            ends is None
+            or rewards is None
+            or ends.dtype != np.int32
+            or rewards.dtype != np.float32
+            or ends.ndim != 1
+            or ends.shape != rewards.shape
+            or not 0 < len(ends) <= MAX_STEPS
+            or not np.isfinite(rewards).all()
+        ):
+            raise ValueError(
+                f"trajectory.{STEP_ENDS}, {STEP_REWARDS}: want int32[K] and finite float32[K], K at most "
+                f"{MAX_STEPS}"
+            )
+        if ends.min() < 1 or ends.max() > len(self.tokens) or (np.diff(ends.astype(np.int64)) < 0).any():
+            raise ValueError(f"trajectory.{STEP_ENDS}: want ascending ends within the tokens")
+        if not self.loss_mask[ends - 1].all():
+            raise ValueError(f"trajectory.{STEP_ENDS}: the last token of a step was not sampled")
 
     def _check_routes(self, routes: Routes) -> None:
         num_rows = len(self.tokens) - (len(self.segments) or 1)
@@ -243,6 +283,18 @@ class Trajectory:
             return None
         ends = accumulate((length - 1 for length in self.segments or (len(self.tokens),)), initial=0)
         return [self.routes.rows(start, end) for start, end in pairwise(ends)]
+
+    @property
+    def steps(self) -> list[tuple[int, float]]:
+        """(end, reward) of each rewarded step within a turn, in order: its last token is at `end` - 1."""
+        if STEP_ENDS not in self.arrays:
+            return []
+        return list(zip(self.arrays[STEP_ENDS].tolist(), self.arrays[STEP_REWARDS].tolist(), strict=True))
+
+    @property
+    def arrays_without_steps(self) -> dict[str, NDArray[np.generic]]:
+        """The further arrays but those of the steps, for a copy with other tokens or another mask."""
+        return {name: array for name, array in self.arrays.items() if name not in (STEP_ENDS, STEP_REWARDS)}
 
     @property
     def num_turns(self) -> int:

@@ -344,7 +344,7 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:
         subject = Subject(
-            path=_model_of(arguments.model, f"{scratch}/model"),
+            path=model_of(arguments.model, f"{scratch}/model"),
             name=arguments.model or "tiny",
             dtype=getattr(torch, arguments.dtype),
             prompt_tokens=arguments.prompt_tokens,
@@ -367,7 +367,7 @@ def main() -> None:
             print(f"written to {write('engine_phases' + kept, subject.facts | phases)}")
 
 
-def _model_of(name: str, folder: str) -> str:
+def model_of(name: str, folder: str) -> str:
     """The directory of a model; the default job's, and smollm2, are made in `folder`."""
     if not name:
         return tiny_model(folder)

@@ -34,7 +34,9 @@ KEPT = (
 def presets() -> list[str]:
     """Every objective with a preset, the main ones first."""
     names = sorted(
-        path.stem for path in (ROOT / "configs" / "objective").glob("*.yaml") if path.stem != "custom"
+        path.stem
+        for path in (ROOT / "configs" / "objective").glob("*.yaml")
+        if path.stem not in ("custom", "distill")
     )
     return [*MAIN_OBJECTIVES, *(name for name in names if name not in MAIN_OBJECTIVES)]
 

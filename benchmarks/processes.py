@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import time
@@ -15,18 +16,26 @@ STOP_S = 180.0
 """Time in which a program that was told to stop has to end: a run writes a checkpoint."""
 
 
-def pss_mib(root: int) -> float:
-    """Sum of the proportional set sizes of a process and all of its descendants, in MiB."""
+def descendants(root: int) -> list[int]:
+    """The process ids of a process and of all of its descendants."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(
                 int(stat.parent.name)
             )
-    total, pending = 0, [root]
+    found, pending = [], [root]
     while pending:
         pid = pending.pop()
+        found.append(pid)
         pending += children.get(pid, [])
+    return found
+
+
+def pss_mib(root: int) -> float:
+    """Sum of the proportional set sizes of a process and all of its descendants, in MiB."""
+    total = 0
+    for pid in descendants(root):
         with contextlib.suppress(OSError, StopIteration):
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
             total += int(next(line for line in lines if line.startswith("Pss:")).split()[1])
@@ -41,10 +50,12 @@ def run_program(
     env: Mapping[str, str],
     on_look: Callable[[float], None],
     look_s: float = 20.0,
+    is_to_be_killed: Callable[[], bool] = lambda: False,
 ) -> int:
     """Runs a program to its end; its output is appended to `log`. Returns the exit code.
 
-    `on_look`: called with the memory of its processes in MiB, every `look_s` seconds. If this process is
+    `on_look`: called with the memory of its processes in MiB, every `look_s` seconds. `is_to_be_killed`:
+    asked every second; the program and its descendants get SIGKILL when it is true. If this process is
     told to stop (KeyboardInterrupt, SystemExit), the program gets one SIGTERM and time to end; if it is
     killed, the kernel sends the SIGTERM.
     """
@@ -65,6 +76,10 @@ def run_program(
             if time.monotonic() >= next_look_s:
                 on_look(pss_mib(process.pid))
                 next_look_s = time.monotonic() + look_s
+            if is_to_be_killed():
+                for pid in descendants(process.pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0)
     except BaseException:

@@ -4,7 +4,7 @@
     python -m benchmarks.real_model status                  what is done, and hours that are left
     python -m benchmarks.real_model report                  results -> docs/results.md, docs/real_model.png
 
-    cells   base, start-0..2, rl-0..2, sft-0, lag0-0, trl-0, lora-0, tools-start-0..1, tools-0..1
+    cells   base, start-0..2, rl-0..2, killed-0, sft-0, lag0-0, trl-0, lora-0, tools-start-0..1, tools-0..1
             (benchmarks/real_model_cells.py says what each one is)
 
 Data, number of steps, learning rates and evaluation are fixed before the first run: the last checkpoint of a
@@ -154,6 +154,8 @@ def _train(study: Study, cell: Cell, began_unix_s: float) -> None:
     else:
         verb = {"sft": "sft", "rl": "run"}[cell.kind]
         command = _command(study, verb, name=cell.name, config=config)
+    for kill in (step for step in cell.kills if step not in study.kills(cell)):
+        _run(study, cell, command, began_unix_s=began_unix_s, what=cell.name, kill=kill)
     _run(study, cell, command, began_unix_s=began_unix_s, what=cell.name)
     if cell.kind == "trl":
         summary = {"finished": True, "steps": len(study.step_rows(cell))}
@@ -181,8 +183,11 @@ def _command(study: Study, verb: str, *words: str, name: str, config: Mapping[st
     return [sys.executable, "-m", "launch", verb, *words, "--config", str(file), *own]
 
 
-def _run(study: Study, cell: Cell, command: list[str], *, began_unix_s: float, what: str) -> None:
-    """Runs a program to its end. Raises RuntimeError if it fails."""
+def _run(
+    study: Study, cell: Cell, command: list[str], *, began_unix_s: float, what: str, kill: int | None = None
+) -> None:
+    """Runs a program to its end, or, with `kill`, until it has made so many steps and is killed. Raises
+    RuntimeError if it fails."""
     log = study.work / f"{what}.log"
     print(f"{what}: {' '.join(command[1:])} > {log}", flush=True)
 
@@ -190,10 +195,16 @@ def _run(study: Study, cell: Cell, command: list[str], *, began_unix_s: float, w
         wall_s = time.time() - began_unix_s
         study.note_attempt(cell, began_unix_s=began_unix_s, wall_s=wall_s, peak_mib=mib)
 
+    def is_to_be_killed() -> bool:
+        return kill is not None and len(study.step_rows(cell)) >= kill
+
     env = MEMORY | {"OMP_NUM_THREADS": "1"} | os.environ
-    code = run_program(command, cwd=ROOT, log=log, env=env, on_look=look)
+    code = run_program(command, cwd=ROOT, log=log, env=env, on_look=look, is_to_be_killed=is_to_be_killed)
     look(0.0)
-    if code != 0:
+    if kill is not None and code == -signal.SIGKILL:
+        study.note_kill(cell, kill)
+        print(f"{what}: killed after {len(study.step_rows(cell))} steps", flush=True)
+    elif code != 0:
         raise RuntimeError(f"{what} exited with {code}:\n{log.read_text()[-2000:]}")
 
 

@@ -1,6 +1,6 @@
 """The cells of the real model's study, what each one runs, and how far it is.
 
-    base -> start-0 -> rl-0, sft-0, lag0-0, trl-0, lora-0
+    base -> start-0 -> rl-0, killed-0, sft-0, lag0-0, trl-0, lora-0
             start-1 -> rl-1 ...
             tools-start-0 -> tools-0 ...
 
@@ -56,6 +56,8 @@ class Cell:
     """0: as many as the job's file says."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Dotted key -> value, in place of the job's."""
+    kills: Sequence[int] = ()
+    """Numbers of steps after which all processes of the training get SIGKILL."""
 
     @property
     def has_adapter(self) -> bool:
@@ -90,7 +92,7 @@ def cells_of(
         "model.lora.rank": 16,
         "model.lora.alpha": 32.0,
         "weights.lora": "adapter",
-        "trainer.lr": 4e-5,
+        "trainer.lr": 1.2e-4,
     }
     cells = [Cell(name="base", about="the published model", kind="base")]
     for seed in seeds:
@@ -107,6 +109,10 @@ def cells_of(
             Cell(name=f"rl-{seed}", about=about, kind="rl", seed=seed, start=start, num_steps=num_steps)
         )
     cells += [
+        Cell(
+            name=f"killed-{first}", about="the same as the first, killed three times with SIGKILL", kind="rl",
+            kills=[num_steps * share // 100 for share in (22, 47, 73)], **own,
+        ),
         Cell(
             name=f"sft-{first}", about="as many supervised steps on the same questions, with their answers",
             kind="sft", settings=supervised, **own,
@@ -247,6 +253,17 @@ class Study:
         path = self._attempts / f"{cell.name}.{began_unix_s:.0f}.json"
         peak_mib = max(peak_mib, read_object(path).get("peak_mib", 0.0))
         write_json(path, {"wall_s": round(wall_s, 1), "peak_mib": round(peak_mib, 1)})
+
+    def kills(self, cell: Cell) -> list[int]:
+        """The numbers of steps after which it has been killed."""
+        return list(read_object(self._kills(cell)).get("steps", []))
+
+    def note_kill(self, cell: Cell, step: int) -> None:
+        """Keeps that it is killed now."""
+        write_json(self._kills(cell), {"steps": [*self.kills(cell), step]})
+
+    def _kills(self, cell: Cell) -> Path:
+        return self.work / "kills" / f"{cell.name}.json"
 
     @property
     def _attempts(self) -> Path:

@@ -178,6 +178,7 @@ def shared_settings(config: Config) -> dict[str, Any]:
         "group_size": sampling.group_size,
         "max_new_tokens": sampling.max_new_tokens,
         "lr": trainer.lr,
+        "lr_schedule": trainer.lr_schedule,
         "warmup_steps": trainer.warmup_steps,
         "betas": list(trainer.betas),
         "weight_decay": trainer.weight_decay,

@@ -60,12 +60,15 @@ def reward(
 
 
 def share_of_rate(step: int) -> float:
-    """Fraction of the learning rate after `step` steps, as in this project's optimizer: constant after its
-    warm-up.
+    """Fraction of the learning rate after `step` steps, as in this project's optimizer.
 
     transformers' own warm-up has the rate 0 in its first step: a step that trains nothing.
     """
-    return min(1.0, (step + 1) / max(settings["warmup_steps"], 1))
+    num_warm, num_steps = settings["warmup_steps"], settings["num_steps"]
+    warm = min(1.0, (step + 1) / max(num_warm, 1))
+    if settings["lr_schedule"] == "constant":
+        return warm
+    return min(warm, (num_steps - step) / max(num_steps - num_warm, 1))
 
 
 class Record(TrainerCallback):

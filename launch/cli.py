@@ -52,8 +52,11 @@ GROUPS = {
     "data and models": {
         "data": "count and check the rows of a data set or task",
         "sft": "train on conversations or completions (supervised)",
+        "reward-model": "train a reward model on comparisons of completions",
+        "preferences": "train on comparisons of completions (DPO, IPO, KTO, SimPO, ORPO)",
         "eval": "evaluate a model on the sets of a configuration",
         "merge": "write the model that a LoRA adapter makes of its base",
+        "score-server": "serve a reward model over HTTP",
         "fetch": "download the weights of model=smollm2",
     },
     "clusters": {

@@ -19,6 +19,7 @@ _SAMPLE_OVERHEAD_BYTES = 4096
 ranges."""
 _BYTES_PER_EPISODE_TOKEN = BYTES_PER_TOKEN + 4
 """Bytes per token if each token has a reward."""
+_BYTES_PER_TEACHER_LOGPROB = 4
 _BYTES_PER_TURN = 32
 """Bytes per turn: the length of a segment, and the end and reward of the turn."""
 
@@ -43,6 +44,8 @@ def longest_sequence(config: Config, task: Task, *, max_positions: int) -> int:
     if task.has_environment:
         num_tokens = max(context, config.episode.max_tokens)
         num_bytes = _BYTES_PER_EPISODE_TOKEN * num_tokens + _BYTES_PER_TURN * config.episode.max_turns
+    if config.distill.servers:
+        num_bytes += _BYTES_PER_TEACHER_LOGPROB * num_tokens
     num_bytes = num_samples * (num_bytes + _SAMPLE_OVERHEAD_BYTES)
     _check_message(config, num_bytes, f"a group of {num_samples} samples of up to {num_tokens} tokens may")
     return context

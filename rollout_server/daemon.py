@@ -19,6 +19,7 @@ pushed the newest version.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Any
 
@@ -54,6 +55,7 @@ from rollout_server.policy.engines.supervisor import (
 )
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.rendering.prompt_renderer import PromptRenderer
+from rollout_server.rewards.library.model.scorers import tell_workers
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sessions.book import JOB_OVER, SERVER_ENDS, SessionBook
 from rollout_server.sessions.http.plane import SessionPlane, served_sessions
@@ -66,6 +68,7 @@ from rollout_server.sources import (
     without_long_prompts,
 )
 from rollout_server.starvation import Starvation
+from rollout_server.teachers.pool import TeacherPool
 from rollout_server.weights.receiver import WeightReceiver
 
 log = logging.getLogger(__name__)
@@ -77,6 +80,7 @@ _FROZEN_S = 10.0
 async def main(runtime: Runtime) -> None:
     """Serves until `runtime.stopping`. Raises ConfigError for settings that contradict each other."""
     config = runtime.config
+    tell_workers(config)
     tasks = make_tasks(config)
     require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
     if config.buffer.discovery == "address":
@@ -100,7 +104,9 @@ async def main(runtime: Runtime) -> None:
         vocab_size=renderer.vocab_size,
     )
     book = SessionBook()
+    teachers = TeacherPool.of(config, renderer=renderer, model=model, longest=contexts[""])
     async with (
+        contextlib.nullcontext() if teachers is None else teachers,
         running_sources(config, tasks, renderer, contexts=contexts, waits=runtime.waits) as sources,
         served_sessions(
             runtime, book, tasks=list(tasks.values()), model=model, context_tokens=context_tokens
@@ -111,7 +117,14 @@ async def main(runtime: Runtime) -> None:
         if runtime.stopping.is_set():
             return
         server = RolloutServer(
-            runtime, sources, renderer=renderer, model=model, engine=engine, book=book, plane=plane
+            runtime,
+            sources,
+            renderer=renderer,
+            model=model,
+            engine=engine,
+            book=book,
+            plane=plane,
+            teachers=teachers,
         )
         try:
             await server.run()
@@ -132,8 +145,10 @@ class RolloutServer:
         engine: Engine,
         book: SessionBook,
         plane: SessionPlane | None,
+        teachers: TeacherPool | None,
     ) -> None:
-        """`engine`: not started yet. `plane`: the HTTP servers of sessions; None if no task has sessions."""
+        """`engine`: not started yet. `plane`: the HTTP servers of sessions; None if no task has sessions.
+        `teachers`: those at servers; None: there are none."""
         config = runtime.config
         self._runtime = runtime
         self._tasks = {name: source.task for name, source in sources.items()}
@@ -199,12 +214,14 @@ class RolloutServer:
             gate=gate,
             book=book,
             buffers=self._buffers,
+            teachers=teachers,
         )
         self._stats = ServerStats(
             runtime.metrics,
             buffers=self._buffers,
             runner=self._runner,
             rewards=self._rewards,
+            teachers=teachers,
             environments=self._environments,
             receiver=self._receiver,
             engine=engine,
@@ -220,6 +237,8 @@ class RolloutServer:
         runtime.status = self._status
         runtime.trouble = self._trouble
         runtime.waits.sources.append(self._supervisor.waits)
+        if teachers is not None:
+            runtime.waits.sources.append(teachers.waits)
         runtime.metrics_pages["engine"] = self._engine_metrics
         runtime.advertise(weights=self._weights_address)
 

@@ -24,6 +24,7 @@ from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sessions.book import WRONG_ROUTES, SessionBook
 from rollout_server.sessions.open_session import SessionOutcome
 from rollout_server.starvation import Starvation
+from rollout_server.teachers.pool import TeacherPool
 from rollout_server.weights.receiver import WeightReceiver
 from rollout_server.workers.environment_pool import EnvironmentPool
 from rollout_server.workers.reward_pool import RewardPool
@@ -61,6 +62,13 @@ _COUNTERS = {
     ),
     "reward_s": ("reward_seconds", "Time spent in the task's reward function."),
     "reward_restarts": ("reward_worker_restarts", "Reward workers lost to a timeout or a crash."),
+    "scorer_changes": (
+        "scorer_changes",
+        "Reward models, beyond the first, that have scored samples of this server.",
+    ),
+    "teacher_requests": ("teacher_requests", "Requests that teachers' servers answered."),
+    "teacher_failures": ("teacher_failures", "Requests to teachers' servers that failed."),
+    "teacher_s": ("teacher_seconds", "Time of the answered requests to teachers' servers, summed up."),
     "environment_s": ("environment_seconds", "Time that samples waited for calls of their environments."),
     "environment_restarts": (
         "environment_restarts",
@@ -98,12 +106,13 @@ _GAUGES = {
     "unacknowledged": ("samples_unacknowledged", "Finished samples that the buffer has not confirmed."),
     "at_engine": ("samples_at_engine", "Held samples that are at the engine or wait for it."),
     "in_tools": ("samples_in_environments", "Held samples that wait for their environment or agent."),
-    "in_rewards": ("samples_in_rewards", "Held samples that wait for their reward."),
+    "in_rewards": ("samples_in_rewards", "Held samples that wait for their reward or their teacher."),
     "rewards_waiting": ("rewards_waiting", "Completions that wait for their reward."),
     "rewards_held": (
         "rewards_holding_workers",
         "Completions whose rewards take far longer than the others and hold a reward worker.",
     ),
+    "teachers_waiting": ("teachers_waiting", "Samples that wait for the log-probs of their teacher."),
     "environments_open": ("environments_open", "Environments that samples use."),
     "sessions_open": ("sessions_open", "Sessions that agents work on."),
     "sessions_waiting": ("sessions_waiting", "Sessions that an external agent can claim."),
@@ -219,6 +228,7 @@ class ServerStats:
     buffers: ShardedBufferClient
     runner: LeaseRunner
     rewards: Sequence[RewardPool]
+    teachers: TeacherPool | None = None
     environments: Sequence[EnvironmentPool]
     receiver: WeightReceiver
     engine: Engine
@@ -279,7 +289,9 @@ class ServerStats:
             **{name: self.runner.num_failed[kind] for kind, name in _FAILED.items()},
             "reward_s": sum(pool.seconds_total for pool in self.rewards),
             "reward_restarts": sum(pool.num_restarts for pool in self.rewards),
+            "scorer_changes": sum(pool.num_scorer_changes for pool in self.rewards),
             **{name: self.runner.num_finished[reason] for reason, name in _FINISHED.items()},
+            **self._of_teachers(),
             "environment_s": sum(pool.seconds_total for pool in self.environments),
             "environment_restarts": sum(pool.num_restarts for pool in self.environments),
             "environments_open": sum(pool.num_open for pool in self.environments),
@@ -322,6 +334,14 @@ class ServerStats:
         for key in _TRACED:
             recorder.count(key, self.values[key])
         return self.values
+
+    def _of_teachers(self) -> dict[str, float]:
+        names = ("requests", "failures", "s")
+        if (pool := self.teachers) is None:
+            return dict.fromkeys([*(f"teacher_{name}" for name in names), "teachers_waiting"], 0.0)
+        numbers = (pool.num_requests, pool.num_failures, pool.seconds_total)
+        found = {f"teacher_{name}": float(number) for name, number in zip(names, numbers, strict=True)}
+        return found | {"teachers_waiting": float(pool.num_waiting)}
 
     def _of_engine_time(self, *, passed_s: float) -> dict[str, float]:
         busy_s, request_s = self.gate.seconds()

@@ -61,7 +61,8 @@ class Starvation:
             return ""
         self._has_hinted = True
         change = (
-            "raise rollout.reward_workers (for an asynchronous reward, rollout.reward_concurrency)"
+            "raise rollout.reward_workers (for an asynchronous reward, rollout.reward_concurrency), or with "
+            "distill.teachers at servers distill.max_requests or their number"
             if in_rewards >= in_tools
             else "raise rollout.max_episodes, make environments or agents faster, or start more agents"
         )

@@ -20,6 +20,8 @@ import yaml
 from areal_like.runtime.command_line import load_config
 from launch.audit.run import audit_run
 from tests.support.launching import ROOT, TEST_LIMIT_S, areal_like
+from tests.support.preferences import sorting_pairs
+from tests.support.sft_model import write_rows
 
 PAGE = (ROOT / "docs" / "guides" / "come-from-elsewhere.md").read_text()
 FILES = dict(re.findall(r"```(?:python|yaml)\n# (\w+\.\w+)\n(.*?)```", PAGE, re.S))
@@ -45,6 +47,8 @@ def test_the_page_has_a_script_and_a_job_for_each() -> None:
         "sum_rewards.py",
         "train_grpo.py",
         "trl_job.yaml",
+        "train_dpo.py",
+        "dpo_job.yaml",
         "sum_score.py",
         "verl.yaml",
         "verl_job.yaml",
@@ -77,17 +81,19 @@ def test_the_translated_job_runs(
     assert set(steps[-1]["sample_metrics"]) == told
 
 
-def arguments_of_grpo_config() -> dict[str, Any]:
+def arguments_of(name: str, *, file: str) -> dict[str, Any]:
+    """The arguments of a call in a file."""
     (call,) = (
         node
-        for node in ast.walk(ast.parse(FILES["train_grpo.py"]))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "GRPOConfig"
+        for node in ast.walk(ast.parse(FILES[file]))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
     )
     return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
 
 
 def test_the_trl_job_has_the_values_of_the_script(directory: Path) -> None:
-    theirs, ours = arguments_of_grpo_config(), load_config(["--config", str(directory / "trl_job.yaml")])
+    theirs = arguments_of("GRPOConfig", file="train_grpo.py")
+    ours = load_config(["--config", str(directory / "trl_job.yaml")])
     trainer, completions = ours.trainer, theirs["per_device_train_batch_size"]
     completions *= theirs["gradient_accumulation_steps"]
     assert completions == trainer.groups_per_step * ours.sampling.group_size
@@ -101,6 +107,39 @@ def test_the_trl_job_has_the_values_of_the_script(directory: Path) -> None:
     assert trainer.checkpoint_interval == theirs["save_steps"]
     table = PAGE.split("## From verl")[0]
     assert [name for name in theirs if f"`{name}`" not in table] == []
+
+
+def test_the_dpo_job_has_the_values_of_the_script(tmp_path: Path) -> None:
+    (tmp_path / "dpo_job.yaml").write_text(FILES["dpo_job.yaml"])
+    theirs = arguments_of("DPOConfig", file="train_dpo.py")
+    ours = load_config(["--config", str(tmp_path / "dpo_job.yaml")])
+    trainer, preferences = ours.trainer, ours.preferences
+    rows = theirs["per_device_train_batch_size"] * theirs["gradient_accumulation_steps"]
+    assert (preferences.method, preferences.batch_rows) == ("dpo", rows)
+    assert (preferences.beta, preferences.num_epochs) == (theirs["beta"], theirs["num_train_epochs"])
+    assert (preferences.max_row_tokens, preferences.eval_interval) == (
+        theirs["max_length"],
+        theirs["eval_steps"],
+    )
+    assert (trainer.lr, trainer.lr_schedule) == (theirs["learning_rate"], theirs["lr_scheduler_type"])
+    assert (trainer.warmup_steps, ours.seed) == (theirs["warmup_steps"], theirs["seed"])
+    assert trainer.checkpoint_interval == theirs["save_steps"]
+    table = PAGE.split("## From verl")[0]
+    assert [name for name in theirs if f"`{name}`" not in table] == []
+
+
+@pytest.mark.long
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_the_dpo_job_runs(tmp_path: Path, cache: dict[str, str]) -> None:
+    """With the tiny model, on rows of the shape that the script reads."""
+    (tmp_path / "dpo_job.yaml").write_text(FILES["dpo_job.yaml"])
+    for name in ("pairs", "held_out"):
+        write_rows(tmp_path / f"{name}.jsonl", sorting_pairs(40, seed=len(name)))
+    words = ("dpo_job.yaml", "model={path: tiny, warm_start_steps: 0}", "preferences.num_steps=2")
+    done = areal_like("preferences", *words, cwd=tmp_path, environment=cache)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "runs" / "taste-preferences" / "summary.json").read_text())
+    assert summary["finished"] and summary["eval_loss_before"] == pytest.approx(0.6931, abs=1e-3)
 
 
 def test_the_verl_job_has_the_values_of_the_yaml(directory: Path) -> None:

@@ -29,6 +29,7 @@ from launch.audit.run import audit_run
 from rollout_server.environments.scripted import play, say
 from rollout_server.tasks import Completion, Score, Task, make_task
 from rollout_server.tasks.tools import ToolTask
+from rollout_server.tools import Tool
 from tests.support.launching import (
     ROOT,
     TEST_LIMIT_S,
@@ -230,10 +231,12 @@ def test_rewards_of_the_task_guide(guides: dict[str, ModuleType]) -> None:
 def test_tools_of_the_environment_guide(guides: dict[str, ModuleType]) -> None:
     """The settings that the page shows for `tools` are valid."""
     page = (ROOT / "docs" / "guides" / "environment.md").read_text()
-    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
-    task = make_task(yaml.safe_load(block)["task"], seed=0)
-    assert isinstance(task, ToolTask)
-    assert [tool.name for tool in task.make_tools()] == ["calculator", "python", "search"]
+    names = []
+    for block in re.findall(r"```yaml\n(.*?)```", page, re.S):
+        task = make_task(yaml.safe_load(block)["task"], seed=0)
+        assert isinstance(task, ToolTask)
+        names.append([one.name if isinstance(one, Tool) else type(one).__name__ for one in task.make_tools()])
+    assert names == [["calculator", "python", "search"], ["calculator", "MCPServer", "MCPServer"]]
 
 
 def own_data() -> str:

@@ -147,8 +147,8 @@ class Trainer:
         extra = self._checkpoints.load(step, ranks=self._ranks, **self._runner.saved)
         if "stream" not in extra:
             raise ConfigError(
-                f"{self._checkpoints.path(step)} is a checkpoint of supervised training: continue it with "
-                "`areal-like sft`, or start a new run from it with model.path"
+                f"{self._checkpoints.path(step)} is a checkpoint of training on rows (such as `sft`): "
+                "continue it with the command that started it, or start a new run from it with model.path"
             )
         self._runner.restore(extra)
         return step, extra["stream"]

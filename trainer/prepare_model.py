@@ -38,15 +38,22 @@ TINY_RENDERER = "rollout_server.rendering.tiny.TinyRenderer"
 """`model.renderer` for conversations with the tiny model."""
 
 
-def prepare_model(config: Config, *, out_dir: Path | None = None) -> str:
+def prepare_model(config: Config, *, out_dir: Path | None = None, is_reward_model: bool = False) -> str:
     """Makes `config.model` loadable and returns a directory, or the hub name, for `from_pretrained`.
 
     `out_dir`: directory for a built model; by default the directory of the run that
-    `areal_like.paths.model_path` returns. Raises ConfigError when the model cannot be built, found or loaded.
+    `areal_like.paths.model_path` returns. `is_reward_model`: the initial model of a reward model, which may
+    be one itself. Raises ConfigError when the model cannot be built, found or loaded.
     """
     if plan_of := _BUILT.get(config.model.path):
-        return str(_cached(config, plan_of(config), out_dir=out_dir or RunPaths.of(config).built_model))
-    return _check_existing(config)
+        path = str(_cached(config, plan_of(config), out_dir=out_dir or RunPaths.of(config).built_model))
+    else:
+        path = _check_existing(config, is_reward_model=is_reward_model)
+    if config.distill.models:
+        from trainer.step.teachers import check_teachers
+
+        check_teachers(config, student=path)
+    return path
 
 
 BuildPlan = tuple[str, Mapping[str, Any], Callable[[Path], None]]
@@ -179,7 +186,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
     shutil.copy2(source, target)
 
 
-def _check_existing(config: Config) -> str:
+def _check_existing(config: Config, *, is_reward_model: bool) -> str:
     """Checks everything that needs no weights in memory, before any daemon loads the model."""
     path = model_path(config)  # refuses a directory that does not exist before torch is imported
     with uncollected():
@@ -191,6 +198,7 @@ def _check_existing(config: Config) -> str:
         from trainer.attention.linear import check_kernels
         from trainer.models.packed_model import DTYPES
         from trainer.models.policy import Policy
+        from trainer.models.reward_model import RewardModel
 
     try:
         found = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -208,16 +216,16 @@ def _check_existing(config: Config) -> str:
             f"{found.model_type}"
         )
     # This also downloads the files from a hub, once for all processes.
-    policy = Policy.build(path)
-    policy.check_initial_weights()
-    if policy.linear_layers:
+    model = (RewardModel if is_reward_model else Policy).build(path)
+    model.check_initial_weights()
+    if model.linear_layers:
         dtype = DTYPES[compute_dtype(config)]
         check_kernels(torch.device(config.trainer.device), kind=config.trainer.attention, dtype=dtype)
     return path
 
 
 def main(argv: list[str]) -> int:
-    """`[--config FILE] [--out DIR] [key=value ...]`; writes the model's path to stdout.
+    """`[--config FILE] [--out DIR] [--reward-model] [key=value ...]`; writes the model's path to stdout.
 
     Exit code 2: a user's mistake.
     """
@@ -232,8 +240,11 @@ def main(argv: list[str]) -> int:
     try:
         options = Options()
         options.add_argument("--out", type=Path)
+        options.add_argument("--reward-model", action="store_true")
         values, settings = options.parse_known_args(argv)
-        sys.stdout.write(prepare_model(load_config(settings), out_dir=values.out) + "\n")
+        config = load_config(settings)
+        path = prepare_model(config, out_dir=values.out, is_reward_model=values.reward_model)
+        sys.stdout.write(path + "\n")
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

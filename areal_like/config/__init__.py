@@ -8,12 +8,16 @@ The package imports neither hydra nor torch, because every process imports it fi
 """
 
 from areal_like.config.buffer import BufferConfig, OnFailureConfig
+from areal_like.config.distill import DistillConfig
 from areal_like.config.episode import EpisodeConfig, RewardsConfig, SessionsConfig
 from areal_like.config.evaluation import EvalConfig, EvalSetConfig
 from areal_like.config.job import Config, DaemonConfig, MetricsConfig, ModelConfig
 from areal_like.config.loading import from_mapping, to_mapping
 from areal_like.config.lora import LoraConfig
+from areal_like.config.offline import OfflineConfig, PreferencesConfig
+from areal_like.config.reward_model import RewardModelConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig, SglangConfig
+from areal_like.config.scorer import ScorerConfig
 from areal_like.config.security import SecurityConfig
 from areal_like.config.sft import SftConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
@@ -23,6 +27,7 @@ __all__ = [
     "BufferConfig",
     "Config",
     "DaemonConfig",
+    "DistillConfig",
     "EpisodeConfig",
     "EvalConfig",
     "EvalSetConfig",
@@ -30,10 +35,14 @@ __all__ = [
     "LoraConfig",
     "MetricsConfig",
     "ModelConfig",
+    "OfflineConfig",
     "OnFailureConfig",
+    "PreferencesConfig",
+    "RewardModelConfig",
     "RewardsConfig",
     "RolloutConfig",
     "SamplingConfig",
+    "ScorerConfig",
     "SecurityConfig",
     "SessionsConfig",
     "SftConfig",

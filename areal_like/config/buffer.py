@@ -39,16 +39,20 @@ class OnFailureConfig(Section, key="buffer.on_failure"):
     routes: Policy = "retry"
     """With `model.router_replay`: the engine returned no routes for the completion, or unusable ones:
     `retry` or `drop`."""
+    teacher: Policy = "retry"
+    """With teachers at servers (`distill.teachers`): none returned the log-probs of the sample's tokens
+    within `distill.retry_s`: `retry` or `drop`."""
     agent: Policy = "drop"
     """External agents did not make the sample, although its server gave it to several of them: `drop`,
     or `retry` (at another server, if one has room)."""
 
     def check(self) -> None:
         """Allows `zero` only for failures that leave tokens to train on."""
-        for name in ("engine", "timeout", "prompt", "routes", "agent"):
+        for name in ("engine", "timeout", "prompt", "routes", "teacher", "agent"):
+            lacks = "log-probs of its teacher" if name == "teacher" else "tokens to train on"
             require(
                 getattr(self, name) != "zero",
-                f"buffer.on_failure.{name}=zero: such a sample has no tokens to train on: use retry or drop",
+                f"buffer.on_failure.{name}=zero: such a sample has no {lacks}: use retry or drop",
             )
 
     def policy(self, kind: FailureKind) -> FailurePolicy:

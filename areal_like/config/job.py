@@ -20,10 +20,14 @@ from areal_like.config.common import (
     require,
 )
 from areal_like.config.default_objective import AUTO, as_setting, default_objective, why
+from areal_like.config.distill import DistillConfig
 from areal_like.config.episode import EpisodeConfig, RewardsConfig, SessionsConfig
 from areal_like.config.evaluation import EVAL_BYTES_PER_SAMPLE, EvalConfig
 from areal_like.config.lora import LoraConfig
+from areal_like.config.preferences import PreferenceOptimizationConfig
+from areal_like.config.reward_model import RewardModelConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig
+from areal_like.config.scorer import ScorerConfig
 from areal_like.config.security import SecurityConfig
 from areal_like.config.sft import SftConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
@@ -152,7 +156,7 @@ class StalenessConfig(Section, key="staleness"):
 
 _MAX_CLOSED_GROUP = 128
 """Largest group that may be closed: a position of parts then has at most 128 x 128 early members."""
-_WHOLE_GROUP_OBJECTIVES = frozenset({"oapl", "online_dpo", "rebel"})
+_WHOLE_GROUP_OBJECTIVES = frozenset({"oapl", "online_dpo", "rebel", "sppo"})
 _SHAPINGS_OF_PARTS = frozenset({"laconic", "overlong"})
 """Names of objectives, and of reward shapings, that need all samples of a group at once, and that do not. The
 buffer has to know them without importing the trainer, which declares the same as `takes_parts`."""
@@ -193,6 +197,7 @@ class Config(Section):
     episode: EpisodeConfig = field(default_factory=EpisodeConfig)
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
@@ -204,8 +209,11 @@ class Config(Section):
     """`name` or `_target_`, that advantage's own settings, `turn_discount` (1), and `shaping`: a list of such
     mappings."""
     kl: KlConfig = field(default_factory=KlConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    preferences: PreferenceOptimizationConfig = field(default_factory=PreferenceOptimizationConfig)
     trackers: tuple[str | dict[str, Any], ...] = ()
     """Programs that show the run's metrics: `tensorboard`, `wandb`, or mappings with `name` (or `_target_`)
     and that tracker's own settings. metrics.jsonl is written with and without them."""
@@ -247,6 +255,7 @@ class Config(Section):
         self._check_adapters()
         self._check_router_replay()
         self._check_engine_url()
+        self._check_teachers()
         for section in ("task", "objective", "advantage"):
             keys = getattr(self, section)
             require(("name" in keys) != ("_target_" in keys), f"{section}: give either `name` or `_target_`")
@@ -398,6 +407,8 @@ class Config(Section):
                 "of so many groups need does not fit into a message",
                 f"set sampling.group_size to at most {_MAX_CLOSED_GROUP}",
             )
+        if advantage == "prime":
+            return "advantage.name=prime needs the token rewards of whole groups", "choose another advantage"
         if name in _WHOLE_GROUP_OBJECTIVES:
             return f"objective.name={name} needs whole groups", "choose another objective"
         is_own_baseline = name == "vcpo" and objective.get("baseline", "group") != "none"
@@ -472,6 +483,13 @@ class Config(Section):
                 f"{key}={limit_s:g} after rollout.generate_timeout_s={self.rollout.generate_timeout_s:g} is "
                 f"not above rollout.reward_timeout_s={self.rollout.reward_timeout_s:g}: the trainer would "
                 "report a stall while a reward is within its limit",
+            )
+            require(
+                not self.distill.servers or self.distill.longest_s < self.stall_s(limit_s),
+                f"{key}={limit_s:g} after rollout.generate_timeout_s={self.rollout.generate_timeout_s:g} is "
+                f"not above distill.retry_s={self.distill.retry_s:g} and "
+                f"distill.timeout_s={self.distill.timeout_s:g} together: the trainer would report a stall "
+                "while a teacher is within its limits",
             )
 
     def _check_eval_sets(self) -> None:
@@ -603,6 +621,26 @@ class Config(Section):
             f"rollout.sglang.url={sglang.url}: start the engine with an API key and name the file that holds "
             "it in rollout.sglang.api_key_file, or accept the risk with security.insecure=true",
         )
+
+    def _check_teachers(self) -> None:
+        """Refuses teachers at servers that would score at another temperature, and keys in the clear."""
+        servers = [url for urls in self.distill.servers.values() for url in urls]
+        require(
+            not servers or self.sampling.temperature == 1,
+            f"sampling.temperature={self.sampling.temperature:g}: the servers of distill.teachers return "
+            "log-probs at temperature 1: set sampling.temperature=1, or let the trainer load the teachers",
+        )
+        for url in servers:
+            parts = urlsplit(url)
+            require(
+                not self.distill.api_key_file
+                or parts.scheme == "https"
+                or is_loopback(parts.hostname or "")
+                or self.security.insecure,
+                f"distill.teachers: {url} is not encrypted, and distill.api_key_file would go there: give "
+                "https://..., reach it through a tunnel (http://127.0.0.1:port), or accept the risk with "
+                "security.insecure=true",
+            )
 
     def _check_sync_interval(self) -> None:
         interval = self.weights.sync_interval

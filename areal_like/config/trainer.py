@@ -28,6 +28,11 @@ class KlConfig(Section, key="kl"):
 
     coef: NonNegativeFloat = 0.0
     """Weight of the penalty; 0: no penalty, and no reference model is loaded."""
+    budget: NonNegativeFloat = 0.0
+    """Mean KL per sampled token, in nats and by `estimator`, that is held by adapting the weight after each
+    step, from `coef` on; 0: the weight does not change."""
+    gain: PositiveFloat = 0.1
+    """With `budget`: a step changes the weight by at most 20 % of `gain`, which is at most 1."""
     estimator: Literal["k1", "k2", "k3"] = "k2"
     """Per-token estimator of KL(policy || ref), with x = logp - ref_logp: `k1` x, `k2` x^2 / 2, `k3` exp(-x)
     - 1 + x."""
@@ -37,6 +42,18 @@ class KlConfig(Section, key="kl"):
     reference: str = ""
     """Hugging Face directory or name of the reference model; empty: the initial model of the run, and with
     LoRA `model.path` without an adapter, which is in memory already."""
+
+    def check(self) -> None:
+        require(
+            not self.budget or self.coef > 0,
+            f"kl.budget={self.budget:g} adapts a weight that begins with kl.coef: set kl.coef above 0",
+        )
+        require(self.gain <= 1, f"kl.gain={self.gain:g}: use a number above 0 and at most 1")
+        require(
+            not self.budget or (self.place, self.estimator) != ("loss", "k1"),
+            f"kl.budget={self.budget:g} with kl.place=loss and kl.estimator=k1: the gradient of that penalty "
+            "is zero in expectation, so no weight of it keeps a budget: set kl.estimator=k2 or k3",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ def entry_of(source: Path | HubSource, *, key: str) -> CachedRows:
             name, texts_of_hub(dataset, label=f"{key}: {source.label}"), label=source.label, key=key
         )
     try:
-        digest = _remembered_hash(source)
+        digest = remembered_hash(source)
         name = _name(source.suffix.lower(), source.name, digest)
         entry = _found(name, key=key)
         if entry is None:
@@ -167,7 +167,7 @@ def _batched(texts: Iterator[Text]) -> Iterator[tuple[list[bytes], list[int]]]:
         yield rows, numbers
 
 
-def _remembered_hash(path: Path) -> str:
+def remembered_hash(path: Path) -> str:
     """SHA-256 of a file, from the cache if its size and times have not changed since."""
     stat = path.stat()
     times = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

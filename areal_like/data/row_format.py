@@ -13,6 +13,7 @@ messages.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,7 +70,7 @@ class RowFormat:
             if not (self.system_prompt or self.chat):
                 return value
             return self._with_system([{"role": "user", "content": value}])
-        messages = _messages(value, key=key)
+        messages = checked_messages(value, key=key)
         while key in MESSAGES_KEYS and messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
@@ -84,10 +85,10 @@ class RowFormat:
         """
         if self.answer_key:
             return _wanted(row, self.answer_key, (), setting="answer_key")[1]
-        found = _first(row, ANSWER_KEYS)
-        if found is None and _first(row, (self.prompt_key,) if self.prompt_key else PROMPT_KEYS[:-1]) is None:
-            conversation = _first(row, MESSAGES_KEYS)
-            messages = _messages(conversation[1], key=conversation[0]) if conversation else []
+        found = first_of(row, ANSWER_KEYS)
+        if found is None and first_of(row, _keys(self.prompt_key, PROMPT_KEYS[:-1])) is None:
+            whole = first_of(row, MESSAGES_KEYS)
+            messages = checked_messages(whole[1], key=whole[0]) if whole else []
             return messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else None
         return None if found is None else found[1]
 
@@ -99,7 +100,7 @@ class RowFormat:
         if self.label_key:
             key, value = _wanted(row, self.label_key, (), setting="label_key")
         else:
-            key, value = _first(row, LABEL_KEYS) or ("", "")
+            key, value = first_of(row, LABEL_KEYS) or ("", "")
         if isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)
         if not isinstance(value, str) or len(value) > MAX_LABEL_CHARS or not value.isprintable():
@@ -111,12 +112,10 @@ class RowFormat:
     def conversation_of(self, row: Mapping[str, Any]) -> ConversationRow:
         """The row as a conversation. In `messages` every reply is learned, in a prompt with completion only
         the completion. Raises ConfigError."""
-        tools = row.get("tools") or []
-        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise ConfigError(f"`tools`: want a list of function schemas, got {type(tools).__name__}")
-        found = None if self.completion_key else _first(row, _keys(self.messages_key, MESSAGES_KEYS))
+        tools = tools_of(row)
+        found = None if self.completion_key else first_of(row, _keys(self.messages_key, MESSAGES_KEYS))
         if found is not None:
-            messages = self._with_system(_messages(found[1], key=found[0]))
+            messages = self._with_system(checked_messages(found[1], key=found[0]))
             is_learned = [message["role"] == "assistant" for message in messages]
             if not any(is_learned):
                 raise ConfigError(f"`{found[0]}` has no assistant message: there is nothing to learn")
@@ -125,24 +124,43 @@ class RowFormat:
             _wanted(row, self.messages_key, (), setting="messages_key")
         completion_keys = (*COMPLETION_KEYS, "answer", "solution")
         key, value = _wanted(row, self.completion_key, completion_keys, setting="completion_key")
-        prompt = self.prompt_of(row)
-        if isinstance(value, str):
-            completion = [{"role": "assistant", "content": value}]
-        else:
-            completion = _messages(value, key=key)
-        is_text = isinstance(prompt, str) and isinstance(value, str)
-        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        is_learned = [False] * len(before) + [message["role"] == "assistant" for message in completion]
-        if not any(is_learned):
+        completion = value if isinstance(value, str) else checked_messages(value, key=key)
+        made = conversation(self.prompt_of(row), completion, tools=tools)
+        if not any(made.is_learned):
             raise ConfigError(f"`{key}` has no assistant message: there is nothing to learn")
-        return ConversationRow(
-            messages=before + completion, is_learned=is_learned, is_text=is_text, tools=tools
-        )
+        return made
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         if not self.system_prompt or messages[0]["role"] == "system":
             return messages
         return [{"role": "system", "content": self.system_prompt}, *messages]
+
+
+def conversation(
+    prompt: str | list[Message], completion: str | list[Message], *, tools: list[dict[str, Any]] | None = None
+) -> ConversationRow:
+    """A prompt with its completion, of which the replies are learned."""
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    after = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    return ConversationRow(
+        messages=before + after,
+        is_learned=[False] * len(before) + [message["role"] == "assistant" for message in after],
+        is_text=isinstance(prompt, str) and isinstance(completion, str),
+        tools=tools or [],
+    )
+
+
+def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The function schemas of a row's column `tools`, a list or its JSON text. Raises ConfigError."""
+    tools = row.get("tools") or []
+    if isinstance(tools, str):  # as in some of TRL's data sets
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"`tools`: not JSON ({error})") from error
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ConfigError(f"`tools`: want a list of function schemas, got {type(tools).__name__}")
+    return tools
 
 
 def value_at(row: Mapping[str, Any], key: str) -> Any:
@@ -159,7 +177,8 @@ def _keys(configured: str, usual: tuple[str, ...]) -> tuple[str, ...]:
     return (configured,) if configured else usual
 
 
-def _first(row: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, Any] | None:
+def first_of(row: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, Any] | None:
+    """The first of the keys that the row has, with its value."""
     for key in keys:
         if (value := value_at(row, key)) is not None:
             return key, value
@@ -169,7 +188,7 @@ def _first(row: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, Any] | N
 def _wanted(
     row: Mapping[str, Any], configured: str, usual: tuple[str, ...], *, setting: str
 ) -> tuple[str, Any]:
-    found = _first(row, _keys(configured, usual))
+    found = first_of(row, _keys(configured, usual))
     if found is None:
         has = f"the row has {', '.join(map(str, row)) or 'nothing'}"
         if configured:
@@ -178,8 +197,8 @@ def _wanted(
     return found
 
 
-def _messages(value: Any, *, key: str) -> list[Message]:
-    """The checked messages without keys whose value is null: parquet fills absent keys with it."""
+def checked_messages(value: Any, *, key: str) -> list[Message]:
+    """The checked messages of `value` without keys whose value is null: parquet fills absent keys with it."""
     if not isinstance(value, list) or not value:
         got = "list without items" if value == [] else type(value).__name__
         raise ConfigError(f"`{key}`: want a text or a list of messages, got {got}")

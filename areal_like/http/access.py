@@ -79,7 +79,8 @@ class AccessRules:
     hosts: frozenset[str]
     """Names, in lower case, that requests may have in their Host header."""
     role_of: RoleOfToken | None = None
-    """None: no token is needed. The role OPERATOR may do everything, AGENT nothing; others may read."""
+    """None: no token is needed. The role OPERATOR may do everything, AGENT and SCORER nothing; others may
+    read."""
     open_paths: frozenset[str] = PROBE_PATHS
 
     def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
@@ -103,8 +104,8 @@ class AccessRules:
     def _token_refusal(self, headers: list[tuple[bytes, bytes]], method: str) -> Refusal | None:
         assert self.role_of is not None
         role = self.role_of(bearer_token(headers))
-        # A token for claiming sessions is unknown here: it permits nothing on this server.
-        if role is None or role is KeyRole.AGENT:
+        # Tokens for sessions and scores are unknown here: they permit nothing on this server.
+        if role in (None, KeyRole.AGENT, KeyRole.SCORER):
             return Refusal(401, Reason.TOKEN, "this needs a valid token: Authorization: Bearer TOKEN")
         if role is not KeyRole.OPERATOR and method not in _SAFE_METHODS:
             return Refusal(

@@ -3,9 +3,10 @@
     public.json         the allow list: name, role, public key and a hash of the token of every key. It has no
                         secrets, and each machine needs a copy.
     <name>.secret       the key pair and the token of one identity, mode 0600; only where it is used
-    operator.token      the tokens of `operator`, `monitor` and `agent` alone, for curl, for Prometheus's
-    monitor.token       credentials_file and for programs that claim sessions, mode 0600
-    agent.token
+    operator.token      the tokens of `operator`, `monitor`, `agent` and `scorer` alone, for curl, for
+    monitor.token       Prometheus's credentials_file, for programs that claim sessions, and for rewards that
+    agent.token         ask score servers, mode 0600
+    scorer.token
 
 Each key has one role. A key of role `rollout` cannot register as a trainer, whoever holds it. `KeyDirectory`
 is reread when public.json changes, so that keys are added, rotated and revoked while the job runs.
@@ -50,9 +51,11 @@ class KeyRole(StrEnum):
     """GET requests, for Prometheus."""
     AGENT = "agent"
     """Claim sessions of rollout servers, and nothing else: for external agents."""
+    SCORER = "scorer"
+    """Be a score server, or ask one for scores, and nothing else."""
 
 
-_TOKEN_ROLES = (KeyRole.OPERATOR, KeyRole.MONITOR, KeyRole.AGENT)
+_TOKEN_ROLES = (KeyRole.OPERATOR, KeyRole.MONITOR, KeyRole.AGENT, KeyRole.SCORER)
 """Roles that use HTTP only."""
 
 

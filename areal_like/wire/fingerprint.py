@@ -65,6 +65,10 @@ def shared_settings(config: Config, role: Role) -> str:
             settings["model.router_replay"] = True
         else:
             del policies["routes"]
+        if config.distill.servers:
+            settings["distill.teachers"] = canonical_json(config.distill.teachers)
+        else:
+            del policies["teacher"]
         settings |= {f"buffer.on_failure.{kind}": policy for kind, policy in policies.items()}
         settings["model.renderer"] = config.model.renderer
         settings["model.chat_template_kwargs"] = canonical_json(config.model.chat_template_kwargs)

@@ -59,6 +59,8 @@ from areal_like.trajectory import (
     LEAST_LOGPROB,
     MAX_SAMPLE_S,
     NOT_SAMPLED,
+    STEP_REWARDS,
+    TEACHER_LOGPROBS,
     TOKEN_REWARDS,
     FinishReason,
     Trajectory,
@@ -329,6 +331,8 @@ def _runs(versions: NDArray[np.int32]) -> list[list[int]]:
     return [[int(versions[start]), end - start] for start, end in zip(starts, ends, strict=True)]
 
 
+_LARGEST = {TOKEN_REWARDS: LARGEST_REWARD, STEP_REWARDS: LARGEST_REWARD, TEACHER_LOGPROBS: -LEAST_LOGPROB}
+"""Array with a meaning of its own -> largest size of its numbers."""
 _HEADER = struct.Struct("<4sIIIQII")
 _MAGIC = b"ATR1"
 _CHECKED_FROM = 12
@@ -500,9 +504,7 @@ class Record:
             all(abs(reward) <= LARGEST_REWARD for _, reward in self.structure.turns)
             and all(abs(value) <= LARGEST_METRIC for value in self.structure.metrics.values())
             and all(
-                np.abs(array).max() <= LARGEST_REWARD
-                for name, array in self._arrays()
-                if name == TOKEN_REWARDS
+                np.abs(array).max() <= _LARGEST[name] for name, array in self._arrays() if name in _LARGEST
             )
         )
 

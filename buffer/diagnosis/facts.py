@@ -138,6 +138,8 @@ class On(StrEnum):
     SERVER = "rollout_server"
     ENGINE = "engine"
     REWARD = "reward"
+    TEACHER = "teacher"
+    """The servers of a teacher (`distill.teachers`)."""
     ENVIRONMENT = "environment"
     AGENT = "agent"
     """External agents, or the task's `agent()`."""

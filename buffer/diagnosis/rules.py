@@ -31,6 +31,11 @@ _REMEDIES = {
         On.REWARD,
         "more rollout.reward_workers, a faster reward, or a shorter rollout.reward_timeout_s",
     ),
+    "teachers": (
+        On.TEACHER,
+        "look at that server and its log; more servers of that teacher (a list in distill.teachers), or more "
+        "requests at a time (distill.max_requests)",
+    ),
     "environments": (
         On.ENVIRONMENT,
         "a shorter episode.step_timeout_s, or more samples at a time (rollout.max_episodes)",

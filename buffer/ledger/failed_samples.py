@@ -91,12 +91,12 @@ class FailedSamples(TicketRules):
 
     @property
     def task_trouble(self) -> str:
-        """Why no server makes samples, if the task's code fails at all of them; else empty."""
+        """Why no server makes samples, if the task's code, or a teacher, fails at all of them; else empty."""
         quarantines = [server.health.quarantine for server in self._leases.servers.values()]
         if not quarantines or not all(one is not None and one.is_of_task for one in quarantines):
             return ""
         reasons = [one.reason for one in quarantines if one is not None]
-        return f"the task's code fails at every rollout server: {reasons[0]}"
+        return f"the task's code or a teacher fails at every rollout server: {reasons[0]}"
 
     def lied(self, name: str, what: str) -> None:
         """A server has sent a message that no server sends. Others make its samples while it is in

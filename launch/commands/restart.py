@@ -102,6 +102,8 @@ def order(job: RunningJob, paths: RunPaths, role: str, settings: Sequence[str], 
     if is_over(paths):
         raise ConfigError(f"restart: no launcher runs {paths.root}: continue the run with resume=latest")
     ours = [f"rollout-{index}" for index in range(job.config.rollout.num_servers)]
+    scorers = range(job.config.scorer.num_servers if job.config.scorer.path else 0)
+    ours += [f"scorer-{index}" for index in scorers]
     buffers = [shard.name for shard in all_shards(job.config.buffer.num_shards)]
     if role not in ("trainer", *ours, *buffers):
         if role in job.servers():
@@ -128,6 +130,8 @@ def order(job: RunningJob, paths: RunPaths, role: str, settings: Sequence[str], 
         return "the trainer finishes its step, writes a checkpoint, and is started again"
     if role in buffers:
         return f"{role} is started again with its ledger; the others wait for it"
+    if role.startswith("scorer-"):
+        return f"{role} is started again; rewards wait for it or for another score server"
     return f"{role} returns its leases, delivers its finished samples, and is started again"
 
 

@@ -1,47 +1,13 @@
-"""`areal-like sft`: supervised training in a run directory of its own, before `areal-like run`.
-
-    prepare the model -> train (trainer.sft) -> results
-
-A run that fails or is stopped continues with `resume=latest` or `resume=auto`; it is not restarted
-automatically, because no other daemon waits for it.
-"""
+"""`areal-like sft`: supervised training in a run directory of its own, before `areal-like run`."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import time
-from collections.abc import Iterator, Sequence
 
-from rich.console import Console
-
-from areal_like.errors import ConfigError
-from areal_like.runtime.process import keep_files_private
-from areal_like.runtime.signals import request_reopen
 from launch.commands.configuration import configuration, settings_of
-from launch.commands.foreground import StopSignals, in_directory
+from launch.commands.offline import run_offline
 from launch.commands.parser import command
-from launch.local_job.child import ProcessTable
-from launch.local_job.foreground import Foreground
-from launch.local_job.specs import DRAINED, JobSpecs
-from launch.observation.progress import MetricsTail
-from launch.run_directory.open_run import OpenRun, open_run
-from launch.view.lasting import LastingView, output_may_be_gone
-from launch.view.plain import PlainView, sft_line
-from launch.view.summary import show_sft_summary
-
-_OF_REWARDS = ("normalizer", "entropy_coef", "fetch_timeout_s", "buffer_timeout_s")
-_WITHOUT_EFFECT = (
-    *("buffer.", "rollout.", "weights.", "eval.", "sampling.", "episode.", "rewards.", "kl."),
-    *("objective", "advantage", "task", "max_staleness", "ess_target"),
-    *(f"trainer.{name}=" for name in _OF_REWARDS),
-)
-"""Prefixes of settings that belong to reinforcement learning only."""
-_INSTEAD = {
-    "num_steps": "sft.num_epochs or sft.num_steps",
-    "groups_per_step": "sft.batch_rows or sft.batch_tokens",
-}
-"""Settings of the section `trainer` that have another name here."""
+from launch.offline_verbs import SFT
 
 
 @command(
@@ -53,64 +19,4 @@ _INSTEAD = {
 )
 def main(args: argparse.Namespace) -> int:
     """Trains to the end; returns the exit code. Raises ConfigError before a step was trained."""
-    return run_sft(settings_of("sft", args, has_presets=False))
-
-
-def run_sft(argv: Sequence[str]) -> int:
-    """Runs the job with these command line arguments; returns its exit code.
-
-    0: finished; `daemon.exit_code_on_drain`: stopped; 1: failed.
-    """
-    remarks = list(check_settings(argv))
-    keep_files_private()
-    run = open_run(argv, is_sft=True)
-    console = Console()
-    view = LastingView(PlainView(run.config, console, line=sft_line))
-    with in_directory(run), contextlib.closing(view):
-        for line in (*run.announcement, *remarks):
-            view.notice(line)
-        started_unix_s = time.time()
-        code = _train(run, view)
-    is_new = run.paths.summary.exists() and run.paths.summary.stat().st_mtime >= started_unix_s
-    if code != 1 and is_new:
-        with output_may_be_gone():
-            show_sft_summary(run.config, console)
-    return run.config.daemon.exit_code_on_drain if code == DRAINED else code
-
-
-def check_settings(argv: Sequence[str]) -> Iterator[str]:
-    """A line for each setting in `argv` that has no effect. Raises ConfigError for one that has another name.
-
-    Settings in a file are not checked: the same file may also have settings of `areal-like run`.
-    """
-    for setting in argv:
-        section, _, name = setting.partition("=")[0].partition(".")
-        if section == "trainer" and name in _INSTEAD:
-            raise ConfigError(f"{setting}: here this is {_INSTEAD[name]}")
-        if setting.startswith(_WITHOUT_EFFECT):
-            yield f"{setting} has no effect: it belongs to `areal-like run`"
-
-
-def _train(run: OpenRun, view: LastingView) -> int:
-    stops = StopSignals(on_hangup=request_reopen)
-    foreground = Foreground(
-        ProcessTable(run.paths, lock_fd=run.lock_fd),
-        view=view,
-        tail=MetricsTail(run.paths.metrics),
-        num_stops=lambda: stops.count,
-    )
-    specs = JobSpecs(run.config, config_path=run.config_file)
-    if foreground.run(specs.prepare_model(), phase="preparing the model", notice="stopping"):
-        return 1
-    if stops.count:
-        return DRAINED
-    code = foreground.run(
-        specs.sft(),
-        phase="reading the rows",
-        notice="stopping after this step, with a checkpoint (Ctrl-C again to stop at once)",
-        orderly=(0, DRAINED),
-        on_step=run.keep_settings,
-    )
-    if code == 0:  # its steps may have ended before they were seen
-        run.keep_settings()
-    return code
+    return run_offline(SFT, settings_of("sft", args, has_presets=False))

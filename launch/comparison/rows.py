@@ -18,6 +18,7 @@ _NAMES = {
     "versions": ("lag_mean", "lag_max"),
     "policy's log-probs": (
         *("entropy", "kl_k3", "log_w_mean", "log_w_std", "mismatch_abs"),
+        *("reverse_kl", "teacher_share"),
         *("ess_ratio", "ess_ratio_geometric", "ess_ratio_token", "ess_weights"),
     ),
     "advantages": ("zero_advantage_groups",),

@@ -32,6 +32,7 @@ GENERATION = (
     "rollout.",
     "seed",
     "sessions.",
+    "scorer.",
     "task",
     "weights.",
 )
@@ -44,6 +45,8 @@ _WITHOUT_EFFECT = (
     "metrics.",
     "security.",
     "sft.",
+    "reward_model.",
+    "preferences.",
     "trackers",
     "model.path",
     "model.warm_start_",

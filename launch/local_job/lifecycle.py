@@ -8,14 +8,14 @@
 - PREPARING builds the model while the buffers start, unless a resumed run has its model already; STARTING
   waits for all daemons. Trainer and servers import their libraries while the buffers read their ledgers.
 - CLOSING always ends the processes in the same order: trainer (finishes its step, writes a checkpoint,
-  commits), servers, buffers.
+  commits), rollout servers, buffers and score servers (if the job has a reward model).
 - A daemon that drains before CLOSING was stopped by a user. A stopped server is not replaced, and the run
   continues while another server is left; any other daemon closes the run. Exit code 0 of a
   daemon means that the run is finished, which also closes it; a trainer gets time to end by itself then.
 - A daemon that dies is started again, and the others only pause: other servers generate a dead server's
-  samples, a buffer restarts at the same port with its ledger (unless `buffer.durability=none`), the trainer
-  restarts from its newest checkpoint. The number of deaths in a row is limited
-  (areal_like/runtime/restarts.py, trainer.py).
+  samples, rewards wait for a score server, a buffer restarts at the same port with its ledger (unless
+  `buffer.durability=none`), the trainer restarts from its newest checkpoint. The number of deaths in a row is
+  limited (areal_like/runtime/restarts.py, trainer.py).
 - Not started again: a trainer whose code failed before the first step was done, and a daemon that rejects its
   settings (exit code 2), unless it is a server or buffer that has been ready with these settings before.
 """
@@ -33,7 +33,7 @@ from areal_like.runtime.progress import ProgressClock
 from areal_like.runtime.restarts import RestartLimits, Restarts, RestartState
 from areal_like.shards import all_shards
 from launch.local_job.actions import Action, Exit, HandOver, Kill, KillEverything, Notice, Start, Terminate
-from launch.local_job.servers import RolloutServers
+from launch.local_job.servers import SupervisedServers
 from launch.local_job.shutdown import Shutdown, Stage
 from launch.local_job.specs import DRAINED, JobSpecs
 from launch.local_job.trainer import SupervisedTrainer
@@ -119,10 +119,16 @@ class JobLifecycle:
         self._buffer_restarts: dict[str, Restarts] = {}
         """Restartable buffers; empty without a durable ledger, and until all buffers have been ready: a dead
         buffer then ends the run."""
-        self._servers = RolloutServers(
+        self._servers = SupervisedServers(
             [f"rollout-{index}" for index in range(config.rollout.num_servers)],
             now_s=now_s,
             lease_timeout_s=config.buffer.lease_timeout_s,
+        )
+        self._scorers = SupervisedServers(
+            [f"scorer-{index}" for index in range(config.scorer.num_servers if config.scorer.path else 0)],
+            now_s=now_s,
+            lease_timeout_s=0.0,
+            role="scorer",
         )
         self._buffers_have_ports = False
         """True once all buffers have been ready: they keep their ports after a restart."""
@@ -187,8 +193,9 @@ class JobLifecycle:
         if ended.code == 2 and not self._has_worked(ended.name):
             report = self._trainer.death_report if ended.name == "trainer" else []
             return self._fail([ended.complaint, *report], exit_code=2, now_s=now_s)
-        if ended.name in self._servers:
-            return [Notice(self._servers.exited(ended, now_s=now_s))]
+        for group in (self._servers, self._scorers):
+            if ended.name in group:
+                return [Notice(group.exited(ended, now_s=now_s))]
         if ended.code not in (0, DRAINED):
             return self._process_failed(ended, now_s=now_s)
         if ended.name == "trainer" and self._trainer.takes_over(ended):
@@ -213,7 +220,9 @@ class JobLifecycle:
         if name in self._running and name in self._buffer_restarts:
             # It is killed, because a buffer that drains without a trainer ends the run.
             return [Notice(f"restarting {name}"), Kill(name), Start(self._buffers[name])]
-        if name in self._running and self._servers.replace(name):
+        if name in self._running and any(
+            group.replace(name) for group in (self._servers, self._scorers) if name in group
+        ):
             return [Notice(f"restarting {name}"), Terminate(name)]
         return [Notice(f"{name} is not restarted: this launcher does not run it")]
 
@@ -293,7 +302,7 @@ class JobLifecycle:
         """
         buffers = [] if self._buffers_have_ports else self._unready_buffers(seen)
         ranks = [f"trainer-{rank}" for rank in range(self._config.trainer.world_size)]
-        names = [*self._servers.expected, *ranks]
+        names = [*self._scorers.expected, *self._servers.expected, *ranks]
         return [*buffers, *(name for name in names if not _is_ready(seen, name))]
 
     def _unready_buffers(self, seen: Observation) -> list[str]:
@@ -316,7 +325,9 @@ class JobLifecycle:
         return name in self._buffer_restarts and "trainer" in self._running
 
     def _has_worked(self, name: str) -> bool:
-        return name in self._ever_ready and (name in self._servers or name in self._buffer_restarts)
+        return name in self._ever_ready and (
+            name in self._servers or name in self._scorers or name in self._buffer_restarts
+        )
 
     def _process_failed(self, ended: Exit, *, now_s: float) -> list[Action]:
         """Handles the failure of a buffer, the trainer or prepare_model: a restart, or the end of the run."""
@@ -367,6 +378,9 @@ class JobLifecycle:
         if is_open:
             due = self._servers.start_due(now_s=now_s)
             starts += [Start(self._specs.server(name)) for name in due]
+        if self.phase is not Phase.CLOSING:  # they need no model of the run, and load their own meanwhile
+            due = self._scorers.start_due(now_s=now_s)
+            starts += [Start(self._specs.scorer(name)) for name in due]
         for name, restarts in self._buffer_restarts.items():
             is_wanted = self.phase is not Phase.CLOSING or self._is_needed_to_close(name)
             if is_wanted and restarts.is_due(now_s=now_s):
@@ -378,6 +392,11 @@ class JobLifecycle:
         return self._started(starts)
 
     def _close_without_servers(self, seen: Observation, *, now_s: float) -> list[Action]:
+        if (ended := self._scorers.last_exit_if_none_left(seen, now_s=now_s)) is not None:
+            headline = (
+                f"{ended.name} ended ({ended.description}) and no score server is left; its last lines:"
+            )
+            return self._fail(ended.failure_lines(headline), exit_code=1, now_s=now_s)
         ended = self._servers.last_exit_if_none_left(seen, now_s=now_s)
         if ended is None:
             return []
@@ -419,7 +438,7 @@ class JobLifecycle:
             stages = (
                 Stage(names=("prepare_model", "trainer"), reserve=TRAINER_RESERVE, grace_s=grace_s),
                 Stage(names=tuple(self._servers.ours), reserve=SERVERS_RESERVE),
-                Stage(names=tuple(self._buffers), reserve=0.0),
+                Stage(names=(*self._scorers.ours, *self._buffers), reserve=0.0),
             )
             self._shutdown = Shutdown(stages, now_s=now_s, timeout_s=timeout_s)
             self._enter(Phase.CLOSING, now_s=now_s)

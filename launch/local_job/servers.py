@@ -1,4 +1,4 @@
-"""Tracks the rollout servers of a local job: when to restart one, and when none is left.
+"""Tracks the servers of one role in a local job: when to restart one, and when none is left.
 
 Pure: no processes, no clock.
 """
@@ -14,8 +14,9 @@ from launch.local_job.specs import DRAINED
 from launch.observation.observer import Observation
 
 
-class RolloutServers:
-    """The servers that the launcher has started ("ours"), and servers that users have joined to the job.
+class SupervisedServers:
+    """Rollout servers or score servers: those that the launcher has started ("ours"), and those that users
+    have joined to the job.
 
     Our server: running -> dead -> restarted -> running
                                 -> too many deaths in a row: not restarted
@@ -24,7 +25,10 @@ class RolloutServers:
     Joined server: observed only; the job is not over while one is left.
     """
 
-    def __init__(self, names: Sequence[str], *, now_s: float, lease_timeout_s: float) -> None:
+    def __init__(
+        self, names: Sequence[str], *, now_s: float, lease_timeout_s: float, role: str = "rollout"
+    ) -> None:
+        self._role = role
         self._ours = frozenset(names)
         self._lease_timeout_s = lease_timeout_s
         self._restarts = {name: Restarts(RestartLimits(), now_s=now_s) for name in names}
@@ -97,8 +101,8 @@ class RolloutServers:
         A server on a machine that cannot see the run's directory is only visible at the buffer.
         """
         answering = [
-            view.name for view in seen.daemons.values() if view.role == "rollout" and view.status is not None
+            view.name for view in seen.daemons.values() if view.role == self._role and view.status is not None
         ]
         peers = seen.buffer.get("peers", [])
-        registered = [str(peer["name"]) for peer in peers if peer.get("role") == "rollout"]
+        registered = [str(peer["name"]) for peer in peers if peer.get("role") == self._role]
         return any(name not in self._ours for name in answering + registered)

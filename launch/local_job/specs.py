@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from areal_like.config import Config
+from launch.offline_verbs import OfflineVerb
 
 DRAINED = 75
 """`daemon.exit_code_on_drain` of daemons that a launcher or a scheduler supervises: it tells a drain from a
@@ -54,13 +55,13 @@ class JobSpecs:
         """A buffer. It binds the port in its configuration, by default any free port."""
         return ChildSpec(name=name, command=("buffer", *self._common, "--name", name))
 
-    def prepare_model(self) -> ChildSpec:
-        """The process that builds or checks the model and then ends.
+    def prepare_model(self, *arguments: str) -> ChildSpec:
+        """The process that builds or checks the model and then ends. `arguments`: further ones.
 
         It has one thread, so that a seed gives the same model on every machine. Its stop signal is SIGINT, on
         which it removes its temporary files.
         """
-        command = ("trainer.prepare_model", *self._common)
+        command = ("trainer.prepare_model", *self._common, *arguments)
         return ChildSpec(name="prepare_model", command=command, stop_signal=signal.SIGINT)
 
     def server(self, name: str) -> ChildSpec:
@@ -69,10 +70,19 @@ class JobSpecs:
         command = ("rollout_server", *self._common, *port, "--name", name)
         return ChildSpec(name=name, command=command, num_threads=self._config.rollout.least_threads)
 
-    def sft(self) -> ChildSpec:
-        """The trainer of a supervised run; with several ranks, the process that starts the ranks."""
-        command = ("trainer.sft", *self._common)
-        return ChildSpec(name="sft", command=command, num_threads=self._config.trainer.num_threads)
+    def scorer(self, name: str) -> ChildSpec:
+        """A score server. With fixed ports, its daemon's port is after those of the trainer's ranks."""
+        config = self._config
+        port = self._http_port(
+            config.rollout.num_servers + config.trainer.world_size + int(name.rpartition("-")[2])
+        )
+        command = ("rollout_server.scoring", *self._common, *port, "--name", name)
+        return ChildSpec(name=name, command=command, num_threads=config.scorer.num_threads)
+
+    def offline(self, verb: OfflineVerb) -> ChildSpec:
+        """The trainer of an offline run; with several ranks, the process that starts the ranks."""
+        command = (verb.module, *self._common)
+        return ChildSpec(name=verb.verb, command=command, num_threads=self._config.trainer.num_threads)
 
     def _http_port(self, index: int) -> list[str]:
         """The setting for the process with this index after the buffers; none if every port is free."""

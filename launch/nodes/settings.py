@@ -107,6 +107,11 @@ def make_directory(config: Config, *, folders: Sequence[Path] = ()) -> None:
 
 
 def _check(config: Config, nodes: int) -> None:
+    if config.scorer.path:
+        raise ConfigError(
+            f"submit: scorer.path={config.scorer.path}: no score servers are started there: start them with "
+            "`areal-like score-server`, set task.reward.url to their URLs, and leave scorer.path out"
+        )
     world_size = config.trainer.world_size
     if nodes < 1 or world_size % nodes:
         raise ConfigError(

@@ -51,7 +51,7 @@ _LEARNING = (
     Spec(
         "Reward",
         "mean of a step's samples",
-        {"training": "reward_mean"},
+        {"training": "reward_mean", "gold (not trained on)": "reward_gold_mean"},
         {"greedy": "greedy_reward"},
         evaluates=True,
         floor=None,
@@ -62,6 +62,7 @@ _LEARNING = (
         {"training": "loss", "held out": "eval_loss"},
         floor=None,
     ),
+    Spec("Accuracy", "share of the comparisons", {"training": "accuracy", "held out": "eval_accuracy"}),
     Spec("Entropy", "nats", {"entropy": "entropy"}),
     Spec("Effective sample size", "share of the sequences", {"ESS": "ess_ratio"}),
     Spec("Lag", "optimizer steps", {"mean": "lag_mean"}, {"largest": "lag_max", "bound": "max_staleness"}),

@@ -12,6 +12,7 @@ from pathlib import Path
 from areal_like.paths import RunPaths
 from areal_like.terminal_text import harmless
 from launch.formatting import duration
+from launch.offline_verbs import offline_verb
 from launch.report.columns import read_columns
 from launch.report.logs import LogFacts, read_logs
 from launch.report.run import status_of
@@ -100,11 +101,11 @@ def _next(paths: RunPaths, *, is_finished: bool) -> tuple[str, str]:
         return "", ""
     if not has_launcher(paths):
         return "", "start its roles again, with resume=latest"
-    root, is_sft = paths.root.resolve(), paths.rows.exists()
+    root, verb = paths.root.resolve(), offline_verb(paths)
     where = "" if root.parent == Path("runs").resolve() else f" runs_dir={shlex.quote(str(root.parent))}"
-    command = f"areal-like {'sft' if is_sft else 'run'} name={shlex.quote(root.name)}{where} resume=latest"
+    command = f"areal-like {verb.verb if verb else 'run'} name={shlex.quote(root.name)}{where} resume=latest"
     if is_finished:
-        return f"{command} {'sft' if is_sft else 'trainer'}.num_steps=MORE", "trains more steps"
+        return f"{command} {verb.section if verb else 'trainer'}.num_steps=MORE", "trains more steps"
     if not steps:
         return command, "from step 0: it has no checkpoint yet"
     return command, f"from step {steps[-1]}, its newest checkpoint"

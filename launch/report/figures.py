@@ -9,6 +9,7 @@ import numpy as np
 
 from areal_like.selection import failures_of
 from launch.formatting import count, duration, percent, short
+from launch.offline_verbs import OfflineVerb
 from launch.report.columns import mean
 from launch.report.run import Evaluation, Run
 from launch.run_files import mapping, number
@@ -44,7 +45,7 @@ def figures(run: Run) -> list[Figure]:
     return [
         Figure("steps", float(num_steps), count, planned, is_key=True),
         Figure("time", run.seconds, duration, "first to last step", is_key=True),
-        *(_supervised(run) if run.is_sft else _learning(run)),
+        *(_learning(run) if run.verb is None else _offline(run, run.verb)),
         Figure("seconds a step, median", _median_step_s(run), duration),
         Figure(
             "tokens trained a second",
@@ -52,7 +53,7 @@ def figures(run: Run) -> list[Figure]:
             note="mean of the steps",
             is_key=True,
         ),
-        *([] if run.is_sft else _pipeline(run)),
+        *([] if run.is_offline else _pipeline(run)),
     ]
 
 
@@ -87,12 +88,19 @@ def idle_of_engines(run: Run) -> float | None:
     return number(run.summary.get("generation_idle_fraction")) if found is None else found
 
 
-def _supervised(run: Run) -> list[Figure]:
+def _offline(run: Run, verb: OfflineVerb) -> list[Figure]:
     rows = run.columns
     return [
         Figure("loss, last tenth of the steps", rows.tail_mean("loss"), is_key=True),
-        Figure("held-out loss, before", number(run.summary.get("eval_loss_before"))),
-        Figure("held-out loss, after", number(run.summary.get("eval_loss_after")), is_key=True),
+        *(
+            Figure(
+                f"held-out {label}, {when}",
+                number(run.summary.get(f"eval_{name}_{when}")),
+                is_key=when == "after",
+            )
+            for name, label, _ in verb.measures
+            for when in ("before", "after")
+        ),
         Figure("entropy, last tenth", rows.tail_mean("entropy")),
     ]
 

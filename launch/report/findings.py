@@ -46,6 +46,10 @@ def _failures(run: Run) -> Iterator[str]:
     if lost:
         num = sum(one.count for one in lost)
         yield f"{counted(num, 'failure')} of pushes of weights (Log messages, below)."
+    scorers = [one for one in run.logs.messages if "another reward model scores samples" in one.example]
+    if scorers:
+        num = sum(one.count for one in scorers)
+        yield f"{counted(num, 'change')} of the reward model that scores samples (Log messages, below)."
     if failed := num_failures(run):
         yield f"{counted(failed, 'failed sample')} (Failed samples, below)."
 
@@ -70,7 +74,7 @@ def _gaps(run: Run) -> list[tuple[int, float, float]]:
 
 
 def _pipeline(run: Run) -> Iterator[str]:
-    if run.is_sft or len(run.columns.steps) < _NUM_STEPS_JUDGED:
+    if run.is_offline or len(run.columns.steps) < _NUM_STEPS_JUDGED:
         return
     trainer, engines = settled(run, "trainer idle"), idle_of_engines(run)
     if trainer is not None and trainer > 0.3:
@@ -104,7 +108,7 @@ def _learning(run: Run) -> Iterator[str]:
     if rows.has("loss") and unknown:
         at = int(rows.steps[int(np.flatnonzero(np.isnan(losses))[0])])
         yield f"The loss is not finite in {unknown:,} steps, first in step {at}."
-    if run.is_sft or len(rows.steps) < _NUM_STEPS_JUDGED:
+    if run.is_offline or len(rows.steps) < _NUM_STEPS_JUDGED:
         return
     ess = rows.tail_mean("ess_ratio")
     if ess is not None and ess < 0.3:
@@ -121,6 +125,14 @@ def _learning(run: Run) -> Iterator[str]:
     first, last = rows.head_mean("reward_mean"), rows.tail_mean("reward_mean")
     if first is not None and last is not None and last < first - 0.05:
         yield f"The reward fell from {short(first)} to {short(last)}."
+    gold_first, gold_last = rows.head_mean("reward_gold_mean"), rows.tail_mean("reward_gold_mean")
+    if first is None or last is None or gold_first is None or gold_last is None:
+        return
+    if last > first and gold_last < gold_first:
+        yield (
+            f"The trained reward rose from {short(first)} to {short(last)}, and the gold reward fell from "
+            f"{short(gold_first)} to {short(gold_last)}."
+        )
 
 
 def _selection(run: Run) -> Iterator[str]:

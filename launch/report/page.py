@@ -64,7 +64,7 @@ _FACTS = {
     "trainer ranks": "trainer.world_size",
     "rollout servers": "rollout.num_servers",
 }
-_SFT_FACTS = {"model": "model.path", "data": "sft.train", "trainer ranks": "trainer.world_size"}
+_OFFLINE_FACTS = {"model": "model.path", "data": "", "trainer ranks": "trainer.world_size"}
 """Item in the head of the page -> settings; the first one that is set is shown."""
 
 
@@ -105,13 +105,13 @@ def page(runs: Sequence[Run], *, samples: Sequence[Transcript] | str, now_s: flo
     steps: list[list[float]] = []
     charts = [PageSection(title, charts=found) for title, found in charted.items()]
     compared = PageSection("Figures" if len(runs) == 1 else "A and B", [figure_table(runs)])
-    is_upgraded = not run.is_sft and run.has_ledger and not run.ledger.counts_selection
+    is_upgraded = not run.is_offline and run.has_ledger and not run.ledger.counts_selection
     selection_note = _SELECTION_NOTE + _UPGRADE_NOTE * is_upgraded
     parts = [
         PageSection("Look at", findings=findings(run), empty="Nothing to report."),
         *([*charts, compared] if len(runs) == 1 else [compared, *charts]),
         PageSection(
-            "Drops and failures", drop_tables(run), is_wide=True, empty="" if run.is_sft else "None."
+            "Drops and failures", drop_tables(run), is_wide=True, empty="" if run.is_offline else "None."
         ),
         PageSection("Selection", selection_tables(run), selection_note, is_wide=True),
         PageSection("Changes", [change_table(run)]),
@@ -190,7 +190,8 @@ def described(run: Run) -> str:
     """Model, task, objective and size of the run in one line."""
     settings = flat(run.config)
     found = []
-    for name, keys in (_SFT_FACTS if run.is_sft else _FACTS).items():
+    facts = _FACTS if run.verb is None else _OFFLINE_FACTS | {"data": f"{run.verb.section}.train"}
+    for name, keys in facts.items():
         known = [settings[key] for key in keys.split() if settings.get(key) not in (None, "", "None")]
         found += [f"{name} {known[0]}"] if known else []
-    return ("Supervised run. " if run.is_sft else "") + ", ".join(found)
+    return ("" if run.verb is None else f"{run.verb.title or f'Run of {run.verb.verb}'}. ") + ", ".join(found)

@@ -14,6 +14,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import OPEN_SECTIONS
 from areal_like.selection import selection_report
+from launch.offline_verbs import OfflineVerb, offline_verb
 from launch.report.columns import Columns, read_columns
 from launch.report.ledger import Event, LedgerFacts, read_ledgers
 from launch.report.logs import LogFacts, read_logs
@@ -52,22 +53,27 @@ class Run:
     name: str
     config: dict[str, Any]
     """Settings as plain values, without possible secrets; empty if config.yaml cannot be read."""
-    is_sft: bool
+    verb: OfflineVerb | None
+    """The verb of a run that trains on rows; None for one with rewards."""
     columns: Columns
     evaluations: list[Evaluation]
     """In order of steps."""
     summary: dict[str, Any]
     rows: dict[str, Any]
-    """The content of rows.json of a supervised run."""
+    """The content of rows.json of a run that trains on rows."""
     ledger: LedgerFacts
     logs: LogFacts
     status: RunStatus
     has_ledger: bool = False
 
     @property
+    def is_offline(self) -> bool:
+        return self.verb is not None
+
+    @property
     def num_steps(self) -> int | None:
         """The planned number of steps."""
-        planned = number(self.rows.get("num_steps")) if self.is_sft else None
+        planned = number(self.rows.get("num_steps")) if self.is_offline else None
         planned = planned or number(mapping(self.config.get("trainer")).get("num_steps"))
         return int(planned) if planned else None
 
@@ -172,7 +178,7 @@ def read_run(root: Path) -> Run:
     return Run(
         name=str(config.get("name") or root.resolve().name),
         config=config,
-        is_sft=paths.rows.exists(),
+        verb=offline_verb(paths),
         columns=columns,
         evaluations=_evaluations(paths.evaluations),
         summary=summary,

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.automatic_settings import resolved
-from areal_like.config import Config, LoraConfig, to_mapping
+from areal_like.config import Config, DistillConfig, LoraConfig, to_mapping
 from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.config.trainer import TrainerConfig
 from areal_like.errors import ConfigError
@@ -162,6 +162,7 @@ def evaluation_config(config: Config, model: EvaluatedModel) -> Config:
         advantage={"name": "grpo"},
         weights=dataclasses.replace(config.weights, sync_interval=1),
         kl=dataclasses.replace(config.kl, coef=0.0, reference=""),
+        distill=DistillConfig(),
         trainer=trainer,
         buffer=buffer,
     )

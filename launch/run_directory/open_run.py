@@ -27,6 +27,7 @@ from areal_like.runtime.command_line import (
     save_config,
     with_kept_choices,
 )
+from launch.offline_verbs import offline_verb
 from launch.run_directory.kept_settings import check_resume, keep, left_out, stored
 from launch.run_directory.rundir import (
     InUseError,
@@ -82,23 +83,24 @@ class OpenRun:
         os.close(self.lock_fd)
 
 
-def open_run(argv: Sequence[str], *, is_sft: bool = False, is_dry: bool = False) -> OpenRun:
+def open_run(argv: Sequence[str], *, verb: str = "run", is_dry: bool = False) -> OpenRun:
     """Resolves the command line of `areal-like run`, takes the directory and writes `config_file` there.
 
-    `is_sft`: for `areal-like sft`, whose run is called NAME-sft unless `name=` is in `argv`, because one file
-    may have the settings of both. `is_dry`: nothing is written and no lock is taken. Raises ConfigError for a
-    wrong setting, a directory that is in use or holds another run, or a run that cannot be resumed.
+    `verb`: `run`, or one of `offline_verbs`, whose run is called NAME-VERB unless `name=` is in `argv`,
+    because one file may have the settings of both. `is_dry`: nothing is written and no lock is taken. Raises
+    ConfigError for a wrong setting, a directory that is in use or holds another run, or a run that cannot be
+    resumed.
     """
     config = load_config(argv)
-    if is_sft and not any(arg.startswith("name=") for arg in argv):
-        config = dataclasses.replace(config, name=f"{config.name}-sft")
+    if verb != "run" and not any(arg.startswith("name=") for arg in argv):
+        config = dataclasses.replace(config, name=f"{config.name}-{verb}")
     is_named = any(arg.startswith("name=") or arg == "--config" for arg in argv)
     resumes = is_begun(RunPaths.of(config)) if config.resume == "auto" else bool(config.resume)
     is_named = is_named or config.resume == "auto"  # the next start must find the same directory
     if resumes:
-        run = _resume(config, argv, is_sft=is_sft, is_dry=is_dry)
+        run = _resume(config, argv, verb=verb, is_dry=is_dry)
     else:
-        if is_sft:  # no choice to announce
+        if verb != "run":  # no choice to announce
             config = config.with_resolved_objective()
         else:
             check_gpus_are_separate(config)
@@ -250,7 +252,7 @@ def _new_run_announcement(paths: RunPaths, config: Config) -> tuple[str, ...]:
     return (f"new run in {paths.root} ({taken.root} holds {kind})", choices)
 
 
-def _resume(config: Config, argv: Sequence[str], *, is_sft: bool, is_dry: bool) -> OpenRun:
+def _resume(config: Config, argv: Sequence[str], *, verb: str, is_dry: bool) -> OpenRun:
     """The run in the directory that `config` names, resumed at `config.resume`."""
     paths = RunPaths.of(config)
     if not paths.config.is_file():
@@ -260,8 +262,8 @@ def _resume(config: Config, argv: Sequence[str], *, is_sft: bool, is_dry: bool) 
     lock_fd = _lock(paths, is_dry=is_dry)
     try:
         steps = checkpoints(paths)
-        if steps and paths.rows.exists() != is_sft:
-            other = "run" if is_sft else "sft"
+        made_by = offline_verb(paths)
+        if steps and (other := made_by.verb if made_by else "run") != verb:
             raise ConfigError(f"{paths.root} is a run of `areal-like {other}`: continue it with that command")
         # With `auto`, a run whose ledger was in memory also starts again.
         may_begin_again = config.resume == "auto" or (config.resume == "latest" and bool(paths.ledgers))
@@ -279,10 +281,10 @@ def _resume(config: Config, argv: Sequence[str], *, is_sft: bool, is_dry: bool) 
         if "--config" not in argv:
             config = with_own_settings(config, argv, own=paths.config)
         config = with_kept_choices(config, argv, own=paths.config)
-        if not is_sft and (choice := config.objective_choice):
+        if verb == "run" and (choice := config.objective_choice):
             lines += (choice,)
         config = resolved(config)
-        if not is_sft:
+        if verb == "run":
             check_gpus_are_separate(config)
         _check_one_machine(config)
         check_resume(stored(paths), config, paths)
@@ -291,8 +293,8 @@ def _resume(config: Config, argv: Sequence[str], *, is_sft: bool, is_dry: bool) 
     except ConfigError:
         _unlock(lock_fd)
         raise
-    # The number of steps of a supervised run depends on its rows: its trainer finds out whether any are left.
-    may_be_finished = config.resume in ("auto", "latest") and not is_sft
+    # The number of steps of an offline run depends on its rows: its trainer finds out whether any are left.
+    may_be_finished = config.resume in ("auto", "latest") and verb == "run"
     is_finished = may_be_finished and is_trained(paths, num_steps=config.trainer.num_steps)
     is_back = config.resume.startswith("step:")
     first_step = int(config.resume.removeprefix("step:")) if is_back else max(steps, default=0)

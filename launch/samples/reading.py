@@ -17,6 +17,7 @@ from areal_like.errors import ConfigError, StoreCorruptError
 from areal_like.ledger_place import reading_ledger
 from areal_like.paths import RunPaths
 from areal_like.wire.records import Record, RecordLocation, read_record
+from launch.offline_verbs import offline_verb
 
 _EVAL_SET = "iif(eval_set = '', 'eval', eval_set)"
 """The first releases had one set, without a name."""
@@ -101,8 +102,8 @@ class RunLedgers:
         self._root = root
         self._directories = RunPaths(root).ledgers
         if not self._directories:
-            if RunPaths(root).rows.exists():
-                raise ConfigError(f"{root} is a run of `areal-like sft`, which generates no samples")
+            if (verb := offline_verb(RunPaths(root))) is not None:
+                raise ConfigError(f"{root} is a run of `areal-like {verb.verb}`, which generates no samples")
             raise ConfigError(
                 f"{root} has no ledger: with buffer.durability=none a run keeps no samples"
                 if (root / "metrics.jsonl").exists()

@@ -40,8 +40,8 @@ def plain_line(seen: Observation, config: Config, eta: Eta) -> str:
     return "  ".join(filter(None, parts))
 
 
-def sft_line(seen: Observation, config: Config, eta: Eta) -> str:
-    """The line of supervised training. The number of steps is known when the trainer has read the rows."""
+def offline_line(seen: Observation, config: Config, eta: Eta) -> str:
+    """The line of training on rows. The number of steps is known when the trainer has read the rows."""
     if not seen.steps:
         return ""
     eta.num_steps = read_object(RunPaths.of(config).rows).get("num_steps", 0)
@@ -51,6 +51,7 @@ def sft_line(seen: Observation, config: Config, eta: Eta) -> str:
         f"step {seen.last_step + 1}/{eta.num_steps}",
         f"epoch {row.get('epoch', 0):.2f}",
         f"loss {fixed(recent_mean(seen, 'loss'), digits=4)}",
+        f"accuracy {fixed(recent_mean(seen, 'accuracy'))}" if "accuracy" in row else "",
         f"held-out {held_out[-1]:.4f}" if held_out else "",
         f"lr {row.get('lr', 0):.2e}",
         f"learned {short(tokens_per_s_trained(seen))} tok/s",

@@ -15,6 +15,7 @@ from areal_like.config.evaluation import DEFAULT_SET
 from areal_like.paths import BUILT_MODELS, RunPaths
 from areal_like.promise import promise
 from launch.formatting import duration, fixed, short
+from launch.offline_verbs import OfflineVerb
 from launch.run_directory.open_run import OpenRun
 from launch.run_directory.rundir import checkpoints
 from launch.run_files import mapping, number, read_object
@@ -34,19 +35,13 @@ ROWS: Rows = (
     ("weights version", "weights_version", "{}"),
     ("trainer idle", "trainer_idle_fraction", "{:.1%}"),
 )
-SFT_ROWS: Rows = (
-    ("optimizer steps", "steps", "{:,}"),
-    ("loss, first 10% of steps", "loss_first", "{:.4f}"),
-    ("loss, last 10% of steps", "loss_last", "{:.4f}"),
-    ("held-out loss, before", "eval_loss_before", "{:.4f}"),
-    ("held-out loss, after", "eval_loss_after", "{:.4f}"),
-    ("tokens read", "tokens_read", "{:,}"),
-    ("tokens learned from", "tokens_trained", "{:,}"),
-)
 _DATA_COUNTS = (
     ("num_too_long", "left out (too long)"),
     ("num_truncated", "cut at the limit"),
     ("num_without_target", "left out (nothing to learn)"),
+    ("num_pairs", "comparisons"),
+    ("num_ties", "of them ties"),
+    ("num_labels", "completions with labels"),
 )
 
 
@@ -113,12 +108,23 @@ def _closing(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "trainer waited for slow samples", f"{duration(held_back_s)}, while others were complete"
 
 
-def show_sft_summary(config: Config, console: Console) -> None:
-    """Prints a supervised run's results, its files, and how to go on; the last line has the settings of a run
-    that starts from them: `model.path=PATH`."""
+def _offline_rows(verb: OfflineVerb) -> Iterator[tuple[str, str, str]]:
+    yield "optimizer steps", "steps", "{:,}"
+    yield "loss, first 10% of steps", "loss_first", "{:.4f}"
+    yield "loss, last 10% of steps", "loss_last", "{:.4f}"
+    for name, label, form in verb.measures:
+        for when in ("before", "after"):
+            yield f"held-out {label}, {when}", f"eval_{name}_{when}", form
+    yield "tokens read", "tokens_read", "{:,}"
+    yield "tokens learned from", "tokens_trained", "{:,}"
+
+
+def show_offline_summary(verb: OfflineVerb, config: Config, console: Console) -> None:
+    """Prints the results of a run of `areal-like sft` or another such verb, its files, and how to go on; the
+    last line has the settings of a run that starts from them: `model.path=PATH`."""
     paths = RunPaths.of(config)
     summary, facts = read_object(paths.summary), read_object(paths.rows)
-    table = _table(summary, SFT_ROWS, title=config.name)
+    table = _table(summary, tuple(_offline_rows(verb)), title=config.name)
     if isinstance(seconds := summary.get("wall_seconds"), (int, float)):
         table.add_row("wall time", duration(seconds))
     for name, source in (("rows", "rows"), ("held-out rows", "eval_rows")):
@@ -128,10 +134,10 @@ def show_sft_summary(config: Config, console: Console) -> None:
     console.print(table)
     _print(console, _files(paths, has_summary=True))
     if not summary.get("finished"):
-        command = resume_command(config, verb="sft")
+        command = resume_command(config, verb=verb.verb)
         _print(console, f"stopped before its last step; continue with: {command}")
     if "model" in summary:
-        _print(console, "train it with rewards: areal-like run, with")
+        _print(console, verb.use)
         _print(console, _settings_to_start_from(config, str(summary["model"])))
 
 
@@ -174,10 +180,11 @@ def evaluation_table(sets: Mapping[str, Mapping[str, Any]], *, title: str) -> Ta
 
 
 def resume_command(config: Config, *, verb: str) -> str:
-    """The shell command that resumes this run. `verb`: `run` or `sft`."""
+    """The shell command that resumes this run. `verb`: `run`, `sft` or another one that trains."""
     runs_dir = "" if config.runs_dir == "runs" else f" runs_dir={config.runs_dir}"
     settings = f"name={config.name} resume=latest{runs_dir}"
-    return f'make {verb} ARGS="{settings}"' if "MAKELEVEL" in os.environ else f"areal-like {verb} {settings}"
+    has_target = "MAKELEVEL" in os.environ and verb in ("run", "sft")
+    return f'make {verb} ARGS="{settings}"' if has_target else f"areal-like {verb} {settings}"
 
 
 def _table(summary: Mapping[str, Any], rows: Rows, *, title: str) -> Table:

@@ -18,7 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_like.trajectory import LARGEST_REWARD, NOT_SAMPLED, TOKEN_REWARDS, FinishReason, Trajectory
+from areal_like.trajectory import (
+    LARGEST_REWARD,
+    NOT_SAMPLED,
+    STEP_ENDS,
+    STEP_REWARDS,
+    TOKEN_REWARDS,
+    FinishReason,
+    Trajectory,
+)
 from areal_like.wire.routes import Routes
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.environments.base import Message, Reply
@@ -36,10 +44,11 @@ class SampleRewards:
     score.value                          -> part of Trajectory.reward, credited to the last sampled token
     score.turns + rewards of the steps   -> Trajectory.turns: (end, reward) of each turn
     score.tokens                         -> Trajectory.arrays[TOKEN_REWARDS]: a reward for each token
+    score.steps                          -> Trajectory.arrays[STEP_ENDS, STEP_REWARDS]: of the last turn
     """
 
     reward: float = 0.0
-    """The total: the score's value, the rewards of all turns, and those of all tokens."""
+    """The total: the score's value, and the rewards of all turns, tokens and steps."""
     reward_components: dict[str, float] = field(default_factory=dict)
     """`Score.parts`."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -48,6 +57,8 @@ class SampleRewards:
     """One reward per turn, in the order of sampling; empty: no turn has one."""
     token_rewards: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     """[S] one for each sampled token, in the order of sampling; empty: no token has one."""
+    steps: tuple[tuple[int, float], ...] = ()
+    """(end, reward) of the steps of the last turn, in order; `end` counts the sampled tokens of the turn."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -221,7 +232,8 @@ class Turns:
             turns=placed_turns(outcome, spans),
             metrics=outcome.metrics,
             label=label,
-            arrays=placed_token_rewards(outcome, spans, num_tokens=len(tokens)),
+            arrays=placed_token_rewards(outcome, spans, num_tokens=len(tokens))
+            | placed_steps(outcome, spans),
             routes=_joined_routes(self._turns),
             finish_reason=finish_reason or self.finish_reason,
             is_greedy=is_greedy,
@@ -295,6 +307,7 @@ def both(agent: Score | None, task: Score | None) -> Score | None:
         metrics={**task.metrics, **agent.metrics},
         turns=agent.turns or task.turns,
         tokens=agent.tokens or task.tokens,
+        steps=task.steps,
     )
 
 
@@ -302,12 +315,14 @@ def add_up(
     score: Score | None = None,
     *,
     num_turns: int = 1,
+    step_ends: Sequence[int] = (),
     step_rewards: Sequence[float] = (),
     step_metrics: Mapping[str, float] | None = None,
 ) -> SampleRewards:
     """Adds up the rewards of a sample with `num_turns` turns.
 
-    `score`: None if the task has no reward of its own. `step_rewards`: rewards of the environment's steps, at
+    `score`: None if the task has no reward of its own. `step_ends`: for each of the score's steps, the number
+    of sampled tokens of the last turn up to its end. `step_rewards`: rewards of the environment's steps, at
     most one per turn (a turn that a limit ended has none). `step_metrics`: sums over the steps. Raises
     ValueError if a sum is above `LARGEST_REWARD` or a length is wrong.
     """
@@ -320,7 +335,8 @@ def add_up(
         steps = (*step_rewards, *(0.0,) * (num_turns - len(step_rewards)))
         turn_rewards = tuple(turn + step for turn, step in zip(turns, steps, strict=True))
     token_rewards = np.asarray(score.tokens, np.float32)
-    reward = sum((score.value, *turn_rewards, *token_rewards.tolist()))
+    of_steps = np.array([reward for _, reward in score.steps], np.float32).tolist()
+    reward = sum((score.value, *turn_rewards, *token_rewards.tolist(), *of_steps))
     if not max(map(abs, (reward, *turn_rewards))) <= LARGEST_REWARD:  # also if one is NaN
         raise ValueError(f"the rewards of the sample add up to {reward}: want at most {LARGEST_REWARD:g}")
     return SampleRewards(
@@ -329,6 +345,7 @@ def add_up(
         metrics={**(step_metrics or {}), **score.metrics},
         turn_rewards=turn_rewards,
         token_rewards=token_rewards,
+        steps=tuple(zip(step_ends, of_steps, strict=True)),
     )
 
 
@@ -363,3 +380,16 @@ def placed_token_rewards(
         rewards_T[first:end] = outcome.token_rewards[start : start + end - first]
         start += end - first
     return {TOKEN_REWARDS: rewards_T}
+
+
+def placed_steps(outcome: SampleRewards, spans: Sequence[Span]) -> dict[str, NDArray[np.generic]]:
+    """Returns `Trajectory.arrays`: STEP_ENDS int32[K] and STEP_REWARDS float32[K]; empty if no step has a
+    reward. `spans`: one for each turn, in the order of sampling; the steps are those of the last turn."""
+    if not outcome.steps:
+        return {}
+    first, _ = spans[-1]
+    ends, rewards = zip(*outcome.steps, strict=True)
+    return {
+        STEP_ENDS: np.array(ends, np.int32) + np.int32(first),
+        STEP_REWARDS: np.array(rewards, np.float32),
+    }

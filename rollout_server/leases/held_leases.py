@@ -49,7 +49,7 @@ class Place(StrEnum):
     TOOL = "tool"
     """Waits for its environment, and will come back to the engine."""
     REWARD = "reward"
-    """Waits for its reward, after which it is finished."""
+    """Waits for its reward, or for its teacher, after which it is finished."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import ssl
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from areal_like.errors import EngineError
+from areal_like.errors import ConfigError, EngineError
+from areal_like.security.tokens import read_secret
 from rollout_server.policy.generation import MAX_ERROR_CHARS
 
 CONNECT_TIMEOUT_S = 5.0
@@ -116,3 +118,20 @@ async def _content(response: aiohttp.ClientResponse) -> bytes:
         if len(content) > _MAX_RESPONSE_BYTES:
             raise EngineError(f"{response.url}: the response is longer than {_MAX_RESPONSE_BYTES} bytes")
     return bytes(content)
+
+
+def key_in(file: str, *, setting: str) -> str:
+    """Reads a server's key from a file that the setting names; empty without a file. Raises ConfigError."""
+    try:
+        return read_secret(Path(file).expanduser()) if file else ""
+    except FileNotFoundError:
+        raise ConfigError(f"{setting}={file}: no such file") from None
+
+
+def tls_of(file: str, *, setting: str) -> ssl.SSLContext | None:
+    """Returns a context that verifies certificates with those in a file; None without a file. Raises
+    ConfigError."""
+    try:
+        return ssl.create_default_context(cafile=Path(file).expanduser()) if file else None
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"{setting}={file}: {error.strerror or error}") from None

@@ -52,6 +52,7 @@ _CANDIDATES: Mapping[str, tuple[str, ...]] = {
 used."""
 _LLAMA_3_TOKEN = "<|start_header_id|>"
 """Many models of type llama use a different chat format."""
+_NUM_COMPARED = 64
 _CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -162,6 +163,20 @@ class PromptRenderer:
                 list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
         )
+
+    @property
+    def num_token_ids(self) -> int:
+        """Number of the tokenizer's tokens; the embedding may have more rows."""
+        return len(self._tokenizer)
+
+    def text_of_all_parts(self) -> tuple[str, list[int]]:
+        """Returns a text of tokens from all over the vocabulary, and the ids that the tokenizer makes of it,
+        by which another tokenizer is compared with this one."""
+        some = np.linspace(0, self.num_token_ids - 1, _NUM_COMPARED, dtype=int).tolist()
+        last = range(max(0, self.num_token_ids - _NUM_COMPARED), self.num_token_ids)
+        texts = filter(None, self._tokenizer.convert_ids_to_tokens([*some, *last]))
+        text = " ".join(text for text in texts if text.isprintable())
+        return text, list(self._tokenizer(text)["input_ids"])
 
     def token_of(self, text: str) -> int | None:
         """Returns the token whose text is exactly this, if there is one."""

@@ -1,6 +1,7 @@
 """Converts what a task's reward() returned to a checked `Score`. Pure.
 
-A task may return a number, named parts whose sum is the reward, or a `Score`. Any other value raises a
+A task may return a number, named parts whose sum is the reward, or a `Score`. The steps of a checked score
+have positions; those of a task's may also have texts. Any other value raises a
 RewardError that says what was wrong and what to return: it fails one sample and appears in the log.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,13 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.errors import RewardError
-from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD
+from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, MAX_STEPS
 from rollout_server.tasks.base import Completion, Score
 
 MAX_NAMES = 1000
 """Maximum number of parts and metrics of one score together; the metadata of a record has room for about as
 many."""
 MAX_NAME_CHARS = 200
+SCORER = "scorer/"
+"""Beginning of the metric, always 1, whose name tells which reward model scored a sample."""
 
 
 def as_score(returned: Any, completion: Completion, *, call: str = "reward") -> Score:
@@ -50,19 +54,21 @@ def as_score(returned: Any, completion: Completion, *, call: str = "reward") -> 
 def score_fields(score: Score) -> list[Any]:
     """Returns a checked score as the values of one frame."""
     tokens = np.asarray(score.tokens, np.float32).tobytes() if len(score.tokens) else b""
-    return [score.value, dict(score.parts), dict(score.metrics), list(score.turns), tokens]
+    steps = [list(step) for step in score.steps]
+    return [score.value, dict(score.parts), dict(score.metrics), list(score.turns), tokens, steps]
 
 
 def score_of(fields: Any) -> Score:
     """Builds a score from the output of `score_fields`, unchecked. Raises ValueError or TypeError for
     anything else."""
-    value, parts, metrics, turns, tokens = fields
+    value, parts, metrics, turns, tokens, steps = fields
     return Score(
         value=value,
         parts=parts,
         metrics=metrics,
         turns=tuple(turns),
         tokens=np.frombuffer(tokens, np.float32) if tokens else (),  # type: ignore[arg-type]
+        steps=tuple((end, reward) for end, reward in steps),
     )
 
 
@@ -75,13 +81,68 @@ def _checked(score: Score, completion: Completion) -> Score:
         )
     turns = _array(score.turns, of="Score.turns", num=len(completion.turn_lengths), of_what="turns")
     tokens = _array(score.tokens, of="Score.tokens", num=len(completion.token_ids), of_what="sampled tokens")
+    steps = _steps(score.steps, str(completion))
+    if steps and len(tokens):
+        raise RewardError("the Score has rewards of steps and of tokens: give one of the two")
     return Score(
         value=number_of(score.value, of="Score.value"),
         parts=parts,
         metrics=metrics,
         turns=tuple(turns.tolist()),
         tokens=tokens,  # type: ignore[arg-type]  # an array is as good as a sequence
+        steps=steps,
     )
+
+
+def _steps(values: Any, text: str) -> tuple[tuple[int, float], ...]:
+    """Returns (end in characters, reward as a float32) of each step. Raises RewardError."""
+    try:
+        steps = [tuple(step) for step in values]
+    except TypeError as error:
+        raise RewardError(f"Score.steps must be a list of pairs (end, reward): {error}") from None
+    if len(steps) > MAX_STEPS:
+        raise RewardError(f"Score.steps has {len(steps)} steps: at most {MAX_STEPS} are accepted")
+    checked: list[tuple[int, float]] = []
+    end = 0
+    for number, step in enumerate(steps):
+        of = f"Score.steps[{number}]"
+        if len(step) != 2:
+            raise RewardError(f"{of} must be a pair (end, reward) or (text, reward), got {len(step)} values")
+        where, reward = step
+        end = (
+            _end_of_piece(where, text, end, of=of)
+            if isinstance(where, str)
+            else _end_of(where, text, end, of)
+        )
+        checked.append((end, float(np.float32(number_of(reward, of=f"the reward of {of}")))))
+    return tuple(checked)
+
+
+def _end_of(position: Any, text: str, before: int, of: str) -> int:
+    """Returns the position if it is after the step `before` and within the text. Raises RewardError."""
+    try:
+        end = operator.index(position)
+    except TypeError:
+        raise RewardError(
+            f"{of} must begin with a whole number of characters or a text, got {position!r:.100}"
+        ) from None
+    if not before < end <= len(text):
+        raise RewardError(
+            f"{of} ends at {end}: want an end above {before}, the end of the step before it, and at most "
+            f"{len(text)}, the length of the completion"
+        )
+    return end
+
+
+def _end_of_piece(piece: str, text: str, before: int, *, of: str) -> int:
+    """Returns the end of a step with this text, after the step that ends at `before`. Raises RewardError."""
+    at = text.find(piece, before)
+    if not piece or at < 0 or text[before:at].strip():
+        raise RewardError(
+            f"{of} is {piece[:40]!r}, but the completion goes on with {text[before : before + 40]!r}: "
+            "give the steps' texts in order, with nothing but whitespace between them"
+        )
+    return at + len(piece)
 
 
 def number_of(value: Any, *, of: str, largest: float = LARGEST_REWARD) -> float:

@@ -1,7 +1,8 @@
 """One attempt to make a sample: the policy's turns, their reward, and the partial tokens after a failure.
 
     make(): play() -> the task's reward -> Trajectory
-       `----> EngineError, EpisodeError, RewardError -> num_sampled, without_reward()
+               `----> log-probs of its teacher --^    (a teacher at a server)
+       `----> EngineError, EpisodeError, RewardError, TeacherError -> num_sampled, without_reward()
 
 The kinds of samples differ only in how turns are played: one prompt and one completion (`SingleTurn`), a
 conversation with an environment (`EnvironmentAttempt`), or a program that requests each turn
@@ -12,10 +13,14 @@ before it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from areal_like.errors import (
     RAISED_BY_TASKS,
@@ -27,17 +32,25 @@ from areal_like.errors import (
     PromptRefusedError,
     RewardError,
 )
-from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, FinishReason, Trajectory
+from areal_like.trajectory import (
+    LARGEST_METRIC,
+    LARGEST_REWARD,
+    TEACHER_LOGPROBS,
+    FinishReason,
+    Trajectory,
+)
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.turns import SampleRewards, Turns, add_up, both
 from rollout_server.environments.base import Message, Reply, Step
 from rollout_server.leases.held_leases import Place
 from rollout_server.rendering.prompt_renderer import PromptRenderer
+from rollout_server.rewards.step_tokens import tokens_of_ends
 from rollout_server.sample.prompts import LoadedPrompt, PromptLeader
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.open_session import OpenSession, SessionOutcome
 from rollout_server.tasks.base import Completion, Score, Split
+from rollout_server.teachers.pool import TeacherPool
 from rollout_server.workers.environment_pool import EnvironmentPool, EnvironmentSession
 from rollout_server.workers.reward_pool import Reward, RewardPool
 
@@ -65,6 +78,8 @@ class SampleRequest:
     """Called when the sample leaves the engine or comes back to it."""
     rewards: RewardPool | None
     """None if the task has no reward for this example."""
+    teachers: TeacherPool | None = None
+    """None if no teacher at a server scores this sample."""
 
 
 RunAgent = Callable[[OpenSession, SampleRequest], Awaitable[Score | None]]
@@ -103,13 +118,25 @@ class Attempt(ABC):
         """Samples the turns. Raises EngineError, or any other exception that fails the sample."""
 
     async def make(self) -> Trajectory:
-        """Samples the turns and computes their reward. Raises EngineError, EpisodeError or RewardError."""
+        """Samples the turns and computes their reward, and beside it the log-probs of their teacher.
+
+        Raises EngineError, EpisodeError, RewardError or TeacherError.
+        """
         try:
             played = await self.play()
         except (EngineError, EpisodeError):
             raise
         except RAISED_BY_TASKS as error:  # also raised by renderers: only this sample fails
             raise EpisodeError(f"the episode raised {type(error).__name__}: {error}") from error
+        if self.request.teachers is None:
+            return await self._scored(played)
+        self.request.on_move(Place.REWARD)
+        async with _scoring(self.request.teachers, self._unscored(played)) as scoring:
+            trajectory = await self._scored(played)
+            return _with_teacher(trajectory, await scoring)
+
+    async def _scored(self, played: Played) -> Trajectory:
+        """The sample with its reward."""
         turns, request = self.turns, self.request
         turn_lengths = turns.turn_lengths
         scored: Reward | None = None
@@ -127,9 +154,11 @@ class Attempt(ABC):
                 split=request.split, index=request.index, completion=completion
             )
         try:
+            score = both(played.score, scored.score if scored is not None else None)
             outcome = add_up(
-                both(played.score, scored.score if scored is not None else None),
+                score,
                 num_turns=len(turn_lengths),
+                step_ends=self._step_ends(score, played.text),
                 step_rewards=played.step_rewards,
                 step_metrics=played.metrics,
             )
@@ -145,6 +174,31 @@ class Attempt(ABC):
             )
         except ValueError as error:
             raise EngineError(f"the engine's completion cannot be used: {error}") from None
+
+    def _unscored(self, played: Played) -> Trajectory:
+        """The sample without its reward. Raises EngineError."""
+        try:
+            return self.turns.to_trajectory(
+                SampleRewards(), finish_reason=played.finish_reason, label=self.label
+            )
+        except ValueError as error:
+            raise EngineError(f"the engine's completion cannot be used: {error}") from None
+
+    @abstractmethod
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Returns the text of sampled tokens without special tokens."""
+
+    def _step_ends(self, score: Score | None, text: str) -> list[int]:
+        """Returns the number of sampled tokens of the last turn up to the end of each step of the score.
+        `text`: of that turn, as the reward saw it. Raises RewardError."""
+        if score is None or not score.steps:
+            return []
+        return tokens_of_ends(
+            self.turns.turns[-1].sampled.tolist(),
+            [int(end) for end, _ in score.steps],
+            text=text,
+            decode=self.decode,
+        )
 
     def _too_much(self, problem: str) -> RewardError | EpisodeError:
         """Returns the error of a sample whose rewards do not add up."""
@@ -167,6 +221,9 @@ class SingleTurn(Attempt):
     leader: PromptLeader
     """Told when the prompt is computed."""
     renderer: PromptRenderer
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.renderer.decode(np.array(token_ids, np.int32))
 
     async def play(self) -> Played:
         generation, _ = await self.turns.sample(self.prompt.tokens_P)
@@ -199,6 +256,9 @@ class EnvironmentAttempt(Attempt):
     _step_rewards: list[float] = field(default_factory=list, init=False)
     _metrics: dict[str, float] = field(default_factory=dict, init=False)
     """Sums of the environment's metrics over the steps."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.turns.renderer.decode(token_ids, skip_special_tokens=True)
 
     async def play(self) -> Played:
         request = self.request
@@ -279,6 +339,9 @@ class SessionAttempt(Attempt):
     run_agent: RunAgent | None
     """None for external agents."""
     _outcome: SessionOutcome = field(default=SessionOutcome.FAILED, init=False)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.turns.renderer.decode(token_ids, skip_special_tokens=True)
 
     async def make(self) -> Trajectory:
         try:
@@ -444,6 +507,28 @@ class SessionAttempt(Attempt):
         self.session.close(f"{problem}: claim another session")
         self._outcome = SessionOutcome.IDLE
         return EpisodeError(problem)
+
+
+@contextlib.asynccontextmanager
+async def _scoring(
+    teachers: TeacherPool, trajectory: Trajectory
+) -> AsyncIterator[asyncio.Task[NDArray[np.float32] | None]]:
+    """The request to a sample's teacher, in progress; it is cancelled at the end of the block."""
+    scoring = asyncio.create_task(teachers.logprobs(trajectory))
+    try:
+        yield scoring
+    finally:
+        scoring.cancel()
+        await asyncio.wait([scoring])
+        if not scoring.cancelled():
+            scoring.exception()  # the sample may have failed for another reason
+
+
+def _with_teacher(trajectory: Trajectory, logprobs_T: NDArray[np.float32] | None) -> Trajectory:
+    """The trajectory with the log-probs of its teacher; None: it has no teacher at a server."""
+    if logprobs_T is None:
+        return trajectory
+    return replace(trajectory, arrays={**trajectory.arrays, TEACHER_LOGPROBS: logprobs_T})
 
 
 def _check_posted(score: Score | None, turn_rewards: list[float], *, num_turns: int) -> None:

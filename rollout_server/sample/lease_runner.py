@@ -32,6 +32,7 @@ from areal_like.errors import (
     RewardError,
     RewardTimeoutError,
     RoutesError,
+    TeacherError,
 )
 from areal_like.failures import FailureKind, FailurePolicy
 from areal_like.spans import recorder
@@ -46,6 +47,7 @@ from rollout_server.sample.maker import AttemptMaker
 from rollout_server.sample.prompts import Failure, LoadedPrompt, PromptLeader, PromptLoader, needs_leader
 from rollout_server.sessions.book import SERVER_ENDS, SessionBook
 from rollout_server.sources import SampleSources
+from rollout_server.teachers.pool import TeacherPool
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +65,14 @@ _KINDS: tuple[tuple[type[ArealError], FailureKind], ...] = (
     (RewardError, FailureKind.REWARD),
     (AgentLostError, FailureKind.AGENT),
     (EpisodeError, FailureKind.ENVIRONMENT),
+    (TeacherError, FailureKind.TEACHER),
 )
 """Kinds of failures by exception; the first match counts."""
 _TRIES_OF_BROKEN_AGENTS = 4
 """Tries by all agents for each counted one."""
 
 
-def failure_of(error: EngineError | EpisodeError | RewardError) -> Failure:
+def failure_of(error: EngineError | EpisodeError | RewardError | TeacherError) -> Failure:
     """Returns the kind and reason of a failure by its exception."""
     kind = next(kind for cause, kind in _KINDS if isinstance(error, cause))
     # The policy does not cause the loss of an environment's process.
@@ -120,11 +123,19 @@ class LeaseRunner:
         gate: GenerationGate,
         book: SessionBook,
         buffers: ShardedBufferClient,
+        teachers: TeacherPool | None = None,
     ) -> None:
         """`buffers` gets one result per sample, unless its lease was cancelled or the engine was lost.
-        `book`: the sessions offered to agents."""
+        `book`: the sessions offered to agents. `teachers`: those at servers; None: there are none."""
         self._makers = {
-            name: AttemptMaker(config=config, source=source, gate=gate, on_move=buffers.moved, book=book)
+            name: AttemptMaker(
+                config=config,
+                source=source,
+                gate=gate,
+                on_move=buffers.moved,
+                book=book,
+                teachers=teachers,
+            )
             for name, source in sources.items()
         }
         self._sources = sources
@@ -253,7 +264,7 @@ class LeaseRunner:
         try:
             await leader.wait_turn(sample_index)
             record = self._record_of(lease, sample_index, await tries.make(begin, name=name))
-        except (EngineError, EpisodeError, RewardError) as error:
+        except (EngineError, EpisodeError, RewardError, TeacherError) as error:
             if isinstance(error, EngineError):
                 await asyncio.sleep(_ENGINE_GRACE_S)
                 if engine is None or self.engine is not engine:

@@ -30,6 +30,7 @@ from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.open_session import OpenSession
 from rollout_server.sources import SampleSource
 from rollout_server.tasks.base import Example, Score
+from rollout_server.teachers.pool import TeacherPool
 
 _MAX_SEED = 1 << 31
 
@@ -81,6 +82,8 @@ class AttemptMaker:
     """Called with (lease id, sample index, place) when a sample leaves the engine or comes back."""
     book: SessionBook
     """The sessions offered to agents."""
+    teachers: TeacherPool | None = None
+    """Teachers at servers, for training samples; None: there are none."""
 
     def begin(
         self,
@@ -115,6 +118,7 @@ class AttemptMaker:
             policy=policy,
             on_move=partial(self.on_move, lease.lease_id, sample_index),
             rewards=source.rewards if is_rewarded else None,
+            teachers=None if source.settings is not None or sampling.temperature == 0 else self.teachers,
         )
         if prompt is not None and task.uses_sessions:
             return self._begin_session(request, lease, sample_index, example=prompt.example)

@@ -1,17 +1,18 @@
 """The interface of a sandbox: it runs one program with limits and returns what the program wrote.
 
 `run` blocks. A reward calls it directly, and a tool calls it in a thread. A program that fails or exceeds a
-limit is reported as a result, not an exception: the caller decides how to handle it. A sandbox on other
-machines would be another class with these two methods.
+limit is reported as a result, not an exception: the caller decides how to handle it. `start` is for a program
+that serves its caller over pipes, such as a server of tools.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from areal_like.errors import ConfigError
+from rollout_server.sandbox.running import RunningProgram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,20 @@ class Sandbox(Protocol):
         self, program: str | Sequence[str], *, stdin: str = "", limits: Limits | None = None
     ) -> ProgramResult:
         """Runs Python source (a string) or a command (a list). When it returns, no process is left."""
+
+    def start(
+        self,
+        command: Sequence[str],
+        *,
+        limits: Limits,
+        environment: Mapping[str, str],
+        readable: Sequence[str] = (),
+    ) -> RunningProgram:
+        """Starts a command whose pipes the caller reads and writes; `limits.output_bytes` is not used.
+
+        `environment`: variables added to the few that every program has. `readable`: files and directories
+        that it may read besides the system and the interpreter. If this process ends, all of it is killed.
+        """
 
     def check(self) -> None:
         """Runs a program that prints a line. Raises ConfigError, which says why and what to do, if that

@@ -12,14 +12,21 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 from areal_like.errors import ConfigError
 from rollout_server.sandbox import supervisor
 from rollout_server.sandbox.base import ACCEPT_RLIMITS, Limits, ProgramResult, problem_of
-from rollout_server.sandbox.process import environment_of, memory_file, run_bounded, supervisor_arguments
+from rollout_server.sandbox.process import (
+    environment_of,
+    memory_file,
+    run_bounded,
+    start_supervised,
+    supervisor_arguments,
+)
+from rollout_server.sandbox.running import RunningProgram
 
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 _PROGRAM = "/tmp/program.py"
@@ -32,29 +39,13 @@ class BwrapSandbox:
         self, program: str | Sequence[str], *, stdin: str = "", limits: Limits | None = None
     ) -> ProgramResult:
         """Runs the program in new namespaces. Raises ConfigError if bwrap is not installed."""
-        executable = shutil.which("bwrap")
-        if executable is None:
-            raise ConfigError(
-                f"rewards.sandbox=bwrap: bwrap is not installed; install bubblewrap, or {ACCEPT_RLIMITS}"
-            )
         limits = limits or Limits()
         is_source = isinstance(program, str)
         with memory_file(program if isinstance(program, str) else "") as source:
-            options = [*_namespace(limits)]
-            if is_source:
-                options += ["--ro-bind-data", str(source.fileno()), _PROGRAM]
+            options = ["--ro-bind-data", str(source.fileno()), _PROGRAM] if is_source else []
             command = [sys.executable, "-I", "-B", "-u", _PROGRAM] if is_source else program
             return run_bounded(
-                [
-                    executable,
-                    *options,
-                    "--remount-ro",
-                    "/",
-                    "--",
-                    *(sys.executable, "-I", "-S", "-c", _supervisor_text()),
-                    supervisor_arguments(limits, is_namespace=True),
-                    *command,
-                ],
+                _isolated(command, options, limits),
                 environment=environment_of("/tmp"),
                 directory="/",
                 stdin=stdin,
@@ -62,6 +53,23 @@ class BwrapSandbox:
                 end_signal=signal.SIGKILL,
                 pass_fds=[source.fileno()],
             )
+
+    def start(
+        self,
+        command: Sequence[str],
+        *,
+        limits: Limits,
+        environment: Mapping[str, str],
+        readable: Sequence[str] = (),
+    ) -> RunningProgram:
+        """Starts the command in new namespaces. Raises ConfigError if bwrap is not installed."""
+        options = [option for path in readable for option in ("--ro-bind", path, path)]
+        return start_supervised(
+            _isolated(command, options, limits),
+            environment=environment_of("/tmp") | dict(environment),
+            directory="/",
+            end_signal=signal.SIGKILL,
+        )
 
     def check(self) -> None:
         problem = problem_of(self)
@@ -72,6 +80,26 @@ class BwrapSandbox:
                 "container, for example by --security-opt seccomp=unconfined; on Ubuntu see "
                 f"kernel.apparmor_restrict_unprivileged_userns), or {ACCEPT_RLIMITS}"
             )
+
+
+def _isolated(command: Sequence[str], options: Sequence[str], limits: Limits) -> list[str]:
+    """Returns the command line that runs a supervised command in new namespaces. `options`: more mounts."""
+    executable = shutil.which("bwrap")
+    if executable is None:
+        raise ConfigError(
+            f"rewards.sandbox=bwrap: bwrap is not installed; install bubblewrap, or {ACCEPT_RLIMITS}"
+        )
+    return [
+        executable,
+        *_namespace(limits),
+        *options,
+        "--remount-ro",
+        "/",
+        "--",
+        *(sys.executable, "-I", "-S", "-c", _supervisor_text()),
+        supervisor_arguments(limits, is_namespace=True),
+        *command,
+    ]
 
 
 def _namespace(limits: Limits) -> Iterator[str]:

@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from typing import IO, BinaryIO
 
 from rollout_server.sandbox.base import Limits, ProgramResult
+from rollout_server.sandbox.running import RunningProgram, end_process
 
 _READ_BYTES = 1 << 16
 _MAX_DISCARDED_BYTES = 16 << 20
 """A program that writes more than this beyond the kept output is killed, because reading output costs CPU
 time."""
-_END_TIMEOUT_S = 7.0
-"""Time for the supervisor to kill processes that the program left behind."""
 _REST_TIMEOUT_S = 1.0
 _MFD_NOEXEC_SEAL = 8
 
@@ -59,6 +58,31 @@ def environment_of(directory: str) -> dict[str, str]:
 def supervisor_arguments(limits: Limits, *, is_namespace: bool) -> str:
     """Returns the first argument of supervisor.py. In a process namespace it cannot see its parent."""
     return json.dumps(vars(limits) | {"parent": 0 if is_namespace else os.getpid()})
+
+
+def start_supervised(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    directory: str,
+    end_signal: signal.Signals,
+    temporary: str = "",
+) -> RunningProgram:
+    """Starts a supervised command with unbuffered pipes. Raises OSError.
+
+    Call it in a thread that lives on: the kernel signals the supervisor when the thread that started it ends.
+    """
+    process = subprocess.Popen(
+        command,
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=dict(environment),
+        cwd=directory,
+        start_new_session=True,
+    )
+    return RunningProgram(process, end_signal, temporary)
 
 
 @dataclass
@@ -103,10 +127,10 @@ def run_bounded(
     streams: dict[IO[bytes], _Output] = {process.stdout: out, process.stderr: err}
     try:
         timed_out = not _read_until_end(process, streams, deadline=time.monotonic() + limits.timeout_s)
-        _end(process, end_signal)
+        end_process(process, end_signal)
         _read_rest(streams)
     finally:
-        _end(process, signal.SIGKILL)
+        end_process(process, signal.SIGKILL)
         for stream in streams:
             stream.close()
     code = process.returncode
@@ -149,16 +173,6 @@ def _read(streams: Mapping[IO[bytes], _Output], *, deadline: float, most: int) -
                 else:
                     selector.unregister(key.fileobj)
     return True
-
-
-def _end(process: subprocess.Popen[bytes], end_signal: signal.Signals) -> None:
-    if process.poll() is None:
-        process.send_signal(end_signal)
-        try:
-            process.wait(_END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _read_rest(streams: Mapping[IO[bytes], _Output]) -> None:

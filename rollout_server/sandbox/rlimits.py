@@ -13,13 +13,19 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from areal_like.errors import ConfigError
 from rollout_server.sandbox import supervisor
 from rollout_server.sandbox.base import Limits, ProgramResult, problem_of
-from rollout_server.sandbox.process import environment_of, run_bounded, supervisor_arguments
+from rollout_server.sandbox.process import (
+    environment_of,
+    run_bounded,
+    start_supervised,
+    supervisor_arguments,
+)
+from rollout_server.sandbox.running import RunningProgram
 
 
 class RlimitsSandbox:
@@ -37,11 +43,7 @@ class RlimitsSandbox:
                 path.write_text(program, errors="replace")
                 program = [sys.executable, "-I", "-B", "-u", str(path)]
             return run_bounded(
-                [
-                    *(sys.executable, "-I", "-S", supervisor.__file__),
-                    supervisor_arguments(limits, is_namespace=False),
-                    *program,
-                ],
+                _supervised(program, limits),
                 environment=environment_of(str(directory)),
                 directory=str(directory),
                 stdin=stdin,
@@ -51,7 +53,37 @@ class RlimitsSandbox:
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
+    def start(
+        self,
+        command: Sequence[str],
+        *,
+        limits: Limits,
+        environment: Mapping[str, str],
+        readable: Sequence[str] = (),
+    ) -> RunningProgram:
+        """Starts the command in a temporary directory. It can read all that the server can."""
+        directory = tempfile.mkdtemp(prefix="areal-like-program-")
+        try:
+            return start_supervised(
+                _supervised(command, limits),
+                environment=environment_of(directory) | dict(environment),
+                directory=directory,
+                end_signal=signal.SIGTERM,
+                temporary=directory,
+            )
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+
     def check(self) -> None:
         problem = problem_of(self)
         if problem:
             raise ConfigError(f"rewards.sandbox=rlimits: cannot run {sys.executable} ({problem})")
+
+
+def _supervised(command: Sequence[str], limits: Limits) -> list[str]:
+    return [
+        *(sys.executable, "-I", "-S", supervisor.__file__),
+        supervisor_arguments(limits, is_namespace=False),
+        *command,
+    ]

@@ -37,6 +37,10 @@ _PR_SET_SECCOMP = 22
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_SET_CHILD_SUBREAPER = 36
 _WATCH_INTERVAL_S = 0.05
+_LATER_INTERVAL_S = 0.5
+"""Interval outside a namespace for a program that has run for `_LONG_S`, such as a server of tools: each
+time, all processes of the machine are read."""
+_LONG_S = 15.0
 _KILL_TIMEOUT_S = 5.0
 _EXTRA_TIME_S = 2.0
 """The sandbox ends a program at its time limit. If the sandbox was killed, this process does so after this
@@ -216,9 +220,11 @@ def _filter(arch: int, numbers: dict[str, int], *, supervisor: int) -> bytes:
 
 def _watch(child: int, limits: dict[str, float], signals: set[signal.Signals]) -> tuple[int, str]:
     """Waits for the child. Returns its exit code, and why it has to be killed ("" if it ended on its own)."""
-    deadline = time.monotonic() + limits["timeout_s"] + _EXTRA_TIME_S
+    started = time.monotonic()
+    deadline = started + limits["timeout_s"] + _EXTRA_TIME_S
     while True:
-        received = signal.sigtimedwait(signals, _WATCH_INTERVAL_S)
+        is_long = limits["parent"] and time.monotonic() > started + _LONG_S
+        received = signal.sigtimedwait(signals, _LATER_INTERVAL_S if is_long else _WATCH_INTERVAL_S)
         code = _reap(child)
         if code is not None:
             return code, ""

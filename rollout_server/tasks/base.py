@@ -45,6 +45,8 @@ Split = Literal["train", "eval"]
 """`train` prompts are for training; `eval` prompts are held out, so none of them may be in `train`."""
 
 _FINGERPRINT_EXAMPLES = 4
+_NOT_EXAMPLES = frozenset({"external", "gold_reward"})
+"""Settings that are left out of a fingerprint: who makes the samples, and what else is recorded."""
 
 Prompt = str | list[Message]
 """Plain text (base and character models), or chat messages for the tokenizer's chat template."""
@@ -135,7 +137,8 @@ class Completion(str):
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A reward with its details. The sample's reward is `value` plus the sums of `turns` and `tokens`."""
+    """A reward with its details. The sample's reward is `value` plus the sums of `turns`, `tokens` and
+    `steps`."""
 
     value: float = 0.0
     """Reward of the whole sample, credited to its last sampled token."""
@@ -147,6 +150,12 @@ class Score:
     """Reward of each turn of the policy; empty: no turn has one."""
     tokens: Sequence[float] = ()
     """Reward of each sampled token, over all turns in order; empty: no token has one."""
+    steps: Sequence[tuple[int | str, float]] = ()
+    """(end, reward) of each step of the completion, in order; empty: no step has one.
+
+    `end`: number of characters of the completion up to the end of the step, or the step's text, before which
+    only whitespace may come. The reward is credited to the token in which the step's last character ends. Not
+    together with `tokens`."""
 
 
 Rewarded = float | Mapping[str, float] | Score
@@ -303,9 +312,8 @@ class Task(ABC):
         return hashlib.sha256(description.encode()).hexdigest()[:16]
 
     def _describe(self) -> str:
-        # Who makes the samples does not change examples, so the fingerprint equals that of releases without
-        # the setting.
-        names = [one.name for one in dataclasses.fields(self) if one.init and one.name != "external"]
+        # These settings do not change examples, so the fingerprint equals that of releases without them.
+        names = [one.name for one in dataclasses.fields(self) if one.init and one.name not in _NOT_EXAMPLES]
         settings = {name: getattr(self, name) for name in names}
         num_examples = {"train": self.num_train, "eval": self.num_eval}
         examples = [

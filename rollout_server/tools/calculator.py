@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from areal_like.errors import ToolError
-from rollout_server.tools.tool import NamedTool, Tool
+from rollout_server.tools.named import NamedTool
+from rollout_server.tools.tool import Tool
 
 Number = Fraction | float
 

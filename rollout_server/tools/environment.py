@@ -16,6 +16,9 @@ The calls of a reply run one after the other, because tools may share state. Mal
 and exceptions of tools are reported to the policy. `episode.step_timeout_s` limits all calls of a reply:
 beyond it the process is killed and the sample fails. To prevent that, calls due after `reply_timeout_s` are
 not run, and the policy is told.
+
+Sources of tools, such as MCP servers, are opened by `reset` and closed by `close`: a subclass with a `reset`
+or `close` of its own calls `super()`.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from typing import Any, ClassVar
 from areal_like.errors import ConfigError, EpisodeError
 from rollout_server.environments.base import Environment, Message, Reply, Step, ToolCall, messages_of
 from rollout_server.environments.exchange import awaitable
+from rollout_server.tools.source import OpenTools, ToolSource
 from rollout_server.tools.tool import Tool, ToolOutput
 
 
@@ -42,32 +46,69 @@ class ToolEnvironment(Environment):
     """Time for all calls of one reply, in seconds: below `episode.step_timeout_s`."""
 
     def __init__(
-        self, prompt: str | Sequence[Message], tools: Sequence[Callable[..., Any] | Tool] = ()
+        self, prompt: str | Sequence[Message], tools: Sequence[Callable[..., Any] | Tool | ToolSource] = ()
     ) -> None:
-        """`prompt`: the user's message, or several messages. `tools`: functions, methods, or Tools.
+        """`prompt`: the user's message, or several messages. `tools`: functions, methods, Tools, or sources.
 
         Raises ConfigError if a tool's schema cannot be made.
         """
         self._prompt = prompt
-        made = [tool if isinstance(tool, Tool) else Tool.of(tool) for tool in tools]
-        self._tools = {tool.name: tool for tool in made}
-        if len(self._tools) < len(made):
-            raise ConfigError(f"two tools have the same name: {', '.join(tool.name for tool in made)}")
-        self.tools = [tool.schema for tool in made]
+        self._sources = [tool for tool in tools if isinstance(tool, ToolSource)]
+        self._opened: list[OpenTools] = []
+        own = [tool for tool in tools if not isinstance(tool, ToolSource)]
+        self._own = [tool if isinstance(tool, Tool) else Tool.of(tool) for tool in own]
+        self._offer(self._own)
+
+    def _offer(self, tools: Sequence[Tool]) -> None:
+        """Sets the tools that the policy may call. Raises ConfigError."""
+        self._tools = {tool.name: tool for tool in tools}
+        if len(self._tools) < len(tools):
+            names = [tool.name for tool in tools]
+            twice = ", ".join(sorted({name for name in names if names.count(name) > 1}))
+            raise ConfigError(
+                f"two tools have the same name ({twice}): leave one out, or give a server's tools a `prefix`"
+            )
+        self.tools = [tool.schema for tool in tools]
 
     @abstractmethod
     async def final(self, reply: Reply) -> float | Step:
         """Returns the reward of a reply without calls, which ends the episode; a Step may continue it."""
 
     async def reset(self) -> list[Message]:
+        """Opens the sources. Raises ToolServerError, or ConfigError for two tools of one name."""
+        for source in self._sources[len(self._opened) :]:
+            self._opened.append(await source.open())
+        self._offer([*self._own, *(tool for opened in self._opened for tool in opened.tools)])
         return messages_of(self._prompt)
 
+    async def close(self) -> None:
+        """Closes the sources."""
+        while self._opened:
+            await self._opened.pop().close()
+
     def check(self) -> None:
-        for tool in self._tools.values():
+        for tool in self._own:
             tool.check()
+        for source in self._sources:
+            source.check()
 
     async def step(self, reply: Reply) -> Step:
-        """Runs the calls of a reply. Metrics: `tool_calls`, `tool_errors`, `unknown_tools`."""
+        """Runs the calls of a reply. Metrics: `tool_calls`, `tool_errors`, `unknown_tools`; with sources also
+        `tool_server_failures`."""
+        if len(self._opened) < len(self._sources):
+            raise EpisodeError("the servers of tools are not started: call super().reset() in reset()")
+        failures = self._num_failures
+        step = await self._step(reply)
+        if not self._sources:
+            return step
+        counted = {"tool_server_failures": float(self._num_failures - failures)}
+        return replace(step, metrics={**counted, **step.metrics})
+
+    @property
+    def _num_failures(self) -> int:
+        return sum(opened.num_failures for opened in self._opened)
+
+    async def _step(self, reply: Reply) -> Step:
         metrics = {"tool_calls": float(len(reply.tool_calls)), "tool_errors": 0.0, "unknown_tools": 0.0}
         if not reply.tool_calls:
             last = await awaitable(self.final(reply), call="final")

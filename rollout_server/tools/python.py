@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from areal_like.errors import ConfigError
 from rollout_server.sandbox import Limits, ProgramResult, make_sandbox
-from rollout_server.tools.tool import NamedTool, Tool
+from rollout_server.tools.named import NamedTool
+from rollout_server.tools.tool import Tool
 
 _EXTRA_TIME_S = 10.0
 """Extra time, because starting and ending a program in the sandbox take longer on a busy machine."""

@@ -17,7 +17,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from areal_like.errors import ConfigError, ToolError
-from rollout_server.tools.tool import NamedTool, Tool
+from rollout_server.tools.named import NamedTool
+from rollout_server.tools.tool import Tool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,16 +22,14 @@ import re
 import textwrap
 import threading
 import typing
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from areal_like.errors import ConfigError, ToolError
-from areal_like.registry import Registry
+from areal_like.errors import ConfigError, EpisodeError, ToolError
 from rollout_server.tools.kinds import Kind, kind_of
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 _MAX_ERROR_CHARS = 500
 _MAX_ARGUMENTS_CHARS = 1 << 20
 _REQUIRED: Any = inspect.Parameter.empty
@@ -92,7 +90,7 @@ class Tool:
         Raises ConfigError if the schema cannot be generated.
         """
         name = name or getattr(function, "__name__", "")
-        if not _NAME.fullmatch(name):
+        if not TOOL_NAME.fullmatch(name):
             raise ConfigError(
                 f"tool {function!r}: its name may have only letters, digits, _ and -: use Tool.of(name=)"
             )
@@ -131,7 +129,7 @@ class Tool:
 
     def bind(self, arguments: str) -> dict[str, Any]:
         """Checks and returns the arguments of a call. Raises ToolError that says what is wrong."""
-        values = _json_object(arguments)
+        values = json_object(arguments)
         known = {parameter.name: parameter for parameter in self.parameters}
         if unknown := [name for name in values if name not in known]:
             takes = f"it takes {', '.join(known)}" if known else "it takes no arguments"
@@ -142,7 +140,10 @@ class Tool:
         return {name: known[name].kind.check(value, name) for name, value in values.items()}
 
     async def call(self, arguments: str, *, timeout_s: float | None = None) -> ToolOutput:
-        """Runs the function; errors become the output. `timeout_s`: a limit below the tool's own."""
+        """Runs the function; errors become the output, except an EpisodeError, which fails the sample.
+
+        `timeout_s`: a limit below the tool's own, in seconds.
+        """
         limit_s = self.timeout_s if timeout_s is None else min(self.timeout_s, timeout_s)
         try:
             values = self.bind(arguments)
@@ -151,6 +152,8 @@ class Tool:
             return ToolOutput(text=_valid(self._cut(_text(value))))
         except ToolError as error:
             problem = str(error)
+        except EpisodeError:
+            raise
         # A tool may raise anything. Its own TimeoutError is not that of the time limit.
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
@@ -194,7 +197,8 @@ async def _in_thread(function: Callable[..., Any], values: Mapping[str, Any]) ->
     return await done
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """Returns the arguments of a call as written by the policy. Raises ToolError."""
     if len(text) > _MAX_ARGUMENTS_CHARS:
         raise ToolError(f"the arguments have {len(text)} characters; at most {_MAX_ARGUMENTS_CHARS} are read")
     try:
@@ -278,38 +282,3 @@ def _described(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
         body = textwrap.dedent(body[: end.start()] if end else body)
         about = {name: " ".join(words.split()) for name, words in _ARG.findall(body)}
     return " ".join(head.split()), about
-
-
-class NamedTool(ABC):
-    """Settings of a tool, in a task's settings: `tools: [calculator, {name: python, timeout_s: 5}]`.
-
-    Like a task, a named tool is a frozen dataclass whose fields are its settings. A tool of your own needs no
-    registration: `{_target_: my_module.MyTool}`, or a plain function given to ToolEnvironment.
-    """
-
-    @abstractmethod
-    def tool(self) -> Tool:
-        """Returns the tool with these settings."""
-
-
-TOOLS = Registry[NamedTool](
-    "tools",
-    NamedTool,  # type: ignore[type-abstract]
-    elsewhere={
-        "calculator": "rollout_server.tools.calculator.Calculator",
-        "python": "rollout_server.tools.python.Python",
-        "search": "rollout_server.tools.search.Search",
-    },
-)
-"""Tools are registered by path and imported on use."""
-
-
-def make_tools(settings: Sequence[str | Mapping[str, Any]], *, sandbox: str) -> tuple[Tool, ...]:
-    """Creates the tools in a list of names, or of sections with `name` or `_target_`.
-
-    `sandbox`: the job's `rewards.sandbox`. Raises ConfigError.
-    """
-    if isinstance(settings, str | Mapping):
-        raise ConfigError(f"tools: want a list, such as [calculator], got {settings!r}")
-    sections = [{"name": one} if isinstance(one, str) else one for one in settings]
-    return tuple(made.tool() for made in TOOLS.build_list(sections, job={"sandbox": sandbox}))

@@ -12,8 +12,8 @@ The example is rebuilt here from (split, index), so a task's reference answers n
 environment runs in this process's event loop, so its own asyncio tasks continue between calls; calls that
 block delay only this environment. The process is reused, because forking a large process costs more than most
 episodes, unless the environment left behind a child process, a thread (a tool that was abandoned at its time
-limit), or more than half of its memory limit in use. An agent's process serves only one sample and is then
-killed, because libraries keep clients with the address of a session.
+limit), or more than half of its memory limit in use (`lasting.py` has exceptions). An agent's process serves
+only one sample and is then killed, because libraries keep clients with the address of a session.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from typing import Any
 from areal_like.errors import ConfigError, EpisodeError, RewardError
 from areal_like.runtime.process import adopt_orphans
 from rollout_server.agents.base import Session
+from rollout_server.environments import lasting
 from rollout_server.environments.base import Environment, Message, Reply, Step, messages_of
 from rollout_server.environments.exchange import MAX_RESULT_BYTES, awaitable, reply_of, step_fields
 from rollout_server.frames import described, messages, pack
@@ -152,7 +153,7 @@ class _Worker:
         environment, self._environment = self._environment, None
         if environment is not None:
             await environment.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in asyncio.all_tasks() - {asyncio.current_task()} - lasting.tasks:
             task.cancel()
         is_used_up = self._is_out_of_memory or _address_space() > self._retire_at_bytes
         return not (is_used_up or _has_threads() or _has_children())
@@ -193,6 +194,10 @@ def _agent_score(returned: Any) -> Score:
     turns: Sequence[Any] = getattr(returned, "turns", ())
     tokens: Sequence[Any] = getattr(returned, "tokens", ())
     try:
+        if len(getattr(returned, "steps", ())):
+            raise RewardError(
+                "agent() returned Score.steps: only a task's reward() can reward steps of a text"
+            )
         of_any_length = Completion("", turn_lengths=turns, token_ids=tokens)
         return as_score(returned, of_any_length, call="agent")
     except (RewardError, TypeError) as error:
@@ -224,10 +229,16 @@ def _has_threads() -> bool:
 
 
 def _has_children() -> bool:
-    """True if there is a live child process; reaps those that have ended."""
+    """True if there is a live child process that may not outlive an episode; reaps those that have ended."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
     except ChildProcessError:
         return False
-    return True
+    if not lasting.pids:
+        return True
+    try:
+        lists = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
+    except OSError:  # some kernels do not have this file
+        return True
+    return not lasting.pids.issuperset(int(pid) for one in lists for pid in one.split())

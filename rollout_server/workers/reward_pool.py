@@ -40,7 +40,7 @@ from typing import Any, Self
 
 from areal_like.config import Config
 from areal_like.errors import RewardError, RewardTimeoutError
-from rollout_server.rewards.scores import score_of
+from rollout_server.rewards.scores import SCORER, score_of
 from rollout_server.tasks.base import Completion, Score, Split, Task
 from rollout_server.workers.host import WorkerHost
 from rollout_server.workers.reward_queue import Item, RewardQueue
@@ -63,6 +63,8 @@ process was suspended."""
 _BLOCKED_S = 2.0
 """An asynchronous worker ends late rewards itself. If it is late by this much more, its event loop is
 blocked."""
+_MAX_SCORERS = 64
+"""Most identities of reward models that are remembered for one reward."""
 _LATE_S = 2.0
 """Completions that wait longer are listed among the server's waits."""
 
@@ -111,6 +113,10 @@ class RewardPool:
         """When each completion that is not yet scored was submitted, oldest first."""
         self.seconds_total = 0.0
         """Time spent in the task's code by all workers, in seconds."""
+        self.num_scorer_changes = 0
+        """Number of reward models, beyond the first of each reward, that have scored completions."""
+        self._scorers: dict[str, dict[str, None]] = {}
+        """Name of a reward -> identities of the reward models that have scored for it, in order."""
 
     @classmethod
     def of(cls, config: Config, task: Task, host: WorkerHost) -> Self:
@@ -200,7 +206,24 @@ class RewardPool:
         finally:
             del self._since_s[item.number]
         self.seconds_total += seconds
+        for name in score.metrics:
+            if SCORER in name:
+                self._note_scorer(name)
         return Reward(score=score, seconds=seconds)
+
+    def _note_scorer(self, name: str) -> None:
+        """Notes which reward model has scored, from the name of a metric: `model/scorer/<identity>`."""
+        reward, _, identity = name.rpartition(SCORER)
+        known = self._scorers.setdefault(reward, {})
+        if identity in known or len(known) >= _MAX_SCORERS:
+            return
+        if known:
+            self.num_scorer_changes += 1
+            log.warning(
+                "another reward model scores samples of this run: %s, and before %s (%sscorer)",
+                *(identity, next(reversed(known)), reward),
+            )
+        known[identity] = None
 
     def dispatch(self) -> None:
         """Distributes queued items evenly among the free workers."""

@@ -167,7 +167,7 @@ def test_token_is_needed_for_all_but_the_probes(keyed: SimpleNamespace) -> None:
 def test_only_the_operator_may_change_something(keyed: SimpleNamespace) -> None:
     for role, token in keyed.tokens.items():
         bearer = f"Bearer {token}"
-        if role == "agent":  # it is for sessions only: unknown here
+        if role in ("agent", "scorer"):  # they are for sessions and scores only: unknown here
             assert keyed.daemon.get("/status", Authorization=bearer)[0] == 401
             assert keyed.daemon.get("/control/double", b"{}", Authorization=bearer)[0] == 401
             continue
@@ -175,7 +175,7 @@ def test_only_the_operator_may_change_something(keyed: SimpleNamespace) -> None:
         wanted = (200, '{"n":8}') if role == "operator" else (403,)
         assert keyed.daemon.get("/control/double", b'{"n": 4}', Authorization=bearer)[: len(wanted)] == wanted
     operator = f"Bearer {keyed.tokens['operator']}"
-    assert refused(keyed.daemon, Reason.ROLE, Authorization=operator) == len(keyed.tokens) - 2
+    assert refused(keyed.daemon, Reason.ROLE, Authorization=operator) == len(keyed.tokens) - 3
     assert keyed.daemon.get("/status", Authorization=operator, Host="evil.example")[0] == 421
     assert keyed.daemon.get("/status", Authorization=operator, Origin="http://127.0.0.1")[0] == 403
 

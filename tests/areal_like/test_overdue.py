@@ -24,6 +24,7 @@ CONTRADICTIONS = [
     (["advantage=remax"], r"sampling\.greedy_baseline=true .*: set sampling\.greedy_baseline=false"),
     (["objective=oapl"], r"single_version needs whole groups"),
     (["objective=rebel"], r"objective\.name=rebel needs whole groups: choose another objective"),
+    (["advantage=prime"], r"advantage\.name=prime needs .* whole groups: choose another advantage"),
     (["objective=online_dpo"], r"objective\.name=online_dpo needs whole groups"),
     (["objective=vcpo"], r"objective\.name=vcpo computes .*: set objective\.leave_one_out=true"),
     (
@@ -150,7 +151,10 @@ def test_a_run_keeps_its_rule(tmp_path: Path) -> None:
 
 
 PRESETS = [f"{file.parent.name}={file.stem}" for file in sorted(CONFIGS.glob("*/*.yaml"))]
-WAITING = {f"objective={name}" for name in ("oapl", "rebel", "online_dpo", "vcpo")} | {"advantage=remax"}
+WAITING = {f"objective={name}" for name in ("oapl", "rebel", "online_dpo", "sppo", "vcpo")} | {
+    "advantage=remax",
+    "advantage=prime",
+}
 JOBS = sorted([*CONFIGS.glob("jobs/*.yaml"), *CONFIGS.glob("scale/*.yaml")])
 
 

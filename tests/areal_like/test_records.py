@@ -41,6 +41,8 @@ def conversation(**changes: Any) -> Trajectory:
             "token_rewards": np.linspace(-1, 1, TOKENS, dtype=np.float32),
             "experts": np.arange(TOKENS * 6, dtype=np.uint8).reshape(TOKENS, 2, 3),
             "one": np.array(3, np.int64),
+            "step_ends": np.array([10, 12], np.int32),
+            "step_rewards": np.array([0.5, -0.5], np.float32),
         },
         "finish_reason": FinishReason.TURNS,
     }
@@ -237,6 +239,17 @@ def test_hostile_structure_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         Record.opened(forged(**changes))
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("ends", [[11, 10], [0, 12], [12, 13], [8, 12], [-(1 << 31), 12]])
+def test_steps_at_wrong_places_are_refused(ends: list[int]) -> None:
+    good = conversation()
+    assert good.steps == [(10, 0.5), (12, -0.5)]
+    data = bytearray(Record.of(2, 1, good).data)
+    data[-16:-8] = np.array(ends, np.int32).tobytes()  # the steps' rewards follow
+    struct.pack_into("<I", data, 8, zlib.crc32(memoryview(data)[12:]))
+    with pytest.raises(ValueError, match=r"trajectory\.step_ends"):
+        Record.opened(bytes(data))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

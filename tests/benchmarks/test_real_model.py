@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import statistics
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from areal_like.evaluation.statistics import pass_at_k
 from areal_like.paths import write_json
 from areal_like.runtime.command_line import load_config
 from benchmarks import real_model_data
+from benchmarks.processes import run_program
 from benchmarks.real_model import kept_settings, status
 from benchmarks.real_model_cells import SAMPLED, Cell, Study, cells_of, hours_left, write_config
 from benchmarks.real_model_data import CALCULATOR, DATA, NUM_TRAIN, TOOL_PROMPT, calculations, disjoint
@@ -26,6 +29,7 @@ from benchmarks.real_model_tools import Calculations
 from launch.samples.reading import Row
 from rollout_server.environments.scripted import call, play, say
 from tests.support.launching import ROOT
+from tests.support.rollout_harness import is_alive, wait_until
 
 NAMES = [data.name for data in DATA]
 
@@ -279,3 +283,18 @@ def test_all_cells_of_a_study_have_the_same_settings(tmp_path: Path) -> None:
     assert kept_settings(tmp_path, {}, begins=True) == kept_settings(tmp_path, {}, begins=False) == given
     with pytest.raises(ValueError, match=r"began with \{'model\.dtype': 'float32'\}"):
         kept_settings(tmp_path, {"model.dtype": "bfloat16"}, begins=True)
+
+
+def test_a_program_is_killed_with_what_it_started(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    text = f"sleep 600 & echo $! > {child}.part; mv {child}.part {child}; wait"
+    code = run_program(
+        ["bash", "-c", text],
+        cwd=tmp_path,
+        log=tmp_path / "log",
+        env=os.environ,
+        on_look=lambda mib: None,
+        is_to_be_killed=child.exists,
+    )
+    assert code == -signal.SIGKILL
+    wait_until(lambda: not is_alive(int(child.read_text())))

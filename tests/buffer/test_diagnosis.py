@@ -69,6 +69,10 @@ def named(facts: JobFacts, **slow: str) -> list[tuple[str, On]]:
         ({"servers": (server(held_back="quarantined (ten failures)"),)}, ("rollout-0", On.SERVER)),
         ({"servers": (server(waits={"rewards: 12 completions": 30.0}),)}, ("rollout-0's rewards", On.REWARD)),
         (
+            {"servers": (server(waits={"teachers: 9 samples at distill.teachers.math": 30.0}),)},
+            ("rollout-0's teachers", On.TEACHER),
+        ),
+        (
             {"servers": (server(waits={"environments: 3 calls": 30.0}),)},
             ("rollout-0's environments", On.ENVIRONMENT),
         ),

@@ -9,7 +9,7 @@ import pytest
 
 from areal_like.config import Config, OnFailureConfig, from_mapping
 from areal_like.errors import ConfigError
-from areal_like.failures import FailureKind
+from areal_like.failures import FAULTS_OF_TASK, FailureKind
 from areal_like.selection import selection_report
 from areal_like.wire.fingerprint import shared_settings
 from areal_like.wire.messages.hello import Role
@@ -52,7 +52,7 @@ def fail_row(ledger: Ledger, name: str, leases: list[Lease], kind: FailureKind) 
 # --- policies ---
 
 
-@pytest.mark.parametrize("kind", ["engine", "timeout", "prompt", "routes", "agent"])
+@pytest.mark.parametrize("kind", ["engine", "timeout", "prompt", "routes", "teacher", "agent"])
 def test_zero_needs_sampled_tokens(kind: str) -> None:
     with pytest.raises(ConfigError, match=f"on_failure.{kind}=zero"):
         from_mapping({"buffer": {"on_failure": {kind: "zero"}}})
@@ -281,7 +281,7 @@ def test_a_task_that_never_works_ends_the_job() -> None:
     assert "a: reward raised" in ledger.state.failure_reason
 
 
-@pytest.mark.parametrize("kind", [FailureKind.REWARD, FailureKind.REWARD_TIMEOUT, FailureKind.ENVIRONMENT])
+@pytest.mark.parametrize("kind", sorted(FAULTS_OF_TASK))
 def test_a_task_that_fails_later_is_waited_for(kind: FailureKind) -> None:
     """A judge that is down for hours: the job tries now and then, and says what it waits for."""
     store = RowStore()
@@ -295,7 +295,7 @@ def test_a_task_that_fails_later_is_waited_for(kind: FailureKind) -> None:
             ledger.dispatcher.return_leases(name, [lease.lease_id for lease in rest[name]])
         assert not ledger.state.failure_reason
         assert (
-            "the task's code fails at every rollout server: 3 samples failed in a row"
+            "the task's code or a teacher fails at every rollout server: 3 samples failed in a row"
             in ledger.failed_samples.task_trouble
         )
         backoffs = [server.health.quarantine for server in ledger.servers.values()]

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from areal_like.failures import FailureKind
-from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, LEAST_LOGPROB, MAX_SAMPLE_S, TOKEN_REWARDS
+from areal_like.trajectory import (
+    LARGEST_METRIC,
+    LARGEST_REWARD,
+    LEAST_LOGPROB,
+    MAX_SAMPLE_S,
+    STEP_ENDS,
+    STEP_REWARDS,
+    TOKEN_REWARDS,
+)
 from areal_like.wire.codec import decode, encode
 from areal_like.wire.limits import MAX_STAT, bounded_stats, check_lengths
 from areal_like.wire.messages.consumer import TrainerHeartbeat
@@ -45,6 +53,7 @@ OVER = 1.001
         {"turns": ((2, 0.0), (3, 1e300))},
         {"metrics": {"a": -OVER * LARGEST_METRIC}},
         {"arrays": {TOKEN_REWARDS: np.array([0, 0, 1e10], np.float32)}},
+        {"arrays": {STEP_ENDS: np.array([3], np.int32), STEP_REWARDS: np.array([1e10], np.float32)}},
         {"logprobs": np.array([0, -1, OVER * LEAST_LOGPROB], np.float32)},
         {"generation_s": OVER * MAX_SAMPLE_S},
         {"reward_s": -1.0},

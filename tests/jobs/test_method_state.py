@@ -18,6 +18,7 @@ from tests.support.launching import (
     processes_of,
     wait_for_steps,
 )
+from trainer.models.tiny import build_tiny_model
 
 SETTINGS = (
     "name=x",
@@ -39,6 +40,9 @@ AVERAGED = (
     "objective.masks=[{name: kpop}]",
 )
 MEASURED = ("objective=vcpo", "objective.norms=proxy", "objective.rho_ref=measured", "sampling.group_size=4")
+
+
+TAUGHT = ("objective=distill", "trainer.lr=1e-3")
 
 
 def killed_and_replayed(
@@ -84,3 +88,13 @@ def test_a_killed_trainer_keeps_its_measured_reference(tmp_path: Path, cache: di
     mean, total = json.loads((checkpoint / "trainer_state.json").read_text())["extra"]["objective_state"]
     assert rows[-1]["rho_ref"] == mean / total and 0 < total < 1
     assert all(0.99 < row["rho_ref"] <= 1 for row in rows), "engine and trainer hardly differ in float32"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_a_killed_trainer_has_the_same_teacher(tmp_path: Path, cache: dict[str, str]) -> None:
+    build_tiny_model(tmp_path / "teacher", seed=1, warm_start_steps=0, swap_prob=0.0)
+    teacher = f"distill.teachers.default={tmp_path / 'teacher'}"
+    _, rows = killed_and_replayed(tmp_path, cache, *TAUGHT, teacher)
+    assert all(row["teacher_share"] == 1 for row in rows)
+    assert 0 < rows[-1]["reverse_kl"] < rows[0]["reverse_kl"]

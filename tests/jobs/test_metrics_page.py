@@ -18,6 +18,7 @@ from buffer.diagnosis.life_times import LifeTimes
 from buffer.diagnosis.watchdog import Watchdog
 from buffer.service.prometheus import BufferSeries
 from rollout_server.metrics import ServerStats
+from rollout_server.scoring.metrics import ScorerSeries
 from tests.support.launching import ROOT
 from tests.support.part_groups import example_step
 from tests.support.trainer_helpers import random_groups, write_model
@@ -42,6 +43,9 @@ LEADER_COLUMNS = {
     "generation_idle_s",
 }
 """Columns that rank 0 adds in a running job (tests/launch/test_run.py checks them)."""
+
+GOLD_COLUMNS = {"reward_gold_mean"}
+"""Columns of runs with `task.gold_reward` (tests/jobs/test_scorer_job.py checks them)."""
 
 LORA_COLUMNS = {"lora_lost_updates"}
 """Columns of runs with `model.lora` (tests/jobs/test_lora_job.py checks them)."""
@@ -86,7 +90,12 @@ def test_every_column_is_on_the_page(tmp_path: Path, ranks: Ranks) -> None:
         rows.append(step_row(4, metrics))
     seen = {re.sub(r"_\d+$", "_I", name) for row in rows for name in row}
     others = (
-        LEADER_COLUMNS | DEVICE_COLUMNS | LORA_COLUMNS | ROUTE_COLUMNS | {"greedy_reward", "reward_baseline"}
+        LEADER_COLUMNS
+        | DEVICE_COLUMNS
+        | LORA_COLUMNS
+        | ROUTE_COLUMNS
+        | GOLD_COLUMNS
+        | {"greedy_reward", "reward_baseline"}
     )
     assert seen | others == named_columns()
 
@@ -118,8 +127,10 @@ def test_every_series_is_on_the_page() -> None:
     ServerStats(server, **dict.fromkeys(parts, nothing))
     TrainerSeries(trainer)
     trainer.registry.register(GpuMemory(torch.device("cpu")))
-    *_, buffer_text, server_text, trainer_text = re.split(r"^\*\*", PAGE, flags=re.M)
-    for metrics, text in ((buffer, buffer_text), (server, server_text)):
+    *_, scorer_text, buffer_text, server_text, trainer_text = re.split(r"^\*\*", PAGE, flags=re.M)
+    scorer = Metrics()
+    ScorerSeries(scorer, num_waiting=lambda: 0, identity="")
+    for metrics, text in ((scorer, scorer_text), (buffer, buffer_text), (server, server_text)):
         assert set(re.findall(r"`(areal_\w+)(?:\{[\w,]+\})?`", text)) == series_of(metrics.registry)
     listed = set(re.findall(r"`(areal_trainer_[a-z_]+)(?:\{\w+\})?`", trainer_text))
     gauges = trainer_text.partition("there): ")[2]

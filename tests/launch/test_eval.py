@@ -78,12 +78,14 @@ def test_an_evaluation_needs_no_trainer(run: Path) -> None:
         "objective": {"name": "oapl"},
         "buffer": {"num_shards": 2, "curriculum": "paced", "durability": "none"},
         "kl": {"coef": 0.1},
+        "distill": {"teachers": {"default": "http://127.0.0.1:1"}},
         "model": {"dtype": "bfloat16"},
         "max_staleness": "auto",
         "task": {"name": "data", "eval": "test.jsonl", "reward": "exact"},
     }
     config = evaluation_config(from_mapping(training), find_model("one"))
     assert config.trainer.device == "cpu" and config.trainer.world_size == config.buffer.num_shards == 1
+    assert not config.distill.teachers
     assert config.trainer.tokens_per_microbatch == 9999, "the engine's context depends on it"
     assert config.buffer.retain_trajectories and config.buffer.durability == "process_crash"
     assert config.task["train"] == "test.jsonl", "a server wants training prompts; none is issued"

@@ -558,3 +558,59 @@ def test_a_trainer_that_fails_while_it_drains_fails_the_run() -> None:
 def test_exits_of_buffers_are_handled_first_servers_last() -> None:
     names = ["rollout-0", "trainer", "buffer"]
     assert running_job().by_exit_priority(names) == ["buffer", "trainer", "rollout-0"]
+
+
+SCORED = (*ALL, "scorer-0", "scorer-1")
+
+
+def scored_job() -> JobLifecycle:
+    """A job with two score servers in which everything is ready, at time 2."""
+    job = lifecycle(scorer={"path": "rm", "num_servers": 2})
+    assert started(job.start()) == ["buffer", "prepare_model"]
+    assert started(tick(job, 0.0, seen())) == ["scorer-0", "scorer-1"], "they load while the model is built"
+    job.exited(Exit(name="prepare_model", code=0), now_s=1.0)
+    assert started(tick(job, 1.0, seen("buffer"))) == ["rollout-0", "rollout-1", "trainer"]
+    tick(job, 1.5, seen(*ALL, "scorer-0"))
+    assert job.phase is Phase.STARTING and job.waiting_for(seen(*ALL, "scorer-0")) == "scorer-1 (starting)"
+    tick(job, 2.0, seen(*SCORED))
+    assert job.phase is Phase.RUNNING
+    return job
+
+
+def test_a_score_server_that_dies_is_started_again() -> None:
+    job = scored_job()
+    (notice,) = job.exited(Exit(name="scorer-1", code=-signal.SIGKILL), now_s=3.0)
+    assert "scorer-1 ended (killed by SIGKILL): starting it again in 0.5 s" in notices([notice])
+    assert started(tick(job, 3.1, seen(*ALL, "scorer-0"))) == []
+    assert started(tick(job, 3.6, seen(*ALL, "scorer-0"))) == ["scorer-1"] and job.phase is Phase.RUNNING
+    assert job.replace("scorer-0")[-1] == Terminate("scorer-0")
+    job.exited(Exit(name="scorer-0", code=DRAINED), now_s=4.0)
+    assert started(tick(job, 4.0, seen(*ALL))) == ["scorer-0"]
+
+
+def test_a_run_without_a_score_server_ends() -> None:
+    job = scored_job()
+    now_s = 3.0
+    for name in ("scorer-0", "scorer-1"):
+        for _ in range(4):
+            assert job.phase is Phase.RUNNING
+            job.exited(Exit(name=name, code=1, last_words=("no memory",)), now_s=now_s)
+            now_s += 10.0
+            tick(job, now_s, seen(*ALL))
+    assert job.phase is Phase.CLOSING and job.outcome.exit_code == 1
+    assert job.outcome.failure[0].startswith("scorer-1 ended (exit code 1) and no score server is left")
+    job = lifecycle(scorer={"path": "rm"})
+    job.start()
+    tick(job, 0.0, seen())
+    job.exited(Exit(name="scorer-0", code=2, complaint="scorer: has 2 labels"), now_s=0.5)
+    assert job.outcome.exit_code == 2 and job.outcome.failure == ["scorer: has 2 labels"]
+
+
+def test_score_servers_end_after_the_rollout_servers() -> None:
+    job = scored_job()
+    ended = job.exited(Exit(name="trainer", code=0), now_s=9.0)
+    assert ended == [Terminate("rollout-0"), Terminate("rollout-1")]
+    for name in ("rollout-0", "rollout-1"):
+        job.exited(Exit(name=name, code=0), now_s=9.5)
+    last = tick(job, 10.0, seen())
+    assert {one.name for one in last if isinstance(one, Terminate)} == {"scorer-0", "scorer-1", "buffer"}

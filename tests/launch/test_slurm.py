@@ -21,6 +21,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from launch.cli import main
+from launch.nodes.settings import settings_for_nodes
 from launch.nodes.start import RolePlace, role_settings
 from launch.slurm.jobs import to_end
 from launch.slurm.node import own_address, place_of
@@ -136,6 +137,13 @@ def test_the_address_of_a_node_is_one_that_others_reach(slurm: Path, monkeypatch
     assert own_address(node | {"AREAL_LIKE_INTERFACE": "lo"}) == "127.0.0.1"
     with pytest.raises(ConfigError, match="--interface none0: no IPv4 address"):
         own_address(node | {"AREAL_LIKE_INTERFACE": "none0"})
+
+
+def test_score_servers_are_not_submitted() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^submit: scorer\.path=rm: .* set task\.reward\.url to their URLs"
+    ):
+        settings_for_nodes(["name=x", "scorer.path=rm", "security.insecure=true"], trainer_nodes=1)
 
 
 def test_waiting_servers_go_first_and_then_the_newest() -> None:

@@ -36,6 +36,7 @@ from rollout_server.sample.prompts import LONG_PROMPT_TOKENS, needs_leader
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sources import SampleSource
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
+from rollout_server.teachers.pool import TeacherPool
 from rollout_server.workers.reward_pool import Reward
 from tests.rollout_server.test_environment_attempts import Ordinals
 from tests.rollout_server.test_episodes import CountingEngine, Digits
@@ -102,6 +103,18 @@ class FixedRewards:
         if self.error is not None:
             raise self.error
         return Reward(score=Score(value=0.5), seconds=0.0)
+
+
+class StepRewards(FixedRewards):
+    """Rewards steps of the completion `8,9,10,...` that end at these characters."""
+
+    def __init__(self, *ends: int) -> None:
+        super().__init__()
+        self.ends = ends
+
+    async def score(self, *, split: Split, index: int, completion: Completion) -> Reward:
+        self.completions.append(completion)
+        return Reward(score=Score(value=0.5, steps=[(end, 0.25) for end in self.ends]), seconds=0.0)
 
 
 class FailingEngine(CountingEngine):
@@ -187,6 +200,7 @@ class Served:
         environments: TwoTurns | None = None,
         eval_sets: dict[str, SampleSource] | None = None,
         settings: dict[str, Any] | None = None,
+        teachers: TeacherPool | None = None,
     ) -> None:
         self.results: list[SampleResult] = []
         self.held = HeldLeases(engine_samples=AT_ENGINE, max_episodes=EPISODES)
@@ -206,6 +220,7 @@ class Served:
             gate=GenerationGate(),
             book=SessionBook(),
             buffers=self,  # type: ignore[arg-type]
+            teachers=teachers,
         )
         self.runner.engine = self.engine
 
@@ -616,3 +631,55 @@ def test_only_long_prompts_of_groups_need_a_leader() -> None:
     assert needs_leader(**facts)
     for change in ({"num_prompt_tokens": 10}, {"num_samples": 1}, {"caches_prefixes": False}):
         assert not needs_leader(**{**facts, **change})
+
+
+@pytest.mark.parametrize(
+    ("ends", "tokens"),
+    [
+        ((1, 3, 15), [1, 2, 6]),  # characters of tokens 1, 2 and 6: 8,9,10,11,12,13
+        ((2,), [2]),  # a comma comes with the token after it
+        ((1000,), None),
+    ],
+)
+def test_steps_of_a_completion_become_tokens(ends: tuple[int, ...], tokens: list[int] | None) -> None:
+    async def run() -> None:
+        rewards = StepRewards(*ends)
+        async with serving(Slow(), rewards=rewards) as served:
+            served.grant(1, num_samples=1)
+            await served.finished(1)
+        (result,) = served.of(1)
+        if tokens is None:
+            assert isinstance(result, SampleFailed) and result.kind is FailureKind.REWARD
+            assert "a step ends at 1000, and the completion has" in result.error
+            return
+        assert isinstance(result, SampleDone)
+        trajectory = result.record.trajectory()
+        first = int(np.flatnonzero(trajectory.loss_mask)[0])
+        assert trajectory.steps == [(first + count, 0.25) for count in tokens]
+        assert trajectory.reward == 0.5 + 0.25 * len(ends)
+        assert str(rewards.completions[0]).startswith("8,9,10,11,12,13")
+
+    asyncio.run(run())
+
+
+def test_steps_of_a_conversation_are_of_its_last_turn() -> None:
+    async def run() -> None:
+        async with serving(
+            WithTurns(),
+            engine=CountingEngine(eos_at=TEN_TOKENS),
+            rewards=StepRewards(1),
+            environments=TwoTurns(),
+        ) as served:
+            served.grant(1, num_samples=1)
+            await served.finished(1)
+        (result,) = served.of(1)
+        assert isinstance(result, SampleDone)
+        trajectory = result.record.trajectory()
+        (step,) = trajectory.steps
+        assert step == (trajectory.turns[0][0] + len_of_context(trajectory) + 1, 0.25)
+
+    def len_of_context(trajectory: Any) -> int:
+        after = trajectory.loss_mask[trajectory.turns[0][0] :]
+        return int(np.flatnonzero(after)[0])
+
+    asyncio.run(run())

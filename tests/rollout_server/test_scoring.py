@@ -3,18 +3,27 @@
 import math
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from areal_like.errors import RewardError
-from areal_like.trajectory import TOKEN_REWARDS, FinishReason, Trajectory
-from rollout_server.conversation.turns import SampleRewards, add_up, placed_token_rewards, placed_turns
-from rollout_server.rewards.scores import MAX_NAMES, as_score
+from areal_like.errors import EpisodeError, RewardError
+from areal_like.trajectory import STEP_ENDS, STEP_REWARDS, TOKEN_REWARDS, FinishReason, Trajectory
+from rollout_server.conversation.turns import (
+    SampleRewards,
+    add_up,
+    placed_steps,
+    placed_token_rewards,
+    placed_turns,
+)
+from rollout_server.rewards.scores import MAX_NAMES, as_score, score_fields, score_of
 from rollout_server.tasks.base import Completion, Score
+from rollout_server.workers.environment_worker import checked_agent_score
 
 SAID = Completion("x", token_ids=range(5), turn_lengths=(2, 3))
+LINES = Completion("One.\n\n Two. Three", token_ids=range(9), turn_lengths=(9,))
 
 
 @pytest.mark.parametrize(
@@ -50,6 +59,74 @@ def test_wrong_scores_say_what_is_wrong(returned: Any, message: str) -> None:
     with pytest.raises(RewardError) as raised:
         as_score(returned, SAID)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([(-1, 0.0)], "Score.steps[0] ends at -1: want an end above 0"),
+        ([(0, 0.0)], "Score.steps[0] ends at 0: want an end above 0"),
+        ([(18, 0.0)], "and at most 17, the length of the completion"),
+        ([(10**30, 0.0)], "and at most 17"),
+        (
+            [(4, 0.0), (4, 1.0)],
+            "Score.steps[1] ends at 4: want an end above 4, the end of the step before it",
+        ),
+        ([(9, 0.0), (4, 1.0)], "Score.steps[1] ends at 4: want an end above 9"),
+        ([(4.0, 0.0)], "must begin with a whole number of characters or a text, got 4.0"),
+        ([(math.nan, 0.0)], "must begin with a whole number of characters or a text, got nan"),
+        ([(4, math.nan)], "the reward of Score.steps[0] must be a finite number"),
+        ([(4, 2e9)], "the reward of Score.steps[0] must be a finite number of at most 1e+09"),
+        ([(4, "a")], "the reward of Score.steps[0] must be a number, got str"),
+        ([(4,)], "must be a pair (end, reward) or (text, reward), got 1 values"),
+        ([4], "must be a list of pairs (end, reward)"),
+        (7, "must be a list of pairs (end, reward)"),
+        ([("Two.", 0.0)], "Score.steps[0] is 'Two.', but the completion goes on with 'One."),
+        ([("One.", 0.0), ("Three", 0.0)], "nothing but whitespace between them"),
+        ([("One.", 0.0), ("", 0.0)], "Score.steps[1] is ''"),
+        ([("One.", 0.0), ("One.", 0.0)], "Score.steps[1] is 'One.'"),
+        ([(1, 0.0)] * 4097, "Score.steps has 4097 steps: at most 4096 are accepted"),
+    ],
+)
+def test_wrong_steps_say_what_is_wrong(steps: Any, message: str) -> None:
+    with pytest.raises(RewardError) as raised:
+        as_score(Score(steps=steps), LINES)
+    assert message in str(raised.value)
+
+
+def test_steps_are_positions_or_texts() -> None:
+    for steps in (
+        [(4, 0.5), (11, 0.25), (17, 0.0)],
+        [("One.", 0.5), ("Two.", 0.25), ("Three", 0.0)],
+        [("One.\n\n", 0.5), ("Two. ", 0.25), (np.int64(17), np.float32(0))],
+    ):
+        score = as_score(Score(steps=steps), LINES)
+        if steps[0][0] == "One.\n\n":
+            assert score.steps == ((6, 0.5), (12, 0.25), (17, 0.0))
+        else:
+            assert score.steps == ((4, 0.5), (11, 0.25), (17, 0.0))
+        sent = score_of(msgpack.unpackb(msgpack.packb(score_fields(score))))
+        assert (sent.value, sent.steps) == (score.value, score.steps)
+    with pytest.raises(RewardError, match="rewards of steps and of tokens"):
+        as_score(Score(steps=[(4, 1.0)], tokens=[1.0] * 9), LINES)
+
+
+def test_an_agent_has_no_text_to_reward_steps_of() -> None:
+    fields = score_fields(Score(value=1.0, steps=[(1, 0.5)]))
+    with pytest.raises(EpisodeError, match=r"only a task's reward\(\) can reward steps"):
+        checked_agent_score(fields)
+
+
+def test_steps_are_placed_in_the_last_turn() -> None:
+    score = Score(value=0.5, steps=[(4, 0.1), (9, 1.0)])
+    outcome = add_up(score, num_turns=2, step_ends=[2, 3])
+    assert outcome.reward == 0.5 + float(np.float32(0.1)) + 1.0
+    placed = placed_steps(outcome, [(10, 14), (1, 5)])  # the last turn lies first in the arrays
+    assert placed[STEP_ENDS].tolist() == [3, 4] and placed[STEP_ENDS].dtype == np.int32
+    assert placed[STEP_REWARDS].tolist() == [float(np.float32(0.1)), 1.0]
+    assert placed_steps(add_up(Score(value=1.0)), [(1, 3)]) == {}
+    with pytest.raises(ValueError, match="add up to"):
+        add_up(Score(steps=[(1, 8e8), (2, 8e8)]), step_ends=[1, 2])
 
 
 def test_numbers_of_other_libraries_are_accepted() -> None:

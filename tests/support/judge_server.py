@@ -14,6 +14,7 @@ from typing import Any
 
 from rollout_server.rewards.library import Rewards
 from rollout_server.rewards.library.judge import Judge
+from rollout_server.rewards.library.model import ModelReward
 
 
 @dataclass
@@ -125,14 +126,14 @@ def judge_server(*answers: Answer, reply: Callable[[str], str] | None = None) ->
 
 
 def run_closed(rewards: Rewards, body: Callable[[], Any]) -> Any:
-    """Runs a coroutine function and closes the judges' connections in the same loop."""
+    """Runs a coroutine function and closes the services' connections in the same loop."""
 
     async def main() -> Any:
         try:
             return await body()
         finally:
             for function in rewards.functions.values():
-                if isinstance(function, Judge):
+                if isinstance(function, Judge | ModelReward):
                     await function.close()
 
     return asyncio.run(main())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rollout_server.rewards.library import Rewards, make_rewards
+from rollout_server.rewards.library import Rewards, make_rewards, score_steps
 from rollout_server.rewards.time_limit import reward_time_left_s
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
 
@@ -71,6 +72,23 @@ def positional(text: str, gold: str) -> float:
 
 
 not_a_function = 3
+
+
+def of_words(completion: Completion, reward: float = 1.0) -> Score:
+    """A reward for each word of the completion."""
+    return Score(steps=[(word, reward) for word in completion.split()])
+
+
+def by_step_model(completion: Completion, prompt: str) -> Score:
+    """The values of a process reward model for the paragraphs."""
+    steps = [paragraph for paragraph in completion.split("\n\n") if paragraph.strip()]
+    values = score_steps(prompt, steps, model=os.environ["PRM"])
+    return Score(steps=list(zip(steps, values, strict=True)))
+
+
+def last_character(completion: Completion) -> Score:
+    """A reward for the whole completion, as its only step."""
+    return Score(steps=[(len(completion), 1.0)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ def _run_rank(folder: Path, *, is_last: bool, how: str) -> None:
 def _endless():  # type: ignore[no-untyped-def]
     from trainer.batching import packing
 
-    sample: TrainingSample = packing._DUMMY
+    sample: TrainingSample = packing.DUMMY
     while True:
         yield [sample]
 

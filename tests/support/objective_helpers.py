@@ -30,13 +30,15 @@ def tokens_of(
     *,
     prox_logp: Rows | None = None,
     ref_logp: Rows | None = None,
+    teacher_logp: Rows | None = None,
     entropy: Rows | None = None,
     lag: Rows | None = None,
     truncated: Sequence[bool] | None = None,
 ) -> SampledTokens:
     """One group of sequences, given by the log-probs of their tokens, as a micro-batch in float64.
 
-    `prox_logp` defaults to `logp`, as with one optimizer step per batch; `ref_logp` to `behavior_logp`.
+    `prox_logp` defaults to `logp`, as with one optimizer step per batch; `ref_logp` and
+    `teacher_logp` to `behavior_logp`.
     """
     lengths = torch.tensor([len(row) for row in logp])
     sample_S = torch.repeat_interleave(torch.arange(len(logp)), lengths)
@@ -59,6 +61,7 @@ def tokens_of(
         entropy_S=flat(entropy or zeros),
         prox_logp_S=flat(prox_logp or logp),
         ref_logp_S=flat(ref_logp or behavior_logp),
+        teacher_logp_S=flat(teacher_logp or behavior_logp),
     )
 
 

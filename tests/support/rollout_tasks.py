@@ -7,7 +7,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from rollout_server.tasks.base import Example, Split, Task
+from rollout_server.tasks.base import Example, Score, Split, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,15 @@ class Checksum(Task):
 
     def reward(self, example: Example, completion: str) -> Any:
         return checksum(completion)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepped(Checksum):
+    """The first three characters of a completion are steps, and rewarded if they are digits."""
+
+    def reward(self, example: Example, completion: str) -> Score:
+        steps = [(end, float(completion[end - 1].isdigit())) for end in range(1, len(completion[:3]) + 1)]
+        return Score(value=checksum(completion), steps=steps)
 
 
 @dataclass(frozen=True, kw_only=True)

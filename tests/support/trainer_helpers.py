@@ -50,13 +50,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_model(out_dir: Path, architecture: str = "llama", *, dtype: torch.dtype = torch.float64) -> str:
+def write_model(
+    out_dir: Path, architecture: str = "llama", *, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> str:
     """Writes a random model of about ten thousand parameters and a tokenizer; returns the path."""
     settings = {("n_layer" if architecture == "gpt2" else "num_hidden_layers"): 2, "vocab_size": VOCAB}
     config = AutoConfig.for_model(
         architecture, **ARCHITECTURES[architecture], **settings, bos_token_id=1, eos_token_id=2
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for param in model.parameters():

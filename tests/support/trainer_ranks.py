@@ -20,15 +20,16 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from areal_like.config import KlConfig, LoraConfig
+from areal_like.config import DistillConfig, KlConfig, LoraConfig
 from areal_like.errors import ArealError
 from areal_like.runtime.process import die_with_parent
 from areal_like.trajectory import Trajectory
 from tests.support.full_state import gather_full_state
 from tests.support.trainer_helpers import flattened, joined, random_groups, without_measured
 from tests.support.waiting import HANG_LIMIT_S
-from trainer.advantages import ADVANTAGES, Advantage, Gae
+from trainer.advantages import ADVANTAGES, Advantage, Gae, Prime
 from trainer.advantages.critic import Critic
+from trainer.advantages.implicit_rewards import ImplicitRewards
 from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import IncompleteStepError, Ranks
@@ -43,6 +44,7 @@ from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.runner import StepRunner
+from trainer.step.teachers import Teachers
 
 SHARES = {"even": [0, 1, 0, 1, 0, 1, 0, 1], "uneven": [0, 0, 0, 1, 0, 0, 0, 0], "one-sided": [0] * 8}
 """The rank that gets each of eight groups."""
@@ -74,6 +76,7 @@ def make_runner(
     router_replay: bool = False,
 ) -> StepRunner:
     """A runner over a test model: sequence TIS and token mean, unless `settings` (sections) override them.
+    With `objective=distill` and no section `distill` the teacher is the same model with larger weights.
 
     `beyond`: `staleness.beyond` of a job with `buffer.overdue=close`; empty: of another job. `lora`: with an
     adapter, for policy and critic. `has_weights`: False leaves it to the caller to load a checkpoint.
@@ -95,9 +98,13 @@ def make_runner(
         adam = ShardedAdamW(model, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm)
         critic = Critic(model, adam, ranks, settings=estimator, budget_tokens=budget_tokens)
     objective_settings = {"name": "tis", "level": "sequence", "cap": 2.0, "normalize": normalize}
+    used = sections.get("objective", objective_settings)
+    default = {"teachers": {"default": path}} if used.get("name") == "distill" else {}
+    distill = DistillConfig(**sections.get("distill", default))
     objective = build_objective(
-        sections.get("objective", objective_settings),
+        used,
         kl=kl,
+        distill=distill,
         entropy_coef=entropy_coef,
         takes_parts=bool(beyond),
         caps_beyond=beyond == "cap",
@@ -110,9 +117,27 @@ def make_runner(
         proximal = ProximalPolicy(own, policy, rule=objective.proximal)
         proximal.restart()
     reference: Policy | BaseReference | None = None
-    if kl or Need.REF in objective.needs:
+    if kl or Need.REF in objective.needs or isinstance(estimator, Prime):
         is_own = policy.has_adapter
         reference = BaseReference(policy) if is_own else Policy.load(path, ranks, master_dtype=dtype)
+    teachers = None
+    if distill.teachers:
+        models = {
+            each: Policy.load(each, ranks, master_dtype=dtype, frozen=True)
+            for each in distill.models.values()
+        }
+        teachers = Teachers(distill, ranks, models=models, vocab_size=policy.model.config.vocab_size)
+        if "distill" not in sections:
+            for param in models[path].parameters():
+                local(param.detach()).mul_(1.5)
+    prm = None
+    if isinstance(estimator, Prime):
+        assert reference is not None
+        prm_policy = Policy.load(path, ranks, chunk_tokens=16, **built)
+        adam = ShardedAdamW(prm_policy, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm)
+        prm = ImplicitRewards(
+            prm_policy, adam, reference, ranks, settings=estimator, budget_tokens=budget_tokens
+        )
     return StepRunner(
         policy,
         ShardedAdamW(policy, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm),
@@ -125,16 +150,18 @@ def make_runner(
         shapings=shapings,
         kl=kl if kl and kl.place == "reward" else None,
         critic=critic,
+        prm=prm,
         proximal=proximal,
+        teachers=teachers,
         peak_tflops=peak_tflops,
         balances=balances,
         beyond=beyond,
     )
 
 
-def last_gradient(runner: StepRunner | Critic) -> dict[str, Tensor]:
+def last_gradient(runner: StepRunner | Critic | ImplicitRewards) -> dict[str, Tensor]:
     """The gradient of the last step: with beta1 = 0, Adam's first moment. Unsharded, on rank 0."""
-    model = runner.model if isinstance(runner, Critic) else runner.policy
+    model = runner.policy if isinstance(runner, StepRunner) else runner.model
     shards = shards_of(model, runner.optimizer.shards)
     moments = [runner.optimizer.moments(MODEL_PREFIX + shard.name)["exp_avg"] for shard in shards]
     return dict(gather([replace(s, rows=rows) for s, rows in zip(shards, moments, strict=True)]))

@@ -56,11 +56,13 @@ MODULES = (
     "rollout_server",
     "rollout_server.data_stats",
     "rollout_server.engine",
+    "rollout_server.scoring",
     "trainer",
     "trainer.evaluate",
     "trainer.planning",
     "trainer.prepare_model",
     "trainer.replay.trace",
+    "trainer.reward_model",
     "trainer.sft",
 )
 """Programs whose children are forked too. Others are small, or their size is what a test measures."""
@@ -82,7 +84,14 @@ _USED_LATER = (
     "transformers.models.qwen3.modeling_qwen3",
 )
 """What they import when they need it."""
-_PARENTS = ("launch", "launch.doctor.gpu.process", "rollout_server", "trainer", "trainer.sft")
+_PARENTS = (
+    "launch",
+    "launch.doctor.gpu.process",
+    "rollout_server",
+    "trainer",
+    "trainer.reward_model",
+    "trainer.sft",
+)
 _INHERITED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PADDING = "WARM_START_PADDING"
 _MOST_COMMAND_BYTES, _MOST_ENVIRONMENT_BYTES = 1 << 16, 1 << 16

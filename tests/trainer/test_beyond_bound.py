@@ -40,7 +40,7 @@ from trainer.objectives import OBJECTIVES, build_objective
 from trainer.objectives.base import Objective
 
 STEP, BOUND = 8, 2
-OF_PARTS = [name for name in OBJECTIVES.names() if name not in ("oapl", "rebel", "online_dpo")]
+OF_PARTS = [name for name in OBJECTIVES.names() if name not in ("oapl", "rebel", "online_dpo", "sppo")]
 
 
 def settings_of(name: str) -> dict[str, Any]:

@@ -48,6 +48,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("teacher"), dtype=torch.float32, seed=1)
+
+
+@pytest.fixture(scope="module")
 def groups(path: str) -> list[list[Trajectory]]:
     """Three groups with the model's log-probs: the first has equal rewards, the last one-token answers."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -75,9 +80,10 @@ def of_older_weights(group: list[Trajectory]) -> list[Trajectory]:
 
 @pytest.mark.parametrize("overrides", PRESETS + MASKED + SHAPED, ids=" ".join)
 def test_steps_on_new_and_old_samples(
-    path: str, ranks: Ranks, groups: list[list[Trajectory]], overrides: list[str]
+    path: str, teacher: str, ranks: Ranks, groups: list[list[Trajectory]], overrides: list[str]
 ) -> None:
-    config = load_config([*overrides, "trainer.warmup_steps=1"])
+    taught = [f"distill.teachers.default={teacher}"] if overrides == ["objective=distill"] else []
+    config = load_config([*overrides, *taught, "trainer.warmup_steps=1"])
     size, greedy = min(config.sampling.group_size, 3), config.sampling.greedy_baseline
     of_job = [[*group[:size], *[replace(t, is_greedy=True) for t in group[3:] if greedy]] for group in groups]
     for dtype in ("float32", "bfloat16"):

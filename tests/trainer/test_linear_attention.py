@@ -49,8 +49,10 @@ from trainer.models import kernels
 from trainer.models.packed_model import decoder_layers
 from trainer.models.policy import Policy
 from trainer.models.value_model import ValueModel
+from trainer.offline.rows import training_sample
+from trainer.offline.step import OfflineStep
 from trainer.optimizer import ShardedAdamW
-from trainer.sft.step import SupervisedStep
+from trainer.sft.step import SupervisedLoss
 from trainer.weights.snapshot import BackgroundGather
 
 STATE = ("A_log", "norm.weight")
@@ -303,16 +305,17 @@ def test_steps_share_no_prefixes(paths: dict[str, str], ranks: Ranks, balances: 
 
 def test_supervised_steps_share_no_prefixes(paths: dict[str, str], ranks: Ranks) -> None:
     policy = Policy.load(paths["qwen3_next"], ranks)
-    step = SupervisedStep(policy, ShardedAdamW(policy, ranks, lr=1e-2), ranks, budget_tokens=60)
+    optimizer = ShardedAdamW(policy, ranks, lr=1e-2)
+    step = OfflineStep(SupervisedLoss(policy), optimizer, ranks, budget_tokens=60)
     rows = [
-        TokenRow(tokens=t.tokens.tolist(), loss_mask=t.loss_mask.tolist())
+        [training_sample(TokenRow(tokens=t.tokens.tolist(), loss_mask=t.loss_mask.tolist()))]
         for group in random_groups(3, prompt=8)
         for t in group
     ]
     found = [step.train(rows, step=number) for number in range(3)]
     assert {each["shared_share"] for each in found} == {0.0} and found[0]["num_microbatches"] > 1
     assert found[2]["loss"] < found[0]["loss"]
-    assert step.loss(rows) < found[2]["loss"]
+    assert step.measure(rows)[0]["loss"] < found[2]["loss"]
 
 
 def test_float32_vectors_stay_float32(mixed: Path, tmp_path: Path, ranks: Ranks) -> None:

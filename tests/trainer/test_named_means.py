@@ -30,6 +30,13 @@ def row_of(groups: list[list[Trajectory]], ranks: Ranks) -> dict[str, Any]:
     return totals.metrics()
 
 
+def test_the_gold_reward_is_a_column(ranks: Ranks) -> None:
+    golds = [sample(reward, metrics={"reward_gold": 1 - reward}) for reward in (0.25, 0.75)]
+    row = row_of([[*golds, sample(0.5)]], ranks)
+    assert row["reward_gold_mean"] == row["sample_metrics"]["reward_gold"] == 0.5
+    assert "reward_gold_mean" not in row_of([[sample(0.5)]], ranks)
+
+
 def test_means_are_over_the_samples_that_have_a_name(ranks: Ranks) -> None:
     group = [
         sample(1.0, metrics={"calls": 3.0}, label="math", generation_s=2.0, reward_s=0.5),

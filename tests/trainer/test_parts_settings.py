@@ -16,8 +16,10 @@ from trainer.objectives import OBJECTIVES
 from trainer.step.recipe import StepRecipe
 
 SHAPING: dict[str, Any] = {"laconic": {"budget_tokens": 8}}
+TAUGHT: dict[str, Any] = {"distill": {"teachers": {"default": "teacher"}}}
 METHODS: list[dict[str, Any]] = [
-    *({"objective": {"name": name}} for name in OBJECTIVES.names()),
+    *({"objective": {"name": name}} | (TAUGHT if name == "distill" else {}) for name in OBJECTIVES.names()),
+    {"objective": {"name": "tis"}} | TAUGHT,
     *(
         {"advantage": {"name": name}, "sampling": {"greedy_baseline": name == "remax"}}
         for name in ADVANTAGES.names()

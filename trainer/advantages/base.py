@@ -38,6 +38,8 @@ class Estimator(Section, key="advantage"):
     """True: every group must have a greedy sample (`sampling.greedy_baseline`)."""
     takes_parts: bool = False
     """True: it can be used with `buffer.overdue=close`, where a step also has parts of groups."""
+    credits_steps: bool = False
+    """True: it compares rewards of steps (`process.py`), so a step's metrics and the history have them."""
     history_decay: float = 0.9
     """For parts: weight of a step's mean reward relative to that of the next step, in the running mean."""
 
@@ -93,6 +95,13 @@ class Advantage(Estimator, ABC):
         With `uses_greedy` the last sample of the group is the greedy one; the advantage returned for it is
         ignored.
         """
+
+    def of_partial(self, trajectory: Trajectory, context: PartContext) -> float | FloatArray:
+        """With `buffer.overdue=close`: the advantage of one sample: a number, or an array [num_tokens].
+
+        `trajectory`: with its reward after shaping. By default `of_part` of that reward.
+        """
+        return self.of_part(trajectory.reward, context)
 
     def of_part(self, reward: float, context: PartContext) -> float:
         """With `buffer.overdue=close`: the advantage of one sample with this reward (after shaping).

@@ -54,10 +54,10 @@ def gae(
     for rewards_S, values_S, gamma in zip(rewards, values, gammas, strict=True):
         deltas.append(rewards_S + gamma * np.append(values_S[1:], 0.0) - values_S)
         factors.append(np.broadcast_to(np.asarray(gamma * lam), values_S.shape))
-    return _backward_sums(deltas, factors)
+    return backward_sums(deltas, factors)
 
 
-def _backward_sums(deltas: Sequence[FloatArray], factors: Sequence[FloatArray]) -> list[FloatArray]:
+def backward_sums(deltas: Sequence[FloatArray], factors: Sequence[FloatArray]) -> list[FloatArray]:
     """[S] of each sequence: x_s = delta_s + factor_s x_{s+1}, where x is 0 after the last.
 
     It goes position by position from the end, over all sequences that are long enough at once. Where fewer

@@ -130,6 +130,10 @@ class PartContext:
     """Number of sampled tokens."""
     running: RewardStatistics
     """As of the step at which the group began."""
+    steps: RewardStatistics = RewardStatistics()
+    """Likewise, of the rewards of steps, for an estimator that compares those."""
+    step_sums: RewardStatistics = RewardStatistics()
+    """Likewise, of the sum of a sample's rewards of steps."""
 
     def baseline(self, weights_E: FloatArray | None = None) -> float:
         """b by the formula in the module's docstring; 0 if there is neither a member nor a running mean.

@@ -1,8 +1,8 @@
 """Credit of turns: rewards within a trajectory, for GAE and for estimators that compare a group.
 
-A trajectory of K turns has rewards r_1 .. r_K: the rewards of its turns and of the tokens in them. The rest
-of its reward (the outcome, after shaping and KL penalty) belongs to the last turn. Its return from turn k on
-is
+A trajectory of K turns has rewards r_1 .. r_K: the rewards of its turns, and of the tokens and steps in them.
+The rest of its reward (the outcome, after shaping and KL penalty) belongs to the last turn. Its return from
+turn k on is
 
     G_k = r_k + d r_{k+1} + d^2 r_{k+2} + ...        d: `advantage.turn_discount`
 
@@ -17,9 +17,9 @@ separately and adds them, which gives both the same weight whatever their size. 
 compares steps that start from the same state of the environment, which the trainer does not see. Both are
 left out.
 
-GAE gets rewards at tokens: the reward of a token at the token, the reward of a turn at its last token, the
-rest at the last token of the trajectory. Its discount from one turn to the next is gamma d. RAGEN's bi-level
-GAE (arXiv 2504.20073) has a discount of turns too, but makes two passes.
+GAE gets rewards at tokens: the reward of a token at the token, the reward of a step or a turn at its last
+token, the rest at the last token of the trajectory. Its discount from one turn to the next is gamma d.
+RAGEN's bi-level GAE (arXiv 2504.20073) has a discount of turns too, but makes two passes.
 
 Shape suffixes: T tokens of a trajectory, S its tokens that are trained on, K its turns, G samples of a group.
 """
@@ -32,7 +32,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_like.trajectory import TOKEN_REWARDS, Trajectory
+from areal_like.trajectory import STEP_ENDS, TOKEN_REWARDS, Trajectory
 from trainer.advantages.base import Advantage, FloatArray
 from trainer.batching.packing import is_target
 
@@ -104,16 +104,17 @@ def _spread(trajectory: Trajectory, advantages: Sequence[float | FloatArray]) ->
 
 
 def _has_inner_rewards(trajectory: Trajectory) -> bool:
-    return TOKEN_REWARDS in trajectory.arrays or any(reward for _, reward in trajectory.turns)
+    arrays = trajectory.arrays
+    return TOKEN_REWARDS in arrays or STEP_ENDS in arrays or any(reward for _, reward in trajectory.turns)
 
 
 def _inner_rewards(trajectory: Trajectory) -> FloatArray:
-    """[S] rewards of tokens and, at the last token of each turn, of turns."""
+    """[S] rewards of tokens and, at the last token of each step and turn, of steps and turns."""
     target_T = is_target(trajectory)
     inner_T = np.zeros(trajectory.num_tokens)
     if TOKEN_REWARDS in trajectory.arrays:
         inner_T += trajectory.arrays[TOKEN_REWARDS].astype(np.float64)
-    for end, reward in trajectory.turns:
+    for end, reward in (*trajectory.steps, *trajectory.turns):
         inner_T[end - 1] += reward
     return inner_T[target_T]
 

@@ -176,11 +176,11 @@ def placed(
     return rounds
 
 
-_BYTES_PER_TOKEN = 34
-"""Bytes of the arrays in `sample_messages.py`, of an advantage, a lag and a flag for each token, and of the
-length of a segment."""
-_BYTES_PER_SAMPLE = 336
-"""Most bytes of a sample in addition to its tokens, and of the list that it is in."""
+_BYTES_PER_TOKEN = 38
+"""Bytes of the arrays in `sample_messages.py`, of an advantage, a lag, a flag and a teacher's log-prob for
+each token, and of the length of a segment."""
+_BYTES_PER_SAMPLE = 656
+"""Most bytes of a sample in addition to its tokens, among them its label, and of the list that it is in."""
 
 
 def exchange(

@@ -240,6 +240,9 @@ class PackedBatch:
     """int64: `TrainingSample.num_masked`; None: none is masked."""
     is_continued: bool = False
     """It ends with a part of a sample whose next part is in the next micro-batch."""
+    samples: Sequence[TrainingSample] = ()
+    """Those that it was made of, for what is not among the tensors (labels, further arrays); empty if it was
+    not made by `collate`."""
     routes_ULK: Tensor | None = None
     """int16: the experts of each row in each layer that has experts, `LIVE` where none are recorded; None:
     the model routes all rows."""
@@ -365,6 +368,7 @@ def collate(
         shared=shared,
         num_masked_N=num_masked_N,
         is_continued=samples[-1].is_continued,
+        samples=samples,
         context=part,
     )
 
@@ -392,7 +396,7 @@ def in_lockstep(
             own = (microbatch or ()) if ranks.has_samples else None
             microbatch = spread_microbatch(own, ranks.context) or None
         if microbatch is None:
-            yield collate([_DUMMY], device=ranks.device), False
+            yield collate([DUMMY], device=ranks.device), False
         else:
             batch = collate(
                 microbatch, device=ranks.device, shares_prefixes=shares_prefixes, context=ranks.context
@@ -400,7 +404,7 @@ def in_lockstep(
             yield batch, live
 
 
-_DUMMY = TrainingSample(
+DUMMY = TrainingSample(
     trajectory=Trajectory(
         tokens=np.zeros(2, dtype=np.int32),
         loss_mask=np.array([0, 1], dtype=np.uint8),

@@ -165,7 +165,7 @@ class Position:
 def as_context(trajectory: Trajectory, masked_T: NDArray[np.bool_]) -> Trajectory:
     """The trajectory with these tokens as context only, like a prompt, for a training sample.
 
-    Its turns are left out, because a turn ends with a sampled token.
+    Its turns and steps are left out, because each ends with a sampled token.
     """
     return replace(
         trajectory,
@@ -173,6 +173,7 @@ def as_context(trajectory: Trajectory, masked_T: NDArray[np.bool_]) -> Trajector
         logprobs=np.where(masked_T, 0, trajectory.logprobs).astype(np.float32),
         versions=np.where(masked_T, NOT_SAMPLED, trajectory.versions).astype(np.int32),
         turns=(),
+        arrays=trajectory.arrays_without_steps,
     )
 
 

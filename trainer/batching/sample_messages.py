@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.errors import ArealError
-from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.trajectory import TEACHER_LOGPROBS, FinishReason, Trajectory
 from areal_like.wire.routes import Routes
 from trainer.batching.training_sample import MicroBatch, TrainingSample
 from trainer.distributed.context import ContextGroup
@@ -40,6 +40,7 @@ def encoded(sample: TrainingSample) -> dict[str, Any]:
     """The sample as values that msgpack can pack."""
     trajectory = sample.trajectory
     values = {name: getattr(sample, name) for name in _ADDED}
+    teacher = trajectory.arrays.get(TEACHER_LOGPROBS)
     return {
         **{name: _bytes(getattr(trajectory, name), dtype) for name, dtype in _TOKEN_ARRAYS.items()},
         **{name: None if value is None else _bytes(value, _ADDED[name]) for name, value in values.items()},
@@ -50,13 +51,15 @@ def encoded(sample: TrainingSample) -> dict[str, Any]:
         "num_masked": sample.num_masked,
         "is_continued": sample.is_continued,
         "routes": None if trajectory.routes is None else trajectory.routes.to_bytes(),
+        "label": trajectory.label,
+        "teacher": None if teacher is None else _bytes(teacher, "<f4"),
     }
 
 
 def decoded(fields: dict[str, Any]) -> TrainingSample:
     """The inverse of `encoded`. Raises ValueError, TypeError or KeyError for other values."""
     arrays: dict[str, Any] = {name: _array(fields[name], dtype) for name, dtype in _TOKEN_ARRAYS.items()}
-    num_tokens = len(arrays["tokens"])
+    num_tokens, teacher = len(arrays["tokens"]), fields["teacher"]
     added: dict[str, Any] = {}
     for name, dtype in _ADDED.items():
         if fields[name] is not None:
@@ -71,6 +74,8 @@ def decoded(fields: dict[str, Any]) -> TrainingSample:
             finish_reason=FinishReason(fields["finish_reason"]),
             segments=tuple(_array(fields["segments"], "<i4").tolist()),
             routes=None if fields["routes"] is None else Routes.from_bytes(fields["routes"]),
+            label=fields["label"],
+            arrays={} if teacher is None else {TEACHER_LOGPROBS: _array(teacher, "<f4")},
         ),
         group=int(fields["group"]),
         num_masked=int(fields["num_masked"]),

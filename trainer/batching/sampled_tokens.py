@@ -49,7 +49,8 @@ class SampledTokens:
     """
 
     logp_S: Tensor
-    """Log-prob under the current weights; the only tensor that carries gradient."""
+    """Log-prob under the current weights; the only tensor that carries gradient, apart from `entropy_S` and
+    `reverse_kl_S` for an objective that needs them."""
     behavior_logp_S: Tensor
     """Log-prob under the behavior policy, recorded by the engine at sampling time."""
     advantage_S: Tensor
@@ -77,6 +78,11 @@ class SampledTokens:
     """Log-prob under the weights at the start of the step, detached; None without Need.PROX."""
     ref_logp_S: Tensor | None = None
     """Log-prob under the frozen reference model; None without Need.REF."""
+    teacher_logp_S: Tensor | None = None
+    """Log-prob under the sample's teacher, NaN for a sample that has none; None without Need.TEACHER."""
+    reverse_kl_S: Tensor | None = None
+    """KL(pi || teacher) over the vocabulary at the token, with gradient; undefined for a sample without a
+    teacher. None without Need.REVERSE_KL."""
     collision_S: Tensor | None = None
     """Sum over the vocabulary of the squared probabilities, detached; None without Need.COLLISION."""
     kept_S: Tensor | None = None
@@ -95,9 +101,11 @@ class SampledTokens:
         logp_S: Tensor,
         entropy_S: Tensor,
         collision_S: Tensor | None = None,
+        reverse_kl_S: Tensor | None = None,
         *,
         prox_logp_S: Tensor | None = None,
         ref_logp_S: Tensor | None = None,
+        teacher_logp_S: Tensor | None = None,
     ) -> SampledTokens:
         """The sampled tokens of a packed batch, with the results [S] of the forward passes over it."""
         dtype, at = logp_S.dtype, batch.sampled_S
@@ -115,7 +123,9 @@ class SampledTokens:
             entropy_S=entropy_S,
             prox_logp_S=prox_logp_S,
             ref_logp_S=ref_logp_S,
+            teacher_logp_S=None if teacher_logp_S is None else teacher_logp_S.to(dtype),
             collision_S=collision_S,
+            reverse_kl_S=reverse_kl_S,
             beyond_S=None if batch.beyond_T is None else batch.beyond_T[at],
             num_masked_N=batch.num_masked_N,
         )

@@ -134,7 +134,7 @@ def _taken(trajectory: Trajectory, slices: Sequence[slice]) -> Trajectory:
         routes=routes_of(trajectory, slices),
         arrays={
             name: _at(array, slices) if array.shape[:1] == (trajectory.num_tokens,) else array
-            for name, array in trajectory.arrays.items()
+            for name, array in trajectory.arrays_without_steps.items()
         },
     )
 

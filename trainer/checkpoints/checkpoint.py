@@ -36,6 +36,7 @@ from areal_like.weights.hf_layout import hf_tensors
 from areal_like.weights.safetensors_header import tensors_in
 from areal_like.weights.snapshots_on_disk import ADAPTER_STATE, FORMAT, OLD_FORMAT, STATE_FILE
 from trainer.advantages.critic import Critic
+from trainer.advantages.implicit_rewards import ImplicitRewards
 from trainer.checkpoints.directory import (
     Peers,
     check_shared,
@@ -44,7 +45,7 @@ from trainer.checkpoints.directory import (
     wait_until_visible,
     write_directory,
 )
-from trainer.checkpoints.reading import CRITIC, POLICY, PROXIMAL, StateReader
+from trainer.checkpoints.reading import CRITIC, POLICY, PRM, PROXIMAL, StateReader
 from trainer.checkpoints.writing import (
     FOLDER,
     MAX_FILE_BYTES,
@@ -58,7 +59,6 @@ from trainer.checkpoints.writing import (
 from trainer.distributed.ranks import Ranks
 from trainer.models.packed_model import DTYPES, PackedModel
 from trainer.models.peft_folder import CONFIG_FILE, check_same_adapter, write_config
-from trainer.models.policy import Policy
 from trainer.optimizer import ShardedAdamW
 from trainer.step.proximal import ProximalPolicy
 
@@ -172,11 +172,12 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        policy: Policy,
+        policy: PackedModel,
         optimizer: ShardedAdamW,
         ranks: Ranks,
         *,
         critic: Critic | None = None,
+        prm: ImplicitRewards | None = None,
         proximal: ProximalPolicy | None = None,
         extra: dict[str, Any],
         on_saved: Callable[[int], None] = lambda oldest_kept_step: None,
@@ -191,7 +192,7 @@ class Checkpoints:
         self.open(ranks)
         self.saved_step, self._saved_s = step, time.monotonic()
         assert self._peers is not None
-        models = _models(policy, optimizer, critic, proximal)
+        models = _models(policy, optimizer, critic, prm, proximal)
         files = {name: self._files_of(name, model, adam, ranks) for name, (model, adam) in models.items()}
         for each in files.values():
             each.take()
@@ -265,20 +266,21 @@ class Checkpoints:
     def load(
         self,
         step: int,
-        policy: Policy,
+        policy: PackedModel,
         optimizer: ShardedAdamW,
         ranks: Ranks,
         *,
         critic: Critic | None = None,
+        prm: ImplicitRewards | None = None,
         proximal: ProximalPolicy | None = None,
     ) -> dict[str, Any]:
         """Restores weights, moments and random state in place, at any number of ranks; returns `extra`.
 
         Collective.
 
-        If the checkpoint has no critic, `critic` gets its initial weights, and if it has no proximal policy,
-        `proximal` gets the policy's, with a warning. Raises ConfigError
-        if there is no such checkpoint, it cannot be read, or it is of another model.
+        If the checkpoint has no critic or reward model, `critic` or `prm` gets its initial weights, and if
+        it has no proximal policy, `proximal` gets the policy's, with a warning. Raises ConfigError if there
+        is no such checkpoint, it cannot be read, or it is of another model.
         """
         path = self.path(step)
         if step not in self.steps():
@@ -298,7 +300,7 @@ class Checkpoints:
                 )
             extra: dict[str, Any] = state["extra"]
             reader = StateReader(path, ranks)
-            self._read(reader, state, path, _models(policy, optimizer, critic, proximal))
+            self._read(reader, state, path, _models(policy, optimizer, critic, prm, proximal))
             if state["format"] == FORMAT and not policy.has_adapter:
                 _check_untouched(path, policy)
         except (OSError, KeyError, TypeError, WeightSyncError) as error:
@@ -346,6 +348,9 @@ class Checkpoints:
             if name == CRITIC and (counts[name] not in state if is_old else name not in stored):
                 model.read_initial_weights()
                 log.warning("%s was saved without a critic: the critic starts from its initial weights", path)
+            elif name == PRM and (is_old or name not in stored):
+                model.read_initial_weights()
+                log.warning("%s was saved without a reward model: it starts from its initial weights", path)
             elif isinstance(optimizer, ProximalPolicy) and (is_old or name not in stored):
                 optimizer.restart()  # the policy has been read before it
                 log.warning("%s was saved without a proximal policy: it starts from the policy", path)
@@ -372,7 +377,7 @@ def _read_json(path: Path) -> Any:
         raise ConfigError(f"{path} cannot be read ({error}): resume from another step") from error
 
 
-def _check_untouched(path: Path, policy: Policy) -> None:
+def _check_untouched(path: Path, policy: PackedModel) -> None:
     """Raises ConfigError if the next checkpoint would lack tensors of this one: they are copied from the
     initial model, and no longer there. Raises WeightSyncError for a damaged file."""
     kept = {tensor.name for tensor in hf_tensors(policy.model)} | {one.name for one in policy.untouched()}
@@ -389,11 +394,17 @@ def _check_untouched(path: Path, policy: Policy) -> None:
 
 
 def _models(
-    policy: Policy, optimizer: ShardedAdamW, critic: Critic | None, proximal: ProximalPolicy | None
+    policy: PackedModel,
+    optimizer: ShardedAdamW,
+    critic: Critic | None,
+    prm: ImplicitRewards | None,
+    proximal: ProximalPolicy | None,
 ) -> dict[str, tuple[PackedModel, ModelState]]:
     models: dict[str, tuple[PackedModel, ModelState]] = {POLICY: (policy, optimizer)}
     if critic is not None:
         models[CRITIC] = critic.model, critic.optimizer
+    if prm is not None:
+        models[PRM] = prm.model, prm.optimizer
     if proximal is not None:
         models[PROXIMAL] = proximal.model, proximal
     return models

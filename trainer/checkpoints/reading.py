@@ -36,7 +36,7 @@ from trainer.models.peft_folder import copy_adapter
 from trainer.models.row_loading import read_rows
 from trainer.models.safetensors_rows import SafetensorsRows
 
-CRITIC, POLICY, PROXIMAL = "critic", "policy", "proximal"
+CRITIC, POLICY, PRM, PROXIMAL = "critic", "policy", "prm", "proximal"
 OLD_FILES = {
     POLICY: ("model.safetensors", "optimizer.safetensors"),
     CRITIC: ("critic.safetensors", "critic_optimizer.safetensors"),

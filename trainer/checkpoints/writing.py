@@ -4,6 +4,7 @@
     rows/policy-00000-of-00004.safetensors      rank 0's rows: `exp_avg.NAME`, `exp_avg_sq.NAME`, and
                                                 `master.NAME` unless the weights' files hold them exactly
     rows/critic-00000-of-00004.safetensors      the same for the critic, if there is one
+    rows/prm-00000-of-00004.safetensors         and for the reward model of `advantage=prime`
     rows/proximal-00000-of-00004.safetensors    `master.NAME` of the proximal policy, if there is one
     rows/random_state.safetensors               rank 0's random state
     adapter_model.safetensors                   the policy's adapter, of which it is the master, if there is

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from areal_like.trajectory import Trajectory
+from areal_like.trajectory import GOLD_REWARD, Trajectory
 from trainer.distributed.ranks import Ranks
 
 MAX_NAMES = 64
@@ -61,8 +61,9 @@ class NamedMeans:
         totals = ranks.sum(torch.from_numpy(table)).numpy()
         self._sums = dict(zip(keys, totals, strict=True))
 
-    def metrics(self) -> dict[str, dict[str, Any]]:
-        """`reward_parts` and `sample_metrics`: means by name; `by_label`: means by label and column.
+    def metrics(self) -> dict[str, Any]:
+        """`reward_parts` and `sample_metrics`: means by name; `by_label`: means by label and column;
+        `reward_gold_mean`: that of the gold reward.
 
         A kind without names is left out. A mean is over the samples that have the name; None if it is not
         finite.
@@ -75,6 +76,8 @@ class NamedMeans:
                 found.setdefault(kind, {})[name] = columns
             else:
                 found.setdefault(kind, {})[name] = means[0]
+        if GOLD_REWARD in (of_samples := found.get("sample_metrics", {})):
+            return {**found, f"{GOLD_REWARD}_mean": of_samples[GOLD_REWARD]}
         return found
 
     def _add(self, kind: str, name: str, *values: float) -> None:

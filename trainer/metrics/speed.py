@@ -121,15 +121,18 @@ class StepSpeed:
         ranks: Ranks,
         *,
         others: Sequence[PackedModel] = (),
+        one_of: Sequence[PackedModel] = (),
         peak_tflops: float = 0.0,
     ) -> None:
-        """`others`: models that run forward in addition to each pass of the policy.
+        """`others`: models that run forward in addition to each pass of the policy. `one_of`: models of which
+        one, in addition, runs on each sequence; their mean is counted.
 
         `peak_tflops`: peak of one rank's device; 0: looked up by its name, and unknown on a CPU.
         """
         self._ranks = ranks
         self._policy = ModelFlops.of(policy.model)
-        self._others = [ModelFlops.of(each.model) for each in others]
+        self._others = [(1.0, ModelFlops.of(each.model)) for each in others]
+        self._others += [(1 / len(one_of), ModelFlops.of(each.model)) for each in one_of]
         device = ranks.device
         known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = peak_tflops * 1e12 or known
@@ -144,8 +147,11 @@ class StepSpeed:
         policy = self._policy.of_step if torch.is_grad_enabled() else self._policy.of_forward
         own_lengths = None if batch.shared is None else batch.shared.own_lengths
         return sum(
-            count(batch.lengths, num_targets=len(batch.sampled_S), own_lengths=own_lengths)
-            for count in (policy, *(model.of_forward for model in self._others))
+            share * count(batch.lengths, num_targets=len(batch.sampled_S), own_lengths=own_lengths)
+            for share, count in (
+                (1.0, policy),
+                *((share, model.of_forward) for share, model in self._others),
+            )
         )
 
     def metrics(self, timer: PhaseTimer, *, num_tokens: float, flops: float) -> dict[str, float]:

@@ -351,6 +351,8 @@ ESS_NAMES = {"sequence": "ess_ratio", "geometric": "ess_ratio_geometric", "token
 """Level -> name of the metric."""
 OF_BEYOND = ("beyond_log_ratio", "beyond_w", "beyond_w_square", "beyond_extreme")
 """Names that `observe_beyond` adds to."""
+OF_STEPS = ("step_reward", "step_reward_sum")
+"""Names of the rewards of steps within the samples, and of their sum over a sample."""
 _COUNTS = ("num_groups", "zero_advantage_groups", "num_tokens", "num_microbatches")
 _FINISHED: dict[FinishReason, str] = {
     reason: f"finished_{reason.value}" for reason in FinishReason if reason is not FinishReason.ABORT
@@ -368,6 +370,7 @@ _HIDDEN = (
     "unrouted_tokens",
     *FaultKind,
     *OF_BEYOND,
+    *(f"{name}{square}" for name in OF_STEPS for square in ("", "_square")),
     *_FINISHED.values(),
 )
 _SEEDED = (

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -135,7 +135,7 @@ class PackedModel(nn.Module):
         `settings`: the settings of the subclass. Raises ConfigError for an architecture that cannot be
         trained, or whose routers cannot be replayed.
         """
-        model = build_skeleton(path, dtype=master_dtype)
+        model = cls.skeleton(path, dtype=master_dtype)
         tied = tied_names(model)
         built = cls(model, **settings)
         built._path, built._tied, built._seed = path, tied, seed
@@ -159,6 +159,11 @@ class PackedModel(nn.Module):
             built.train()  # transformers recomputes only in training mode; dropout stays zero
             lora.use_dropout(model, False)
         return built
+
+    @classmethod
+    def skeleton(cls, path: str, *, dtype: torch.dtype) -> Any:
+        """As `build_skeleton`, of the class that this model wraps."""
+        return build_skeleton(path, dtype=dtype)
 
     @classmethod
     def load(
@@ -359,19 +364,21 @@ class PackedModel(nn.Module):
         finally:
             self.replay = replay
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
+    def hidden(self, batch: PackedBatch, *, at_S: Tensor | None = None) -> Tensor:
         """Last hidden states [C, D] at the position before each of `batch.target_C`, where its logits come
         from: each sampled token, or in a context group this rank's part of them. Collective.
 
-        A sequence's first token is never sampled, so there is always a position before.
+        A sequence's first token is never sampled, so there is always a position before. `at_S`: int64 indices
+        of other tokens whose states are wanted; not in a context group.
         """
         assert self.shares_prefixes or batch.shared is None
         if self._wide is not None:
             self._wide.gather()
-        tokens, positions, read_C = batch.tokens_T, batch.positions_T, batch.target_C - 1
+        tokens, positions = batch.tokens_T, batch.positions_T
+        read_C = batch.target_C - 1 if at_S is None else at_S
         routes_ULK, exchange = batch.routes_ULK, None
         if (part := batch.context) is not None:
-            assert self._ranks is not None
+            assert self._ranks is not None and at_S is None
             tokens, positions = (x.index_select(0, part.token_R) for x in (tokens, positions))
             read_C, exchange = part.read_C, exchange_of(self._ranks.context, part.num_rows)
             routes_ULK = None if routes_ULK is None else routes_ULK.index_select(0, part.row_R)
@@ -405,16 +412,19 @@ class PackedModel(nn.Module):
         ]
 
 
-def build_skeleton(path: str, *, dtype: torch.dtype) -> Any:
+def build_skeleton(path: str, *, dtype: torch.dtype, auto_class: Callable[[Any], Any] = auto_class) -> Any:
     """The causal LM of a Hugging Face directory or name, its parameters on the meta device in `dtype`.
 
-    A wrapper has no encoders of other inputs. Raises ConfigError for an architecture that transformers does
-    not know, and for quantized weights.
+    A wrapper has no encoders of other inputs. `auto_class`: gives the class of transformers that makes the
+    model of a configuration, which it may change. Raises ConfigError for an architecture that transformers
+    does not know, and for quantized weights.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
             model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         raise ConfigError(
             f"{path}: transformers has no causal language model for it ({first_line(error)})"

@@ -12,6 +12,8 @@ those of a chunk, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +56,27 @@ class TokenLogProbs(NamedTuple):
     """Sum of its squared probabilities, detached; None unless `Policy.with_collision`."""
 
 
+class TaughtLogProbs(NamedTuple):
+    """Output of a forward that was given the distributions of a teacher; fields as in `TokenLogProbs`."""
+
+    logprobs_S: Tensor
+    entropy_S: Tensor
+    collision_S: Tensor | None
+    reverse_kl_S: Tensor
+    """KL(policy || teacher) over the vocabulary at each sampled token; carries gradient."""
+
+
+@dataclass(frozen=True, eq=False)
+class Distributions:
+    """The log-probs of the whole vocabulary at each sampled token of a micro-batch.
+
+    A class, because FSDP2 casts the tensors in a forward's arguments to the model's dtype.
+    """
+
+    logprobs_SV: Tensor
+    """float32 or wider."""
+
+
 class Policy(PackedModel):
     """The model that is trained."""
 
@@ -81,32 +104,62 @@ class Policy(PackedModel):
         self.with_entropy = True
         self.with_collision = False
         self.with_entropy_gradient = False
+        self._kept: list[Tensor] | None = None
+        """The log-probs of the vocabulary of a forward's chunks, during `all_logprobs`."""
         self.entropy_numbers: int | None = None
         """Log-probs whose entropy is computed at a time; None: the number that suits the device."""
 
-    def forward(self, batch: PackedBatch) -> TokenLogProbs:
-        own = self._of_own(batch)
-        logprobs, entropy, *collision = self.of_all(batch, [each for each in own if each is not None])
-        return TokenLogProbs(logprobs, entropy, collision[0] if collision else None)
+    def forward(
+        self, batch: PackedBatch, teacher: Distributions | None = None
+    ) -> TokenLogProbs | TaughtLogProbs:
+        """`teacher`: its distributions at the sampled tokens, for `reverse_kl_S`; not in a context group."""
+        assert teacher is None or batch.context is None
+        own = self._of_own(batch, None if teacher is None else teacher.logprobs_SV)
+        found = iter(self.of_all(batch, [each for each in own if each is not None]))
+        logprobs_S, entropy_S = next(found), next(found)
+        collision_S, reverse_kl_S = (None if each is None else next(found) for each in own[2:])
+        if reverse_kl_S is None:
+            return TokenLogProbs(logprobs_S, entropy_S, collision_S)
+        return TaughtLogProbs(logprobs_S, entropy_S, collision_S, reverse_kl_S)
 
-    def _of_own(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _of_own(
+        self, batch: PackedBatch, teacher_CV: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The values [C] of an output for the sampled tokens whose logits this rank computes."""
         hidden_CD = self.hidden(batch)
         targets_C = batch.tokens_T.index_select(0, batch.target_C)
-        if len(targets_C) <= self.chunk_tokens:
-            return self._head(hidden_CD, targets_C)
-        chunks = zip(
-            torch.split(hidden_CD, self.chunk_tokens), torch.split(targets_C, self.chunk_tokens), strict=True
-        )
+        sizes = self.chunk_tokens
+        if len(targets_C) <= sizes:
+            return self._head(hidden_CD, targets_C, None, teacher_CV)
+        hidden, targets = torch.split(hidden_CD, sizes), torch.split(targets_C, sizes)
+        of_teacher: Sequence[Tensor | None] = [None] * len(hidden)
+        if teacher_CV is not None:
+            of_teacher = torch.split(teacher_CV, sizes)
         head = self.model.get_output_embeddings()
         gradient_VD = head.gradient_sum() if isinstance(head, Fp32Head) else None
         parts = [
-            checkpoint(self._head, h, t, gradient_VD, use_reentrant=False, preserve_rng_state=False)
-            for h, t in chunks
+            checkpoint(self._head, h, t, gradient_VD, tea, use_reentrant=False, preserve_rng_state=False)
+            for h, t, tea in zip(hidden, targets, of_teacher, strict=True)
         ]
-        logprobs, entropies, collisions = zip(*parts, strict=True)
-        collision_C = torch.cat(collisions) if self.with_collision else None
-        return torch.cat(logprobs), torch.cat(entropies), collision_C
+        logprobs, entropies, collisions, reverse_kls = zip(*parts, strict=True)
+        return (
+            torch.cat(logprobs),
+            torch.cat(entropies),
+            torch.cat(collisions) if self.with_collision else None,
+            None if teacher_CV is None else torch.cat(reverse_kls),
+        )
+
+    @torch.no_grad()
+    def all_logprobs(self, batch: PackedBatch) -> Tensor:
+        """[S, V] log-probs of the whole vocabulary at each sampled token, for a teacher. Collective; not in a
+        context group."""
+        assert batch.context is None
+        self._kept = []
+        try:
+            self(batch)
+            return torch.cat(self._kept)
+        finally:
+            self._kept = None
 
     @torch.no_grad()
     def scored(self, batch: PackedBatch) -> TokenLogProbs:
@@ -121,14 +174,24 @@ class Policy(PackedModel):
 
     @ranged("head")
     def _head(
-        self, hidden_CD: Tensor, targets_C: Tensor, gradient_VD: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self,
+        hidden_CD: Tensor,
+        targets_C: Tensor,
+        gradient_VD: Tensor | None = None,
+        teacher_CV: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         head = self.model.get_output_embeddings()
         logits_CV = head(hidden_CD) if gradient_VD is None else head(hidden_CD, gradient_VD)
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
         if self.temperature != 1.0:
             logits_CV = logits_CV / self.temperature
         logps_CV = torch.log_softmax(logits_CV, dim=-1)
+        if self._kept is not None:
+            self._kept.append(logps_CV)
+        # Before `gather`, at which a recomputation in the backward ends.
+        reverse_kl_C = None
+        if teacher_CV is not None:
+            reverse_kl_C = (logps_CV.exp() * (logps_CV - teacher_CV.to(logps_CV.dtype))).sum(-1)
         # Before the entropy: a recomputation in the backward stops once `gather` has saved its input.
         # A sum and not a squeeze: FSDP2 attaches its backward hook to outputs, which must not be views.
         logps_C = logps_CV.gather(1, targets_C[:, None]).sum(1)
@@ -141,7 +204,7 @@ class Policy(PackedModel):
         collision_C = None
         if self.with_collision:
             collision_C = torch.linalg.vector_norm(logps_CV.detach().exp(), dim=-1).square()
-        return logps_C, entropy_C, collision_C
+        return logps_C, entropy_C, collision_C, reverse_kl_C
 
 
 def _entropy(logps_CV: Tensor, *, numbers: int | None) -> Tensor:

@@ -6,6 +6,7 @@ Notation of the formulas in these modules, for token t of a sample, with all of 
     mu_t     under the behavior policy, which sampled it
     prox_t   under the weights at the start of the step
     ref_t    under the frozen reference model
+    tea_t    under the teacher of the sample
     r        pi_t / mu_t, unless a module defines it otherwise
     W        prod_t pi_t / mu_t over the sampled tokens of the sample
     A, R, L  advantage; reward and number of sampled tokens of the sample
@@ -24,6 +25,7 @@ from trainer.objectives.base import (
 from trainer.objectives.cispo import Cispo
 from trainer.objectives.composed import Composed, build_objective
 from trainer.objectives.dcpo import Dcpo
+from trainer.objectives.distill import Distill
 from trainer.objectives.dppo import DppoTv
 from trainer.objectives.gspo import Gspo
 from trainer.objectives.lad import Lad
@@ -33,6 +35,7 @@ from trainer.objectives.oapl import Oapl
 from trainer.objectives.pairs import OnlineDpo, Rebel
 from trainer.objectives.ppo import DecoupledPpo, Ppo
 from trainer.objectives.soft import Maspo, Sapo
+from trainer.objectives.sppo import Sppo
 from trainer.objectives.tis import Reinforce, TruncatedIS
 from trainer.objectives.topr import Topr
 from trainer.objectives.trust_region import Kpop, TrustRegion

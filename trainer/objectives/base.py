@@ -46,6 +46,7 @@ from trainer.advantages.base import Advantage
 from trainer.batching.sampled_tokens import SampledTokens
 from trainer.batching.scope import Scope
 from trainer.gradients.base import Gradients
+from trainer.objectives.kl_control import KlControl
 
 if TYPE_CHECKING:
     from trainer.distributed.ranks import Ranks
@@ -66,6 +67,10 @@ class Need(StrEnum):
     """
     REF = "ref"
     """Log-probs under a frozen reference model: one more forward."""
+    TEACHER = "teacher"
+    """Log-probs under the teachers of `distill.teachers`: one more forward, unless the records have them."""
+    REVERSE_KL = "reverse_kl"
+    """KL(pi || tea) over the whole vocabulary, which carries gradient; together with TEACHER."""
     COLLISION = "collision"
     """Sum over the vocabulary of squared probabilities at each token: one more pass over the logits."""
     ENTROPY = "entropy"
@@ -117,6 +122,9 @@ class Objective(Section, ABC, key="objective"):
     """True: a group is never split over micro-batches (for baselines and gradients of a whole group)."""
     one_sequence_per_microbatch: bool = False
     """True: every micro-batch is a single sample (for autograd's gradient of each sample)."""
+    takes_token_advantages: bool = True
+    """False: the tokens of a sample have one advantage, or none, so no term of single tokens may be added to
+    it (`distill.teachers`)."""
     late_coefficients: bool = False
     """True: `gradients` scales the losses after the backward, so no other term may be added to them."""
     shares_prefixes: bool = True
@@ -135,6 +143,8 @@ class Objective(Section, ABC, key="objective"):
     """Set if the method prescribes its own advantage, which replaces the configured one."""
     normalizer: str | None = None
     """Set if the method prescribes its own normalizer, which replaces the configured one."""
+    kl_control: KlControl | None = None
+    """Set if the loss has a KL penalty."""
 
     @property
     def weighs_products(self) -> bool:

@@ -2,6 +2,9 @@
 
     losses = mask * (cap * objective + kl.coef * KL(pi || ref) - entropy_coef * entropy)
 
+The objective's advantages include the term of the teachers, -distill.coef log(pi / tea) of each token, if
+there are any (`distill.py`). With `distill.loss=full`, distill.coef KL(pi || tea) is in the loss instead.
+
 The cap (`staleness.beyond=cap`) is for tokens beyond the staleness bound, and min(1, |A / g|), where g is the
 derivative of the objective's loss of the token by its log-prob. So g is at most that of REINFORCE, -A: the
 importance weight, whatever the objective computes it from, is at most 1. A part of an objective that is not
@@ -29,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from areal_like.config import KlConfig
+from areal_like.config import DistillConfig, KlConfig
 from areal_like.errors import ConfigError
 from trainer.batching.scope import Scope
 from trainer.gradients.base import Gradients
@@ -41,7 +44,9 @@ from trainer.objectives.base import (
     StepStats,
     TokenLosses,
 )
+from trainer.objectives.distill import full_kl_S, teacher_means, with_teacher
 from trainer.objectives.importance import MAX_EXPONENT
+from trainer.objectives.kl_control import KlControl
 from trainer.objectives.masks import MASKS, Mask
 
 if TYPE_CHECKING:
@@ -70,10 +75,16 @@ class Composed(Objective):
     masks: tuple[Mask, ...] = ()
     kl: KlConfig | None = None
     """KL penalty in the loss; None: none."""
+    kl_control: KlControl | None = None
+    """Its coefficient, if there is one."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0: none."""
     caps_beyond: bool = False
     """The importance weight of a token beyond the staleness bound is at most 1."""
+    teacher_coef: float = 0.0
+    """Weight of the teachers' term in the advantages; 0: none."""
+    teacher_is_full: bool = False
+    """That term is a KL over the vocabulary in the loss."""
 
     def check(self) -> None:
         for name in Objective.__annotations__.keys() - vars(Composed).keys():
@@ -97,15 +108,25 @@ class Composed(Objective):
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        terms = {Need.REF} if self.kl else set()
-        return self.inner.needs | terms | ({Need.ENTROPY} if self.entropy_coef else set())
+        terms = {
+            need
+            for need, is_used in (
+                (Need.REF, self.kl),
+                (Need.ENTROPY, self.entropy_coef),
+                (Need.TEACHER, self.teacher_coef),
+                (Need.REVERSE_KL, self.teacher_is_full),
+            )
+            if is_used
+        }
+        return self.inner.needs | terms
 
     @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]
         """False if a term or mask also affects tokens with zero advantage."""
         # A mask that changes the normalizer or gathers statistics of the step needs all groups.
         masks_allow = all(mask.denominator == "original" and mask.scope is Scope.GROUP for mask in self.masks)
-        return self.inner.skips_zero_advantage and masks_allow and not self.kl and not self.entropy_coef
+        has_terms = bool(self.kl or self.entropy_coef or self.teacher_coef)
+        return self.inner.skips_zero_advantage and masks_allow and not has_terms
 
     @property
     def takes_parts(self) -> bool:
@@ -116,16 +137,21 @@ class Composed(Objective):
         return replace(self, inner=self.inner.for_model(num_params))
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        batch = self._masked(batch, stats, [*enumerate(self.masks)])
+        batch = self._masked(self._taught(batch), stats, [*enumerate(self.masks)])
         bare = self.inner.losses(batch, _part(stats, ""))
         loss_S, counted_S, means = bare.loss_S, bare.counted_S, dict(bare.means)
+        if self.teacher_coef:
+            means |= teacher_means(batch)
         if self.caps_beyond and batch.beyond_S is not None:
             loss_S = _capped(loss_S, batch)
         if self.kl is not None:
             assert batch.ref_logp_S is not None
             kl_S = kl_estimate(batch.logp_S - batch.ref_logp_S, estimator=self.kl.estimator)
-            loss_S = loss_S + self.kl.coef * kl_S
+            coef = self.kl.coef if self.kl_control is None else self.kl_control.coef
+            loss_S = loss_S + coef * kl_S
             means["kl_ref"] = kl_S
+        if self.teacher_is_full:
+            loss_S = loss_S + self.teacher_coef * full_kl_S(batch)
         if self.entropy_coef:
             loss_S = loss_S - self.entropy_coef * batch.entropy_S
         if batch.kept_S is not None:
@@ -141,6 +167,7 @@ class Composed(Objective):
         The inner objective still sees the tokens that masks of scope BATCH will drop, which are not known
         yet.
         """
+        batch = self._taught(batch)
         of_group = [(index, mask) for index, mask in enumerate(self.masks) if mask.scope is Scope.GROUP]
         observed = self.inner.observe(self._masked(batch, {}, of_group))
         for index, mask in enumerate(self.masks):
@@ -155,6 +182,10 @@ class Composed(Objective):
             if of_mask := _part(observed, f"{index}/"):
                 stats |= {f"{index}/{name}": value for name, value in mask.summarize(of_mask).items()}
         return stats
+
+    def _taught(self, batch: SampledTokens) -> SampledTokens:
+        is_in_advantage = self.teacher_coef and not self.teacher_is_full
+        return with_teacher(batch, coef=self.teacher_coef) if is_in_advantage else batch
 
     def _masked(
         self, batch: SampledTokens, stats: StepStats, masks: Sequence[tuple[int, Mask]]
@@ -189,6 +220,7 @@ def build_objective(
     *,
     max_tokens: int = 0,
     kl: KlConfig | None = None,
+    distill: DistillConfig | None = None,
     entropy_coef: float = 0.0,
     takes_parts: bool = False,
     caps_beyond: bool = False,
@@ -196,13 +228,20 @@ def build_objective(
     """Builds the configured objective with its masks and terms. Raises ConfigError.
 
     `settings`: the section `objective`, with an optional list `masks`. `max_tokens`: the job's limit of
-    sampled tokens, for an objective that has a setting of that name and was not given one. `takes_parts`:
+    sampled tokens, for an objective that has a setting of that name and was not given one. `distill`: its
+    teachers' term is added to the advantages; None: there is none, whatever the objective. `takes_parts`:
     the job has `buffer.overdue=close`. `caps_beyond`: and `staleness.beyond=cap`.
     """
     bare = dict(settings)
     job = {"max_tokens": max_tokens} if max_tokens else {}
+    coef = distill.coef if distill is not None and distill.teachers else 0.0
     masks = MASKS.build_list(bare.pop("masks", None), job=job)
     inner = OBJECTIVES.build(bare, job=job)
+    if Need.TEACHER in inner.needs and distill is not None and not coef:
+        raise ConfigError(
+            f"objective {inner.display_name} needs a teacher: name one in distill.teachers, for example "
+            "distill.teachers.default=DIRECTORY"
+        )
     if takes_parts:
         inner = inner.for_parts()
     if caps_beyond and inner.late_coefficients:
@@ -210,15 +249,29 @@ def build_objective(
             f"staleness.beyond=cap: objective {inner.display_name} has no weights of tokens that could be "
             "capped: use mask or ratio"
         )
+    if coef and not inner.takes_token_advantages:
+        raise ConfigError(
+            f"distill.teachers: objective {inner.display_name} has one advantage for all tokens of a sample, "
+            "and a teacher judges each token: use objective=distill, or another such as tis, ppo or gspo"
+        )
     in_loss = kl if kl is not None and kl.coef and kl.place == "loss" else None
     if inner.late_coefficients and (in_loss is not None or entropy_coef):
         raise ConfigError(
             f"{inner.display_name} allows no other terms in its loss: "
             "use kl.place=reward and no entropy bonus"
         )
-    if not masks and in_loss is None and not entropy_coef and not caps_beyond:
+    if not masks and in_loss is None and not entropy_coef and not caps_beyond and not coef:
         return inner
-    return Composed(inner=inner, masks=masks, kl=in_loss, entropy_coef=entropy_coef, caps_beyond=caps_beyond)
+    return Composed(
+        inner=inner,
+        masks=masks,
+        kl=in_loss,
+        kl_control=None if in_loss is None else KlControl(in_loss),
+        entropy_coef=entropy_coef,
+        caps_beyond=caps_beyond,
+        teacher_coef=coef,
+        teacher_is_full=bool(coef) and distill is not None and distill.loss == "full",
+    )
 
 
 def _capped(loss_S: Tensor, batch: SampledTokens) -> Tensor:

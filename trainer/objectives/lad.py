@@ -45,6 +45,10 @@ class Lad(Objective):
     """Without an advantage, W is still pulled to 1."""
 
     @property
+    def takes_token_advantages(self) -> bool:  # type: ignore[override]
+        return self.level == "token"
+
+    @property
     def ess_level(self) -> str:  # type: ignore[override]
         return self.level
 

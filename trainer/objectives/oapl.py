@@ -41,6 +41,17 @@ def default_beta2(max_tokens: int) -> float:
     return max(1e-3, min(0.3, 0.25 * math.pow(64 / max_tokens, 4 / 3)))
 
 
+def regression(batch: SampledTokens, beta: float) -> TokenLosses:
+    """`[beta sum_t log(pi / mu) - A]^2` of each sample, an equal share of it at each of its tokens."""
+    residual_N = beta * batch.log_w_N - batch.mean_N(batch.advantage_S)
+    share_S = batch.spread_S(residual_N.square() / batch.length_N.clamp(min=1))
+    slope_S = batch.spread_S(2 * beta * residual_N)
+    return TokenLosses(
+        loss_S=share_S + slope_S * (batch.logp_S - batch.logp_S.detach()),
+        means={"residual_abs": torch.abs(residual_N)},
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class SoftAdvantage(Advantage):
     """R - V*, V* = beta1 log mean exp(R / beta1) over the group."""
@@ -69,6 +80,7 @@ class Oapl(Objective):
     normalizer = "seq_mean_token_sum"
     skips_zero_advantage = False
     single_version = True
+    takes_token_advantages = False
 
     beta1: PositiveFloat = 1.0
     """Temperature of V*: V* tends to the group's best reward as it falls, to the mean as it rises."""
@@ -83,11 +95,4 @@ class Oapl(Objective):
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The squared residual, spread over the sample's tokens; `residual_abs` is the mean |residual|."""
-        beta2 = self.beta2 or default_beta2(self.max_tokens)
-        residual_N = beta2 * batch.log_w_N - batch.mean_N(batch.advantage_S)
-        share_S = batch.spread_S(residual_N.square() / batch.length_N.clamp(min=1))
-        slope_S = batch.spread_S(2 * beta2 * residual_N)
-        return TokenLosses(
-            loss_S=share_S + slope_S * (batch.logp_S - batch.logp_S.detach()),
-            means={"residual_abs": torch.abs(residual_N)},
-        )
+        return regression(batch, self.beta2 or default_beta2(self.max_tokens))

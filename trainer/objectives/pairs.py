@@ -66,6 +66,7 @@ class _OnPairs(Objective):
     normalizer = "seq_mean_token_sum"
     whole_groups = True
     advantage = RewardSpread()
+    takes_token_advantages = False
 
     pairs: Pairs = "best_worst"
     """Pairs of a group: `best_worst` (one pair) | `all`."""

@@ -112,6 +112,11 @@ class Vcpo(Objective):
         return replace(self, norms="proxy" if num_params > _MOST_PARAMS_OF_GHOST else "ghost")
 
     @property
+    def takes_token_advantages(self) -> bool:  # type: ignore[override]
+        """True without a b*, which is compared with the advantage of a whole sample."""
+        return self.baseline == "none"
+
+    @property
     def takes_parts(self) -> bool:
         """True without a b* of its own, or with `leave_one_out`."""
         return self.baseline == "none" or self.leave_one_out

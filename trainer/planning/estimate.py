@@ -181,9 +181,10 @@ def _train(job: PlannedJob, formulas: list[str]) -> tuple[float, float]:
     trace, mean = job.trace, job.lengths.mean
     tokens = job.num_samples * mean
     recipe = StepRecipe.of(job.config)
-    # The critic runs a forward for the values, then a forward and a backward for each of its updates.
+    # The critic runs a forward for the values, then a forward and a backward for each of its updates; the
+    # reward model of advantage=prime a forward for the rewards, then a forward and a backward.
     updates = recipe.estimator.critic_updates + 1 / 3 if isinstance(recipe.estimator, Gae) else 1.0
-    times = {"critic": updates}
+    times = {"critic": updates, "prm": 4 / 3}
     linear = sum(f * times.get(phase, 1.0) for phase, f in trace.linear_flops.items()) / trace.num_tokens
     attention = sum(f * times.get(phase, 1.0) for phase, f in trace.attention_flops.items())
     if recipe.objective.scope is Scope.BATCH:

@@ -82,7 +82,7 @@ def with_local_model(config: Config) -> tuple[Config, ModelShape]:
     Raises ConfigError if there is none.
     """
     path = config.model.path
-    directory, source = _find(path)
+    directory, source = find_shape(path)
     whole, hf_config = _read(directory, path=path)
     needed = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
     if missing := [name for name in needed if getattr(hf_config, name, None) is None]:
@@ -119,8 +119,8 @@ def with_local_model(config: Config) -> tuple[Config, ModelShape]:
     )
 
 
-def _find(path: str) -> tuple[Path, str]:
-    """Returns (directory with config.json, its origin)."""
+def find_shape(path: str, *, key: str = "model.path") -> tuple[Path, str]:
+    """Returns (directory with config.json, its origin). Raises ConfigError, which names the setting `key`."""
     if path in BUILT_MODELS:
         return SHAPES / path, f"{path} (built in)"
     directory = Path(path).expanduser()
@@ -132,7 +132,7 @@ def _find(path: str) -> tuple[Path, str]:
     if name in known_shapes():
         return SHAPES / name, f"configs/scale/models/{name}, because {path} is not on this machine"
     raise ConfigError(
-        f"model.path={path}: not on this machine, and no known shape (known: {', '.join(known_shapes())}): "
+        f"{key}={path}: not on this machine, and no known shape (known: {', '.join(known_shapes())}): "
         "give a directory with config.json; plan needs no weights in it"
     )
 

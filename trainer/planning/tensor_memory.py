@@ -41,7 +41,7 @@ class Stage(NamedTuple):
     """A part of the step in which the live tensors of all layers but one stay the same."""
 
     phase: str
-    """`policy`, `reference`, `proximal`, `critic`; empty before the first of them."""
+    """`policy`, `reference`, `proximal`, `teacher`, `critic`, `prm`; empty before the first of them."""
     part: str
     """`forward`, `backward`, `update`."""
     layer: int | None

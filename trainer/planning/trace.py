@@ -42,13 +42,14 @@ from areal_like.errors import ConfigError
 from areal_like.expert_layers import ExpertLayers
 from areal_like.weights.hf_layout import is_adapter
 from trainer.advantages.gae import Gae
+from trainer.advantages.prime import Prime
 from trainer.batching.attention_layout import RectangleLayout
 from trainer.batching.context_part import ContextPart
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.packed_model import DTYPES, PackedModel, decoder_layers
-from trainer.models.policy import ENTROPY_NUMBERS_ON_GPU, BaseReference, Policy
+from trainer.models.policy import ENTROPY_NUMBERS_ON_GPU, BaseReference, Distributions, Policy, TokenLogProbs
 from trainer.models.value_model import ValueModel
 from trainer.objectives import Need
 from trainer.optimizer import ShardedAdamW
@@ -56,16 +57,17 @@ from trainer.planning.gpus import Placement
 from trainer.planning.layers import FEW, Traced, extended, has_equal_layers, with_layers
 from trainer.planning.lengths import Lengths, worst_lengths
 from trainer.planning.linear_attention import use_stand_ins
-from trainer.planning.shapes import ModelShape
+from trainer.planning.shapes import ModelShape, find_shape
 from trainer.planning.tensor_memory import ACTIVATIONS, ATTENTION, TensorMemory
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.recipe import StepRecipe
+from trainer.step.teachers import check_rows
 from trainer.weights.push_source import MergedWeights
 
 BYTES = {"float32": 4, "bfloat16": 2}
 """`model.dtype` -> bytes of a number."""
 POLICY = "policy"
-FORWARDS = (POLICY, "reference", "proximal", "critic")
+FORWARDS = (POLICY, "reference", "proximal", "teacher", "critic", "prm")
 """Phases whose FLOPs are the time of a step."""
 BASE = "base model (frozen)"
 MASTERS = "weights (float32 masters)"
@@ -75,7 +77,9 @@ MOMENTS = "Adam's moments"
 GRADIENTS = "gradients"
 REFERENCE = "reference model"
 PROXIMAL = "proximal policy (float32)"
+TEACHERS = "teachers (distill.teachers)"
 CRITIC = "critic: weights, moments, gradients"
+PRM = "reward model: weights, moments, gradients"
 SCORES = "attention scores (float32)"
 WORKSPACE = "workspace of attention's backward"
 PARAMETERS, TRAINED, ADAPTER, LARGEST = "parameters", "trained", "adapter", "largest parameter"
@@ -101,8 +105,8 @@ class StepTrace:
     resident_bytes: dict[str, int]
     """Bytes by purpose, between two steps."""
     linear_flops: dict[str, float]
-    """FLOPs of the micro-batch outside attention, by phase: `policy`, `reference`, `proximal`, `critic`.
-    Includes recomputation."""
+    """FLOPs of the micro-batch outside attention, by phase: `policy`, `reference`, `proximal`, `teacher`,
+    `critic`, `prm`. Includes recomputation."""
     attention_flops: dict[str, float]
     """FLOPs of attention by phase, for each squared token of a sequence: times the sum of squared lengths."""
     context_parallel: int = 1
@@ -296,11 +300,19 @@ class _Trace:
             reference = BaseReference(policy) if is_base else self._build_policy(DTYPES[dtype])
         if recipe.objective.proximal:
             proximal_model = policy if policy.has_adapter else self._build_policy()
-        critic = self._build_critic() if isinstance(recipe.estimator, Gae) else None
-        found = {POLICY: policy, REFERENCE: reference, PROXIMAL: proximal_model, CRITIC: critic}
+        teachers = self._build_teachers() if Need.TEACHER in recipe.objective.needs else []
+        second: ValueModel | Policy | None = None
+        purpose, phase = CRITIC, "critic"
+        if isinstance(recipe.estimator, Gae):
+            second = self._build_critic()
+        elif isinstance(recipe.estimator, Prime):
+            second, purpose, phase = self._build_policy(), PRM, "prm"
+            second.with_entropy = False
+        found = {POLICY: policy, REFERENCE: reference, PROXIMAL: proximal_model, purpose: second}
         models = {name: model for name, model in found.items() if isinstance(model, PackedModel)}
-        for model in set(models.values()):
-            self._watch_layers(model)
+        for model in {*models.values(), *teachers}:
+            if model not in teachers:  # their layers are not the policy's: they are one stage
+                self._watch_layers(model)
             has_kernels = config.trainer.device != "cpu" and config.trainer.attention != "rectangles"
             if has_kernels and dtype != "float32":
                 use_stand_ins(model)
@@ -319,16 +331,20 @@ class _Trace:
                 reference.with_entropy = False
                 with self._memory.as_(REFERENCE):
                     reference.shard(self._ranks, dtype=dtype, frozen=True)
+            for teacher in teachers:
+                teacher.with_entropy = False
+                with self._memory.as_(TEACHERS):
+                    teacher.shard(self._ranks, dtype=dtype, frozen=True)
             proximal = None
             if proximal_model is not None and recipe.objective.proximal:
                 with self._memory.as_(PROXIMAL):
                     if proximal_model is not policy:
                         proximal_model.shard(self._ranks, dtype=dtype, reshard_after_forward=reshards)
                     proximal = ProximalPolicy(proximal_model, policy, rule=recipe.objective.proximal)
-            if critic is not None:
-                with self._memory.as_(CRITIC):
-                    critic.shard(self._ranks, dtype=dtype, reshard_after_forward=reshards)
-                    critic_optimizer = self._optimizer(critic)
+            if second is not None:
+                with self._memory.as_(purpose):
+                    second.shard(self._ranks, dtype=dtype, reshard_after_forward=reshards)
+                    second_optimizer = self._optimizer(second)
             is_merged = policy.has_adapter and config.weights.lora == "merged"
             pushed = self._merged(policy) if is_merged else None  # keeps what the next push is compared with
             resident = self._memory.now_bytes()
@@ -336,12 +352,19 @@ class _Trace:
             if reference is not None:
                 with torch.no_grad(), self._memory.as_(ACTIVATIONS, phase="reference"):
                     reference(batch)
+            kept: Distributions | None = None
+            for teacher in teachers[-1:]:
+                with torch.no_grad(), self._memory.as_(ACTIVATIONS, phase="teacher"):
+                    if Need.REVERSE_KL in recipe.objective.needs:
+                        kept = Distributions(teacher.all_logprobs(batch)[:, : self._shape.vocab_size])
+                    else:
+                        teacher(batch)
             if proximal is not None:
                 with torch.no_grad(), self._memory.as_(ACTIVATIONS, phase="proximal"):
                     proximal(batch)
-            self._train_policy(policy, optimizer, batch)
-            if critic is not None:
-                self._train_critic(critic, critic_optimizer, batch)
+            self._train_policy(policy, optimizer, batch, kept)
+            if second is not None:
+                self._train_second(second, second_optimizer, batch, purpose=purpose, phase=phase)
             del pushed
         return self._traced(models, resident)
 
@@ -384,14 +407,18 @@ class _Trace:
         for index, layer in enumerate(decoder_layers(model.model)):
             watch(layer, index)
 
-    def _train_policy(self, policy: Policy, optimizer: ShardedAdamW, batch: PackedBatch) -> None:
+    def _train_policy(
+        self, policy: Policy, optimizer: ShardedAdamW, batch: PackedBatch, teacher: Distributions | None
+    ) -> None:
         needs = self._recipe.objective.needs
         policy.with_collision = Need.COLLISION in needs
         policy.with_entropy_gradient = Need.ENTROPY in needs
         self._add_gradients(policy, GRADIENTS)
         with self._memory.as_(ACTIVATIONS, phase="policy"):
-            out = policy(batch)
+            out = policy(batch, teacher)
             loss = out.logprobs_S.sum()
+            if teacher is not None:
+                loss = loss + out.reverse_kl_S.sum()
             if policy.with_entropy_gradient:
                 loss = loss + out.entropy_S.sum()
             self._memory.begin("backward")
@@ -400,10 +427,20 @@ class _Trace:
             self._memory.begin("update")
             optimizer.step(divisor=1.0, lr=0.0)
 
-    def _train_critic(self, critic: ValueModel, optimizer: ShardedAdamW, batch: PackedBatch) -> None:
-        self._add_gradients(critic, CRITIC)
-        with self._memory.as_(ACTIVATIONS, phase="critic"):
-            loss = critic(batch).sum()
+    def _train_second(
+        self,
+        model: ValueModel | Policy,
+        optimizer: ShardedAdamW,
+        batch: PackedBatch,
+        *,
+        purpose: str,
+        phase: str,
+    ) -> None:
+        """Trains the critic or the reward model."""
+        self._add_gradients(model, purpose)
+        with self._memory.as_(ACTIVATIONS, phase=phase):
+            output = model(batch)
+            loss = (output.logprobs_S if isinstance(output, TokenLogProbs) else output).sum()
             self._memory.begin("backward")
             loss.backward()
             self._memory.begin("update")
@@ -434,10 +471,12 @@ class _Trace:
         optimizer.step(divisor=1.0, lr=0.0)
         return optimizer
 
-    def _build_policy(self, dtype: torch.dtype = torch.float32, *, lora: LoraConfig | None = None) -> Policy:
+    def _build_policy(
+        self, dtype: torch.dtype = torch.float32, *, lora: LoraConfig | None = None, directory: str = ""
+    ) -> Policy:
         trainer = self._config.trainer
         policy = Policy.build(
-            self._shape.directory,
+            directory or self._shape.directory,
             temperature=self._config.sampling.temperature,
             chunk_tokens=trainer.logprob_chunk_tokens,
             fp32_head=uses_fp32_head(self._config),
@@ -449,6 +488,20 @@ class _Trace:
         if trainer.device != "cpu":
             policy.entropy_numbers = ENTROPY_NUMBERS_ON_GPU  # fake tensors are a CPU's
         return policy
+
+    def _build_teachers(self) -> list[Policy]:
+        """The models of `distill.teachers`, the largest last: each token is computed by one of them."""
+        places = {path: f"distill.teachers.{label}" for label, path in self._config.distill.models.items()}
+        built = [
+            self._build_policy(
+                DTYPES[str(self._config.model.dtype)], directory=str(find_shape(path, key=key)[0])
+            )
+            for path, key in places.items()
+        ]
+        if self._config.distill.loss == "full":
+            for path, teacher in zip(places, built, strict=True):
+                check_rows(places[path], teacher.model, num_rows=self._shape.vocab_size)
+        return sorted(built, key=lambda model: sum(param.numel() for param in model.parameters()))
 
     def _build_critic(self) -> ValueModel:
         checkpointing = bool(self._config.trainer.gradient_checkpointing)

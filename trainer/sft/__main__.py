@@ -7,40 +7,23 @@ This process is the only rank, or with `trainer.world_size` > 1 it starts the ra
 from __future__ import annotations
 
 import sys
-import threading
-import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from areal_like.config import Config
-from areal_like.runtime.daemon import DrainSignals
-from areal_like.runtime.imports import uncollected
-from trainer.start import start
+from trainer.offline.start import start_offline
+
+if TYPE_CHECKING:
+    from trainer.offline.kind import OfflineTraining
 
 
 def main(argv: Sequence[str]) -> int:
-    return start(argv, text=__doc__, name="sft", module="trainer.sft", run_rank=_run)
+    return start_offline(argv, text=__doc__, name="sft", module="trainer.sft", kind=_training)
 
 
-def _run(config: Config) -> bool:
-    """Returns True if the run is finished, False after a drain."""
-    started_s = time.monotonic()
-    with uncollected():
-        import torch
+def _training() -> OfflineTraining:
+    from trainer.sft.training import SupervisedTraining
 
-        from areal_like.automatic_settings import resolved
-        from trainer.distributed.process_group import device_of, joined_ranks
-        from trainer.sft.run import SupervisedRun
-        from trainer.trackers import build_trackers
-
-    config = resolved(config)
-    build_trackers(config.trackers)  # reports a missing package
-    torch.set_num_threads(config.trainer.num_threads)
-    stopping = threading.Event()
-    DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=stopping.set)
-    with joined_ranks(config, device_of(config)) as ranks:
-        run = SupervisedRun(config, ranks, stopping=stopping, started_s=started_s)
-        run.run()
-        return run.is_finished
+    return SupervisedTraining()
 
 
 if __name__ == "__main__":

@@ -6,13 +6,17 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError
 from trainer.advantages.critic import Critic
 from trainer.advantages.gae import Gae
+from trainer.advantages.implicit_rewards import ImplicitRewards
+from trainer.advantages.prime import Prime
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import BaseReference, Policy, build_policy
+from trainer.objectives import Need
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.recipe import StepRecipe, warn_of_ignored_settings, warn_of_products
 from trainer.step.runner import StepRunner
+from trainer.step.teachers import Teachers
 
 
 def build_step_runner(
@@ -20,9 +24,10 @@ def build_step_runner(
 ) -> StepRunner:
     """Returns a runner with a fresh optimizer. `policy` is sharded. Raises ConfigError.
 
-    `initial`: the model that the run started from. The critic starts from it, and it is the reference model
-    if one is needed and `kl.reference` names none. With an adapter that reference is the policy without it.
-    `with_weights`: False leaves the weights of critic and proximal policy that are trained undefined, for a
+    `initial`: the model that the run started from. Critic and reward model start from it, and it is the
+    reference model if one is needed and `kl.reference` names none. With an adapter that reference is the
+    policy without it.
+    `with_weights`: False leaves the weights of critic, reward model and proximal policy undefined, for a
     caller that reads a checkpoint into them.
     """
     trainer, recipe = config.trainer, StepRecipe.of(config)
@@ -34,11 +39,20 @@ def build_step_runner(
     critic = None
     if isinstance(recipe.estimator, Gae) and initial:
         critic = Critic.of(config, recipe.estimator, ranks, initial=initial, with_weights=with_weights)
+    prm = None
+    if isinstance(recipe.estimator, Prime) and initial:
+        assert reference is not None
+        prm = ImplicitRewards.of(
+            config, recipe.estimator, ranks, reference=reference, initial=initial, with_weights=with_weights
+        )
     proximal = None
     if (rule := recipe.objective.proximal) is not None and initial:
         proximal = ProximalPolicy.of(
             config, policy, ranks, rule=rule, path=initial, with_weights=with_weights
         )
+    teachers = None
+    if Need.TEACHER in recipe.objective.needs and initial:
+        teachers = Teachers.of(config, ranks, student=initial)
     num_params = sum(param.numel() for param in policy.model.parameters())
     objective = recipe.objective.for_model(num_params)
     normalizer = Normalizer(name=trainer.normalizer, max_tokens=config.sampling.max_new_tokens)
@@ -56,7 +70,9 @@ def build_step_runner(
         shapings=recipe.shapings,
         kl=recipe.kl,
         critic=critic,
+        prm=prm,
         proximal=proximal,
+        teachers=teachers,
         turn_discount=recipe.turn_discount,
         peak_tflops=trainer.peak_tflops,
         balances=_balances(config, ranks),

@@ -15,17 +15,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+
+from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.consumer import EarlyMember
 from trainer.advantages.base import Advantage, Estimator, FloatArray
 from trainer.advantages.parts import RewardHistory, RewardStatistics, context_of
+from trainer.advantages.process import rewards_of_steps
 from trainer.advantages.turns import group_advantages
 from trainer.batching.packing import num_targets
 from trainer.batching.positions import Position, as_context
 from trainer.batching.scope import Scope
 from trainer.batching.training_sample import TrainingSample
-from trainer.metrics.step_totals import StepTotals
+from trainer.metrics.step_totals import OF_STEPS, StepTotals
 from trainer.step.rewards import RewardTerms, TrajectoryGroup
 
 log = logging.getLogger(__name__)
@@ -67,6 +71,12 @@ class GroupAdvantages:
         """The estimator's state from earlier steps; checkpoints store it."""
         self.history = RewardHistory(decay=estimator.history_decay)
         """Running statistics of rewards, with `closes`; checkpoints store them."""
+        self.step_histories = [
+            RewardHistory(decay=estimator.history_decay)
+            for _ in (OF_STEPS if closes and estimator.credits_steps else ())
+        ]
+        """Likewise of the rewards of steps and of their sums over a sample, for an estimator that compares
+        steps."""
 
     @property
     def is_rescaled(self) -> bool:
@@ -89,7 +99,9 @@ class GroupAdvantages:
         """
         if shaping := self.rewards.shaping_of_whole_groups:
             return f"advantage.shaping {shaping}"
-        if isinstance(self.estimator, Advantage) and self.estimator.compares_samples:
+        if not isinstance(self.estimator, Advantage):
+            return "" if self.estimator.takes_parts else f"advantage {type(self.estimator).__name__}"
+        if self.estimator.compares_samples:
             if self.estimator.scope is Scope.BATCH:
                 return f"advantage {type(self.estimator).__name__}"
             if self.rewards.scope is Scope.BATCH:
@@ -99,8 +111,22 @@ class GroupAdvantages:
     @property
     def extra_totals(self) -> tuple[str, ...]:
         """Names of a step's totals that only some methods have."""
-        shaped = () if self.rewards.is_identity else ("shaped_reward", "shaped_reward_square")
-        return (*shaped, "greedy_reward") if self.estimator.uses_greedy else shaped
+        names: list[str] = []
+        if not self.rewards.is_identity:
+            names += ["shaped_reward", "shaped_reward_square"]
+        if self.estimator.uses_greedy:
+            names.append("greedy_reward")
+        return tuple(names)
+
+    def record(self, scored: ScoredPosition, totals: StepTotals) -> None:
+        """Adds the rewards of steps to a step's totals, for an estimator that compares them."""
+        if not self.estimator.credits_steps:
+            return
+        steps = [rewards_of_steps(trajectory) for trajectory in scored.position.trajectories]
+        sums = [rewards_K.sum() for rewards_K in steps]
+        for name, rewards in zip(OF_STEPS, (np.concatenate(steps), np.array(sums)), strict=True):
+            totals.add(name, float(rewards.sum()), count=float(len(rewards)))
+            totals.add(f"{name}_square", float(np.square(rewards).sum()), count=float(len(rewards)))
 
     def of_position(self, position: Position, *, step: int) -> ScoredPosition:
         """The position's samples with advantages, after `step` completed steps."""
@@ -152,6 +178,16 @@ class GroupAdvantages:
             self.history.begin(step, duals=self.rewards.duals)
         self.rewards.update_duals(mean_tokens=totals.mean("response_tokens"))
         metrics = self.rewards.metrics()
+        if self.estimator.credits_steps:
+            num_steps = totals.count("step_reward")
+            metrics["steps_per_sample"] = num_steps / max(totals.count("step_reward_sum"), 1.0)
+            if num_steps:
+                metrics["step_reward_mean"] = totals.mean("step_reward")
+            for history, of_steps in zip(self.step_histories, OF_STEPS, strict=False):
+                if num_steps:
+                    history.begin(step, duals=())
+                    mean, square = totals.mean(of_steps), totals.mean(f"{of_steps}_square")
+                    history.append(step, mean=mean, square=square, duals=())
         if self.state:
             metrics["reward_baseline"] = -self.estimator.shift(self.state)
             self.state = self.estimator.next_state(self.state, mean_reward=totals.mean(name))
@@ -171,9 +207,12 @@ class GroupAdvantages:
     def _of_parts(self, position: Position, *, step: int) -> ScoredPosition:
         """Compares each sample with the early members of its own group."""
         assert isinstance(self.estimator, Advantage) and position.origins is not None
-        shaped, advantages = [], []
+        shaped: list[Trajectory] = []
+        advantages: list[float | FloatArray] = []
         of_group: dict[int, tuple[RewardStatistics, list[EarlyMember]]] = {}
         self.history.begin(step, duals=self.rewards.duals)
+        for history in self.step_histories:
+            history.begin(step, duals=())
         for trajectory, origin in zip(position.trajectories, position.origins, strict=True):
             if origin.ticket_id not in of_group:
                 running = self.history.as_of(origin.begin_step, step=step)
@@ -182,6 +221,9 @@ class GroupAdvantages:
             running, members = of_group[origin.ticket_id]
             (own,) = self.rewards.shape_group([trajectory], duals=running.duals)
             context = context_of(members, without=origin.sample_index, running=running)
+            if self.step_histories:
+                steps, sums = (h.as_of(origin.begin_step, step=step) for h in self.step_histories)
+                context = replace(context, steps=steps, step_sums=sums)
             shaped.append(own)
-            advantages.append(self.estimator.of_part(own.reward, context))
+            advantages.append(self.estimator.of_partial(own, context))
         return self.scored(position, shaped, advantages)

@@ -12,7 +12,7 @@ from typing import Self
 from areal_like.config import Config, KlConfig
 from areal_like.config.default_objective import MAX_SHORT_ANSWER
 from areal_like.errors import ConfigError
-from trainer.advantages import ADVANTAGES, Advantage, Estimator
+from trainer.advantages import ADVANTAGES, Advantage, Estimator, Prime
 from trainer.advantages.reward_shaping import SHAPINGS, Shaping
 from trainer.objectives import Need, Objective, build_objective
 from trainer.objectives.normalizers import Normalizer
@@ -54,6 +54,7 @@ class StepRecipe:
                 config.resolved_objective,
                 max_tokens=max_tokens,
                 kl=kl,
+                distill=config.distill,
                 entropy_coef=config.trainer.entropy_coef,
                 takes_parts=closes,
                 caps_beyond=closes and config.staleness.beyond == "cap",
@@ -89,9 +90,34 @@ class StepRecipe:
                 f"{type(used).__name__} needs {needed}: "
                 f"set sampling.greedy_baseline={str(used.uses_greedy).lower()}"
             )
+        if isinstance(used, Prime):
+            recipe._check_prime(config)
         if closes:
             recipe._check_parts()
         return recipe
+
+    def _check_prime(self, config: Config) -> None:
+        """Raises ConfigError for a setting that does not go together with `advantage=prime`."""
+        for setting, is_set, change in (
+            (f"model.lora.rank={config.model.lora.rank}", config.model.lora.is_on, "train all weights"),
+            (
+                f"kl.reference={config.kl.reference}",
+                bool(config.kl.reference),
+                "leave it empty: token rewards are log-ratios to the initial model",
+            ),
+            (
+                f"advantage.turn_discount={self.turn_discount:g}",
+                self.turn_discount != 1,
+                "set it to 1: the discount of token rewards is advantage.gamma",
+            ),
+            (
+                f"sampling.group_size={config.sampling.group_size}",
+                config.sampling.group_size < 2,
+                "set it to at least 2: the baselines are those of the other samples",
+            ),
+        ):
+            if is_set:
+                raise ConfigError(f"{setting} does not go together with advantage.name=prime: {change}")
 
     def _check_parts(self) -> None:
         """Raises ConfigError for a part that needs whole groups."""
@@ -122,7 +148,7 @@ class StepRecipe:
     @property
     def needs_reference(self) -> bool:
         """True if a frozen reference model has to be loaded."""
-        return Need.REF in self.objective.needs or self.kl is not None
+        return Need.REF in self.objective.needs or self.kl is not None or isinstance(self.estimator, Prime)
 
     def check_stream(self, config: Config) -> None:
         """Raises ConfigError if the buffer would serve groups that the objective cannot train on."""

@@ -15,6 +15,7 @@ groups of the step over all ranks.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -35,6 +36,7 @@ from trainer.batching.segments import values_of_targets
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import BaseReference, Policy
 from trainer.objectives.composed import kl_estimate
+from trainer.objectives.kl_control import KlControl
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,8 @@ TokenPenalties = list[list[FloatArray]]
 class RewardTerms:
     """Applies reward shapings and the KL penalty.
 
-    Its only state is `duals`, one number per shaping, which the checkpoint stores.
+    Its only state is `duals`, one number per shaping, and the coefficient of the penalty; checkpoints store
+    both.
     """
 
     def __init__(
@@ -70,6 +73,10 @@ class RewardTerms:
         self._shapings = shapings
         self._ranks = ranks
         self._kl = kl
+        self.kl_control = None if kl is None else KlControl(kl)
+        """The coefficient of the penalty, if there is one."""
+        self.mean_kl = math.nan
+        """Mean KL estimate over the sampled tokens of the step's samples on all ranks, with a penalty."""
         self._reference = reference
         self._budget_tokens = budget_tokens
         self.duals = [0.0] * len(shapings)
@@ -125,8 +132,9 @@ class RewardTerms:
             for group, ahead in zip(groups, self._shares_ahead(groups), strict=True)
         ]
         penalties = self._kl_penalties(shaped)
-        if self._kl is None:
+        if self.kl_control is None:
             return shaped, penalties
+        self.mean_kl = self._mean_of(shaped, penalties) / self.kl_control.coef
         penalized: list[TrajectoryGroup] = [
             [
                 replace(t, reward=t.reward - float(penalty_S.sum()))
@@ -172,20 +180,33 @@ class RewardTerms:
                 of_group.append(share_of[position])
         return shares
 
+    def _mean_of(self, groups: Sequence[TrajectoryGroup], penalties: TokenPenalties) -> float:
+        """The mean over the tokens of all ranks' samples but greedy ones; NaN without tokens. Collective."""
+        found = [
+            penalty_S
+            for group, of_group in zip(groups, penalties, strict=True)
+            for trajectory, penalty_S in zip(group, of_group, strict=True)
+            if not trajectory.is_greedy
+        ]
+        sums = torch.tensor([sum(float(p.sum()) for p in found), sum(map(len, found))], dtype=torch.float64)
+        total, count = self._ranks.sum(sums).tolist()
+        return total / count if count else math.nan
+
     def _kl_penalties(self, groups: Sequence[TrajectoryGroup]) -> TokenPenalties:
-        """kl.coef times the KL estimate at each sampled token; zeros for greedy samples.
+        """The coefficient times the KL estimate at each sampled token; zeros for greedy samples.
 
         Collective with a penalty.
         """
         if self._kl is None:
             return [[np.zeros(num_targets(t)) for t in group] for group in groups]
         kl, reference = self._kl, self._reference
-        assert reference is not None
+        assert reference is not None and self.kl_control is not None
+        coef = self.kl_control.coef
 
         def penalties_S(batch: PackedBatch) -> Tensor:
             ref_logp_S = reference(batch).logprobs_S
             behavior_logp_S = batch.behavior_logp_T[batch.sampled_S].to(ref_logp_S.dtype)
-            return kl.coef * kl_estimate(behavior_logp_S - ref_logp_S, estimator=kl.estimator)
+            return coef * kl_estimate(behavior_logp_S - ref_logp_S, estimator=kl.estimator)
 
         sampled = [t for group in groups for t in group if not t.is_greedy]
         found = values_of_targets(

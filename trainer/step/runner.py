@@ -19,9 +19,10 @@ Shape suffix: S sampled tokens of a micro-batch.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from areal_like.errors import ConfigError
 from areal_like.wire.messages.consumer import Group
 from trainer.advantages.base import Estimator
 from trainer.advantages.critic import Critic, ValueTarget
+from trainer.advantages.implicit_rewards import ImplicitRewards, OutcomeTarget
 from trainer.advantages.reward_shaping import Shaping
 from trainer.batching.balancer import Balancer
 from trainer.batching.packing import PackedBatch, Packer, in_lockstep, is_target, num_targets
@@ -48,7 +50,7 @@ from trainer.metrics.model_flops import ModelFlops, cost_of
 from trainer.metrics.speed import PhaseTimer, StepSpeed
 from trainer.metrics.step_totals import OF_BEYOND, StepTotals
 from trainer.models.packed_model import PackedModel
-from trainer.models.policy import BaseReference, Policy
+from trainer.models.policy import BaseReference, Distributions, Policy
 from trainer.objectives import Need, Objective, StepStats
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
@@ -57,7 +59,8 @@ from trainer.step.group_advantages import GroupAdvantages, ScoredPosition
 from trainer.step.long_samples import LongSample, PartLosses
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.rewards import RewardTerms, TrajectoryGroup
-from trainer.step.step_advantages import StepAdvantages
+from trainer.step.step_advantages import StepAdvantages, Targets
+from trainer.step.teachers import Teachers
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +82,9 @@ class StepRunner:
         shapings: Sequence[Shaping] = (),
         kl: KlConfig | None = None,
         critic: Critic | None = None,
+        prm: ImplicitRewards | None = None,
         proximal: ProximalPolicy | None = None,
+        teachers: Teachers | None = None,
         turn_discount: float = 1.0,
         peak_tflops: float = 0.0,
         balances: bool = False,
@@ -89,16 +94,22 @@ class StepRunner:
 
         `budget_tokens`: most tokens of a micro-batch. `reference`: frozen model, for objectives that need
         one. `shapings`: reward shapings, in order. `kl`: penalty on rewards; None: none (one in the loss is
-        part of the objective). `critic`: for an advantage that needs one. `proximal`: for an objective with a
-        rule for it. `turn_discount`: between the turns of a sample. `peak_tflops`: peak of one rank's device,
-        for MFU; 0: looked up by its name. `balances`: divide the sequences over the ranks by cost once a step
-        is complete; no effect with an objective that runs one sequence at a time. `beyond`:
-        `staleness.beyond`, with `buffer.overdue=close`; empty: another `buffer.overdue`. Raises ConfigError
-        if the objective's reference or the advantage's critic is missing.
+        part of the objective). `critic`, `prm`: for an advantage that needs one. `proximal`: for an objective
+        with a rule for it. `teachers`: for an objective that needs their log-probs. `turn_discount`: between
+        the turns of a sample. `peak_tflops`: peak of one rank's device, for MFU; 0: looked up by its name.
+        `balances`: divide the sequences over the ranks by cost once a step is complete; no effect with an
+        objective that runs one sequence at a time. `beyond`: `staleness.beyond`, with `buffer.overdue=close`;
+        empty: another `buffer.overdue`. Raises ConfigError if the objective's reference or teachers, or the
+        advantage's critic, are missing.
         """
         if Need.REF in objective.needs and reference is None:
             raise ConfigError(
                 f"objective {objective.display_name} needs a reference model, and none is configured"
+            )
+        if Need.TEACHER in objective.needs and teachers is None:
+            raise ConfigError(
+                f"objective {objective.display_name} needs the log-probs of a teacher, and none is "
+                "configured (distill.teachers)"
             )
         if objective.proximal is not None and proximal is None:
             raise ConfigError(
@@ -109,6 +120,7 @@ class StepRunner:
         self.policy = policy
         self.optimizer = optimizer
         self.critic = critic
+        self.prm = prm
         self.proximal = proximal
         self.on_first_forward: Callable[[PackedBatch, Tensor], None] = lambda batch, logp_S: None
         """Called in each step with this rank's first micro-batch and its log-probs [S] under the weights at
@@ -118,6 +130,7 @@ class StepRunner:
         self._ranks = ranks
         self._objective = objective
         self._reference = reference
+        self._teachers = teachers
         self._beyond = beyond
         self._normalizer = replace(normalizer, name=objective.normalizer or normalizer.name)
         self._gradients = objective.gradients(policy, ranks)
@@ -130,18 +143,22 @@ class StepRunner:
             closes=bool(beyond),
             masks_beyond=beyond in ("", "mask"),
         )
+        self._kl_control = self.rewards.kl_control or objective.kl_control
         self._step_advantages: StepAdvantages | None = None
         if self.advantages.scope is Scope.BATCH:
-            self._step_advantages = StepAdvantages(self.advantages, ranks, critic=critic)
+            self._step_advantages = StepAdvantages(self.advantages, ranks, critic=critic, prm=prm)
         others: list[PackedModel] = []
         if reference is not None and Need.REF in objective.needs:
             others.append(reference.policy if isinstance(reference, BaseReference) else reference)
         if proximal is not None:
             others.append(proximal.model)
+        judges: list[PackedModel] = []
+        if teachers is not None and Need.TEACHER in objective.needs:
+            judges += teachers.models.values()
         self._shares_prefixes = (
             objective.shares_prefixes
             and not objective.late_coefficients
-            and all(model.shares_prefixes for model in (policy, *others))
+            and all(model.shares_prefixes for model in (policy, *others, *judges))
         )
         self._routes_shape = None if policy.replay is None else policy.replay.shape
         limits: dict[str, Any] = {
@@ -158,7 +175,7 @@ class StepRunner:
             self._packer = Balancer(ranks, cost=cost, route_bytes=route_bytes, **limits)
         else:
             self._packer = Packer(one_sequence_per_microbatch=is_single, **limits)
-        self._speed = StepSpeed(policy, ranks, others=others, peak_tflops=peak_tflops)
+        self._speed = StepSpeed(policy, ranks, others=others, one_of=judges, peak_tflops=peak_tflops)
 
     def run(
         self,
@@ -187,7 +204,7 @@ class StepRunner:
         with self._ranks.abandonable(is_abandoned):
             positions = self._positions(timer.timed("wait_s", groups), totals, step=step)
             # One position at a time as they arrive, unless rewards or advantages depend on the whole step.
-            scored, value_targets = self._scored(positions, timer, step=step)
+            scored, targets = self._scored(positions, timer, step=step)
             microbatches: Iterable[MicroBatch] = self._packer.microbatches(self._trained(scored, totals))
             del scored  # its samples are freed once they are in micro-batches
             with self._gradients as gradients:
@@ -212,7 +229,7 @@ class StepRunner:
                 f"step {step} ended with {totals.total('num_groups'):.0f} of {num_groups} groups"
             )
         with timer.span("update_s"):
-            update = self._update(stats, value_targets, totals, step=step)
+            update = self._update(stats, targets, totals, step=step)
         return self._metrics(update, totals, timer)
 
     def _positions(
@@ -269,8 +286,8 @@ class StepRunner:
 
     def _scored(
         self, positions: Iterable[Position], timer: PhaseTimer, *, step: int
-    ) -> tuple[Iterable[ScoredPosition], list[ValueTarget]]:
-        """(the positions with advantages, the critic's targets, if it has one)."""
+    ) -> tuple[Iterable[ScoredPosition], Targets]:
+        """(the positions with advantages, the targets of critic or reward model, if there is one)."""
         if self._step_advantages is None:
             return (self.advantages.of_position(position, step=step) for position in positions), []
         collected = list(positions)
@@ -284,6 +301,7 @@ class StepRunner:
         for each in scored:
             shaped = () if self.rewards.is_identity else each.shaped
             totals.recorded(each.position.trajectories, shaped=shaped)
+            self.advantages.record(each, totals)
             if self._beyond:
                 totals.parts.note(each.position, each.samples)
             samples = [trained_segments(sample) for sample in each.samples]
@@ -394,7 +412,8 @@ class StepRunner:
         Collective under FSDP2.
         """
         needs = self._objective.needs
-        prox_logp_S = ref_logp_S = None
+        prox_logp_S = ref_logp_S = teacher_logp_S = None
+        teacher: Distributions | None = None
         # Before the policy's forward: with an adapter these are forwards of the same model.
         with torch.no_grad():
             if Need.PROX in needs and self.proximal is not None:
@@ -402,7 +421,13 @@ class StepRunner:
             if Need.REF in needs:
                 assert self._reference is not None
                 ref_logp_S = self._reference(batch).logprobs_S
-        output = self.policy(batch)
+            if Need.TEACHER in needs:
+                assert self._teachers is not None
+                if Need.REVERSE_KL in needs:
+                    teacher_logp_S, teacher = self._teachers.distributions(batch)
+                else:
+                    teacher_logp_S = self._teachers(batch)
+        output = self.policy(batch, teacher)
         if Need.PROX in needs and self.proximal is None:
             # One optimizer step per batch: the weights at the start of the step are the current ones.
             prox_logp_S = output.logprobs_S.detach()
@@ -416,7 +441,13 @@ class StepRunner:
         if self._is_first_forward:
             self._is_first_forward = False
             self.on_first_forward(batch, output.logprobs_S)
-        tokens = SampledTokens.of(batch, *output, prox_logp_S=prox_logp_S, ref_logp_S=ref_logp_S)
+        tokens = SampledTokens.of(
+            batch,
+            *output,
+            prox_logp_S=prox_logp_S,
+            ref_logp_S=ref_logp_S,
+            teacher_logp_S=teacher_logp_S,
+        )
         if live and tokens.beyond_S is not None and torch.is_grad_enabled():  # not in a pass for statistics
             totals.observe_beyond(tokens)
         return tokens
@@ -450,10 +481,10 @@ class StepRunner:
         return self._objective.summarize(gathered) if gathered else {}
 
     def _update(
-        self, stats: StepStats, value_targets: Sequence[ValueTarget], totals: StepTotals, *, step: int
+        self, stats: StepStats, targets: Targets, totals: StepTotals, *, step: int
     ) -> dict[str, float]:
-        """Divide by global counts -> clip -> AdamW; then critic, proximal policy, and the state of rewards
-        and advantages. Collective. Returns metrics of the update."""
+        """Divide by global counts -> clip -> AdamW; then critic or reward model, proximal policy, and the
+        state of rewards and advantages. Collective. Returns metrics of the update."""
         divisor = self._normalizer.divisor(
             num_tokens=totals.total("counted_tokens"), num_seqs=totals.total("counted_seqs")
         )
@@ -467,10 +498,28 @@ class StepRunner:
             grad_norm = self.optimizer.step(divisor=divisor, lr=lr)
             if self.proximal is not None:
                 self.proximal.follow(step)
-        metrics = {} if self.critic is None else self.critic.learn(value_targets, step=step)
+        metrics: dict[str, float] = {}
+        if self.critic is not None:
+            metrics = self.critic.learn(cast(list[ValueTarget], targets), step=step)
+        elif self.prm is not None:
+            metrics = self.prm.learn(cast(list[OutcomeTarget], targets), step=step)
         metrics |= self.advantages.learn(totals, step=step) | self._objective.step_metrics(stats)
+        metrics |= self._adapt_kl(totals)
         loss = totals.total("loss") / divisor
         return metrics | {"loss": loss, "grad_norm": grad_norm, "lr": lr, "lr_scale": lr_scale}
+
+    def _adapt_kl(self, totals: StepTotals) -> dict[str, float]:
+        """Adapts the coefficient of a KL penalty; returns the step's coefficient and KL, if there is one."""
+        control = self._kl_control
+        if control is None:
+            return {}
+        is_in_reward = control is self.rewards.kl_control
+        kl = self.rewards.mean_kl if is_in_reward else totals.mean("kl_ref")
+        if not is_in_reward and not totals.count("kl_ref"):
+            kl = math.nan
+        metrics = {"kl_coef": control.coef} | ({"kl_ref": kl} if math.isfinite(kl) else {})
+        control.update(kl)
+        return metrics
 
     def _metrics(self, update: dict[str, float], totals: StepTotals, timer: PhaseTimer) -> dict[str, Any]:
         """The metrics of the step that just ended. Collective.
@@ -534,16 +583,25 @@ class StepRunner:
             "policy": self.policy,
             "optimizer": self.optimizer,
             "critic": self.critic,
+            "prm": self.prm,
             "proximal": self.proximal,
         }
 
     def state(self) -> dict[str, Any]:
         """The state that a checkpoint stores in addition to weights and moments, for `restore`; JSON."""
-        state = {"shaping_duals": self.rewards.duals, "advantage_state": list(self.advantages.state)}
+        state: dict[str, Any] = {
+            "shaping_duals": self.rewards.duals,
+            "advantage_state": list(self.advantages.state),
+        }
         if self._objective_state:
             state["objective_state"] = list(self._objective_state)
-        history = self.advantages.history.dump()
-        return state | ({"reward_history": history} if history else {})
+        if self._kl_control is not None and self._kl_control.is_adaptive:
+            state["kl_coef"] = self._kl_control.coef
+        if history := self.advantages.history.dump():
+            state["reward_history"] = history
+        if any(of_steps := [history.dump() for history in self.advantages.step_histories]):
+            state["step_histories"] = of_steps
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restores the result of `state`; a checkpoint of an earlier version has only `shaping_duals`, and
@@ -552,5 +610,10 @@ class StepRunner:
         self.rewards.restore(state["shaping_duals"])
         self.advantages.restore(state.get("advantage_state", []))
         self.advantages.history.restore(state.get("reward_history", []), num_duals=len(self.rewards.duals))
+        of_steps = dict(enumerate(state.get("step_histories", [])))
+        for index, history in enumerate(self.advantages.step_histories):
+            history.restore(of_steps.get(index, []), num_duals=0)
+        if self._kl_control is not None and self._kl_control.is_adaptive:
+            self._kl_control.coef = state.get("kl_coef", self._kl_control.settings.coef)
         if len(kept := state.get("objective_state", [])) == len(self._objective_state):
             self._objective_state = tuple(kept)  # else another objective's: this one begins to measure

@@ -14,7 +14,8 @@ from typing import Any
 EVALUATION = "eval"
 """Group of evaluations; the second part of a name is the set's."""
 _STABILITY = (
-    *("grad_norm", "critic_grad_norm", "ess_ratio", "log_w_mean", "log_w_std", "kl_k3", "kl_ref"),
+    *("grad_norm", "critic_grad_norm", "prm_grad_norm", "ess_ratio", "log_w_mean", "log_w_std"),
+    *("kl_k3", "kl_ref", "kl_coef", "reverse_kl", "teacher_share"),
     *("clipped_fraction", "kept_fraction", "mismatch_abs", "weight_check_abs"),
     *("mismatch_abs_p99", "mismatch_abs_max", "mismatch_k3", "lora_lost_updates"),
     *("router_disagreement", "unrouted_share", "routes_missing", "routes_malformed"),
@@ -76,8 +77,8 @@ def step_numbers(row: Mapping[str, Any], *, aliases: str = "none") -> dict[str, 
     for column, value in row.items():
         if column in _NOT_TRACKED:
             continue
-        if column == "eval_loss":  # of supervised training
-            name = f"{EVALUATION}/loss"
+        if column.startswith("eval_"):  # of training on rows
+            name = f"{EVALUATION}/{column.removeprefix('eval_')}"
         else:
             name = column if isinstance(value, Mapping) else f"{_GROUP_OF.get(column, _OTHER_GROUP)}/{column}"
         numbers.update(_numbers(name, value))

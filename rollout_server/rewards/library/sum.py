@@ -22,6 +22,7 @@ import numpy as np
 
 from areal_like.errors import ConfigError, RewardError
 from areal_like.registry import Registry
+from areal_like.trajectory import GOLD_REWARD
 from rollout_server.rewards.library.base import RewardFunction
 from rollout_server.rewards.scores import as_score
 from rollout_server.tasks.base import Completion, Example, Rewarded, Score
@@ -37,15 +38,18 @@ REWARDS = Registry[RewardFunction](
         "math": f"{_LIBRARY}.mathematics.Mathematics",
         "code": f"{_LIBRARY}.code.Code",
         "judge": f"{_LIBRARY}.judge.Judge",
+        "model": f"{_LIBRARY}.model.ModelReward",
     },
 )
 _OWN_SETTINGS = frozenset(field.name for field in dataclasses.fields(RewardFunction))
 
 
-def make_rewards(spec: Any, *, sandbox: str = "bwrap") -> Rewards:
+def make_rewards(spec: Any, *, gold: Any = None, sandbox: str = "bwrap") -> Rewards:
     """Creates the rewards described by `spec`, the value of `task.reward`; `sandbox`: `rewards.sandbox`.
 
-    Raises ConfigError for an unknown name or setting, and for a function that cannot be imported.
+    `gold`: the description of one more reward, or nothing; its value is recorded as the metric
+    `reward_gold`, and its failure does not fail the sample. Raises ConfigError for an unknown name or
+    setting, and for a function that cannot be imported.
     """
     is_list = isinstance(spec, Sequence) and not isinstance(spec, str)
     entries = list(spec) if is_list else [spec]
@@ -54,7 +58,23 @@ def make_rewards(spec: Any, *, sandbox: str = "bwrap") -> Rewards:
     functions = [_make(entry, sandbox=sandbox) for entry in entries]
     if all(function.weight == 0 for function in functions):
         raise ConfigError("task.reward: every weight is 0, so all rewards would be 0: give one a weight")
+    if gold:
+        functions.append(_make_gold(gold, sandbox=sandbox))
     return Rewards(functions)
+
+
+def _make_gold(spec: Any, *, sandbox: str) -> RewardFunction:
+    """Creates the reward that is recorded and not trained on. Raises ConfigError."""
+    entry = {"name": spec} if isinstance(spec, str) else spec
+    if not isinstance(entry, Mapping) or not {"weight", "part"}.isdisjoint(entry):
+        raise ConfigError(
+            f"task.gold_reward={spec!r}: want one reward, a name or a mapping with settings, without "
+            "`weight` and `part`"
+        )
+    try:
+        return _make({**entry, "weight": 0.0, "part": GOLD_REWARD}, sandbox=sandbox)
+    except ConfigError as error:
+        raise ConfigError(f"task.gold_reward: {error}") from error
 
 
 def _make(entry: Any, *, sandbox: str) -> RewardFunction:
@@ -158,11 +178,13 @@ def _sum(functions: Mapping[str, RewardFunction], scores: Mapping[str, Score]) -
     parts: dict[str, float] = {}
     metrics: dict[str, float] = {}
     turns, tokens = np.zeros(0), np.zeros(0, np.float32)
+    steps: dict[int | str, float] = {}
     for name, function in functions.items():
         score, weight = scores[name], function.weight
         metrics |= {f"{name}/{key}": value for key, value in score.metrics.items()}
         if weight == 0:
-            total = math.fsum((score.value, *score.turns, *score.tokens))
+            of_steps = [reward for _, reward in score.steps]
+            total = math.fsum((score.value, *score.turns, *score.tokens, *of_steps))
             metrics |= {name: total} if "failed" not in score.metrics else {}
             metrics |= {f"{name}/{key}": value for key, value in score.parts.items()}
             continue
@@ -175,12 +197,15 @@ def _sum(functions: Mapping[str, RewardFunction], scores: Mapping[str, Score]) -
             parts[name] = weight * score.value
         turns = _added(turns, weight * np.asarray(score.turns, np.float64))
         tokens = _added(tokens, np.asarray(score.tokens, np.float32) * np.float32(weight))
+        for end, reward in score.steps:
+            steps[end] = steps.get(end, 0.0) + weight * reward
     return Score(
         value=math.fsum(values),
         parts=parts,
         metrics=metrics,
         turns=tuple(turns.tolist()),
         tokens=tokens,  # type: ignore[arg-type]  # an array is as good as a sequence
+        steps=tuple(sorted(steps.items())),
     )
 
 

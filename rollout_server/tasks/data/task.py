@@ -68,6 +68,9 @@ class DataTask(Task):
     """True: text prompts become messages for the chat template, even without a system prompt."""
     rewards: Any = ""
     """`task.reward`: the name of a reward, the path of a function, a mapping with settings, or a list."""
+    gold_reward: Any = ""
+    """One more reward, described like one of `task.reward`, that is recorded (`reward_gold_mean`) and not
+    trained on: it shows whether the policy exploits the reward. Empty: none."""
     max_new_tokens: int = 0
     """Longest completion in tokens, below the job's `sampling.max_new_tokens`; 0: the job's."""
 
@@ -81,10 +84,12 @@ class DataTask(Task):
             raise ConfigError(f"task.eval_share={self.eval_share:g}: use a number from 0 to below 1")
         if not self.rewards:
             raise ConfigError(
-                "task.reward is not set: name a reward (exact, regex, math, code, judge) or the path of a "
-                "function (my_rewards.score)"
+                "task.reward is not set: name a reward (exact, regex, math, code, judge, model) or the path "
+                "of a function (my_rewards.score)"
             )
-        object.__setattr__(self, "scoring", make_rewards(self.rewards, sandbox=self.sandbox))
+        object.__setattr__(
+            self, "scoring", make_rewards(self.rewards, gold=self.gold_reward, sandbox=self.sandbox)
+        )
         self._set_rows(self._open())
 
     def example(self, split: Split, index: int) -> Example:

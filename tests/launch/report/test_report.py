@@ -269,6 +269,7 @@ def test_conspicuous_numbers_are_found(tmp_path: Path) -> None:
     logs = {
         "launcher": [log_entry(f"trainer started, pid {pid}", level="INFO") for pid in (10, 11)],
         "trainer-0": [log_entry(f"push of version {v} to rollout-1 failed: silent") for v in (3, 4)],
+        "rollout-0": [log_entry("another reward model scores samples of this run: b, and before a")],
     }
     found = " ".join(findings(read_run(write_run(tmp_path / "one", odd, logs=logs))))
     for text in (
@@ -282,9 +283,21 @@ def test_conspicuous_numbers_are_found(tmp_path: Path) -> None:
         "not finite in 1 steps, first in step 30",
         "1 restart of processes",
         "2 failures of pushes",
+        "1 change of the reward model that scores samples",
     ):
         assert text in found, text
     assert not findings(read_run(write_run(tmp_path / "two", rows(100), summary={"finished": True})))
+
+
+def test_proxy_and_gold_reward_are_drawn_together(tmp_path: Path) -> None:
+    gold = rows(60)
+    for at, one in enumerate(gold):
+        one["reward_mean"], one["reward_gold_mean"] = at / 60, 1 - at / 60
+    root = write_run(tmp_path / "one", gold)
+    (said,) = (text for text in findings(read_run(root)) if "gold" in text)
+    assert said.startswith("The trained reward rose from 0.0417 to 0.9417, and the gold reward fell")
+    assert "gold (not trained on)" in report(root)
+    assert "gold (not trained on)" not in report(write_run(tmp_path / "two", rows(60)))
 
 
 def test_the_ledger_says_what_became_of_groups(tmp_path: Path) -> None:

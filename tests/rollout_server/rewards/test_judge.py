@@ -15,8 +15,8 @@ import pytest
 
 from areal_like.errors import ConfigError, RewardError
 from rollout_server.rewards.library import Rewards, make_rewards
+from rollout_server.rewards.library.cache import ReplyCache, key_of
 from rollout_server.rewards.library.judge import Judge
-from rollout_server.rewards.library.judge.cache import ReplyCache, key_of
 from rollout_server.rewards.time_limit import begin_reward
 from rollout_server.tasks.base import Completion, Example, Score
 from tests.support.judge_server import Answer, judge_server, run_closed

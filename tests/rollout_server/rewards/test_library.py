@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from areal_like.errors import ConfigError, RewardError
 from rollout_server.rewards.library import make_rewards
 from rollout_server.rewards.library.answers import after_marker, number_in
 from rollout_server.tasks.base import Completion, Example, Score
+from tests.support.launching import ROOT
 
 USERS = "tests.support.library_rewards"
 
@@ -79,7 +82,10 @@ def test_functions_of_users() -> None:
 @pytest.mark.parametrize(
     ("spec", "problem"),
     [
-        ("exakt", r"task.reward=exakt: choose one of code, exact, judge, math, regex; for your own function"),
+        (
+            "exakt",
+            r"task.reward=exakt: choose one of code, exact, judge, math, model, regex; for your own function",
+        ),
         ({"name": "exact", "numebrs": True}, r"unknown key `task.reward.numebrs` .* did you mean numbers"),
         ([], "empty list"),
         (3, r"want a name \(code, exact, .*got 3"),
@@ -149,3 +155,23 @@ def test_many_digits_take_no_time() -> None:
     started = time.process_time()
     assert number_in("1" * 20_000 + "x") is None and number_in("1" * 20_000) is None
     assert time.process_time() - started < 1
+
+
+def test_steps_of_several_rewards_are_added() -> None:
+    spec = [
+        {"name": f"{USERS}.of_words", "weight": 2.0},
+        {"name": f"{USERS}.last_character", "weight": -0.5},
+        {"name": f"{USERS}.of_words", "weight": 0, "part": "metric", "reward": 3.0},
+    ]
+    score = scored(spec, "one two")
+    assert score.steps == ((3, 2.0), (7, 1.5)) and score.value == 0.0 and score.metrics["metric"] == 6.0
+
+
+def test_the_example_of_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "reference" / "rewards.md").read_text()
+    code = page.partition("```python\n# my_steps.py\n")[2].partition("```")[0]
+    (tmp_path / "my_steps.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    score = scored("my_steps.score", "1+2=3\n\n3+4=8\n5", 5)
+    tenth = float(np.float32(0.1))
+    assert (score.value, score.steps) == (1.0, ((5, tenth), (12, 0.0), (14, 0.0)))

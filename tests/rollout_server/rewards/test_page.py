@@ -15,12 +15,13 @@ from rollout_server.rewards.library.code import Code
 from rollout_server.rewards.library.judge import Judge
 from rollout_server.rewards.library.matching import Exact, Regex
 from rollout_server.rewards.library.mathematics import Mathematics
+from rollout_server.rewards.library.model import ModelReward
 from tests.support.launching import ROOT
 
 PAGE = (ROOT / "docs" / "reference" / "rewards.md").read_text()
 
 
-@pytest.mark.parametrize("reward", [Exact, Regex, Mathematics, Code, Judge])
+@pytest.mark.parametrize("reward", [Exact, Regex, Mathematics, Code, Judge, ModelReward])
 def test_every_setting_is_on_the_page(reward: type[RewardFunction]) -> None:
     names = {field.name for field in dataclasses.fields(reward)}
     shown = set(re.findall(r"`(\w+)`", PAGE))
@@ -33,7 +34,8 @@ def test_the_examples_can_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.syspath_prepend(str(tmp_path))
     made = []
     for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.S):
-        made.append(list(make_rewards(yaml.safe_load(block)["task"]["reward"]).functions))
+        task = yaml.safe_load(block)["task"]
+        made.append(list(make_rewards(task["reward"], gold=task.get("gold_reward")).functions))
     assert made == [
         ["exact"],
         ["math", "format", "judge"],
@@ -42,6 +44,9 @@ def test_the_examples_can_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         ["code"],
         ["judge"],
         ["judge"],
+        ["model"],
+        ["model"],
+        ["model", "reward_gold"],
         ["score"],
         ["score"],
     ]

@@ -172,7 +172,7 @@ def test_tools_by_name() -> None:
 @pytest.mark.parametrize(
     ("tools", "problem"),
     [
-        (["calculater"], "tools.name=calculater: choose one of calculator, python, search"),
+        (["calculater"], "tools.name=calculater: choose one of calculator, mcp, python, search"),
         ("calculator", "want a list"),
         ([{"name": "search"}], "needs url"),
         ([{"name": "search", "url": "file:///etc/passwd"}], "want http://"),

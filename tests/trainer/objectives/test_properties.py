@@ -71,6 +71,7 @@ EACH_MASK: list[dict[str, Any]] = [
 ]
 ON_POLICY: dict[str, Callable[[Any, float], float]] = {
     "oapl": lambda objective, advantage: 2 * (objective.beta2 or 0.25) * advantage,
+    "sppo": lambda objective, advantage: 2 * (objective.beta or 0.25) * advantage,
     "lad": lambda objective, advantage: lad_advantage(objective.divergence, advantage / objective.eta),
 }
 """Objectives whose on-policy gradient is that of REINFORCE with another advantage."""
@@ -264,6 +265,7 @@ DETACHED = {
     "vespo": weighted,
     "vcpo": weighted,
     "lad": weighted,
+    "distill": weighted,
     "maspo": gated,
 }
 """Losses with detached weights; all others are tested by finite differences."""

@@ -51,7 +51,7 @@ LONG = (
     ("ranks", "settings"),
     [
         (4, (*LONG, "trainer.gradient_checkpointing=true", "kl.coef=0.1")),
-        (2, (*SHORT, "model.lora.rank=4", "kl.coef=0.1")),
+        (2, (*SHORT, "model.lora.rank=4", "kl.coef=0.1", "distill.teachers.default=tiny", "objective=tis")),
         pytest.param(
             1,
             (
@@ -64,6 +64,7 @@ LONG = (
             marks=pytest.mark.chaos,
         ),
         pytest.param(1, (*LONG, "trainer.gradient_checkpointing=false"), marks=pytest.mark.chaos),
+        pytest.param(1, (*SHORT, "advantage=prime"), marks=pytest.mark.chaos),
         pytest.param(
             2, (*SHORT, "advantage=gae", "trainer.reshard_after_forward=false"), marks=pytest.mark.chaos
         ),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import MambaConfig, Qwen3Config
 
 from areal_like.config import Config
@@ -20,10 +21,12 @@ from areal_like.gpus import GPUS
 from areal_like.runtime.command_line import load_config, presets
 from launch.cli import main
 from trainer.batching.attention_layout import RectangleLayout
+from trainer.models.packed_model import build_skeleton
 from trainer.planning.advice import changes_until_it_fits
 from trainer.planning.engines import engine_memory
 from trainer.planning.estimate import SPREADS, estimate
 from trainer.planning.gpus import parse_gpus
+from trainer.planning.layers import with_layers
 from trainer.planning.lengths import Lengths, lengths_of, worst_lengths
 from trainer.planning.planner import Plan, make_plan, planned_again
 from trainer.planning.report import json_of, text_of
@@ -258,6 +261,32 @@ def test_lora_is_part_of_the_plan(model: str) -> None:
     text = text_of(merged, [], explain=True)
     assert "rank 8, all-linear" in text and "all weights, merged with the adapter" in text
     assert json_of(merged, [])["model"]["num_trained"] == merged.trace.num_trained
+
+
+def test_teachers_are_part_of_the_plan(model: str, tmp_path: Path) -> None:
+    """Of two teachers both are in memory, and the larger one's FLOPs are counted."""
+    large = model.partition("=")[2]
+    folder = with_layers(with_local_model(load_config([model]))[1], 1, tmp_path / "one").directory
+    plain = small(model)
+    taught = small(
+        model,
+        "objective=distill",
+        f"distill.teachers={{math: {folder}, default: {large}, code: 'http://x:1'}}",
+    )
+    (name,) = taught.trace.resident_bytes.keys() - plain.trace.resident_bytes.keys()
+    num_params = sum(
+        param.numel()
+        for path in (folder, large)
+        for param in build_skeleton(path, dtype=torch.bfloat16).parameters()
+    )
+    assert name == "teachers (distill.teachers)"
+    assert taught.trace.resident_bytes[name] == pytest.approx(2 * num_params, rel=0.01)
+    # A forward alone, and no product with the head at prompts.
+    flops = taught.trace.linear_flops
+    assert 0.2 < flops["teacher"] / flops["policy"] < 0.4 and "teacher" not in plain.trace.linear_flops
+    full = small(model, "objective=distill", f"distill.teachers.default={large}", "distill.loss=full")
+    more = full.trace.peak_bytes["logits of the head"] - plain.trace.peak_bytes["logits of the head"]
+    assert more >= 4 * 32_000 * 448  # at least the sampled tokens of one sequence
 
 
 def test_a_push_of_the_adapter_alone(model: str) -> None:

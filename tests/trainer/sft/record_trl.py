@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from areal_like.config import SftConfig
 from tests.support.sft_model import UNMARKED_TEMPLATE, addition_rows, write_sft_model
 from trainer.models.tiny_chat import CHAT_TEMPLATE
-from trainer.sft.plan import StepPlan
+from trainer.offline.plan import StepPlan
 
 FILE = Path(__file__).with_name("trl.json")
 NUM_ROWS, NUM_EVAL_ROWS, BATCH_ROWS = 20, 6, 8

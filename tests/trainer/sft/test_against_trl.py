@@ -14,10 +14,12 @@ from tests.support.sft_model import write_rows, write_sft_model
 from tests.trainer.sft.record_trl import BATCH_ROWS, FILE, TEMPLATES
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import build_policy
+from trainer.offline.plan import StepPlan
+from trainer.offline.rows import conversation_tokens, longest_sequence
+from trainer.offline.step import OfflineStep
 from trainer.optimizer import ShardedAdamW
-from trainer.sft.plan import StepPlan
-from trainer.sft.rows import SftRows, build_tokens
-from trainer.sft.step import SupervisedStep
+from trainer.sft.rows import SftRows
+from trainer.sft.step import SupervisedLoss
 
 RECORDED = json.loads(FILE.read_text())
 
@@ -39,7 +41,8 @@ def test_steps_have_the_losses_of_trl(kind: str, tmp_path: Path) -> None:
     config: Config = from_mapping(settings)
     ranks = Ranks.alone()
     try:
-        tokens, longest = build_tokens(config, config.model.path)
+        tokens = conversation_tokens(config, config.model.path)
+        longest = longest_sequence(config, config.sft, config.model.path)
         sources = {"sft.train": config.sft.train, "sft.eval": config.sft.eval}
         rows, held_out = (
             SftRows(config, source, key=key, tokens=tokens, longest=longest, ranks=ranks)
@@ -51,15 +54,15 @@ def test_steps_have_the_losses_of_trl(kind: str, tmp_path: Path) -> None:
         policy = build_policy(config, config.model.path, ranks)
         optimizer = ShardedAdamW.of(config.trainer, policy, ranks, lr=config.trainer.lr)
         budget = max(len(row.tokens) for at in range(len(case["rows"])) for row in rows.sequences(at)) + 9
-        runner = SupervisedStep(policy, optimizer, ranks, budget_tokens=budget)
-        sequences = [row for at in range(len(case["eval_rows"])) for row in held_out.sequences(at)]
-        assert runner.loss(sequences) == pytest.approx(case["eval_loss_before"], abs=1e-5)
+        runner = OfflineStep(SupervisedLoss(policy), optimizer, ranks, budget_tokens=budget)
+        units = [unit for at in range(len(case["eval_rows"])) for unit in held_out.units(at)]
+        assert runner.measure(units)[0]["loss"] == pytest.approx(case["eval_loss_before"], abs=1e-5)
         for step, indices in enumerate(case["order"]):
-            batch = [row for index in indices for row in rows.sequences(index)]
+            batch = [unit for index in indices for unit in rows.units(index)]
             metrics = runner.train(batch, step=step)
             assert metrics["num_microbatches"] > 1
             assert metrics["loss"] == pytest.approx(case["loss"][step], abs=1e-5)
             assert metrics["grad_norm"] == pytest.approx(case["grad_norm"][step], rel=1e-4)
-            assert runner.loss(sequences) == pytest.approx(case["eval_loss"][step], abs=1e-5)
+            assert runner.measure(units)[0]["loss"] == pytest.approx(case["eval_loss"][step], abs=1e-5)
     finally:
         dist.destroy_process_group()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,27 +18,16 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from tests.support.families import is_trained, stored, write_family
 from tests.support.launching import TEST_LIMIT_S, areal_like
+from tests.support.offline import StopAfter, files_of, metrics_of
 from tests.support.sft_model import addition_rows, write_rows, write_sft_model
-from tests.support.trainer_helpers import without_measured
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.models.tiny_chat import CHAT_TEMPLATE, chat_tokenizer
-from trainer.sft.run import SupervisedRun
+from trainer.offline.run import OfflineRun
+from trainer.sft.training import SupervisedTraining
 
 NUM_ROWS, BATCH_ROWS = 22, 5
 NUM_STEPS = 9  # two epochs
-
-
-class StopAfter(threading.Event):
-    """Is set after a number of steps: it is asked once before each."""
-
-    def __init__(self, num_steps: int) -> None:
-        super().__init__()
-        self.num_left = num_steps
-
-    def is_set(self) -> bool:
-        self.num_left -= 1
-        return self.num_left < 0
 
 
 def config_of(root: Path, name: str, **sft: Any) -> Config:
@@ -73,24 +61,11 @@ def run(config: Config, *, resume: str = "", num_steps: int = 1000) -> RunPaths:
     object.__setattr__(config, "resume", resume)
     ranks = Ranks.alone()
     try:
-        SupervisedRun(config, ranks, stopping=StopAfter(num_steps), started_s=0.0).run()
+        kind = SupervisedTraining()
+        OfflineRun(kind, config, ranks, stopping=StopAfter(num_steps), started_s=0.0).run()
     finally:
         dist.destroy_process_group()
     return RunPaths.of(config)
-
-
-def metrics_of(paths: RunPaths) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what is measured."""
-    rows = map(json.loads, paths.metrics.read_text().splitlines())
-    return [without_measured(row) for row in rows]
-
-
-def files_of(checkpoint: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(checkpoint)): path.read_bytes()
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file()
-    }
 
 
 def test_a_resumed_run_is_the_run_itself(root: Path) -> None:

@@ -19,7 +19,6 @@ import os
 import shlex
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,12 +34,12 @@ from areal_like.config.weights import MAX_TIMEOUT_S
 from areal_like.errors import ConfigError, EngineError
 from areal_like.hosts import LOOPBACK
 from areal_like.runtime.tied_exec import foreign_environment
-from areal_like.security.tokens import read_secret
 from areal_like.weights.adapters import linear_layers
 from areal_like.weights.foreign_torch import torch_versions
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.engines.process import EngineProcess, check_routes_fit
 from rollout_server.policy.engines.sglang import launch_with_key
+from rollout_server.policy.http import key_in, tls_of
 from rollout_server.policy.routes import RoutesReader
 from rollout_server.policy.sglang_client import STREAM_INTERVAL, SglangClient
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
@@ -201,8 +200,8 @@ class SglangAtUrl:
         sglang = config.rollout.sglang
         self._url = sglang.url.replace("{index}", str(server_index(name)))
         self._access: dict[str, Any] = {
-            "api_key": _key_in(sglang.api_key_file),
-            "tls": _tls_of(sglang.ca_file),
+            "api_key": key_in(sglang.api_key_file, setting="rollout.sglang.api_key_file"),
+            "tls": tls_of(sglang.ca_file, setting="rollout.sglang.ca_file"),
         }
         self._routes = routes_reader(config)
         check_routes_fit(config, self._routes, context_tokens=context_tokens)
@@ -284,23 +283,6 @@ class SglangAtUrl:
         await client.update_weights_from_disk(
             self._model, weight_version=version, timeout_s=start_limit_s(self._config)
         )
-
-
-def _key_in(file: str) -> str:
-    """Reads the API key from a file; empty if no file is given. Raises ConfigError."""
-    try:
-        return read_secret(Path(file).expanduser()) if file else ""
-    except FileNotFoundError:
-        raise ConfigError(f"rollout.sglang.api_key_file={file}: no such file") from None
-
-
-def _tls_of(ca_file: str) -> ssl.SSLContext | None:
-    """Returns a context that verifies certificates with those in a file; None if no file is given. Raises
-    ConfigError."""
-    try:
-        return ssl.create_default_context(cafile=Path(ca_file).expanduser()) if ca_file else None
-    except OSError as error:  # ssl.SSLError is one
-        raise ConfigError(f"rollout.sglang.ca_file={ca_file}: {error.strerror or error}") from None
 
 
 async def _refuses(url: str) -> bool:

@@ -14,16 +14,12 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from areal_like.errors import ConfigError, RewardError
-from areal_like.paths import cache_dir
-from areal_like.security.tokens import read_secret
 from rollout_server.rewards.library.base import RewardFunction
-from rollout_server.rewards.library.judge.cache import ReplyCache
-from rollout_server.rewards.library.judge.client import Counts, JudgeClient
+from rollout_server.rewards.library.cache import ReplyCache, cache_of
+from rollout_server.rewards.library.judge.client import JudgeClient
 from rollout_server.rewards.library.judge.grading import (
     Criterion,
     attempts_of,
@@ -37,10 +33,17 @@ from rollout_server.rewards.library.judge.grading import (
     scores_in,
     verdicts_in,
 )
+from rollout_server.rewards.library.service import (
+    Counts,
+    OnePlace,
+    ServiceClient,
+    api_key_in,
+    check_bounds,
+    check_url,
+)
 from rollout_server.tasks.base import Completion, Example, Score
 
 _PATH = "/chat/completions"
-_NO_CACHE = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +92,7 @@ class Judge(RewardFunction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"task.reward.url={self.url}: want http://host:port/v1 or https://...")
-        if parts.username is not None or parts.query:
-            # Refused, and not repeated in the message, because every failure of the judge names the URL.
-            raise ConfigError(
-                "task.reward.url: a user name, password or query does not belong there: put the "
-                "key into a file of mode 600 and name it with task.reward.api_key_file"
-            )
+        check_url(self.url, form="http://host:port/v1")
         if isinstance(self.checklist, str) or not isinstance(self.checklist, Sequence):
             raise ConfigError(f"task.reward.checklist={self.checklist!r}: want a list of criteria")
         if not isinstance(self.extra_body, Mapping):
@@ -108,17 +103,12 @@ class Judge(RewardFunction):
         check_rubric(self.rubric)
         if not self.lowest < self.highest:
             raise ConfigError(f"task.reward.highest={self.highest:g}: must be above lowest={self.lowest:g}")
-        for name in ("timeout_s", "max_tokens", "max_concurrent", "max_reply_bytes"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"task.reward.{name}={getattr(self, name)}: must be above 0")
-        for name in ("max_retries", "first_pause_s", "temperature"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"task.reward.{name}={getattr(self, name)}: must be at least 0")
+        check_bounds(self)
 
     def check(self) -> None:
         """Raises ConfigError if the key file cannot be read. A judge that cannot be reached yet is not an
         error."""
-        self._api_key()
+        api_key_in(self.api_key_file)
 
     async def score(self, example: Example, completion: Completion) -> Score:
         """Returns a score from 0 to 1. Metrics: `calls`, `cache_hits`, `retries` of this sample, and
@@ -196,24 +186,18 @@ class Judge(RewardFunction):
 
     @functools.cached_property
     def _client(self) -> JudgeClient:
-        return JudgeClient(
-            url=self._endpoint,
-            api_key=self._api_key(),
+        key = api_key_in(self.api_key_file)
+        service = ServiceClient(
+            name="judge",
+            place=OnePlace(self._endpoint),
+            api_key=lambda: key,
             timeout_s=self.timeout_s,
             max_retries=self.max_retries,
             first_pause_s=self.first_pause_s,
             max_concurrent=self.max_concurrent,
             max_reply_bytes=self.max_reply_bytes,
-            cache=self._cache,
         )
-
-    def _api_key(self) -> str:
-        if not self.api_key_file:
-            return ""
-        try:
-            return read_secret(Path(self.api_key_file).expanduser())
-        except FileNotFoundError:
-            raise ConfigError(f"task.reward.api_key_file={self.api_key_file}: no such file") from None
+        return JudgeClient(url=self._endpoint, service=service, cache=self._cache)
 
     @property
     def _endpoint(self) -> str:
@@ -230,7 +214,4 @@ class Judge(RewardFunction):
 
     @functools.cached_property
     def _cache(self) -> ReplyCache | None:
-        if self.cache == _NO_CACHE:
-            return None
-        file = Path(self.cache).expanduser() if self.cache else cache_dir() / "judge.sqlite"
-        return ReplyCache(file)
+        return cache_of(self.cache, default="judge.sqlite")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from areal_like.config import SftConfig
 from areal_like.errors import ConfigError
-from trainer.sft.plan import StepPlan
+from trainer.offline.plan import StepPlan
 
 
 def plan_of(lengths: list[int], *, seed: int = 0, rows: str = "rows", **settings: Any) -> StepPlan:

@@ -1,7 +1,7 @@
-"""A cache of judges' replies on disk, keyed by request: one SQLite file for all processes and jobs of a user.
+"""A cache of a service's replies on disk, keyed by request: one SQLite file for all processes of a user.
 
-A repeated run sends no requests and gets the same rewards. Only replies with a verdict are kept. If the cache
-does not work (a full disk, a broken file), no samples are lost: that is logged once, and the judge is asked.
+A repeated run sends no requests and gets the same rewards. Only replies that were used are kept. If the cache
+does not work (a full disk, a broken file), no samples are lost: that is logged once, and the service asked.
 """
 
 from __future__ import annotations
@@ -15,9 +15,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from areal_like.paths import cache_dir
+
 log = logging.getLogger(__name__)
 
 _BUSY_TIMEOUT_S = 5.0
+NO_CACHE = "none"
+"""Name of no cache."""
+
+
+def cache_of(setting: str, *, default: str) -> ReplyCache | None:
+    """Returns the cache that `task.reward.cache` names; None for `none`. `default`: name of the file in the
+    cache directory that an empty setting means."""
+    if setting == NO_CACHE:
+        return None
+    return ReplyCache(Path(setting).expanduser() if setting else cache_dir() / default)
 
 
 def key_of(url: str, body: Mapping[str, Any]) -> bytes:
@@ -58,7 +70,7 @@ class ReplyCache:
                 return self._connection.execute(statement, values).fetchone()
             except (sqlite3.Error, OSError) as error:
                 if not self._has_failed:
-                    log.warning("the judge's cache %s does not work: %s", self._file, error)
+                    log.warning("the cache %s does not work: %s", self._file, error)
                 self._has_failed = True
                 return None
 

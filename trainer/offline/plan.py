@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_like.config import SftConfig
+from areal_like.config import OfflineConfig
 from areal_like.data.permutation import permuted
 from areal_like.errors import ConfigError
 
@@ -34,14 +34,18 @@ class StepPlan:
     with another one."""
 
     @classmethod
-    def of(cls, settings: SftConfig, num_tokens_N: NDArray[np.int64], *, seed: int, rows: str) -> StepPlan:
+    def of(
+        cls, settings: OfflineConfig, num_tokens_N: NDArray[np.int64], *, seed: int, rows: str
+    ) -> StepPlan:
         """The plan for rows with these numbers of tokens; 0: the row is left out.
 
         `rows`: fingerprint of the rows. Raises ConfigError if no row is left.
         """
         usable_N = np.flatnonzero(num_tokens_N)
         if not len(usable_N):
-            raise ConfigError("sft.train: no row is left to learn from (see the counts in the log)")
+            raise ConfigError(
+                f"{settings.key}.train: no row is left to learn from (see the counts in the log)"
+            )
         plan = cls(
             seed=seed,
             usable_N=usable_N,
@@ -68,7 +72,7 @@ class StepPlan:
         epoch, index = divmod(at, len(self.usable_N))
         return int(self.usable_N[permuted(index, size=len(self.usable_N), seed=self.seed, epoch=epoch)])
 
-    def _ends(self, settings: SftConfig, num_tokens_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _ends(self, settings: OfflineConfig, num_tokens_N: NDArray[np.int64]) -> NDArray[np.int64]:
         total = len(self.usable_N) * settings.num_epochs
         if not settings.batch_tokens:
             num_steps = -(-total // settings.batch_rows)

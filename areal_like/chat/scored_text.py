@@ -1,0 +1,95 @@
+"""The tokens that a reward model reads: of a prompt with a completion, in training and when it is served.
+
+    messages   the tokenizer's chat template over the whole conversation, without a generation prompt
+    texts      prompt and completion joined as they are, with the tokens that the tokenizer adds to any text
+               (BOS) and the EOS, which tells a finished answer from its beginning
+
+These are the tokens that TRL's RewardTrainer makes of such rows. The score is read at the last of them. In
+transformers it is read at the last token that is not `pad_token_id`: where a model's padding token is also
+its EOS, tokens at the end of a sequence do not count, so they are left out here, and "the last token" means
+the same everywhere. Nothing is cut: a text that is too long is refused, because the score of a cut answer
+says nothing about the answer.
+
+Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from areal_like.chat.messages import with_parsed_arguments
+from areal_like.data.row_format import Message, conversation
+from areal_like.errors import ConfigError
+
+_MAX_ERROR_CHARS = 300
+
+
+def scored_tokens(
+    tokenizer: Any,
+    prompt: str | Sequence[Message],
+    completion: str | Sequence[Message],
+    *,
+    pad_token_id: int | None = None,
+    longest: int = 0,
+    vocab_size: int = 0,
+    tools: Sequence[Mapping[str, Any]] = (),
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The tokens of a prompt with a completion; a reward model's score of them is that at the last one.
+
+    `tokenizer`: of transformers, the reward model's own. `prompt`, `completion`: two texts are joined as they
+    are. If one of them is a list of messages, a text is one message: of the user, and of the assistant.
+    A tokenizer without a chat template joins the contents of messages by line feeds. `pad_token_id`: that of
+    the model's config.json. `longest`: most tokens; 0: no limit. `vocab_size`: every token must be below it;
+    0: not checked. `tools`: function schemas for the template; `template_kwargs`: its other arguments.
+
+    Raises ConfigError if the template cannot render the messages, and if the tokens are more than `longest`
+    or fewer than two, which no model is asked to score.
+    """
+    if isinstance(prompt, str) and isinstance(completion, str):
+        tokens = list(tokenizer(prompt + completion)["input_ids"])
+        if tokenizer.eos_token_id is not None and tokens[-1:] != [tokenizer.eos_token_id]:
+            tokens.append(tokenizer.eos_token_id)
+    else:
+        before = prompt if isinstance(prompt, str) else list(prompt)
+        after = completion if isinstance(completion, str) else list(completion)
+        messages = conversation(before, after).messages
+        text = _rendered(tokenizer, messages, tools, template_kwargs or {})
+        # The template has written BOS and EOS itself, if it has one.
+        tokens = list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
+    while tokens and tokens[-1] == pad_token_id:
+        tokens.pop()
+    if len(tokens) < 2:
+        raise ConfigError(f"the text has {len(tokens)} tokens, and a reward model scores at least 2")
+    if longest and len(tokens) > longest:
+        raise ConfigError(f"the text has {len(tokens)} tokens, and the limit is {longest}")
+    if vocab_size and max(tokens) >= vocab_size:
+        raise ConfigError(f"token id {max(tokens)}: the model's vocabulary has {vocab_size}")
+    return tokens
+
+
+def _rendered(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    template_kwargs: Mapping[str, Any],
+) -> str:
+    if not tokenizer.chat_template:
+        return "\n".join(str(message["content"]) for message in messages)
+    try:
+        parsed = [with_parsed_arguments(message) for message in messages]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"tool_calls: want OpenAI's format ({error!r})") from error
+    try:
+        text = tokenizer.apply_chat_template(
+            parsed,
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=False,
+            **template_kwargs,
+        )
+    except Exception as error:  # a template may raise anything
+        reason = f"{type(error).__name__}: {str(error)[:_MAX_ERROR_CHARS]}"
+        raise ConfigError(f"the chat template cannot render these messages ({reason})") from error
+    return str(text)

@@ -1,0 +1,106 @@
+"""Runs a verb that trains on rows of a file, in a run directory of its own.
+
+    prepare the model -> train (trainer.sft, ...) -> results
+
+A run that fails or is stopped continues with `resume=latest` or `resume=auto`; it is not restarted
+automatically, because no other daemon waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+
+from areal_like.errors import ConfigError
+from areal_like.runtime.process import keep_files_private
+from areal_like.runtime.signals import request_reopen
+from launch.commands.foreground import StopSignals, in_directory
+from launch.local_job.child import ProcessTable
+from launch.local_job.foreground import Foreground
+from launch.local_job.specs import DRAINED, JobSpecs
+from launch.observation.progress import MetricsTail
+from launch.offline_verbs import OFFLINE_VERBS, OfflineVerb
+from launch.run_directory.open_run import OpenRun, open_run
+from launch.view.lasting import LastingView, output_may_be_gone
+from launch.view.plain import PlainView, offline_line
+from launch.view.summary import show_offline_summary
+
+_OF_REWARDS = ("normalizer", "entropy_coef", "fetch_timeout_s", "buffer_timeout_s")
+_WITHOUT_EFFECT = (
+    *("buffer.", "rollout.", "weights.", "eval.", "sampling.", "episode.", "rewards.", "kl."),
+    *("objective", "advantage", "task", "max_staleness", "ess_target"),
+    *(f"trainer.{name}=" for name in _OF_REWARDS),
+)
+"""Prefixes of settings that belong to reinforcement learning only."""
+_INSTEAD = {
+    "num_steps": "{0}.num_epochs or {0}.num_steps",
+    "groups_per_step": "{0}.batch_rows or {0}.batch_tokens",
+}
+"""Settings of the section `trainer` that have another name in the verb's section."""
+
+
+def run_offline(verb: OfflineVerb, argv: Sequence[str]) -> int:
+    """Runs the job with these command line arguments; returns its exit code.
+
+    0: finished; `daemon.exit_code_on_drain`: stopped; 1: failed. Raises ConfigError before a step was
+    trained.
+    """
+    remarks = list(check_settings(verb, argv))
+    keep_files_private()
+    run = open_run(argv, verb=verb.verb)
+    console = Console()
+    view = LastingView(PlainView(run.config, console, line=offline_line))
+    with in_directory(run), contextlib.closing(view):
+        for line in (*run.announcement, *remarks):
+            view.notice(line)
+        started_unix_s = time.time()
+        code = _train(verb, run, view)
+    is_new = run.paths.summary.exists() and run.paths.summary.stat().st_mtime >= started_unix_s
+    if code != 1 and is_new:
+        with output_may_be_gone():
+            show_offline_summary(verb, run.config, console)
+    return run.config.daemon.exit_code_on_drain if code == DRAINED else code
+
+
+def check_settings(verb: OfflineVerb, argv: Sequence[str]) -> Iterator[str]:
+    """A line for each setting in `argv` that has no effect. Raises ConfigError for one that has another name.
+
+    Settings in a file are not checked: the same file may also have settings of other verbs.
+    """
+    others = {f"{each.section}.": name for name, each in OFFLINE_VERBS.items() if each != verb}
+    for setting in argv:
+        section, _, name = setting.partition("=")[0].partition(".")
+        if section == "trainer" and name in _INSTEAD:
+            raise ConfigError(f"{setting}: here this is {_INSTEAD[name].format(verb.section)}")
+        other = others.get(f"{section}.", "run" if setting.startswith(_WITHOUT_EFFECT) else "")
+        if other:
+            yield f"{setting} has no effect: it belongs to `areal-like {other}`"
+
+
+def _train(verb: OfflineVerb, run: OpenRun, view: LastingView) -> int:
+    stops = StopSignals(on_hangup=request_reopen)
+    foreground = Foreground(
+        ProcessTable(run.paths, lock_fd=run.lock_fd),
+        view=view,
+        tail=MetricsTail(run.paths.metrics),
+        num_stops=lambda: stops.count,
+    )
+    specs = JobSpecs(run.config, config_path=run.config_file)
+    prepare = specs.prepare_model(*verb.prepares)
+    if foreground.run(prepare, phase="preparing the model", notice="stopping"):
+        return 1
+    if stops.count:
+        return DRAINED
+    code = foreground.run(
+        specs.offline(verb),
+        phase="reading the rows",
+        notice="stopping after this step, with a checkpoint (Ctrl-C again to stop at once)",
+        orderly=(0, DRAINED),
+        on_step=run.keep_settings,
+    )
+    if code == 0:  # its steps may have ended before they were seen
+        run.keep_settings()
+    return code

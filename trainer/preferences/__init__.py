@@ -1,0 +1,1 @@
+"""Preference optimization: learns from pairs of completions, or from completions with labels."""

@@ -1,0 +1,1 @@
+"""Training of Bradley-Terry reward models on comparisons of completions."""
