@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from areal_like.config import LoraConfig
+from areal_like.config import LoraConfig, from_mapping
 from areal_like.trajectory import Trajectory
 from tests.support.full_state import gather_full_state
 from tests.support.routes import routed_groups
@@ -19,6 +20,11 @@ from tests.support.trainer_ranks import DTYPES, main, make_runner
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.models.packed_model import PackedModel
+from trainer.offline.kind import OfflineTraining
+from trainer.offline.run import OfflineRun
+from trainer.preferences.training import PreferenceTraining
+from trainer.reward_model.training import RewardTraining
+from trainer.sft.training import SupervisedTraining
 from trainer.step.runner import StepRunner
 
 NUM_STEPS = 3
@@ -55,10 +61,12 @@ def run_steps(runner: StepRunner, ranks: Ranks, steps: Sequence[int]) -> list[di
 
 
 def weights_of(runner: StepRunner) -> dict[str, Tensor]:
-    """On rank 0: the weights of policy and critic. Collective."""
+    """On rank 0: the weights of policy, critic and reward model. Collective."""
     models: dict[str, PackedModel] = {"policy": runner.policy}
     if runner.critic is not None:
         models["critic"] = runner.critic.model
+    if runner.prm is not None:
+        models["prm"] = runner.prm.model
     return {
         f"{name}.{key}": tensor.clone()
         for name, model in models.items()
@@ -98,6 +106,19 @@ def resumes(_: Ranks, out_dir: Path, size: str, text: str, steps: str, name: str
     _write(out_dir / name, weights_of(runner), ranks, metrics)
 
 
+def offline_kinds() -> dict[str, OfflineTraining]:
+    """A new one of each kind, by the name of its section."""
+    return {kind.name: kind for kind in (SupervisedTraining(), RewardTraining(), PreferenceTraining())}
+
+
+def offline(_: Ranks, out_dir: Path, size: str, text: str) -> None:
+    """Trains the jobs of a JSON mapping: name of the run -> [name of the section, configuration]."""
+    ranks = Ranks(context_parallel=int(size))
+    for name, (section, job) in json.loads(text).items():
+        config = from_mapping({**job, "name": name, "runs_dir": str(out_dir)})
+        OfflineRun(offline_kinds()[section], config, ranks, stopping=threading.Event(), started_s=0.0).run()
+
+
 def _write(stem: Path, weights: dict[str, Tensor], ranks: Ranks, metrics: list[dict[str, float]]) -> None:
     if ranks.rank == 0:
         save_file(weights, f"{stem}.safetensors")
@@ -105,4 +126,4 @@ def _write(stem: Path, weights: dict[str, Tensor], ranks: Ranks, metrics: list[d
 
 
 if __name__ == "__main__":
-    main(cases=cases, saves=saves, resumes=resumes)
+    main(cases=cases, saves=saves, resumes=resumes, offline=offline)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -21,14 +23,19 @@ from areal_like.automatic_settings import resolved
 from areal_like.config.loading import from_mapping
 from areal_like.context_parallel import context_obstacle
 from areal_like.errors import ConfigError
-from tests.support.context_ranks import NUM_STEPS, case_runner, run_steps, weights_of
+from areal_like.paths import RunPaths
+from tests.support.context_ranks import NUM_STEPS, case_runner, offline_kinds, run_steps, weights_of
 from tests.support.families import TEXT, write_family
 from tests.support.moe_model import write_moe_model
+from tests.support.offline import metrics_of
+from tests.support.preference_rows import sum_pairs
+from tests.support.sft_model import addition_rows, write_rows, write_sft_model
 from tests.support.trainer_helpers import VOCAB, run_ranks, write_model
 from trainer.batching.context_part import ContextPart
 from trainer.batching.shared_prefixes import InputSequence, SharedRows
 from trainer.distributed.ranks import Ranks, share_of
 from trainer.models.tiny import character_tokenizer
+from trainer.offline.run import OfflineRun
 from trainer.step.recipe import StepRecipe
 
 Case = dict[str, Any]
@@ -62,6 +69,30 @@ WHOLE_STEP: dict[str, Case] = {
         }
     },
 }
+
+
+def with_models(folder: Path) -> dict[str, Case]:
+    """Methods that have further models: teachers of labels, and a reward model of tokens."""
+    names = {"even": "first", "default": "second"}
+    teachers = {
+        label: write_model(folder / name, "gpt2", seed=seed)
+        for seed, (label, name) in enumerate(names.items(), start=1)
+    }
+    prime = {"objective": {"name": "ppo"}, "advantage": {"name": "prime"}}
+    return {
+        "prime": {"settings": prime},
+        **{
+            loss: {
+                "settings": {
+                    "objective": {"name": "distill"},
+                    "distill": {"teachers": teachers, "coef": 0.5, "loss": loss},
+                }
+            }
+            for loss in ("sampled", "full")
+        },
+    }
+
+
 BY_CUT = {"balance", "num_microbatches", "shared_share", "baseline"}
 """Metrics that depend on the cuts into micro-batches (`baseline` counts dummies of ranks without work)."""
 
@@ -110,7 +141,8 @@ def check_cases(folder: Path, ranks: Ranks, cases: list[Case], *, world_size: in
 
 def test_two_ranks_of_a_context_are_one(tmp_path: Path, ranks: Ranks, path: str) -> None:
     """One objective of each kind, with segments, shared prefixes, and a sample that is too long to pack."""
-    cases = [{"path": path, **case} for case in KINDS.values()]
+    further = with_models(tmp_path)
+    cases = [{"path": path, **case} for case in (*KINDS.values(), further["full"], further["prime"])]
     for family in ("qwen3", "mistral"):  # grouped queries; windows
         model = write_model(tmp_path / family, family, dtype=torch.float32)
         cases.append({"path": model, "dtype": "float32", "num_steps": 1, **SEQUENCE})
@@ -119,7 +151,8 @@ def test_two_ranks_of_a_context_are_one(tmp_path: Path, ranks: Ranks, path: str)
 
 @pytest.mark.long
 def test_four_ranks_of_a_context_are_one(tmp_path: Path, ranks: Ranks, path: str) -> None:
-    cases = [{"path": path, **case} for case in (*KINDS.values(), *WHOLE_STEP.values())]
+    every = (*KINDS.values(), *WHOLE_STEP.values(), *with_models(tmp_path).values())
+    cases = [{"path": path, **case} for case in every]
     check_cases(tmp_path, ranks, cases, world_size=4, size=4)
 
 
@@ -128,9 +161,68 @@ def test_four_ranks_of_a_context_are_one(tmp_path: Path, ranks: Ranks, path: str
 def test_two_data_ranks_with_contexts_are_one(
     tmp_path: Path, ranks: Ranks, path: str, balances: bool
 ) -> None:
-    every = (*KINDS.values(), *WHOLE_STEP.values())
+    every = (*KINDS.values(), *WHOLE_STEP.values(), *with_models(tmp_path).values())
     cases = [{"path": path, "balances": balances, **case} for case in every]
     check_cases(tmp_path, ranks, cases, world_size=4, size=2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 2)])
+def test_offline_training_in_a_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, size: int
+) -> None:
+    """Supervised training, a reward model, DPO and KTO have the losses and gradient norms of one rank."""
+    other = AutoModelForCausalLM.from_pretrained(write_sft_model(tmp_path / "model"))
+    with torch.no_grad():  # with the model itself, the first margins would be rounding
+        for param in other.parameters():
+            param.mul_(1.1)
+    reference = str(tmp_path / "reference")
+    other.save_pretrained(reference)
+    pairs, labels, texts = (str(tmp_path / f"{name}.jsonl") for name in ("pairs", "labels", "texts"))
+    write_rows(Path(pairs), sum_pairs(13, seed=1))
+    write_rows(Path(labels), sum_pairs(13, seed=1, kind="label"))
+    write_rows(Path(texts), addition_rows("text", 13, seed=1))
+    plan = {"batch_rows": 5, "num_epochs": 1, "eval_interval": 1}
+    rows = {"train": pairs, "eval": pairs, **plan}
+    sections: dict[str, tuple[str, dict[str, Any]]] = {
+        "of_texts": ("sft", {"train": texts, "eval": texts, **plan}),
+        "of_scores": ("reward_model", {**rows, "center_coef": 0.1}),
+        "of_pairs": ("preferences", {**rows, "method": "dpo", "reference": reference}),
+        "of_labels": (
+            "preferences",
+            {**rows, "train": labels, "eval": labels, "method": "kto", "reference": reference},
+        ),
+    }
+    trainer = {"lr": 3e-3, "warmup_steps": 0, "tokens_per_microbatch": 80}
+    job = {"model": {"path": str(tmp_path / "model")}}
+    of_ranks = {**trainer, "world_size": world_size, "context_parallel": size}
+    jobs = {name: (key, {**job, "trainer": of_ranks, key: each}) for name, (key, each) in sections.items()}
+    # Two caches, so that the log-probs of the reference are computed by the ranks too.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache_of_ranks"))
+    (tmp_path / "ranks").mkdir()
+    run_ranks(
+        *("offline", str(tmp_path / "ranks"), str(size), json.dumps(jobs)),
+        world_size=world_size,
+        module="tests.support.context_ranks",
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, (key, each) in sections.items():
+        config = from_mapping(
+            {**job, "name": name, "runs_dir": str(tmp_path / "alone"), "trainer": trainer, key: each}
+        )
+        ranks = Ranks.alone()
+        try:
+            OfflineRun(offline_kinds()[key], config, ranks, stopping=threading.Event(), started_s=0.0).run()
+        finally:
+            dist.destroy_process_group()
+        want = metrics_of(RunPaths.of(config))
+        got = metrics_of(RunPaths(tmp_path / "ranks" / name))
+        assert len(want) == len(got) == 3
+        for of_step, want_of_step in zip(got, want, strict=True):
+            assert of_step.keys() == want_of_step.keys() and {"grad_norm", "eval_loss"} <= of_step.keys()
+            for metric in of_step.keys() - BY_CUT:
+                expected = pytest.approx(want_of_step[metric], rel=1e-4, abs=1e-5)
+                assert of_step[metric] == expected, (name, metric)
 
 
 @pytest.mark.long

@@ -19,8 +19,8 @@ tokens: every chunk would gather the weight and reduce its gradient again.
 In a context group (`Ranks.context`) a rank computes its part of a micro-batch's rows, and the values of all
 sampled tokens are gathered (`of_all`).
 
-Shape suffixes: T packed tokens, U rows that the model computes for them, S sampled tokens, C those whose
-values this rank computes, D hidden size.
+Shape suffixes: T packed tokens, U rows that the model computes for them, R those of this rank, S sampled
+tokens, C those whose values this rank computes, D hidden size.
 """
 
 from __future__ import annotations
@@ -364,28 +364,36 @@ class PackedModel(nn.Module):
         finally:
             self.replay = replay
 
-    def hidden(self, batch: PackedBatch, *, at_S: Tensor | None = None) -> Tensor:
+    def hidden(self, batch: PackedBatch) -> Tensor:
         """Last hidden states [C, D] at the position before each of `batch.target_C`, where its logits come
         from: each sampled token, or in a context group this rank's part of them. Collective.
 
-        A sequence's first token is never sampled, so there is always a position before. `at_S`: int64 indices
-        of other tokens whose states are wanted; not in a context group.
+        A sequence's first token is never sampled, so there is always a position before.
         """
+        if batch.context is not None:
+            read_C = batch.context.read_C
+        else:
+            read_C = batch.sampled_S - 1
+            if batch.rows is not None:
+                read_C = batch.rows.row_T.index_select(0, read_C)
+        return self.hidden_rows(batch).index_select(0, read_C)
+
+    def hidden_rows(self, batch: PackedBatch) -> Tensor:
+        """Last hidden states [R, D] of the rows that this rank computes: all (U), or in a context group a
+        part. Collective."""
         assert self.shares_prefixes or batch.shared is None
         if self._wide is not None:
             self._wide.gather()
         tokens, positions = batch.tokens_T, batch.positions_T
-        read_C = batch.target_C - 1 if at_S is None else at_S
         routes_ULK, exchange = batch.routes_ULK, None
         if (part := batch.context) is not None:
-            assert self._ranks is not None and at_S is None
+            assert self._ranks is not None
             tokens, positions = (x.index_select(0, part.token_R) for x in (tokens, positions))
-            read_C, exchange = part.read_C, exchange_of(self._ranks.context, part.num_rows)
+            exchange = exchange_of(self._ranks.context, part.num_rows)
             routes_ULK = None if routes_ULK is None else routes_ULK.index_select(0, part.row_R)
         elif (rows := batch.rows) is not None:
             tokens, positions = (x.index_select(0, rows.token_U) for x in (tokens, positions))
-            read_C = rows.row_T.index_select(0, read_C)
-        hidden_UD: Tensor = decoder_of(self.model)(
+        hidden_RD: Tensor = decoder_of(self.model)(
             input_ids=tokens[None],
             position_ids=positions[None],
             use_cache=False,
@@ -394,7 +402,7 @@ class PackedModel(nn.Module):
             packed_context=exchange,
             **({} if self.replay is None else self.replay.arguments(routes_ULK)),
         ).last_hidden_state[0]
-        return hidden_UD.index_select(0, read_C)
+        return hidden_RD
 
     def of_all(self, batch: PackedBatch, values: Sequence[Tensor]) -> list[Tensor]:
         """[S] values of a micro-batch's sampled tokens, from those [C] that each rank of the context group
@@ -410,6 +418,15 @@ class PackedModel(nn.Module):
             value_S if value_C.requires_grad else value_S.detach()
             for value_S, value_C in zip(found, values, strict=True)
         ]
+
+    def at_tokens(self, batch: PackedBatch, value_R: Tensor, at_S: Tensor) -> Tensor:
+        """[S] values of the tokens `at_S` (int64 indices into T) of a micro-batch, from those [R] of the rows
+        that each rank of the context group has computed. Collective in the group."""
+        value_U = value_R
+        if batch.context is not None:
+            assert self._ranks is not None and self._ranks.context is not None
+            value_U = self._ranks.context.gather(value_R).T.reshape(-1)  # rank c has the rows c, c + N, ...
+        return value_U.index_select(0, at_S if batch.rows is None else batch.rows.row_T.index_select(0, at_S))
 
 
 def build_skeleton(path: str, *, dtype: torch.dtype, auto_class: Callable[[Any], Any] = auto_class) -> Any:

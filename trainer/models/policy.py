@@ -68,12 +68,13 @@ class TaughtLogProbs(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Distributions:
-    """The log-probs of the whole vocabulary at each sampled token of a micro-batch.
+    """The log-probs of the whole vocabulary at the sampled tokens of a micro-batch whose logits this rank
+    computes.
 
     A class, because FSDP2 casts the tensors in a forward's arguments to the model's dtype.
     """
 
-    logprobs_SV: Tensor
+    logprobs_CV: Tensor
     """float32 or wider."""
 
 
@@ -112,9 +113,8 @@ class Policy(PackedModel):
     def forward(
         self, batch: PackedBatch, teacher: Distributions | None = None
     ) -> TokenLogProbs | TaughtLogProbs:
-        """`teacher`: its distributions at the sampled tokens, for `reverse_kl_S`; not in a context group."""
-        assert teacher is None or batch.context is None
-        own = self._of_own(batch, None if teacher is None else teacher.logprobs_SV)
+        """`teacher`: its distributions at the sampled tokens, for `reverse_kl_S`."""
+        own = self._of_own(batch, None if teacher is None else teacher.logprobs_CV)
         found = iter(self.of_all(batch, [each for each in own if each is not None]))
         logprobs_S, entropy_S = next(found), next(found)
         collision_S, reverse_kl_S = (None if each is None else next(found) for each in own[2:])
@@ -151,9 +151,8 @@ class Policy(PackedModel):
 
     @torch.no_grad()
     def all_logprobs(self, batch: PackedBatch) -> Tensor:
-        """[S, V] log-probs of the whole vocabulary at each sampled token, for a teacher. Collective; not in a
-        context group."""
-        assert batch.context is None
+        """[C, V] log-probs of the whole vocabulary at each sampled token whose logits this rank computes, for
+        a teacher. Collective."""
         self._kept = []
         try:
             self(batch)

@@ -5,7 +5,7 @@ the names of `AutoModelForSequenceClassification`, so its directories are read a
 causal language model the head of the vocabulary is left out, and the new head starts at zero: every score is
 0 until the model has learned, whatever the seed.
 
-Shape suffixes: S scored tokens.
+Shape suffixes: S scored tokens, R rows of a micro-batch that this rank computes.
 """
 
 from __future__ import annotations
@@ -60,10 +60,16 @@ class RewardModel(PackedModel):
     def forward(self, batch: PackedBatch) -> Tensor:
         """[S] score of the text up to each token of the loss mask, in float32 or the master weights' dtype if
         wider."""
-        score_S1 = self.model.get_submodule(_HEAD)(self.hidden(batch, at_S=batch.sampled_S))
+        hidden_RD = self.hidden_rows(batch)
+        if batch.context is None:  # no scores of other tokens
+            return self._scores(self.at_tokens(batch, hidden_RD, batch.sampled_S))
+        return self.at_tokens(batch, self._scores(hidden_RD), batch.sampled_S)
+
+    def _scores(self, hidden_RD: Tensor) -> Tensor:
+        score_R1 = self.model.get_submodule(_HEAD)(hidden_RD)
         # A sum and not a squeeze: FSDP2 attaches its backward hook to outputs, which must not be views.
-        score_S: Tensor = score_S1.to(torch.promote_types(score_S1.dtype, torch.float32)).sum(1)
-        return score_S
+        score_R: Tensor = score_R1.to(torch.promote_types(score_R1.dtype, torch.float32)).sum(1)
+        return score_R
 
 
 def pad_token_id(path: str) -> int | None:

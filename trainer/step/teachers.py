@@ -9,13 +9,18 @@ for a micro-batch, if need be on a dummy, because the gathering of FSDP2's shard
 
 Memory of each rank: its rows of each model in `model.dtype`, without gradients and moments.
 
-Shape suffixes: S sampled tokens of a micro-batch, N its samples, V vocabulary of the policy.
+In a context group (`Ranks.context`) the ranks compute each of these forwards together. With
+`distill.loss=full` a teacher then runs on all samples of a micro-batch that has one of its own, so that each
+rank has the distributions of the tokens for which it computes those of the policy.
+
+Shape suffixes: S sampled tokens of a micro-batch, C those whose logits this rank computes, V vocabulary of
+the policy.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,34 +77,53 @@ class Teachers:
             found: Tensor = model(part).logprobs_S
             return found
 
-        return self._computed(batch, logprobs, self._recorded(batch))
+        return self._computed(batch, logprobs, self._recorded(batch), at=batch.sampled_S, takes_parts=True)
 
     @torch.no_grad()
     def distributions(self, batch: PackedBatch) -> tuple[Tensor, Distributions]:
-        """([S] the same, those of the whole vocabulary; where there is no teacher, 0). Collective."""
-        num_targets, vocab = len(batch.sampled_S), self._vocab_size
-        empty = torch.full((num_targets, vocab), torch.nan, device=batch.tokens_T.device)
+        """([S] the same, those of the whole vocabulary; where there is no teacher, 0). Collective.
+
+        In a context group a rank computes and keeps the vocabulary of its sampled tokens (C) alone.
+        """
+        target_C, vocab = batch.target_C, self._vocab_size
+        empty = torch.full((len(target_C), vocab), torch.nan, device=batch.tokens_T.device)
 
         def all_logprobs(model: Policy, part: PackedBatch) -> Tensor:
             return model.all_logprobs(part)[:, :vocab]  # the teacher may have further rows, of no token
 
-        teacher_SV = self._computed(batch, all_logprobs, empty)
-        targets_S = batch.tokens_T[batch.sampled_S]
-        teacher_S = teacher_SV.gather(1, targets_S[:, None]).squeeze(1)
-        return teacher_S, Distributions(teacher_SV.nan_to_num(nan=0.0))
+        takes_parts = batch.context is None
+        teacher_CV = self._computed(batch, all_logprobs, empty, at=target_C, takes_parts=takes_parts)
+        teacher_C = teacher_CV.gather(1, batch.tokens_T[target_C][:, None]).squeeze(1)
+        model = next(iter(self.models.values()))
+        (teacher_S,) = model.of_all(batch, [teacher_C])
+        return teacher_S, Distributions(teacher_CV.nan_to_num(nan=0.0))
 
     def _computed(
-        self, batch: PackedBatch, compute: Callable[[Policy, PackedBatch], Tensor], without: Tensor
+        self,
+        batch: PackedBatch,
+        compute: Callable[[Policy, PackedBatch], Tensor],
+        without: Tensor,
+        *,
+        at: Tensor,
+        takes_parts: bool,
     ) -> Tensor:
-        """The result [S, ...] of each sample's own model; `without`: for those that have no model here."""
+        """The result of each sample's own model for the tokens `at` (int64 indices into T).
+
+        `without`: that of tokens without a model here. `takes_parts`: a model computes its own samples alone;
+        False: the whole micro-batch, where results belong to a rank's part of its rows.
+        """
         result, places = without, self._settings.models
         path_of = [places.get(self._settings.teacher_of(s.trajectory.label), "") for s in batch.samples]
         for path, model in self.models.items():
             mine = [each == path for each in path_of]
             if all(mine):
                 result = compute(model, batch)
+            elif any(mine) and not takes_parts:
+                found, chosen_at = compute(model, batch), _of_tokens(mine, batch, at)
+                result = result.to(found.dtype)
+                result[chosen_at] = found[chosen_at]
             elif any(mine) or self._ranks.world_size > 1:
-                chosen = [sample for sample, is_mine in zip(batch.samples, mine, strict=True) if is_mine]
+                chosen = [sample for sample, is_used in zip(batch.samples, mine, strict=True) if is_used]
                 part = collate(
                     chosen or [DUMMY],
                     device=self._ranks.device,
@@ -108,9 +132,8 @@ class Teachers:
                 )
                 found = compute(model, part)
                 if chosen:
-                    mine_N = torch.tensor(mine, device=result.device)
                     result = result.to(found.dtype)
-                    result[mine_N[batch.samples_T[batch.sampled_S]]] = found
+                    result[_of_tokens(mine, batch, at)] = found
         return result
 
     def _recorded(self, batch: PackedBatch) -> Tensor:
@@ -127,6 +150,11 @@ class Teachers:
         ]
         recorded_T = torch.from_numpy(np.concatenate(parts).astype(np.float32))
         return recorded_T.to(batch.tokens_T.device)[batch.sampled_S]
+
+
+def _of_tokens(flag_of: Sequence[bool], batch: PackedBatch, at: Tensor) -> Tensor:
+    """The flag of the sample of each of the tokens `at`."""
+    return torch.tensor(flag_of, device=at.device)[batch.samples_T[at]]
 
 
 def check_teachers(config: Config, *, student: str) -> None:
