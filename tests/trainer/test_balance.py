@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from areal_like.errors import ArealError, ConfigError
-from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.trajectory import TEACHER_LOGPROBS, FinishReason, Trajectory
 from tests.support.routes import random_routes
 from tests.support.trainer_helpers import joined, run_ranks, write_model
 from trainer.batching.balance import Cost, SequenceSize, plan
@@ -222,6 +222,7 @@ def test_sequences_over_the_budget_are_refused() -> None:
 
 @pytest.mark.parametrize("of_tokens", [False, True])
 def test_a_sample_survives_its_journey(of_tokens: bool) -> None:
+    teacher = {TEACHER_LOGPROBS: np.array([0, -0.3, -2e-7], dtype=np.float32)}
     sample = TrainingSample(
         trajectory=Trajectory(
             tokens=np.array([5, 6, 7], dtype=np.int32),
@@ -232,12 +233,15 @@ def test_a_sample_survives_its_journey(of_tokens: bool) -> None:
             finish_reason=FinishReason.LENGTH,
             segments=(1, 2) if of_tokens else (),
             routes=random_routes(1, np.random.default_rng(0)) if of_tokens else None,
+            label="sums" if of_tokens else "",
+            arrays=teacher if of_tokens else {},
         ),
         advantage=np.array([0.0, 1 / 3, -2.0]) if of_tokens else 1 / 3,
         lag=np.array([0, 2, 1]) if of_tokens else 2,
         group=7,
         beyond=np.array([False, True, False]) if of_tokens else None,
         num_masked=2 if of_tokens else 0,
+        is_continued=of_tokens,
     )
     back = decoded(encoded(sample))
     assert repr(back) == repr(sample)
