@@ -124,7 +124,8 @@ def main() -> None:
 def _become(command: list[str], limits: dict[str, float]) -> None:
     try:
         os.setsid()
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        if os.sched_getscheduler(0) != os.SCHED_OTHER:  # some containers refuse the call that follows
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         set_limits(limits)
         leave_keyring()
