@@ -38,6 +38,6 @@ def _tokens_of(path: str) -> dict[int, str]:
 
     try:
         vocabulary = AutoTokenizer.from_pretrained(path, trust_remote_code=False).get_vocab()
-    except (OSError, ValueError, KeyError, RecursionError) as error:
+    except Exception as error:  # for a broken file, tokenizers raises plain exceptions
         raise ConfigError(f"transformers cannot load a tokenizer from it ({first_line(error)})") from error
     return {token: text for text, token in vocabulary.items()}

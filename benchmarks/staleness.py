@@ -102,6 +102,7 @@ FULL_METHODS: dict[str, dict[str, Any]] = {
     },
     "online DPO": {"objective": {"name": "online_dpo"}, "normalizer": "seq_mean_token_sum"},
     "REBEL": {"objective": {"name": "rebel"}, "normalizer": "seq_mean_token_sum"},
+    "SPPO": {"objective": {"name": "sppo"}, "normalizer": "seq_mean_token_sum"},
     "decoupled PPO, snapshot": {"objective": {"name": "decoupled_ppo", "prox": "snapshot"}},
     "PPO-EWMA": {"objective": {"name": "decoupled_ppo", "prox": "average"}},
     "A-3PO": {"objective": {"name": "decoupled_ppo", "prox": "interpolated"}},

@@ -165,7 +165,12 @@ def best_setting(job: Job, side: str, runs: Sequence[Mapping[str, Any]]) -> Sett
 
 def settings_of(job: Job, *, lr: float) -> dict[str, Any]:
     """The parts of the job's configuration that TRL gets."""
-    own = {"num_steps": job.max_steps, "max_new_tokens": job.max_new_tokens, "lr": lr}
+    own = {
+        "num_steps": job.max_steps,
+        "max_new_tokens": job.max_new_tokens,
+        "lr": lr,
+        "lr_schedule": "constant",
+    }
     return shared_settings(Config()) | own
 
 

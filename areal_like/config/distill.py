@@ -54,6 +54,12 @@ class DistillConfig(Section, key="distill"):
             places = value if isinstance(value, (list, tuple)) else [value]
             texts = [place for place in places if isinstance(place, str) and place]
             are_servers = [place.startswith(_SCHEMES) for place in texts]
+            # Not repeated in the message, because each failure of a teacher names its address.
+            require(
+                not any("@" in place.split("/")[2] for place in texts if place.startswith(_SCHEMES)),
+                f"distill.teachers.{label}: a user name or password does not belong into an address: put the "
+                "key into a file of mode 600 and name it with distill.api_key_file",
+            )
             require(
                 isinstance(label, str)
                 and 0 < len(texts) == len(places)

@@ -57,7 +57,6 @@ class _ShowSettings(argparse.Action):
     ),
     SETTINGS,
     examples=[
-        "run",
         "run name=mine model=smollm2 task=adding trainer.num_steps=200",
         "run name=mine resume=latest",
         "run name=mine resume=latest trainer.lr=1e-5 --dry-run",

@@ -66,7 +66,7 @@ class EngineHttp:
         content = await self.fetch(method, path, body, timeout_s=timeout_s)
         try:
             response = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}  # SGLang's /health and /flush_cache respond in plain text
         if isinstance(response, dict) and response.get("success") is False:
             raise EngineError(f"engine {self.base_url}{path}: {response.get('message', 'success: false')}")
@@ -105,7 +105,7 @@ async def error_text(response: aiohttp.ClientResponse) -> str:
         body = json.loads(text)
         inner = body.get("error", body) if isinstance(body, dict) else body
         text = str(inner.get("message", inner) if isinstance(inner, dict) else inner)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     return f"HTTP {response.status}: {text[:MAX_ERROR_CHARS]}"
 

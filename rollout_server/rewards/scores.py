@@ -51,6 +51,13 @@ def as_score(returned: Any, completion: Completion, *, call: str = "reward") -> 
     return Score(value=number_of(returned, of=f"{call}()"))
 
 
+def scorer_in(metric: str) -> tuple[str, str] | None:
+    """(reward, identity of its reward model) in the name of a metric (`model/scorer/<identity>`); None in
+    another's, such as `my_scorer/accuracy`."""
+    reward, found, identity = f"/{metric}".rpartition(f"/{SCORER}")
+    return (reward[1:], identity) if found else None
+
+
 def score_fields(score: Score) -> list[Any]:
     """Returns a checked score as the values of one frame."""
     tokens = np.asarray(score.tokens, np.float32).tobytes() if len(score.tokens) else b""

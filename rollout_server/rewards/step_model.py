@@ -181,7 +181,9 @@ def _loaded(path: str, device: str, good: str, bad: str) -> _StepModel:
             model = AutoModelForTokenClassification.from_pretrained(path, trust_remote_code=False, **options)
         else:
             model = _with_two_layers(path, config)
-    except (OSError, ValueError, KeyError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # for a broken file, tokenizers raises plain exceptions
         raise ConfigError(f"score_steps: {path} cannot be loaded: {error}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"score_steps: {path} has no fast tokenizer, so its separators cannot be found")

@@ -13,8 +13,8 @@ tokenization of it may have other tokens than those that were sampled.
 
 Tokens are decoded in windows of _WINDOW new tokens after the tokens of the window before, because what a
 token decodes to depends on its neighbors (bytes of one character, a space that a first token loses). A window
-ends where no character is incomplete. If the windows do not add up to the text, as with a tokenizer that
-removes spaces before punctuation, all tokens are one window.
+has text and ends where no character is incomplete, which may take more tokens. If the windows do not add up
+to the text, as with a tokenizer that removes spaces before punctuation, all tokens are one window.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WINDOW = 16
 _REPLACEMENT = "\ufffd"
 """Decoders put it where bytes are not, or not yet, a character."""
 _MAX_COST = 1 << 22
-"""Most tokens that are decoded for one completion with a single window: the server's event loop waits."""
+"""Most tokens that are decoded for the ends of one completion: the server's event loop waits."""
 
 
 def tokens_of_ends(token_ids: Sequence[int], ends: Sequence[int], *, text: str, decode: Decode) -> list[int]:
@@ -47,13 +47,13 @@ def tokens_of_ends(token_ids: Sequence[int], ends: Sequence[int], *, text: str, 
                 "the text of this completion is not that of its tokens (reasoning or tool calls were removed "
                 "from it), so its steps have no place in them: reward turns or tokens"
             )
-        cost = len(ids) * len(ends) * len(ids).bit_length()
-        if cost > _MAX_COST:
-            raise RewardError(
-                f"{len(ends)} steps of {len(ids)} tokens: this tokenizer's tokens have to be decoded "
-                "together, which would take too long: reward fewer steps"
-            )
         windows = [(0, 0, len(ids), text)]
+    longest = max((last - start for start, _, last, _ in windows), default=0)
+    if longest * len(ends) * longest.bit_length() > _MAX_COST:
+        raise RewardError(
+            f"{len(ends)} steps of {len(ids)} tokens: {longest} of them have to be decoded together, which "
+            "would take too long: reward fewer steps"
+        )
     found: list[int] = []
     before = 0
     remaining = iter(ends)
@@ -82,15 +82,14 @@ def _windows(ids: list[int], decode: Decode, *, size: int) -> list[tuple[int, in
     start = first = 0
     while first < len(ids):
         before = decode(ids[start:first])
-        last = first
+        last, num_added = first, size
         while True:
-            last = min(last + size, len(ids))
+            last = min(last + num_added, len(ids))
             whole = decode(ids[start:last])
-            if last == len(ids) or not whole.endswith(_REPLACEMENT):
+            # A window without text is no context: its next token would be decoded like a first one.
+            if last == len(ids) or (len(whole) > len(before) and not whole.endswith(_REPLACEMENT)):
                 break
-        added = whole[len(before) :]
-        windows.append((start, first, last, added))
-        if added:  # a window without text is no context: its next token would be decoded like a first one
-            start = first
-        first = last
+            num_added = last - first  # doubles, so that the work is linear in the number of tokens
+        windows.append((start, first, last, whole[len(before) :]))
+        start, first = first, last
     return windows

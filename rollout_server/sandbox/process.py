@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -9,7 +10,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, BinaryIO
 
@@ -60,6 +61,22 @@ def supervisor_arguments(limits: Limits, *, is_namespace: bool) -> str:
     return json.dumps(vars(limits) | {"parent": 0 if is_namespace else os.getpid()})
 
 
+@contextlib.contextmanager
+def _with_priority() -> Iterator[None]:
+    """What is started within the block has the lowest real-time priority, if this user may give it: the
+    supervisor. It starts the program without one."""
+    policy, param = os.sched_getscheduler(0), os.sched_getparam(0)  # of this thread
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, param)
+
+
 def start_supervised(
     command: Sequence[str],
     *,
@@ -72,16 +89,17 @@ def start_supervised(
 
     Call it in a thread that lives on: the kernel signals the supervisor when the thread that started it ends.
     """
-    process = subprocess.Popen(
-        command,
-        bufsize=0,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=dict(environment),
-        cwd=directory,
-        start_new_session=True,
-    )
+    with _with_priority():
+        process = subprocess.Popen(
+            command,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=dict(environment),
+            cwd=directory,
+            start_new_session=True,
+        )
     return RunningProgram(process, end_signal, temporary)
 
 
@@ -111,7 +129,7 @@ def run_bounded(
     pass_fds: Sequence[int] = (),
 ) -> ProgramResult:
     """Runs a supervised command until it ends or reaches a limit; `end_signal` must end all of it."""
-    with memory_file(stdin) as input_file:
+    with memory_file(stdin) as input_file, _with_priority():
         process = subprocess.Popen(
             command,
             stdin=input_file,

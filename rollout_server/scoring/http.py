@@ -278,7 +278,8 @@ def _are_ids(value: Any) -> bool:
 
 
 def _timeout_s(body: dict[str, Any]) -> float:
-    return number(body, "timeout_s", _DEFAULT_TIMEOUT_S, low=0.001, high=_LONGEST_TIMEOUT_S)
+    # A client with a longer time limit (`task.reward.timeout_s`) is no mistake.
+    return min(number(body, "timeout_s", _DEFAULT_TIMEOUT_S, low=0), _LONGEST_TIMEOUT_S)
 
 
 def _result(scored: Scored | BaseException) -> Scored:

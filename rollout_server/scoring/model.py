@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -22,11 +21,6 @@ from areal_like.errors import ConfigError, first_line
 from rollout_server.scoring.directory import ModelDirectory
 
 Prompt = str | Sequence[Mapping[str, Any]]
-_LOAD_ERRORS = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError),
-    *(RuntimeError, RecursionError, SafetensorError),
-)
-"""Errors of transformers, tokenizers and safetensors for files that are broken or do not fit together."""
 _UNBOUNDED = 1 << 20
 """Longest text of a model whose configuration has no limit, in tokens."""
 
@@ -61,7 +55,7 @@ class RewardModel:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except _LOAD_ERRORS as error:
+        except Exception as error:  # for a broken file, tokenizers raises plain exceptions
             raise ConfigError(
                 f"scorer.path={path} cannot be loaded as a sequence classifier: {first_line(error)}"
             ) from error

@@ -29,7 +29,7 @@ _LATE_S = 2.0
 """Texts that wait longer are listed among the daemon's waits."""
 _FORWARD_ERRORS = (
     *(TypeError, AttributeError, NotImplementedError, IndexError, KeyError, ValueError),
-    *(RuntimeError, MemoryError),
+    *(RuntimeError, MemoryError, AssertionError, ArithmeticError),
 )
 """What the code of a model may raise; torch's errors are RuntimeErrors."""
 _FROZEN_S = 60.0

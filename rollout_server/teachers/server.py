@@ -7,6 +7,7 @@ each cut computes the tokens before it again. The log-probs are those at tempera
 from __future__ import annotations
 
 import logging
+import re
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _MOST_SCORED = 256
 """Largest number of tokens that the embedded engine scores in one request."""
+_REFUSED = re.compile(r"engine \S+: HTTP 4(?!08|09|25|29)")
+"""How the error of `EngineHttp` begins for a request that would be refused again."""
 _MOST_LOGPROB = 1e-3
 """Rounding of a server in 16 bits may leave a certain token's log-prob above 0 by less."""
 
@@ -79,7 +82,7 @@ class TeacherServer:
         try:
             await self._score([0, 1], first=1)
         except EngineError as error:
-            if "HTTP 4" not in str(error) and not isinstance(error, MalformedScoresError):
+            if not (_REFUSED.match(str(error)) or isinstance(error, MalformedScoresError)):
                 raise
             raise ConfigError(
                 f"it returns no log-probs of prompts ({error}): SGLang and the embedded engine do, by "
@@ -95,7 +98,7 @@ class TeacherServer:
         info = await self._http.call("GET", "/model_info", timeout_s=self._timeout_s)
         info = info if isinstance(info, dict) else {}
         path = Path(str(info.get("tokenizer_path") or info.get("model_path") or ""))
-        if path.is_absolute() and (path / "tokenizer_config.json").is_file():
+        if path.is_absolute() and _is_file(path / "tokenizer_config.json"):
             check_vocabulary(str(path), model)
             return
         text, tokens = renderer.text_of_all_parts()
@@ -116,7 +119,7 @@ class TeacherServer:
         try:
             scores = np.array([float(entry[0]) for entry in entries])
             scored = [int(entry[1]) for entry in entries]
-        except (TypeError, ValueError, IndexError) as error:
+        except (TypeError, ValueError, LookupError, OverflowError) as error:
             raise MalformedScoresError(f"{self.url}: {type(error).__name__}: {error}") from None
         if scored != tokens[first:]:
             raise MalformedScoresError(f"{self.url}: the log-probs are of other tokens than those sent")
@@ -139,3 +142,10 @@ class TeacherServer:
         if not isinstance(entries, list):
             raise MalformedScoresError(f"{self.url}: the response has no input_token_logprobs")
         return entries
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # in a directory that this user may not read, or too long a name
+        return False

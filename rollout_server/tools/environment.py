@@ -78,7 +78,8 @@ class ToolEnvironment(Environment):
         """Opens the sources. Raises ToolServerError, or ConfigError for two tools of one name."""
         for source in self._sources[len(self._opened) :]:
             self._opened.append(await source.open())
-        self._offer([*self._own, *(tool for opened in self._opened for tool in opened.tools)])
+        if self._sources:
+            self._offer([*self._own, *(tool for opened in self._opened for tool in opened.tools)])
         return messages_of(self._prompt)
 
     async def close(self) -> None:

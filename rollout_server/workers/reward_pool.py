@@ -40,7 +40,7 @@ from typing import Any, Self
 
 from areal_like.config import Config
 from areal_like.errors import RewardError, RewardTimeoutError
-from rollout_server.rewards.scores import SCORER, score_of
+from rollout_server.rewards.scores import score_of, scorer_in
 from rollout_server.tasks.base import Completion, Score, Split, Task
 from rollout_server.workers.host import WorkerHost
 from rollout_server.workers.reward_queue import Item, RewardQueue
@@ -207,21 +207,20 @@ class RewardPool:
             del self._since_s[item.number]
         self.seconds_total += seconds
         for name in score.metrics:
-            if SCORER in name:
-                self._note_scorer(name)
+            if (found := scorer_in(name)) is not None:
+                self._note_scorer(*found)
         return Reward(score=score, seconds=seconds)
 
-    def _note_scorer(self, name: str) -> None:
-        """Notes which reward model has scored, from the name of a metric: `model/scorer/<identity>`."""
-        reward, _, identity = name.rpartition(SCORER)
+    def _note_scorer(self, reward: str, identity: str) -> None:
+        """Notes which reward model has scored for a reward."""
         known = self._scorers.setdefault(reward, {})
         if identity in known or len(known) >= _MAX_SCORERS:
             return
         if known:
             self.num_scorer_changes += 1
             log.warning(
-                "another reward model scores samples of this run: %s, and before %s (%sscorer)",
-                *(identity, next(reversed(known)), reward),
+                "another reward model scores samples of this run: %s, and before %s (%s)",
+                *(identity, next(reversed(known)), reward or "reward"),
             )
         known[identity] = None
 

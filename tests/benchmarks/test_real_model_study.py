@@ -88,7 +88,7 @@ def test_a_killed_cell_continues_and_is_reported(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"{BEGIN}{END}")
     text = write_report(study, page=page, plot=tmp_path / "plot.png")
-    assert "\n| rl-0 | 12 | " in text and "Not complete: `sft-0`" in text
+    assert "\n| rl-0 | 12 | " in text and "Not complete: `killed-0`, `sft-0`" in text
     run_cell(study, "rl-0")  # complete: nothing runs
 
     # TRL gets the prompts that this project has trained on first.

@@ -97,4 +97,5 @@ def test_a_killed_trainer_has_the_same_teacher(tmp_path: Path, cache: dict[str, 
     teacher = f"distill.teachers.default={tmp_path / 'teacher'}"
     _, rows = killed_and_replayed(tmp_path, cache, *TAUGHT, teacher)
     assert all(row["teacher_share"] == 1 for row in rows)
-    assert 0 < rows[-1]["reverse_kl"] < rows[0]["reverse_kl"]
+    # The last one may be below 0: it is an estimate from the sampled tokens.
+    assert rows[-1]["reverse_kl"] < rows[0]["reverse_kl"]

@@ -47,6 +47,9 @@ LEADER_COLUMNS = {
 GOLD_COLUMNS = {"reward_gold_mean"}
 """Columns of runs with `task.gold_reward` (tests/jobs/test_scorer_job.py checks them)."""
 
+STEP_COLUMNS = {"steps_per_sample", "step_reward_mean"}
+"""Columns of samples with rewards of steps (tests/jobs/test_process_rewards_job.py checks them)."""
+
 LORA_COLUMNS = {"lora_lost_updates"}
 """Columns of runs with `model.lora` (tests/jobs/test_lora_job.py checks them)."""
 
@@ -75,6 +78,7 @@ def test_every_column_is_on_the_page(tmp_path: Path, ranks: Ranks) -> None:
     jobs += [
         {"objective": {"name": "vcpo", "rho_ref": "measured"}},
         {"advantage": {"name": "gae"}, "kl": {"coef": 0.1}},
+        {"advantage": {"name": "prime"}},
         {"advantage": {"name": "grpo", "shaping": [{"name": "laconic", "budget_tokens": 2}]}},
     ]
     rows: list[dict[str, Any]] = []
@@ -95,6 +99,7 @@ def test_every_column_is_on_the_page(tmp_path: Path, ranks: Ranks) -> None:
         | LORA_COLUMNS
         | ROUTE_COLUMNS
         | GOLD_COLUMNS
+        | STEP_COLUMNS
         | {"greedy_reward", "reward_baseline"}
     )
     assert seen | others == named_columns()

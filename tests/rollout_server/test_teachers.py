@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,13 +160,17 @@ def test_a_dead_teacher_delays_and_fails_its_samples(renderer: PromptRenderer) -
     moved_clock.run(body())
 
 
-def http(status: type[web.HTTPException]) -> Any:
+def http(status: Callable[..., web.HTTPException]) -> Any:
     def answer(body: dict[str, Any], entries: list[Any]) -> Any:
         if body["input_ids"] == [0, 1]:
             return {"meta_info": {"input_token_logprobs": entries}}
         raise status(text="not now")
 
     return answer
+
+
+def deep_nesting(text: str) -> web.HTTPException:
+    return web.HTTPOk(text="[" * 100_000)
 
 
 def of_entries(change: Any) -> Any:
@@ -194,6 +198,10 @@ def of_entries(change: Any) -> Any:
         of_entries(lambda entries: [["-1", [], {}] for e in entries]),
         of_entries(lambda entries: [None] * len(entries)),
         of_entries(lambda entries: [[] for e in entries]),
+        of_entries(lambda entries: [{} for e in entries]),
+        of_entries(lambda entries: [[-(10**400), e[1], None] for e in entries]),
+        of_entries(lambda entries: [[-1.0, float("inf"), None] for e in entries]),
+        http(deep_nesting),
         of_entries(lambda entries: {"a": 1}),
         of_entries(lambda entries: "x" * len(entries)),
     ],
@@ -241,6 +249,9 @@ def test_unsuitable_servers_are_refused_at_the_start(
     async def body() -> None:
         await refused(PlayedTeacher(context_length=99), r"has 99 tokens, and a sample may have 100: start it")
         await refused(PlayedTeacher(tokenizer_path=other), "its tokenizer is not the policy's: ")
+        broken = PlayedTeacher(tokenizer_path=write_model(tmp_path / "broken"))
+        (tmp_path / "broken" / "tokenizer.json").write_text('{"added_tokens": []}')
+        await refused(broken, "cannot load a tokenizer from it")
         without = PlayedTeacher()
         without.answer = lambda body, entries: {"text": "", "meta_info": {}}
         await refused(without, "it returns no log-probs of prompts .*: SGLang and the embedded engine do")
@@ -256,9 +267,27 @@ def test_unsuitable_servers_are_refused_at_the_start(
         foreign.tokens_of_text = lambda text: renderer._tokenizer(text)["input_ids"]
         async with foreign.running(), pool_of(renderer, {"x": foreign.url}):
             assert "cannot be compared" not in caplog.text
-        unknown = PlayedTeacher(tokenizer_path="/on/another/machine")
-        async with unknown.running(), pool_of(renderer, {"x": unknown.url}):
-            assert "the vocabulary of the teacher at" in caplog.text
+        for path in ("/on/another/machine", f"/{'x' * 300}", "/\0"):
+            caplog.clear()
+            unknown = PlayedTeacher(tokenizer_path=path)
+            async with unknown.running(), pool_of(renderer, {"x": unknown.url}):
+                assert "the vocabulary of the teacher at" in caplog.text
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(body())
+
+
+def test_a_busy_server_is_not_unsuitable(renderer: PromptRenderer, caplog: pytest.LogCaptureFixture) -> None:
+    def busy(body: Any, entries: Any) -> Any:
+        raise web.HTTPTooManyRequests(text="later")
+
+    async def body() -> None:
+        teacher = PlayedTeacher()
+        right, teacher.answer = teacher.answer, busy
+        async with teacher.running(), pool_of(renderer, {"default": teacher.url}) as pool:
+            assert "does not respond, and will be asked again" in caplog.text
+            teacher.answer = right
+            assert await pool.logprobs(samples()[0]) is not None
 
     with caplog.at_level(logging.WARNING):
         asyncio.run(body())
@@ -356,5 +385,8 @@ def test_settings_of_servers() -> None:
         from_mapping({"distill": {**url, "retry_s": 900}})
     with pytest.raises(ConfigError, match=r"on_failure\.teacher=zero: such a sample has no log-probs of its"):
         from_mapping({"buffer": {"on_failure": {"teacher": "zero"}}})
+    with pytest.raises(ConfigError, match=r"name it with distill\.api_key_file") as refused:
+        from_mapping({"distill": {"teachers": {"x": ["http://a", "https://user:secret@b:1/c"]}}})
+    assert "secret" not in str(refused.value)
     with pytest.raises(ConfigError, match=r"sampling\.temperature=0\.5: .* distill\.teachers"):
         from_mapping({"distill": url, "sampling": {"temperature": 0.5}})

@@ -132,7 +132,7 @@ class ServiceClient:
 
     async def get(self, path: str) -> bytes:
         """Returns the response to one GET request. Raises RewardError, TryAgainError or TimeoutError."""
-        async with asyncio.timeout(self.timeout_s):
+        async with asyncio.timeout(min(self.timeout_s, self._time_left_s())):
             with self.place.using() as url:
                 return await self._send("GET", f"{url.rpartition('/')[0]}{path}", None)
 

@@ -130,8 +130,12 @@ class MCPSettings:
             is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         except ValueError:
             is_valid = False
-        if not is_valid or parts.username is not None or parts.fragment:
-            raise self._error(f"url={self.url}: want http://host:port/path or https://host/path")
+        if not is_valid or "@" in parts.netloc or parts.fragment:
+            # Not repeated in the message, because it may have a password.
+            raise self._error(
+                "url: want http://host:port/path or https://host/path, without a user name or password: put "
+                "a key into an environment variable and name it with key_variable"
+            )
         if self.key_variable and parts.scheme == "http" and parts.hostname not in _LOOPBACK:
             raise self._error("key_variable: a key is sent only over https, or to this machine")
         if self.env_allow or self.readable:

@@ -20,6 +20,7 @@ from areal_like.security.keys import KeyRole
 from rollout_server.rewards.library import make_rewards
 from rollout_server.rewards.library.model.scorers import Scorers, tell_workers
 from rollout_server.rewards.library.service import TryAgainError
+from rollout_server.rewards.scores import scorer_in
 from rollout_server.rewards.time_limit import begin_reward
 from rollout_server.scoring.model import RewardModel
 from rollout_server.tasks.base import Completion, Example, Score
@@ -135,6 +136,7 @@ def test_sglangs_format_gives_the_same_score(server: ScoreServer, path: str) -> 
     [
         (b'{"embedding": [1.0, 2.0], "meta_info": {}}', "returned 2 numbers"),
         (b'{"embedding": [NaN]}', "a score that is not a finite number"),
+        (b'{"embedding": [1' + b"0" * 400 + b"]}", "a score that is not a finite number"),
         (b'{"choices": []}', "without `embedding`"),
         (b"<html>", "a response that is not JSON"),
         (b'{"embedding": [' + b"1," * 40_000 + b"1]}", "more than 65536 bytes"),
@@ -241,6 +243,16 @@ def test_cached_scores_need_no_request(server: ScoreServer, tmp_path: Path) -> N
     assert other.metrics["model/calls"] == 1
 
 
+def test_a_score_without_an_identity_is_not_cached(path: str, tmp_path: Path) -> None:
+    """Another model's would be the same."""
+    answers = [Answer(body=b'{"model": "", "score": %d}' % score) for score in (1, 2)]
+    with judge_server(*answers) as other:
+        url = other.url.removesuffix("/v1")
+        first, second = scored("2", "2", url=url, cache=str(tmp_path / "scores.sqlite"))
+    assert isinstance(first, Score) and isinstance(second, Score)
+    assert (first.value, second.value) == (1, 2) and second.metrics["model/scorer/unknown"] == 1
+
+
 def test_a_gold_reward_is_recorded_and_not_trained_on(server: ScoreServer) -> None:
     right, wrong = scored("2", "3", url=server.url, gold="exact")
     assert isinstance(right, Score) and isinstance(wrong, Score)
@@ -253,6 +265,11 @@ def test_a_gold_reward_is_recorded_and_not_trained_on(server: ScoreServer) -> No
     for gold in (["exact"], {"name": "exact", "weight": 1}, "nothing", 7):
         with pytest.raises(ConfigError, match=r"^task\.gold_reward"):
             make_rewards("exact", gold=gold)
+
+
+def test_the_identity_is_in_the_name_of_a_metric() -> None:
+    assert scorer_in("scorer/abc") == ("", "abc") and scorer_in("model/scorer/abc") == ("model", "abc")
+    assert scorer_in("my_scorer/accuracy") is None and scorer_in("score") is None
 
 
 def test_another_model_in_mid_run_is_named(
@@ -304,8 +321,10 @@ def test_wrong_settings_are_named(settings: dict[str, Any], says: str) -> None:
 def test_a_start_without_a_scorer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"set scorer\.path .* or task\.reward\.url"):
         make_rewards("model").check()
-    with pytest.raises(ConfigError, match=r"task\.reward\.tokenizer=.*its tokenizer and config\.json"):
-        make_rewards(
-            {"name": "model", "url": "http://a", "api": "classify", "tokenizer": str(tmp_path)}
-        ).check()
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": []}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for tokenizer in (tmp_path / "absent", tmp_path):
+        spec = {"name": "model", "url": "http://a", "api": "classify", "tokenizer": str(tokenizer)}
+        with pytest.raises(ConfigError, match=r"task\.reward\.tokenizer=.*its tokenizer and config\.json"):
+            make_rewards(spec).check()
     make_rewards({"name": "model", "url": unused_url()}).check()

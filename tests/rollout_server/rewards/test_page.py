@@ -29,8 +29,8 @@ def test_every_setting_is_on_the_page(reward: type[RewardFunction]) -> None:
 
 
 def test_the_examples_can_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (function,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    (tmp_path / "my_rewards.py").write_text(function)
+    for name, text in re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, re.S):
+        (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     made = []
     for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.S):

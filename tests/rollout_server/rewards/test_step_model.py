@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,10 @@ def test_errors_say_what_to_change(
 
 def test_other_models_are_refused(classifier: Path, tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path)
+    shutil.copytree(classifier, tmp_path / "broken")
+    (tmp_path / "broken" / "tokenizer.json").write_text('{"added_tokens": []}')
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        score_steps("add", STEPS, model=str(tmp_path / "broken"))
     settings = json.loads((classifier / "config.json").read_text())
     for changes, message in (
         ({"architectures": ["LlamaModel"]}, "want one of ...ForTokenClassification"),

@@ -126,3 +126,21 @@ def test_work_is_bounded() -> None:
 
     with pytest.raises(RewardError, match="reward fewer steps"):
         tokens_of_ends(ids, range(1, 4000), text=text, decode=decode)
+
+
+@pytest.mark.parametrize("ids", [[0xF0] * 4096, [*b"a", *[EOS] * 4096, *b"b"]], ids=["broken", "special"])
+def test_a_long_run_without_a_character(ids: list[int]) -> None:
+    """A policy that repeats half a character, or a special token, does not hold up the server."""
+    num_decoded = 0
+
+    def decode(tokens: Sequence[int]) -> str:
+        nonlocal num_decoded
+        num_decoded += len(tokens)
+        return BYTES(tokens)
+
+    text = BYTES(ids)
+    assert tokens_of_ends(ids, [len(text)], text=text, decode=decode) == [len(ids)]
+    assert num_decoded < 20 * len(ids)
+    broken = [0xF0] * 4096
+    with pytest.raises(RewardError, match="reward fewer steps"):
+        tokens_of_ends(broken, range(1, 4096), text=BYTES(broken), decode=decode)

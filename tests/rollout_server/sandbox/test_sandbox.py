@@ -127,6 +127,26 @@ def test_fork_bomb(sandbox: Sandbox) -> None:
     wait_until_gone(mark)
 
 
+def test_the_supervisor_runs_before_the_program(sandbox: Sandbox) -> None:
+    """Thousands of processes that fork would leave an ordinary process no time to count them."""
+    program = (
+        "import os\n"
+        "print(os.sched_getscheduler(0) == os.SCHED_OTHER)\n"
+        "print(os.sched_getscheduler(os.getppid()) == os.SCHED_FIFO)\n"
+        "try: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))\n"
+        "except PermissionError: print('refused')\n"
+    )
+    result = sandbox.run(program)
+    assert result.stdout.splitlines() == ["True", str(may_have_priority()), "refused"]
+
+
+def may_have_priority() -> bool:
+    """True if this user may give a process a real-time priority."""
+    text = "import os; os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))"
+    tried = subprocess.run([sys.executable, "-c", text], stderr=subprocess.DEVNULL, check=False)
+    return tried.returncode == 0
+
+
 def test_memory_of_one_and_of_many_processes(sandbox: Sandbox) -> None:
     limits = Limits(memory_mb=100, timeout_s=600)
     one = sandbox.run("x = bytearray(200 << 20)", limits=limits)

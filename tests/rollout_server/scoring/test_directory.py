@@ -94,6 +94,10 @@ def test_weights_that_do_not_fit_are_refused(made: Path, tmp_path: Path) -> None
     (folder / "model.safetensors").write_bytes(b"\x10" * 100)
     with pytest.raises(ConfigError, match="cannot be loaded as a sequence classifier"):
         loaded(str(folder))
+    shutil.copy(made / "model.safetensors", folder)
+    (folder / "tokenizer.json").write_text('{"added_tokens": []}')
+    with pytest.raises(ConfigError, match="cannot be loaded as a sequence classifier"):
+        loaded(str(folder))
     code = {**json.loads((made / "config.json").read_text()), "model_type": "mine"}
     code["auto_map"] = {"AutoConfig": "mine.Config"}
     (folder / "config.json").write_text(json.dumps(code))

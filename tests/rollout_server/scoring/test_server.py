@@ -74,6 +74,7 @@ def test_sglangs_format(server: ScoreServer, model: RewardModel) -> None:
     status, info = server.request("GET", "/get_model_info")
     assert status == 200 and info["is_generation"] is False and info["weight_version"] == "abc"
     assert server.request("GET", "/health")[0] == 200
+    assert server.request("POST", "/classify", {"input_ids": ids, "timeout_s": 1e9})[0] == 200
 
 
 LONG = "1" * CONTEXT
@@ -148,7 +149,7 @@ def test_a_full_queue_and_late_texts(model: RewardModel) -> None:
 
         first = ask()
         stuck.began.wait()  # in the forward pass: it waits no more
-        second = ask(timeout_s=0.001)
+        second = ask(timeout_s=0)
         while server.number("scorer_waiting") < 2:
             pass
         status, refused = server.request("POST", "/score", text)
@@ -165,11 +166,12 @@ def test_a_full_queue_and_late_texts(model: RewardModel) -> None:
 def test_a_pass_that_fails_costs_its_own_texts(model: RewardModel) -> None:
     stuck = StuckModel(model)
     stuck.may_go_on.set()
-    stuck.answers = [RuntimeError("shapes"), MemoryError(), float("nan"), float("inf"), 2.5]
+    raised = [RuntimeError("shapes"), MemoryError(), AssertionError(), OverflowError()]
+    stuck.answers = [*raised, float("nan"), float("inf"), 2.5]
     text = {"prompt": "1", "completion": "2"}
     with ScoreServer(stuck).serving() as server:
-        told = [server.request("POST", "/score", text) for _ in range(5)]
-    assert [status for status, _ in told] == [500, 500, 422, 422, 200] and told[-1][1]["score"] == 2.5
+        told = [server.request("POST", "/score", text) for _ in range(7)]
+    assert [status for status, _ in told] == [500] * 4 + [422, 422, 200] and told[-1][1]["score"] == 2.5
 
 
 def test_keys_decide_who_may_ask(model: RewardModel, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from rollout_server.rewards.library.service import ServiceClient, TryAgainError
 Prompt = str | Sequence[dict[str, Any]]
 _IDENTITY_CHARS = 16
 _MAX_IDENTITY_CHARS = 64
-_UNKNOWN = "unknown"
+UNKNOWN = "unknown"
+"""The identity, if the server does not tell one."""
 
 
 class Response(NamedTuple):
@@ -109,7 +110,7 @@ class ClassifyFormat:
             try:
                 info = _parsed(await service.get("/get_model_info"))
             except (TryAgainError, TimeoutError):
-                return _UNKNOWN
+                return UNKNOWN
             self._info = info if isinstance(info, dict) else {}
         told = [self._info.get("model_path"), response.version or self._info.get("weight_version")]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:_IDENTITY_CHARS]
@@ -123,11 +124,15 @@ def _parsed(content: bytes) -> Any:
 
 
 def _finite(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        score = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        score = math.inf
+    if not math.isfinite(score):
         raise TryAgainError(f"a score that is not a finite number: {str(value)[:40]}")
-    return float(value)
+    return score
 
 
 def _short(identity: str) -> str:
     plain = "".join(char for char in identity[:_MAX_IDENTITY_CHARS] if char.isalnum() or char in "._-")
-    return plain or _UNKNOWN
+    return plain or UNKNOWN

@@ -20,7 +20,7 @@ from areal_like.errors import ConfigError, RewardError, first_line
 from areal_like.runtime.imports import torch_hidden
 from rollout_server.rewards.library.base import RewardFunction
 from rollout_server.rewards.library.cache import NO_CACHE, ReplyCache, cache_of, key_of
-from rollout_server.rewards.library.model.formats import ClassifyFormat, Format, Prompt, ScoreFormat
+from rollout_server.rewards.library.model.formats import UNKNOWN, ClassifyFormat, Format, Prompt, ScoreFormat
 from rollout_server.rewards.library.model.scorers import JobScorers, Scorers
 from rollout_server.rewards.library.service import (
     Counts,
@@ -144,7 +144,7 @@ class ModelReward(RewardFunction):
         """Returns the score, and the identity of the model that gave it."""
         text, identity = {"prompt": prompt, "completion": completion}, self._last_identity[0]
         cache = self._cache
-        if cache is not None and identity:
+        if cache is not None and identity not in ("", UNKNOWN):
             cached = await asyncio.to_thread(cache.get, key_of(identity, text))
             with contextlib.suppress(TypeError, ValueError):  # not cached, or the file was modified
                 score = float(cached)  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ class ModelReward(RewardFunction):
         response = await service.ask(lambda: body, asking.read, counts)
         identity = await asking.identity(response, service, had_failures=counts.retries > 0)
         self._last_identity[0] = identity
-        if cache is not None:
+        if cache is not None and identity != UNKNOWN:  # it may be any model's
             await asyncio.to_thread(cache.put, key_of(identity, text), repr(response.score))
         return response.score, identity
 
@@ -184,7 +184,7 @@ class ModelReward(RewardFunction):
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
             pad = json.loads((path / "config.json").read_bytes()).get("pad_token_id")
-        except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        except Exception as error:  # for a broken file, tokenizers raises plain exceptions
             raise ConfigError(
                 f"task.reward.tokenizer={self.tokenizer}: want the directory of the reward model, with its "
                 f"tokenizer and config.json ({first_line(error)})"
