@@ -28,7 +28,8 @@ from areal_like.errors import ConfigError
 from areal_like.trajectory import TEACHER_LOGPROBS
 from areal_like.vocabulary import check_vocabulary
 from areal_like.weights.untrained import text_config
-from trainer.batching.packing import DUMMY, PackedBatch, collate
+from trainer.batching.device_copies import copied
+from trainer.batching.packing import DUMMY, PackedBatch, collate, num_targets
 from trainer.distributed.ranks import Ranks
 from trainer.models.packed_model import build_skeleton
 from trainer.models.policy import Distributions, Policy, build_policy
@@ -72,27 +73,34 @@ class Teachers:
             found: Tensor = model(part).logprobs_S
             return found
 
-        return self._computed(batch, logprobs, self._recorded(batch))
+        return self._computed(batch, logprobs, lambda: self._recorded(batch))
 
     @torch.no_grad()
     def distributions(self, batch: PackedBatch) -> tuple[Tensor, Distributions]:
         """([S] the same, those of the whole vocabulary; where there is no teacher, 0). Collective."""
-        num_targets, vocab = len(batch.sampled_S), self._vocab_size
-        empty = torch.full((num_targets, vocab), torch.nan, device=batch.tokens_T.device)
+        vocab = self._vocab_size
+        size = (len(batch.sampled_S), vocab)
 
         def all_logprobs(model: Policy, part: PackedBatch) -> Tensor:
             return model.all_logprobs(part)[:, :vocab]  # the teacher may have further rows, of no token
 
-        teacher_SV = self._computed(batch, all_logprobs, empty)
+        teacher_SV = self._computed(
+            batch, all_logprobs, lambda: torch.full(size, torch.nan, device=batch.tokens_T.device)
+        )
         targets_S = batch.tokens_T[batch.sampled_S]
         teacher_S = teacher_SV.gather(1, targets_S[:, None]).squeeze(1)
-        return teacher_S, Distributions(teacher_SV.nan_to_num(nan=0.0))
+        return teacher_S, Distributions(teacher_SV.nan_to_num_(nan=0.0))
 
     def _computed(
-        self, batch: PackedBatch, compute: Callable[[Policy, PackedBatch], Tensor], without: Tensor
+        self,
+        batch: PackedBatch,
+        compute: Callable[[Policy, PackedBatch], Tensor],
+        without: Callable[[], Tensor],
     ) -> Tensor:
-        """The result [S, ...] of each sample's own model; `without`: for those that have no model here."""
-        result, places = without, self._settings.models
+        """The result [S, ...] of each sample's own model; `without` makes that of samples that have no model
+        here. It is not called if one model has all samples: the result may be large."""
+        result: Tensor | None = None
+        places = self._settings.models
         path_of = [places.get(self._settings.teacher_of(s.trajectory.label), "") for s in batch.samples]
         for path, model in self.models.items():
             mine = [each == path for each in path_of]
@@ -105,10 +113,11 @@ class Teachers:
                 )
                 found = compute(model, part)
                 if chosen:
-                    mine_N = torch.tensor(mine, device=result.device)
-                    result = result.to(found.dtype)
-                    result[mine_N[batch.samples_T[batch.sampled_S]]] = found
-        return result
+                    result = (without() if result is None else result).to(found.dtype)
+                    lengths = [num_targets(sample.trajectory) for sample in batch.samples]
+                    (at,) = copied([np.flatnonzero(np.repeat(mine, lengths))], result.device)
+                    result.index_copy_(0, at, found)
+        return without() if result is None else result
 
     def _recorded(self, batch: PackedBatch) -> Tensor:
         """[S] float32 log-probs in the samples' records, which teachers at servers computed; else NaN."""
