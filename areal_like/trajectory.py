@@ -95,7 +95,8 @@ probability 1 above 0."""
 _NEGATIVE_INFINITY_BITS = int(np.float32(-math.inf).view(np.uint32))
 
 
-_REWARD_ROUNDING = 1e-9
+REWARD_ROUNDING = 1e-9
+"""Rewards that differ by at most this, relative to the larger one and to 1, are equal."""
 
 
 def are_equal_rewards(rewards: Sequence[float]) -> bool:
@@ -105,7 +106,7 @@ def are_equal_rewards(rewards: Sequence[float]) -> bool:
     deviation would turn that difference into a signal.
     """
     low, high = min(rewards), max(rewards)
-    return bool(high - low <= _REWARD_ROUNDING * max(1.0, abs(low), abs(high)))
+    return bool(high - low <= REWARD_ROUNDING * max(1.0, abs(low), abs(high)))
 
 
 def least_logprob(values: NDArray[Any], *, name: str = "logprobs") -> float:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from areal_like.config import Config, DistillConfig
@@ -21,6 +22,7 @@ from areal_like.wire.records import Record
 from tests.support.objective_helpers import evaluate, published
 from tests.support.trainer_helpers import dense_logprobs, joined, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import last_gradient, make_runner
+from trainer.batching.packing import TrainingSample, collate
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.objectives import Distill, build_objective
@@ -255,6 +257,7 @@ def test_cap_beyond_the_bound_uses_the_term() -> None:
         ({"objective": {"name": "distill"}}, r"needs a teacher: name one in distill\.teachers"),
         ({"objective": {"name": "oapl"}, "distill": {"teachers": {"default": "x"}}}, "one advantage for all"),
         ({"objective": {"name": "vcpo"}, "distill": {"teachers": {"default": "x"}}}, "one advantage for all"),
+        ({"objective": {"name": "sppo"}, "distill": {"teachers": {"default": "x"}}}, "one advantage for all"),
         ({"distill": {"teachers": {"math": 3}}}, r"distill\.teachers\.math=3: give a directory"),
         ({"distill": {"teachers": {"math": []}}}, "give a directory"),
         ({"distill": {"teachers": {"math": ["a", URL]}}}, "give a directory"),
@@ -335,3 +338,39 @@ def test_models_of_several_labels_are_loaded_once(paths: dict[str, str], ranks: 
     assert list(teachers.models) == [paths["first"]]
     assert isinstance(teachers.models[paths["first"]], Policy)
     assert not any(p.requires_grad for p in teachers.models[paths["first"]].parameters())
+
+
+class FullSizes(TorchDispatchMode):
+    """Names of the operations that make a tensor of this shape without being a model's."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("full", "nan_to_num", "clone") and tuple(made.shape) == self.shape:
+            self.found.append(name)
+        return made
+
+
+def test_distributions_make_no_second_tensor(paths: dict[str, str], ranks: Ranks) -> None:
+    """Where one teacher has all samples; otherwise the parts need one to be joined in."""
+    labels = ("a", "b")
+    samples = [
+        TrainingSample(trajectory=replace(each, label=label), advantage=0.0, group=0)
+        for each, label in zip(random_groups(1, group_size=2, seed=3)[0], labels, strict=True)
+    ]
+    batch = collate(samples)
+    found = {}
+    for names in (("first", "first"), ("first", "second")):
+        places = {label: paths[name] for label, name in zip(labels, names, strict=True)}
+        config = from_mapping({**distill(places, loss="full"), "model": {"dtype": "float32"}})
+        teachers = Teachers.of(config, ranks, student=paths["student"])
+        with FullSizes(len(batch.sampled_S), 41) as sizes:
+            logp_S, _ = teachers.distributions(batch)
+        assert torch.equal(logp_S, teachers(batch))
+        found[names] = sizes.found
+    assert list(found.values()) == [[], ["full"]]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from areal_like.config.common import NonNegativeFloat, PositiveInt
-from areal_like.trajectory import Trajectory
+from areal_like.trajectory import REWARD_ROUNDING, Trajectory
 from trainer.advantages.base import Advantage, FloatArray, rewards_of
 from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.oapl import default_beta2, regression
@@ -43,8 +43,10 @@ class WinRate(Advantage):
         return [float(a) for a in self.of_rewards(rewards_of(group))]
 
     def of_rewards(self, rewards_G: FloatArray) -> FloatArray:
-        """[G] from rewards [G]; exactly zero if all are equal."""
+        """[G] from rewards [G]; exactly zero if all are equal, up to rounding (`are_equal_rewards`)."""
         margin_GG = rewards_G[:, None] - rewards_G
+        size_GG = np.maximum(np.abs(rewards_G)[:, None], np.abs(rewards_G)).clip(min=1.0)
+        margin_GG = np.where(np.abs(margin_GG) <= REWARD_ROUNDING * size_GG, 0.0, margin_GG)
         # tanh(x / 2) / 2 is sigmoid(x) - 1/2, and does not overflow.
         wins_GG = np.tanh(margin_GG / (2 * self.temperature)) if self.temperature else np.sign(margin_GG)
         return np.asarray(wins_GG.mean(1) / 2)
@@ -58,6 +60,7 @@ class Sppo(Objective):
     normalizer = "seq_mean_token_sum"
     skips_zero_advantage = False
     takes_parts = False  # P compares all samples of a group
+    takes_token_advantages = False
 
     beta: NonNegativeFloat = 0.0
     """Weight of the log-ratio, 1 / eta in the paper; 0: by length, as `beta2` of `oapl`."""

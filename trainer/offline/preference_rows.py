@@ -25,6 +25,7 @@ from areal_like.chat.token_row import TokenRow
 from areal_like.config import PreferencesConfig
 from areal_like.data.preference_format import PreferenceFormat, PreferenceRow
 from areal_like.errors import ConfigError
+from trainer.batching.device_copies import copied
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.offline.rows import OfflineRows, training_sample
@@ -205,20 +206,28 @@ class Comparisons(NamedTuple):
     """float64 margin of the row."""
 
 
-def comparisons(batch: PackedBatch) -> Comparisons:
-    """All pairs of completions of the same row in a batch."""
-    first_P, second_P = torch.triu_indices(
-        batch.num_samples, batch.num_samples, offset=1, device=batch.groups_N.device
-    )
-    same_P = batch.groups_N[first_P] == batch.groups_N[second_P]
-    first_P, second_P = first_P[same_P], second_P[same_P]
-    level_N = batch.rewards_N
+def comparisons(batch: PackedBatch, *, with_ties: bool = True) -> Comparisons:
+    """All pairs of completions of the same row in a batch that `collate` made. `with_ties`: False leaves out
+    those without a better one."""
+    # On the host: a GPU would have to wait for their number.
+    group_N = np.array([sample.group for sample in batch.samples])
+    level_N = np.array([sample.trajectory.reward for sample in batch.samples])
+    first_P, second_P = np.triu_indices(batch.num_samples, k=1)
+    is_kept_P = group_N[first_P] == group_N[second_P]
+    if not with_ties:
+        is_kept_P &= level_N[first_P] != level_N[second_P]
+    first_P, second_P = first_P[is_kept_P], second_P[is_kept_P]
     is_swapped_P = level_N[first_P] < level_N[second_P]
+    better_P, worse_P, is_tie_P = copied(
+        [
+            np.where(is_swapped_P, second_P, first_P),
+            np.where(is_swapped_P, first_P, second_P),
+            level_N[first_P] == level_N[second_P],
+        ],
+        batch.tokens_T.device,
+    )
     return Comparisons(
-        better_P=torch.where(is_swapped_P, second_P, first_P),
-        worse_P=torch.where(is_swapped_P, first_P, second_P),
-        is_tie_P=level_N[first_P] == level_N[second_P],
-        margin_P=margins(batch)[first_P],
+        better_P=better_P, worse_P=worse_P, is_tie_P=is_tie_P, margin_P=margins(batch)[better_P]
     )
 
 

@@ -117,7 +117,7 @@ class OfflineStep:
         Metrics: those of the loss, grad_norm, lr, num_tokens, tokens_trained (num_tokens, unless the loss
         says otherwise), shared_share, num_sequences, num_microbatches, wait_s (for the units), compute_s,
         reduce_s, update_s, step_s, and those of `StepSpeed`. If the loss has nothing to learn from on any
-        rank, no update is made.
+        rank, the gradient is zero, and momentum and weight decay still move the weights.
         """
         timer = self._speed.begin(step)
         sums = self._sums()

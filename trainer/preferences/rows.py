@@ -131,7 +131,9 @@ class OptimizationRows(PreferenceRows):
         flat = reference.logps(
             counts_Q,
             lambda at: self.mismatched(int(pairs_Q[at, 0]), int(pairs_Q[at, 1])),
-            content=hashlib.sha256(digest.encode() + pairs_Q.astype("<i8").tobytes()).hexdigest(),
+            content=hashlib.sha256(
+                f"{digest} {self._longest} ".encode() + pairs_Q.astype("<i8").tobytes()
+            ).hexdigest(),
             what=f"mismatched completions of {self._key}",
         )
         by_position = iter(np.split(flat, np.cumsum(counts_Q)[:-1]))

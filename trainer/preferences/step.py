@@ -110,8 +110,7 @@ class PairLoss(PreferenceLoss):
     def __call__(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         method = self._method
         given, entropy = self._completions(batch)
-        pairs = comparisons(batch)
-        better_P, worse_P = (index_P[~pairs.is_tie_P] for index_P in (pairs.better_P, pairs.worse_P))
+        better_P, worse_P, *_ = comparisons(batch, with_ties=False)
         score_N = method.scores(given)
         losses = method.losses(score_N[better_P] - score_N[worse_P]).sum()
         ones_P, none_N = torch.ones_like(better_P, dtype=torch.float64), torch.zeros_like(given.logp_N)
@@ -182,7 +181,7 @@ class KtoLoss(PreferenceLoss):
                 each_N3 = torch.stack([reward_N, batch.rewards_N, batch.groups_N.to(reward_N)], dim=1)
                 self._rewards.append(each_N3)
             sums = self._sums(loss, entropy, given, reward_N, (is_desirable_N.double(), ~is_desirable_N))
-            return loss, torch.stack([*sums, loss.new_tensor(len(reward_N))])
+            return loss, torch.stack([*sums, loss.new_full((), len(reward_N))])
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Those of every loss, kl, num_completions; accuracy over all pairs of a desirable and an

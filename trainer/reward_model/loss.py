@@ -102,11 +102,11 @@ def _sums(score_N: Tensor, margin_P: Tensor, is_tie_P: Tensor, loss_P: Tensor) -
     bin_P = ((confidence_P - 0.5) * 2 * NUM_BINS).long().clamp(0, NUM_BINS - 1)
     totals = [
         loss_P.sum(),
-        loss_P.new_tensor(len(loss_P)),
+        loss_P.new_full((), len(loss_P)),
         decided_P.sum(),
         correct_P.sum(),
         (decided_P * margin_P).sum(),
-        score_N.new_tensor(len(score_N)),
+        score_N.new_full((), len(score_N)),
         score_N.sum(),
         score_N.square().sum(),
     ]

@@ -29,7 +29,7 @@ class SupervisedLoss(OfflineLoss):
     def __call__(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         logp_S, entropy_S, _ = self.model(batch)
         nll = -logp_S.double().sum().detach()
-        num_learned = nll.new_tensor(len(logp_S))
+        num_learned = nll.new_full((), len(logp_S))
         return -logp_S.sum(), torch.stack([nll, entropy_S.double().sum(), num_learned])
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:

@@ -77,7 +77,9 @@ class Teachers:
             found: Tensor = model(part).logprobs_S
             return found
 
-        return self._computed(batch, logprobs, self._recorded(batch), at=batch.sampled_S, takes_parts=True)
+        return self._computed(
+            batch, logprobs, lambda: self._recorded(batch), at=batch.sampled_S, takes_parts=True
+        )
 
     @torch.no_grad()
     def distributions(self, batch: PackedBatch) -> tuple[Tensor, Distributions]:
@@ -86,7 +88,9 @@ class Teachers:
         In a context group a rank computes and keeps the vocabulary of its sampled tokens (C) alone.
         """
         target_C, vocab = batch.target_C, self._vocab_size
-        empty = torch.full((len(target_C), vocab), torch.nan, device=batch.tokens_T.device)
+
+        def empty() -> Tensor:
+            return torch.full((len(target_C), vocab), torch.nan, device=batch.tokens_T.device)
 
         def all_logprobs(model: Policy, part: PackedBatch) -> Tensor:
             return model.all_logprobs(part)[:, :vocab]  # the teacher may have further rows, of no token
@@ -96,23 +100,25 @@ class Teachers:
         teacher_C = teacher_CV.gather(1, batch.tokens_T[target_C][:, None]).squeeze(1)
         model = next(iter(self.models.values()))
         (teacher_S,) = model.of_all(batch, [teacher_C])
-        return teacher_S, Distributions(teacher_CV.nan_to_num(nan=0.0))
+        return teacher_S, Distributions(teacher_CV.nan_to_num_(nan=0.0))
 
     def _computed(
         self,
         batch: PackedBatch,
         compute: Callable[[Policy, PackedBatch], Tensor],
-        without: Tensor,
+        without: Callable[[], Tensor],
         *,
         at: Tensor,
         takes_parts: bool,
     ) -> Tensor:
         """The result of each sample's own model for the tokens `at` (int64 indices into T).
 
-        `without`: that of tokens without a model here. `takes_parts`: a model computes its own samples alone;
-        False: the whole micro-batch, where results belong to a rank's part of its rows.
+        `without` makes that of tokens without a model here. It is not called if one model has all samples: the
+        result may be large. `takes_parts`: a model computes its own samples alone; False: the whole
+        micro-batch, where results belong to a rank's part of its rows.
         """
-        result, places = without, self._settings.models
+        result: Tensor | None = None
+        places = self._settings.models
         path_of = [places.get(self._settings.teacher_of(s.trajectory.label), "") for s in batch.samples]
         for path, model in self.models.items():
             mine = [each == path for each in path_of]
@@ -120,7 +126,7 @@ class Teachers:
                 result = compute(model, batch)
             elif any(mine) and not takes_parts:
                 found, chosen_at = compute(model, batch), _of_tokens(mine, batch, at)
-                result = result.to(found.dtype)
+                result = (without() if result is None else result).to(found.dtype)
                 result[chosen_at] = found[chosen_at]
             elif any(mine) or self._ranks.world_size > 1:
                 chosen = [sample for sample, is_used in zip(batch.samples, mine, strict=True) if is_used]
@@ -132,9 +138,9 @@ class Teachers:
                 )
                 found = compute(model, part)
                 if chosen:
-                    result = result.to(found.dtype)
+                    result = (without() if result is None else result).to(found.dtype)
                     result[_of_tokens(mine, batch, at)] = found
-        return result
+        return without() if result is None else result
 
     def _recorded(self, batch: PackedBatch) -> Tensor:
         """[S] float32 log-probs in the samples' records, which teachers at servers computed; else NaN."""

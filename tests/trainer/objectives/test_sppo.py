@@ -30,6 +30,9 @@ def test_at_temperature_zero_only_the_order_matters() -> None:
         assert got.tolist() == [0.375, 0.0, 0.0, -0.375]
     assert WinRate(temperature=1e-3).of_rewards(np.array([1e300, 0.0])).tolist() == [0.25, -0.25]
     assert WinRate().of_rewards(np.array([0.3, 0.3])).tolist() == [0.0, 0.0]
+    rounded = np.array([0.1 + 0.2, 0.3, 0.1 + 0.2, 1.0])
+    assert rounded[0] > rounded[1]
+    assert WinRate(temperature=0.0).of_rewards(rounded).tolist() == [-0.125, -0.125, -0.125, 0.375]
 
 
 def test_loss_by_hand() -> None:

@@ -67,6 +67,8 @@ def test_completions_of_a_row_are_one_unit(tmp_path: Path, ranks: Ranks) -> None
         (7, 8, False),
     ]
     assert sorted(pairs.margin_P.tolist()) == [0, 0, 0, 0, 0.5, 0.5]
+    better_P, worse_P, *_ = comparisons(batch, with_ties=False)
+    assert sorted(zip(better_P.tolist(), worse_P.tolist(), strict=True)) == [(0, 1), (5, 4), (6, 4), (7, 8)]
     tokenizer = chat_tokenizer()
     learned = [tokenizer.decode(batch.tokens_T[batch.sampled_S][at]) for at in range(3)]
     assert learned == ["2", "<eos>", "3"]

@@ -78,6 +78,27 @@ def test_log_probs_are_those_of_transformers(
     assert not np.allclose(changed, first) and len(list(folder.iterdir())) == 2
 
 
+def test_cut_mismatched_completions_are_others(tmp_path: Path, folder: Path) -> None:
+    """With another limit they have other tokens, so the log-probs in the file are not theirs."""
+    path = write_sft_model(tmp_path / "model")
+    given = [*sum_pairs(1, seed=5, kind="label"), {"prompt": "1=", "completion": "2" * 20, "label": True}]
+    settings = {"model": {"path": path}, "trainer": {"tokens_per_microbatch": 64}}
+    config = from_mapping({**settings, "sampling": {"temperature": 1.0}})
+    found = {}
+    for longest in (23, 40):
+        rows = rows_of(tmp_path, given, of_pairs=False, longest=longest)
+        reference = Reference(config, Ranks.alone(), path="")
+        rows.read_reference(reference, None, with_mismatched=True)
+        reference.close()
+        share = rows.mismatched_share([0, 1], step=None, ranks=Ranks.alone())
+        found[longest] = {row.num_learned: logp for row, logp in share}
+        dist.destroy_process_group()
+    (same, cut), (also_same, whole) = (sorted(each) for each in found.values())
+    assert same == also_same and cut < whole == 21
+    assert found[23][cut] > found[40][whole] + 1, "more tokens"
+    assert len(list(folder.iterdir())) == 3, "one of completions, two of mismatched ones"
+
+
 def test_files_are_checked_before_use(tmp_path: Path) -> None:
     path = tmp_path / "logps.safetensors"
     assert stored_logps(path, 4) is None
