@@ -113,9 +113,9 @@ class Teachers:
     ) -> Tensor:
         """The result of each sample's own model for the tokens `at` (int64 indices into T).
 
-        `without` makes that of tokens without a model here. It is not called if one model has all samples: the
-        result may be large. `takes_parts`: a model computes its own samples alone; False: the whole
-        micro-batch, where results belong to a rank's part of its rows.
+        `without` makes that of tokens without a model here; it is not called if one model has all samples,
+        because the result may be large. `takes_parts`: a model computes its own samples alone; False: the
+        whole micro-batch, where results belong to a rank's part of its rows.
         """
         result: Tensor | None = None
         places = self._settings.models
