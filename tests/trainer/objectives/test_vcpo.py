@@ -189,7 +189,11 @@ def test_tabular_gradient_matches_published_values(normalizer: str, ascent: list
         for actions, reward in zip(SEQUENCES, RETURNS, strict=True):
             batch = sampled_uniformly(model, [actions], [reward])
             loss_S, _, _ = norm.weigh(objective.losses(batch, {}), batch)
-            gradients.add(loss_S, tokens=batch, batch=cast(PackedBatch, SimpleNamespace(is_continued=False)))
+            gradients.add(
+                loss_S,
+                tokens=batch,
+                batch=cast(PackedBatch, SimpleNamespace(is_continued=False, context=None)),
+            )
         sums = gradients.finish()
     assert model.table.weight.grad is not None
     assert (-model.table.weight.grad[:, 0]).tolist() == pytest.approx(ascent, abs=1e-6)
