@@ -1,4 +1,5 @@
-"""Ranks of a real trainer in context groups, run by `run_ranks`: `CHECK STORE WORLD_SIZE OUT_DIR ...`."""
+"""Ranks of a real trainer in context groups and replicas, run by `run_ranks`: `CHECK STORE WORLD_SIZE OUT_DIR
+SHAPE ...`. A shape is in JSON: arguments of `Ranks`."""
 
 from __future__ import annotations
 
@@ -74,18 +75,18 @@ def weights_of(runner: StepRunner) -> dict[str, Tensor]:
     }
 
 
-def cases(_: Ranks, out_dir: Path, size: str, text: str) -> None:
+def cases(_: Ranks, out_dir: Path, shape: str, text: str) -> None:
     """Trains some steps in each case; writes weights and metrics."""
-    ranks = Ranks(context_parallel=int(size))
+    ranks = Ranks(**json.loads(shape))
     for index, case in enumerate(json.loads(text)):
         runner = case_runner(ranks, case)
         metrics = run_steps(runner, ranks, range(case.get("num_steps", NUM_STEPS)))
         _write(out_dir / str(index), weights_of(runner), ranks, metrics)
 
 
-def saves(_: Ranks, out_dir: Path, size: str, text: str, steps: str) -> None:
+def saves(_: Ranks, out_dir: Path, shape: str, text: str, steps: str) -> None:
     """Trains to a checkpoint, and one step more."""
-    ranks, case = Ranks(context_parallel=int(size)), json.loads(text)
+    ranks, case = Ranks(**json.loads(shape)), json.loads(text)
     runner = case_runner(ranks, case)
     run_steps(runner, ranks, range(int(steps)))
     checkpoints = Checkpoints(out_dir / "checkpoints", keep=9, tokenizer_path=case["path"])
@@ -95,9 +96,9 @@ def saves(_: Ranks, out_dir: Path, size: str, text: str, steps: str) -> None:
     _write(out_dir / "straight", weights_of(runner), ranks, metrics)
 
 
-def resumes(_: Ranks, out_dir: Path, size: str, text: str, steps: str, name: str) -> None:
+def resumes(_: Ranks, out_dir: Path, shape: str, text: str, steps: str, name: str) -> None:
     """Resumes from the checkpoint and trains one step."""
-    ranks, case = Ranks(context_parallel=int(size)), json.loads(text)
+    ranks, case = Ranks(**json.loads(shape)), json.loads(text)
     runner = case_runner(ranks, {**case, "has_weights": False})
     checkpoints = Checkpoints(out_dir / "checkpoints", keep=9, tokenizer_path=case["path"])
     runner.restore(checkpoints.load(int(steps), ranks=ranks, **runner.saved))
@@ -111,9 +112,9 @@ def offline_kinds() -> dict[str, OfflineTraining]:
     return {kind.name: kind for kind in (SupervisedTraining(), RewardTraining(), PreferenceTraining())}
 
 
-def offline(_: Ranks, out_dir: Path, size: str, text: str) -> None:
+def offline(_: Ranks, out_dir: Path, shape: str, text: str) -> None:
     """Trains the jobs of a JSON mapping: name of the run -> [name of the section, configuration]."""
-    ranks = Ranks(context_parallel=int(size))
+    ranks = Ranks(**json.loads(shape))
     for name, (section, job) in json.loads(text).items():
         config = from_mapping({**job, "name": name, "runs_dir": str(out_dir)})
         OfflineRun(offline_kinds()[section], config, ranks, stopping=threading.Event(), started_s=0.0).run()

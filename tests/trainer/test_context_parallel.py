@@ -119,18 +119,19 @@ def compare(
             assert both_undefined or math.isclose(value, wanted, rel_tol=error, abs_tol=error), name
 
 
-def run_cases(folder: Path, cases: list[Case], *, world_size: int, size: int) -> None:
-    run_ranks(
-        *("cases", str(folder), str(size), json.dumps(cases)),
-        world_size=world_size,
-        module="tests.support.context_ranks",
-    )
+def run_in_shape(
+    check: str, folder: Path, *args: str, world_size: int, size: int = 1, replicas: int = 1
+) -> None:
+    """Runs a check of the support module in context groups of `size` and as `replicas`."""
+    shape = json.dumps({"context_parallel": size, "replicas": replicas})
+    module = "tests.support.context_ranks"
+    run_ranks(check, str(folder), shape, *args, world_size=world_size, module=module)
 
 
-def check_cases(folder: Path, ranks: Ranks, cases: list[Case], *, world_size: int, size: int) -> None:
-    """Ranks in context groups of `size` give what one rank gives: the weights after some steps in float64,
-    the loss of the first step in float32."""
-    run_cases(folder, cases, world_size=world_size, size=size)
+def check_cases(folder: Path, ranks: Ranks, cases: list[Case], **shape: int) -> None:
+    """Ranks in this shape (arguments of `run_in_shape`) give what one rank gives: the weights after some
+    steps in float64, the loss of the first step in float32."""
+    run_in_shape("cases", folder, json.dumps(cases), **shape)
     for index, case in enumerate(cases):
         runner = case_runner(ranks, {**case, "balances": False})
         want = run_steps(runner, ranks, range(case.get("num_steps", NUM_STEPS)))
@@ -204,11 +205,7 @@ def test_offline_training_in_a_context(
     # Two caches, so that the log-probs of the reference are computed by the ranks too.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache_of_ranks"))
     (tmp_path / "ranks").mkdir()
-    run_ranks(
-        *("offline", str(tmp_path / "ranks"), str(size), json.dumps(jobs)),
-        world_size=world_size,
-        module="tests.support.context_ranks",
-    )
+    run_in_shape("offline", tmp_path / "ranks", json.dumps(jobs), world_size=world_size, size=size)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, (key, each) in sections.items():
         config = from_mapping(
@@ -267,17 +264,12 @@ def test_linear_attention_in_a_context(tmp_path: Path, ranks: Ranks, size: int) 
 def test_checkpoints_resume_at_other_shapes(tmp_path: Path, ranks: Ranks, path: str) -> None:
     """A checkpoint of two data ranks with contexts of two: bit for bit at that shape, exact at others."""
     case = {"path": path, **CRITIC}
-    module = "tests.support.context_ranks"
-    run_ranks("saves", str(tmp_path), "2", json.dumps(case), "2", world_size=4, module=module)
+    run_in_shape("saves", tmp_path, json.dumps(case), "2", world_size=4, size=2)
     want = load_file(tmp_path / "straight.safetensors")
     want_metrics = json.loads((tmp_path / "straight.json").read_text())
     for world_size, size in ((4, 2), (4, 4), (2, 1), (1, 1)):
         name = f"resumed-{world_size}-{size}"
-        run_ranks(
-            *("resumes", str(tmp_path), str(size), json.dumps(case), "2", name),
-            world_size=world_size,
-            module=module,
-        )
+        run_in_shape("resumes", tmp_path, json.dumps(case), "2", name, world_size=world_size, size=size)
         got = load_file(tmp_path / f"{name}.safetensors")
         if (world_size, size) == (4, 2):
             assert all(torch.equal(tensor, want[key]) for key, tensor in got.items())
