@@ -6,8 +6,8 @@
                   trainer_state.json                           format, step, `extra`
 
 Each rank of replica 0 writes its rows, and every rank reads its own, so no rank ever holds the whole state.
-The weights' files have the dtype of `model.dtype`. If that is the masters' dtype, they hold the masters, which
-are not written twice.
+The weights' files have the dtype of `model.dtype`. If that is the masters' dtype, they hold the masters,
+which are not written twice.
 
 With an adapter neither weights nor config.json of the base are written, only its digest.
 

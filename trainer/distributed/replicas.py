@@ -1,4 +1,4 @@
-"""The ranks as replicas of the model (HSDP, `trainer.replicas`), each with all weights, sharded over its ranks.
+"""The ranks as replicas of the model (HSDP, `trainer.replicas`), each with all weights in shards.
 
 Of M ranks, R replicas have M / R neighboring ranks each. FSDP2 shards over the ranks of a replica: it gathers
 weights and adds up gradients among them only, in every micro-batch. `add_up` sums the accumulated gradients
