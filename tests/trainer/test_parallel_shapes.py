@@ -202,7 +202,7 @@ def test_twenty_steps_are_those_of_one_rank(
     tmp_path: Path, ranks: Ranks, path: str, shape: dict[str, int]
 ) -> None:
     """In float64 after twenty steps, and in float32 the loss and the gradient of the first."""
-    cases = [{"path": path, "num_steps": 20, **case} for case in KINDS.values()]
+    cases = [{"path": path, "budget_tokens": 96, "num_steps": 20, **case} for case in KINDS.values()]
     model = write_model(tmp_path / "float32", dtype=torch.float32)
     once: Case = {"path": model, "dtype": "float32", "num_steps": 1}
     cases += [{**once, **case} for case in KINDS.values()]
