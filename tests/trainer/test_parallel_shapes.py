@@ -217,6 +217,18 @@ def test_four_ranks_of_a_context_are_one(tmp_path: Path, ranks: Ranks, path: str
 
 
 @pytest.mark.long
+def test_two_replicas_of_two_ranks_are_one(tmp_path: Path, ranks: Ranks, path: str) -> None:
+    """With norms of single samples, which write gradients themselves, and what no context group can do."""
+    norms = [
+        {"settings": {"objective": {"name": "vcpo", "norms": "ghost", "baseline": baseline}}}
+        for baseline in ("group", "batch")
+    ]
+    every = (*norms, WHOLE_STEP["norms of the step"], WHOLE_STEP["proximal"], *UNUSUAL.values())
+    cases = [{"budget_tokens": 200, "num_steps": 2, "path": path, **case} for case in every]
+    check_cases(tmp_path, ranks, cases, world_size=4, replicas=2)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_two_data_ranks_with_contexts_are_one(tmp_path: Path, ranks: Ranks, path: str, replicas: int) -> None:
     every = (*KINDS.values(), *WHOLE_STEP.values(), *with_models(tmp_path).values())
