@@ -2,8 +2,8 @@
 
 The shards are plain tensors: element-wise updates do not need DTensor, whose dispatch costs more than the
 update itself for a small model. Only the gradient's norm needs all shards. Replicas make the same update from
-the sum of their gradients, and are compared after it. The learning rate is a pure
-function of the step (linear warm-up, then constant or linear decay), so there is no scheduler state to save.
+the sum of their gradients, and are compared after it. The learning rate is a pure function of the step
+(linear warm-up, then constant or linear decay), so there is no scheduler state to save.
 """
 
 from __future__ import annotations

@@ -157,6 +157,7 @@ class Ranks:
 
     @property
     def num_replicas(self) -> int:
+        """Number of replicas of the model (`trainer.replicas`)."""
         return 1 if self.replicas is None else self.replicas.num
 
     @property
