@@ -69,6 +69,10 @@ class TrainerConfig(Section, key="trainer"):
     """Number of ranks that compute each micro-batch together (Ulysses), which divides its activations by it:
     each has a part of the tokens, and in attention a part of the heads. It must divide `world_size` and the
     model's KV heads."""
+    replicas: PositiveInt = 1
+    """Number of replicas of the model (HSDP): the ranks of each, neighbors, shard the weights among them, and
+    the replicas exchange only the sum of a step's gradients. It must divide `world_size`. With the ranks of a
+    machine as a replica, weights are gathered within the machine."""
     num_hosts: PositiveInt = 1
     """Number of machines of the trainer. Start `python -m trainer` on each of them; it starts the ranks of
     that machine."""
@@ -154,11 +158,12 @@ class TrainerConfig(Section, key="trainer"):
     the GPU's name; a CPU, a part of a GPU (MIG) or an unknown GPU then has no `mfu`."""
 
     def check(self) -> None:
-        require(
-            self.world_size % self.context_parallel == 0,
-            f"trainer.context_parallel={self.context_parallel} does not divide "
-            f"trainer.world_size={self.world_size}: change one of them",
-        )
+        for key in ("context_parallel", "replicas"):
+            require(
+                self.world_size % getattr(self, key) == 0,
+                f"trainer.{key}={getattr(self, key)} does not divide trainer.world_size={self.world_size}: "
+                "change one of them",
+            )
         require(
             self.groups_per_step * self.context_parallel >= self.world_size,
             "trainer.groups_per_step must be at least trainer.world_size"

@@ -120,7 +120,8 @@ def _host(job: PlannedJob, engine: EngineMemory) -> dict[str, float]:
     """The host memory of rank 0, which needs the most."""
     ranks = min(job.placement.trainer_gpus, GPUS_PER_HOST)
     engines = job.config.rollout.num_servers if job.placement.is_one_host else 0
-    rows = 12.0 * job.trace.num_trained * ranks / job.trace.world_size
+    # Only the ranks of replica 0 write.
+    rows = 12.0 * job.trace.num_trained * min(1.0, ranks / job.trace.num_shards)
     return {
         "trainer processes": ranks * HOST_PROCESS_BYTES,
         "snapshots for pushes (two, on rank 0)": _SNAPSHOTS * job.pushed_bytes,

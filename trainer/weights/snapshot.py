@@ -8,7 +8,8 @@ There are two ways to gather the rows of all ranks. `BackgroundGather`, on CPUs:
 copy of each rank's own rows, and rank 0 gathers them later, bucket by bucket, over a separate gloo group.
 `BoundaryGather`, on GPUs: the ranks gather before training continues, over the training's own NCCL group,
 because a second NCCL communicator must not run concurrently without an order between the two. Both send the
-parts of a bucket that `PushLayout` describes.
+parts of a bucket that `PushLayout` describes. Of several replicas (`trainer.replicas`) only the ranks of
+replica 0, which has rank 0, copy and gather; `MergedWeights` exchanges matrices in each of them.
 
 At most two snapshots exist: the one that is being pushed and the newest. A new snapshot reuses the memory of
 the newest one unless that is being pushed, so memory use does not grow during a run.
@@ -138,8 +139,8 @@ class WeightSnapshotter(ABC):
         self._layout = PushLayout(
             policy.model,
             source=self._source,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            rank=ranks.shard_rank,
+            world_size=ranks.num_shards,
             bucket_bytes=bucket_bytes,
             dtype=dtype,
             float32_names=policy.float32_names,
@@ -166,9 +167,12 @@ class WeightSnapshotter(ABC):
     def take_snapshot(self) -> Snapshot | None:
         """Copies the current weights; returns the snapshot on rank 0. Collective; for the training thread."""
         self._free_superseded()
-        buffers = self._free_buffers.pop() if self._free_buffers else self._new_buffers()
+        is_copied = self._ranks.replica == 0
+        new_buffers = self._new_buffers if is_copied else list
+        buffers = self._free_buffers.pop() if self._free_buffers else new_buffers()
         self._source.begin()
-        self._copy_weights(buffers, number=self._num_taken + 1)
+        if is_copied:
+            self._copy_weights(buffers, number=self._num_taken + 1)
         self.metrics = self._source.end()
         with self.lock:
             self._num_taken += 1
@@ -250,17 +254,20 @@ class BackgroundGather(WeightSnapshotter):
         self._gather_lock = threading.Lock()
         self._gathered: OrderedDict[int, tuple[int, GatheredBucket]] = OrderedDict()
         """Index of a bucket -> (number of the snapshot, bucket), on rank 0, oldest first."""
-        is_alone = ranks.world_size == 1
-        self._group = None if is_alone else dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
+        is_alone, of_replica_0 = ranks.num_shards == 1, list(range(ranks.num_shards))
+        self._group: dist.ProcessGroup | None = None
+        if not is_alone:
+            self._group = dist.new_group(of_replica_0, timeout=_GROUP_TIMEOUT, backend="gloo")
         self._thread = NamedThread(self._serve_gathers, name="gather")
-        if ranks.rank > 0:
+        self._serves = ranks.replica == 0 and ranks.rank > 0
+        if self._serves:
             self._thread.start()
 
     def close(self) -> None:
         """Ends the other ranks' threads."""
-        if self._ranks.rank > 0:
+        if self._serves:
             self._thread.join()
-        elif self._group is not None:
+        elif self._ranks.rank == 0 and self._group is not None:
             with self._gather_lock:
                 dist.broadcast(torch.tensor([_CLOSE, 0]), group=self._group, group_src=0)
 
@@ -373,7 +380,7 @@ class BoundaryGather(WeightSnapshotter):
             part = _empty(self._layout.own[index].num_bytes, self._ranks.device)
             self._layout.copy_own(index, part)
             all_parts = part
-            if self._ranks.world_size > 1:
+            if self._ranks.num_shards > 1:
                 all_parts, work = parts.begin_gather(part, to_rank=0, group=self._ranks.mesh.get_group())
                 work.wait()
             if self._ranks.rank == 0:
