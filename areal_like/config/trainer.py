@@ -50,6 +50,10 @@ class KlConfig(Section, key="kl"):
         )
         require(self.gain <= 1, f"kl.gain={self.gain:g}: use a number above 0 and at most 1")
         require(
+            self.budget > 0 or self.gain == KlConfig.gain,
+            f"kl.gain={self.gain:g} has no effect without a budget: set kl.budget, or leave kl.gain out",
+        )
+        require(
             not self.budget or (self.place, self.estimator) != ("loss", "k1"),
             f"kl.budget={self.budget:g} with kl.place=loss and kl.estimator=k1: the gradient of that penalty "
             "is zero in expectation, so no weight of it keeps a budget: set kl.estimator=k2 or k3",

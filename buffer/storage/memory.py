@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
 from areal_like.errors import StoreCorruptError, UserError
 from areal_like.wire.records import Record
+from buffer.prompts.order import Prompt
 from buffer.settings import DURABILITY
 from buffer.storage import sql
 from buffer.storage.base import EventRow, SettingRow, Store
-from buffer.tickets import SampleSummary, State, Ticket
+from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,41 @@ class MemoryStore(Store):
     @property
     def num_bytes(self) -> int:
         return self._num_bytes
+
+    def close(self) -> None:
+        pass
+
+    # Rows are not kept.
+
+    def put_parts(self, position: Ticket) -> None:
+        pass
+
+    def put_failure(self, ticket: Ticket, sample_index: int) -> None:
+        pass
+
+    def put_lease(self, lease: LeaseRecord, *, server_incarnation: int) -> None:
+        pass
+
+    def end_lease(self, lease_id: int) -> None:
+        pass
+
+    def put_row(self, row: EventRow) -> None:
+        pass
+
+    def put_scalar(self, name: str, value: int) -> None:
+        pass
+
+    def push_returned(self, prompt: Prompt) -> None:
+        pass
+
+    def pop_returned(self) -> None:
+        pass
+
+    def put_attempt(self, step: int, num_starts: int) -> None:
+        pass
+
+    def put_counters(self, values: Mapping[str, float]) -> None:
+        pass
 
 
 class MemoryWithLedger(MemoryStore):

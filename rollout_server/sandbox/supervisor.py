@@ -8,8 +8,9 @@ It runs between a sandbox and the program. It imports only the standard library,
 not exist inside bwrap, where the text of this file is passed to `python -c`. Kernel limits (rlimits) are set
 in the child before it becomes the program. RLIMIT_NPROC counts all processes of a user and is not enforced
 for root, so the processes are also counted here, 20 times a second. The sandbox gives this process a
-real-time priority if it may: among thousands of processes that fork, an ordinary one would hardly run. As a
-subreaper, this process inherits daemons whose parents have ended, and finds them among its descendants.
+real-time priority if it may: among thousands of processes that fork, an ordinary one would hardly run. So it
+reads only its descendants, and not all processes of the machine, where the kernel lists them. As a subreaper,
+it inherits daemons whose parents have ended, and finds them among its descendants.
 
 A system call filter (seccomp) prevents the program from escaping these limits. It forbids memory that belongs
 to no process (memfd_create, System V segments), new namespaces, in which the program could mount memory file
@@ -39,8 +40,8 @@ _PR_SET_NO_NEW_PRIVS = 38
 _PR_SET_CHILD_SUBREAPER = 36
 _WATCH_INTERVAL_S = 0.05
 _LATER_INTERVAL_S = 0.5
-"""Interval outside a namespace for a program that has run for `_LONG_S`, such as a server of tools: each
-time, all processes of the machine are read."""
+"""Interval outside a namespace for a program that has run for `_LONG_S`, such as a server of tools: a kernel
+without lists of children has all processes of the machine read each time."""
 _LONG_S = 15.0
 _KILL_TIMEOUT_S = 5.0
 _EXTRA_TIME_S = 2.0
@@ -226,6 +227,7 @@ def _watch(child: int, limits: dict[str, float], signals: set[signal.Signals]) -
     """Waits for the child. Returns its exit code, and why it has to be killed ("" if it ended on its own)."""
     started = time.monotonic()
     deadline = started + limits["timeout_s"] + _EXTRA_TIME_S
+    running_now = listed_descendants if _lists_children() else descendants
     while True:
         is_long = limits["parent"] and time.monotonic() > started + _LONG_S
         received = signal.sigtimedwait(signals, _LATER_INTERVAL_S if is_long else _WATCH_INTERVAL_S)
@@ -235,7 +237,7 @@ def _watch(child: int, limits: dict[str, float], signals: set[signal.Signals]) -
         is_asked = received is not None and received.si_signo == signal.SIGTERM
         if is_asked or time.monotonic() > deadline:
             return 128 + signal.SIGKILL, ""
-        running = descendants(os.getpid())
+        running = running_now(os.getpid())
         num_threads = sum(threads for threads, _ in running.values())
         resident_mb = sum(resident for _, resident in running.values()) / _MIB
         if num_threads > limits["max_processes"]:
@@ -304,6 +306,38 @@ def descendants(root: int) -> dict[int, tuple[int, int]]:
     return found
 
 
+def _lists_children() -> bool:
+    """True if this kernel lists a process's children (CONFIG_PROC_CHILDREN)."""
+    return os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children")  # noqa: PTH110
+
+
+def listed_descendants(root: int) -> dict[int, tuple[int, int]]:
+    """As `descendants`, by the kernel's lists of children: it reads no process that is not a descendant.
+
+    The list of a process whose children end in the meantime may lack some of them, until the next call.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    unseen = [root]
+    while unseen:
+        parent = unseen.pop()
+        for pid in _children(parent):
+            unseen.append(pid)
+            fields = _stat(pid)
+            if fields and fields[0] not in ("Z", "X"):
+                found[pid] = (int(fields[17]), int(fields[21]) * _PAGE_BYTES)
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    """Returns the children of all threads of a process; empty if it has ended."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
+            with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:  # noqa: PTH123
+                found += map(int, file.read().split())
+    return found
+
+
 def _num_threads_of_user() -> int:
     user, total = os.getuid(), 0
     for pid, fields in _processes():
@@ -317,14 +351,19 @@ def _processes() -> list[tuple[int, list[str]]]:
     """Returns (pid, fields of its stat after the name: state, ppid, ...) of all visible processes."""
     found = []
     for name in os.listdir("/proc"):  # noqa: PTH208
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:  # noqa: PTH123
-                    text = file.read().decode(errors="replace")
-            except OSError:  # it has just ended
-                continue
-            found.append((int(name), text.rpartition(")")[2].split()))
+        if name.isdigit() and (fields := _stat(int(name))):
+            found.append((int(name), fields))
     return found
+
+
+def _stat(pid: int) -> list[str]:
+    """Returns the fields of a process's stat after the name; empty if it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()
 
 
 if __name__ == "__main__":

@@ -155,7 +155,8 @@ def _generate(job: PlannedJob, engine: EngineMemory, formulas: list[str]) -> tup
     cached_bytes = context * engine.kv_per_token + 2 * engine.state
     read_bytes = weights + engine.adapters + running * cached_bytes
     read_s = read_bytes / (gpu.memory_bytes_per_s * ASSUMED.decode_bandwidth)
-    flops = (2.0 * job.trace.num_params + 4.0 * context * job.shape.attention_size) * running / parallel
+    of_position = job.shape.decode_flops_per_position(engine=config.rollout.engine)
+    flops = (2.0 * job.trace.num_params + context * of_position) * running / parallel
     decode_s = ASSUMED.decode_overhead_s + max(read_s, flops / flops_per_s)
     adapters = "all slots of adapters + " if engine.adapters else ""
     formulas.append(

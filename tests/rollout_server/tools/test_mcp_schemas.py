@@ -100,3 +100,16 @@ def test_refused_schemas(schema: Any, problem: str) -> None:
     with pytest.raises(ToolServerError) as refused:
         accepted(schema, max_bytes=16384, max_depth=16)
     assert problem in str(refused.value)
+
+
+def test_long_lists_of_objects_in_a_schema_take_linear_time() -> None:
+    """The earlier drafts want the values of `enum` to differ, and jsonschema compares each two objects."""
+    for draft in ("3", "4", "6"):
+        named = {"$schema": f"http://json-schema.org/draft-0{draft}/schema#"}
+        values = [{"a": number} for number in range(30_000)]
+        schema = {**named, **of(a={"enum": values})}
+        assert accepted(schema, max_bytes=1 << 20, max_depth=16) is not None
+        if draft == "6":  # it allows equal values
+            continue
+        with pytest.raises(ToolServerError, match=r"is no JSON schema: \$\.properties\.a\.enum: .* twice"):
+            accepted({**named, **of(a={"enum": [{"b": 1}, {"b": 1}]})}, max_bytes=16384, max_depth=16)
