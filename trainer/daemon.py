@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from areal_like.automatic_settings import compute_dtype, recomputes_activations, resolved
+from areal_like.automatic_settings import compute_dtype, recomputation, resolved
 from areal_like.config import Config
 from areal_like.config.default_objective import as_setting
 from areal_like.errors import ConfigError, RunFinishedError, UserError
@@ -293,7 +293,9 @@ def run_rank(config: Config) -> bool:
     build_trackers(config.trackers)  # reports a missing package
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
-    activations = "recomputed" if recomputes_activations(config) else "kept"
+    activations = {True: "recomputed", False: "kept", "selective": "recomputed in part"}[recomputation(config)]
+    if config.trainer.offload_activations and device.type == "cpu":
+        log.warning("trainer.offload_activations has no effect: the trainer is on a CPU")
     log.info("the forward is in %s, activations are %s", config.model.dtype, activations)
     log.info("the objective is %s", as_setting(config.objective))
     if os.environ.get("RANK", "0") == "0":
