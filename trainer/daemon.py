@@ -83,6 +83,9 @@ class Trainer:
             dtype=compute_dtype(config),
             lora=config.weights.lora,
         )
+        self._snapshotter.num_snapshots = config.weights.snapshots_on(
+            ranks.device.type, num_bytes=sum(bucket.num_bytes for bucket in self._snapshotter.buckets)
+        )
         self._snapshot_s = 0.0
         """Seconds that the last snapshot took."""
         self._checkpoints.open(ranks)
@@ -293,7 +296,9 @@ def run_rank(config: Config) -> bool:
     build_trackers(config.trackers)  # reports a missing package
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
-    activations = {True: "recomputed", False: "kept", "selective": "recomputed in part"}[recomputation(config)]
+    activations = {True: "recomputed", False: "kept", "selective": "recomputed in part"}[
+        recomputation(config)
+    ]
     if config.trainer.offload_activations and device.type == "cpu":
         log.warning("trainer.offload_activations has no effect: the trainer is on a CPU")
     log.info("the forward is in %s, activations are %s", config.model.dtype, activations)

@@ -68,6 +68,21 @@ def _at_most(plan: Plan, key: str, most: int) -> _Changed | None:
     return _trainer(plan, key, min(most, getattr(plan.config.trainer, key)))
 
 
+def _offloaded(plan: Plan) -> _Changed | None:
+    """The inputs of recomputed layers in host memory."""
+    if not plan.config.trainer.gradient_checkpointing:
+        return None
+    return _trainer(plan, "offload_activations", True)
+
+
+def _one_snapshot(plan: Plan) -> _Changed | None:
+    """One copy of what is pushed."""
+    if not plan.memory.host_shortage or plan.memory.snapshots == 1:
+        return None
+    weights = replace(plan.config.weights, num_snapshots=1)
+    return "weights.num_snapshots=1", replace(plan.config, weights=weights), plan.placement
+
+
 def _larger_context(plan: Plan) -> _Changed | None:
     """Twice as many ranks for each micro-batch, as long as those of a group are on one host."""
     size = 2 * plan.config.trainer.context_parallel
@@ -112,6 +127,8 @@ _CANDIDATES: tuple[_Candidate, ...] = (
     lambda plan: _trainer(plan, "gradient_checkpointing", True),
     lambda plan: _at_most(plan, "tokens_per_microbatch", plan.lengths.context),
     lambda plan: _at_most(plan, "logprob_chunk_tokens", _SMALL_CHUNK),
+    _offloaded,
+    _one_snapshot,
     *[_larger_context] * 3,
     _apart,
     *[_more_gpus_an_engine] * 3,

@@ -33,6 +33,8 @@ LOGITS = "logits of the head"
 ATTENTION = " attention"
 """Suffix of a phase under which the FLOPs of its attention are counted."""
 GATHERED = "layers gathered by FSDP2, their gradients"
+ON_HOST = "inputs of layers (trainer.offload_activations)"
+"""Tensors in the host's memory: no part of the device's total, and so of its peak."""
 _WORKING = (ACTIVATIONS, LOGITS)
 _FSDP_OPS = ("fsdp", "c10d")
 
@@ -115,16 +117,23 @@ class TensorMemory:
         return {purpose: size for purpose, size in totals.items() if size}
 
     def peaks(self) -> dict[Stage, dict[str, int]]:
-        """Bytes by purpose at the moment of the largest total of each stage."""
+        """Bytes by purpose at the moment of the largest total of each stage. That of ON_HOST is its largest
+        number in the stage."""
         totals: Counter[str] = Counter()
         now = 0
         most: Counter[Stage] = Counter()
+        on_host: Counter[Stage] = Counter()
         peaks: dict[Stage, dict[str, int]] = {}
         for storage, change, stage in self._events:
             totals[storage.purpose] += change
+            if storage.purpose == ON_HOST:
+                on_host[stage] = max(on_host[stage], totals[ON_HOST])
+                continue
             now += change
             if now > most[stage]:
                 most[stage], peaks[stage] = now, dict(totals)
+        for stage, size in on_host.items():
+            peaks.setdefault(stage, {})[ON_HOST] = size
         return peaks
 
     def made(self, tensor: Tensor) -> _Storage:

@@ -33,10 +33,11 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.autograd.graph import saved_tensors_hooks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
-from areal_like.automatic_settings import router_dtype, uses_fp32_head
+from areal_like.automatic_settings import recomputation, router_dtype, uses_fp32_head
 from areal_like.config import Config, LoraConfig
 from areal_like.errors import ConfigError
 from areal_like.expert_layers import ExpertLayers
@@ -50,6 +51,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.packed_model import DTYPES, PackedModel, decoder_layers
 from trainer.models.policy import ENTROPY_NUMBERS_ON_GPU, BaseReference, Distributions, Policy, TokenLogProbs
+from trainer.models.recomputation import InputsOnHost
 from trainer.models.value_model import ValueModel
 from trainer.objectives import Need
 from trainer.optimizer import ShardedAdamW
@@ -58,7 +60,7 @@ from trainer.planning.layers import FEW, Traced, extended, has_equal_layers, wit
 from trainer.planning.lengths import Lengths, worst_lengths
 from trainer.planning.linear_attention import use_stand_ins
 from trainer.planning.shapes import ModelShape, find_shape
-from trainer.planning.tensor_memory import ACTIVATIONS, ATTENTION, TensorMemory
+from trainer.planning.tensor_memory import ACTIVATIONS, ATTENTION, ON_HOST, TensorMemory
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.recipe import StepRecipe
 from trainer.step.teachers import check_rows
@@ -104,6 +106,8 @@ class StepTrace:
     """Bytes by purpose, at the time of the largest total."""
     resident_bytes: dict[str, int]
     """Bytes by purpose, between two steps."""
+    on_host_bytes: int
+    """Bytes of the layers' inputs on the host (`trainer.offload_activations`), at their most."""
     linear_flops: dict[str, float]
     """FLOPs of the micro-batch outside attention, by phase: `policy`, `reference`, `proximal`, `teacher`,
     `critic`, `prm`. Includes recomputation."""
@@ -225,7 +229,12 @@ def _step_trace(config: Config, shape: ModelShape, lengths: tuple[int, ...], tra
     squares = sum(num_seqs * longest**2 for num_seqs, longest in rectangles)
     flops = traced.flops
     phases = [phase for phase in FORWARDS if phase in flops]
-    peak = max((dict(parts) for parts in traced.peaks.values()), key=lambda parts: sum(parts.values()))
+    on_host = max(parts.get(ON_HOST, 0) for parts in traced.peaks.values())
+    on_device = [
+        {purpose: size for purpose, size in parts.items() if purpose != ON_HOST}
+        for parts in traced.peaks.values()
+    ]
+    peak = max(on_device, key=lambda parts: sum(parts.values()))
     is_grouped = shape.num_kv_heads != shape.num_heads
     context = config.trainer.context_parallel
     num_heads = shape.num_heads // context
@@ -248,6 +257,7 @@ def _step_trace(config: Config, shape: ModelShape, lengths: tuple[int, ...], tra
         num_tokens=sum(lengths),
         peak_bytes={purpose: size for purpose, size in peak.items() if size},
         resident_bytes={purpose: size for purpose, size in traced.resident.items() if size},
+        on_host_bytes=on_host,
         linear_flops={phase: float(context * flops[phase]) for phase in phases},
         attention_flops={phase: context * flops[phase + ATTENTION] / squares for phase in phases},
         context_parallel=context,
@@ -316,6 +326,9 @@ class _Trace:
             has_kernels = config.trainer.device != "cpu" and config.trainer.attention != "rectangles"
             if has_kernels and dtype != "float32":
                 use_stand_ins(model)
+            for each in model.modules():
+                if isinstance(saving := getattr(each, "_gradient_checkpointing_func", None), InputsOnHost):
+                    saving.saving = self._on_host
             for param in model.parameters():
                 if not param.requires_grad:  # `shard` does this too, but cannot with fake tensors
                     param.data = param.data.to(DTYPES[str(dtype)])
@@ -407,6 +420,17 @@ class _Trace:
         for index, layer in enumerate(decoder_layers(model.model)):
             watch(layer, index)
 
+    def _on_host(self) -> saved_tensors_hooks:
+        """Saves tensors as `InputsOnHost` does, and counts the copies as the host's."""
+
+        def to_host(tensor: Tensor) -> Tensor:
+            size = tensor.numel() * tensor.itemsize
+            with self._memory.as_(ON_HOST):  # torch rounds pinned memory up to a power of two
+                whole = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8)
+            return whole[:size].view(tensor.dtype).view(tensor.shape)
+
+        return saved_tensors_hooks(to_host, torch.clone)  # type: ignore[no-untyped-call]
+
     def _train_policy(
         self, policy: Policy, optimizer: ShardedAdamW, batch: PackedBatch, teacher: Distributions | None
     ) -> None:
@@ -481,7 +505,8 @@ class _Trace:
             chunk_tokens=trainer.logprob_chunk_tokens,
             fp32_head=uses_fp32_head(self._config),
             router_dtype=router_dtype(self._config),
-            gradient_checkpointing=bool(trainer.gradient_checkpointing),
+            gradient_checkpointing=recomputation(self._config),
+            offload_activations=trainer.offload_activations,
             master_dtype=dtype,
             lora_settings=lora,
         )
@@ -504,10 +529,11 @@ class _Trace:
         return sorted(built, key=lambda model: sum(param.numel() for param in model.parameters()))
 
     def _build_critic(self) -> ValueModel:
-        checkpointing = bool(self._config.trainer.gradient_checkpointing)
-        lora = replace(self._config.model.lora, path="")
         return ValueModel.build(
-            self._shape.directory, gradient_checkpointing=checkpointing, lora_settings=lora
+            self._shape.directory,
+            gradient_checkpointing=recomputation(self._config),
+            offload_activations=self._config.trainer.offload_activations,
+            lora_settings=replace(self._config.model.lora, path=""),
         )
 
     def _batch(self) -> PackedBatch:

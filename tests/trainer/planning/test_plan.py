@@ -297,7 +297,7 @@ def test_a_push_of_the_adapter_alone(model: str) -> None:
     adapter = 2 * alone.trace.num_adapter
     assert (whole.pushed_bytes, alone.pushed_bytes) == (2 * whole.trace.num_params, adapter)
     assert "merging for pushes (float32)" not in alone.trace.resident_bytes
-    snapshots = "snapshots for pushes (two, on rank 0)"
+    snapshots = "copies of what is pushed (rank 0)"
     assert (whole.memory.host[snapshots], alone.memory.host[snapshots]) == (
         2 * whole.pushed_bytes,
         2 * adapter,

@@ -411,7 +411,8 @@ def check_server_info(
     `info`: the response of `/server_info`; fields that it does not contain are not checked. `fp32_head`: of
     `head_precision`.
     """
-    for key in ("dp_size", "pp_size"):
+    replicas = () if info.get("enable_dp_attention") else ("dp_size",)
+    for key in (*replicas, "pp_size"):
         if int(info.get(key) or 1) > 1:
             raise ConfigError(f"{name} runs with {key}={info[key]}: {UNREACHABLE}")
     has_fp32_head = info.get("enable_fp32_lm_head")
