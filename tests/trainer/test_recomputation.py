@@ -111,5 +111,5 @@ def test_layer_inputs_are_saved_on_the_host(tmp_path: Path, monkeypatch: pytest.
 
 def test_offload_needs_recomputed_layers() -> None:
     settings = {"gradient_checkpointing": False, "offload_activations": True}
-    with pytest.raises(ConfigError, match="set trainer.gradient_checkpointing to true, selective or auto"):
+    with pytest.raises(ConfigError, match=r"set trainer\.gradient_checkpointing to true, selective or auto"):
         from_mapping({"trainer": settings})

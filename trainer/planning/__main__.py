@@ -1,4 +1,4 @@
-"""`python -m trainer.planning [--gpus 4+4xH100] [--host-memory GIB] [--json] [--explain] [--config FILE] [key=value ...]`.
+"""`python -m trainer.planning [--gpus 4+4xH100] [--json] [--explain] [--config FILE] [key=value ...]`.
 
 `areal-like plan` starts it, because the launcher does not import torch. Exit code 0: the job fits; 2: it does
 not, or a user's mistake.

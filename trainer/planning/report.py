@@ -276,8 +276,8 @@ def _explanations(plan: Plan) -> list[str]:
     lines += [
         "assumptions, not measured on GPUs",
         f"  CUDA context, cuBLAS and NCCL {gib(CONTEXT_BYTES)} a GPU, fragmentation {FRAGMENTATION:.0%}, "
-        f"host memory {gib(HOST_PROCESS_BYTES)} a process; a host has {gib(plan.memory.host_bytes)} for eight "
-        "GPUs (--host-memory)",
+        f"host memory {gib(HOST_PROCESS_BYTES)} a process, {gib(plan.memory.host_bytes)} a host "
+        "(--host-memory)",
     ]
     for field in dataclasses.fields(ASSUMED):
         lines.append(f"  {field.name} = {getattr(ASSUMED, field.name):g}")
