@@ -118,7 +118,7 @@ def test_engines_that_do_not_fit_are_refused() -> None:
     check_server_info(divided, name="the engine", context_tokens=100)
     over_hosts = divided | {"tp_size": 16, "nnodes": 2}
     check_server_info(over_hosts, name="the engine", context_tokens=100, weights_host="10.0.0.5")
-    with pytest.raises(ConfigError, match="the engine runs on 2 hosts, and weights.host=127.0.0.1 is"):
+    with pytest.raises(ConfigError, match="the engine runs on 2 hosts"):
         check_server_info(over_hosts, name="the engine", context_tokens=100, weights_host="127.0.0.1")
     check_context_option("--context-length 100", context_tokens=100)
     with pytest.raises(ConfigError, match="--context-length 99 is shorter"):

@@ -50,7 +50,14 @@ def trained(path: str, **settings: Any) -> tuple[Tensor, dict[str, Tensor], Coun
     return logp_S.detach(), found, operations.counts  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "qwen3_moe", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "llama",
+        "qwen3",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("qwen3_moe", "qwen3_5_text")),
+    ],
+)
 def test_gradients_are_those_without_recomputation(architecture: str, tmp_path: Path) -> None:
     """Bit by bit, also with the layers' inputs on the host."""
     is_simple = architecture in ("llama", "qwen3")
@@ -77,6 +84,7 @@ def test_gradients_are_those_without_recomputation(architecture: str, tmp_path: 
         assert counts[True][attention] >= NUM_LAYERS and not counts["selective"][attention]
 
 
+@pytest.mark.long
 def test_ranks_compute_what_one_rank_computes(tmp_path: Path) -> None:
     """FSDP2 gathers within the recomputed function; a model of a size whose layers are sharded apart."""
     path = write_model(tmp_path / "model", "qwen3", dtype=torch.float32)

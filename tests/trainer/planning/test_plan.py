@@ -32,6 +32,7 @@ from trainer.planning.planner import Plan, make_plan, planned_again
 from trainer.planning.report import json_of, text_of
 from trainer.planning.shapes import known_shapes, with_local_model
 from trainer.planning.staleness import Forecast
+from trainer.planning.tensor_memory import ON_HOST
 
 PARAMETERS = {
     "1xh100_1.7b": 1.72e9,
@@ -232,6 +233,73 @@ def test_a_context_divides_activations(model: str) -> None:
     assert one.estimate is not None and four.estimate is not None
     assert four.estimate.train_s > one.estimate.train_s
     assert any("context groups = " in formula for formula in four.estimate.formulas)
+
+
+def test_kept_and_offloaded_activations_are_part_of_the_plan(tmp_path: Path) -> None:
+    """A layer's input is 2 bytes x hidden size x tokens; selective keeps attention's output, k, o and up."""
+    model = model_of_layers(tmp_path, 12)
+    settings = ("trainer.tokens_per_microbatch=16384", "trainer.groups_per_step=8")
+    full, selective, offloaded = (
+        small(
+            model, *settings, f"trainer.gradient_checkpointing={kind}", f"trainer.offload_activations={moved}"
+        )
+        for kind, moved in (("true", "false"), ("selective", "false"), ("true", "true"))
+    )
+    assert full.trace.on_host_bytes == 0 and offloaded.trace.on_host_bytes == 12 * 2 * 512 * 16384
+    freed = full.trace.peak - offloaded.trace.peak
+    assert freed == pytest.approx(11 * 2 * 512 * 16384, rel=0.1), "one input is being read"
+    assert offloaded.memory.rank_host[ON_HOST] == offloaded.trace.on_host_bytes
+    assert offloaded.memory.host_total - full.memory.host_total == pytest.approx(
+        offloaded.trace.on_host_bytes
+    )
+    assert offloaded.trace.linear_flops == full.trace.linear_flops
+    kept = selective.trace.peak - full.trace.peak
+    per_token = 2 * (8 * 64 + 4 * 64 + 512 + 1536) + 4 * 8
+    assert kept == pytest.approx(12 * per_token * 16384, rel=0.15)
+    # Of the products of a layer k, o and up are not computed again.
+    saved = full.trace.linear_flops["policy"] - selective.trace.linear_flops["policy"]
+    assert saved == 2 * 12 * 16384 * 512 * (4 * 64 + 8 * 64 + 1536)
+    assert selective.trace.attention_flops["policy"] < full.trace.attention_flops["policy"]
+    assert "offload_activations" in text_of(offloaded, [], explain=False)
+
+
+def model_of_layers(directory: Path, num_layers: int) -> str:
+    """The model of `model`, with so many layers."""
+    shape = Qwen3Config(
+        vocab_size=8000,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=num_layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        tie_word_embeddings=False,
+        max_position_embeddings=8192,
+    )
+    shape.save_pretrained(directory)
+    return f"model.path={directory}"
+
+
+def test_the_host_of_rank_0_is_judged(model: str) -> None:
+    plan = make_plan(
+        load_config([model, *SMALL, "trainer.groups_per_step=16"]), gpus="8+16xH100", host_gib=64
+    )
+    memory = plan.memory
+    pushed = plan.pushed_bytes
+    assert (
+        plan.fits
+        and memory.snapshots == 2
+        and memory.rank_host["copies of what is pushed (rank 0)"] == 2 * pushed
+    )
+    assert memory.host_total == pytest.approx(8 * memory.other_rank_host + 2 * pushed)
+    tight = (memory.host_total - 0.5 * pushed) / 2**30
+    small_host = make_plan(
+        load_config([model, *SMALL, "trainer.groups_per_step=16"]), gpus="8+16xH100", host_gib=tight
+    )
+    assert not small_host.fits and "the host of trainer rank 0 needs" in small_host.memory.problems[0]
+    (change,) = changes_until_it_fits(small_host)
+    assert change.text == "weights.num_snapshots=1" and change.plan.fits
+    assert memory.host_total - change.plan.memory.host_total == pytest.approx(pushed)
 
 
 def test_lora_is_part_of_the_plan(model: str) -> None:
