@@ -25,9 +25,10 @@ from trainer.models.packed_model import build_skeleton
 from trainer.planning.advice import changes_until_it_fits
 from trainer.planning.engines import engine_memory
 from trainer.planning.estimate import SPREADS, estimate
-from trainer.planning.gpus import parse_gpus
+from trainer.planning.gpus import GIB, parse_gpus
 from trainer.planning.layers import with_layers
 from trainer.planning.lengths import Lengths, lengths_of, worst_lengths
+from trainer.planning.memory import SNAPSHOTS
 from trainer.planning.planner import Plan, make_plan, planned_again
 from trainer.planning.report import json_of, text_of
 from trainer.planning.shapes import known_shapes, with_local_model
@@ -40,6 +41,8 @@ PARAMETERS = {
     "4xh100_32b_lora": 32.76e9,
     "8xh100_8b": 8.19e9,
     "8x8h100_32b": 32.76e9,
+    "8x8h100_70b": 70.55e9,
+    "16x8h100_235b": 235.09e9,
 }
 """As their authors publish them, tied embeddings counted once."""
 SMALL = ("sampling.max_new_tokens=448", "rollout.max_context=512", "model.dtype=bfloat16")
@@ -69,7 +72,12 @@ def small(model: str, *settings: str, gpus: str = "1+1xH100") -> Plan:
     return make_plan(load_config([model, *SMALL, *settings]), gpus=gpus)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+LARGE = ("8x8h100_70b", "16x8h100_235b")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LARGE else name for name in PARAMETERS]
+)
 def test_preset_fits(name: str) -> None:
     plan = make_plan(load_config([f"scale={name}"]))
     assert plan.fits, plan.memory.problems
@@ -240,18 +248,15 @@ def test_kept_and_offloaded_activations_are_part_of_the_plan(tmp_path: Path) -> 
     model = model_of_layers(tmp_path, 12)
     settings = ("trainer.tokens_per_microbatch=16384", "trainer.groups_per_step=8")
     full, selective, offloaded = (
-        small(
-            model, *settings, f"trainer.gradient_checkpointing={kind}", f"trainer.offload_activations={moved}"
-        )
-        for kind, moved in (("true", "false"), ("selective", "false"), ("true", "true"))
+        small(model, *settings, f"trainer.gradient_checkpointing={kind}", *more)
+        for kind, *more in (("true",), ("selective",), ("true", "trainer.offload_activations=true"))
     )
     assert full.trace.on_host_bytes == 0 and offloaded.trace.on_host_bytes == 12 * 2 * 512 * 16384
     freed = full.trace.peak - offloaded.trace.peak
     assert freed == pytest.approx(11 * 2 * 512 * 16384, rel=0.1), "one input is being read"
     assert offloaded.memory.rank_host[ON_HOST] == offloaded.trace.on_host_bytes
-    assert offloaded.memory.host_total - full.memory.host_total == pytest.approx(
-        offloaded.trace.on_host_bytes
-    )
+    more_on_host = offloaded.memory.host_total - full.memory.host_total
+    assert more_on_host == pytest.approx(offloaded.trace.on_host_bytes)
     assert offloaded.trace.linear_flops == full.trace.linear_flops
     kept = selective.trace.peak - full.trace.peak
     per_token = 2 * (8 * 64 + 4 * 64 + 512 + 1536) + 4 * 8
@@ -281,21 +286,13 @@ def model_of_layers(directory: Path, num_layers: int) -> str:
 
 
 def test_the_host_of_rank_0_is_judged(model: str) -> None:
-    plan = make_plan(
-        load_config([model, *SMALL, "trainer.groups_per_step=16"]), gpus="8+16xH100", host_gib=64
-    )
-    memory = plan.memory
-    pushed = plan.pushed_bytes
-    assert (
-        plan.fits
-        and memory.snapshots == 2
-        and memory.rank_host["copies of what is pushed (rank 0)"] == 2 * pushed
-    )
+    config = load_config([model, *SMALL, "trainer.groups_per_step=16"])
+    plan = make_plan(config, gpus="8+16xH100", host_gib=64)
+    memory, pushed = plan.memory, plan.pushed_bytes
+    assert plan.fits and memory.snapshots == 2 and memory.rank_host[SNAPSHOTS] == 2 * pushed
     assert memory.host_total == pytest.approx(8 * memory.other_rank_host + 2 * pushed)
-    tight = (memory.host_total - 0.5 * pushed) / 2**30
-    small_host = make_plan(
-        load_config([model, *SMALL, "trainer.groups_per_step=16"]), gpus="8+16xH100", host_gib=tight
-    )
+    tight = (memory.host_total - 0.5 * pushed) / GIB
+    small_host = make_plan(config, gpus="8+16xH100", host_gib=tight)
     assert not small_host.fits and "the host of trainer rank 0 needs" in small_host.memory.problems[0]
     (change,) = changes_until_it_fits(small_host)
     assert change.text == "weights.num_snapshots=1" and change.plan.fits
@@ -365,8 +362,7 @@ def test_a_push_of_the_adapter_alone(model: str) -> None:
     adapter = 2 * alone.trace.num_adapter
     assert (whole.pushed_bytes, alone.pushed_bytes) == (2 * whole.trace.num_params, adapter)
     assert "merging for pushes (float32)" not in alone.trace.resident_bytes
-    snapshots = "copies of what is pushed (rank 0)"
-    assert (whole.memory.host[snapshots], alone.memory.host[snapshots]) == (
+    assert (whole.memory.host[SNAPSHOTS], alone.memory.host[SNAPSHOTS]) == (
         2 * whole.pushed_bytes,
         2 * adapter,
     )
