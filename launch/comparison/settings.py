@@ -53,6 +53,7 @@ _WITHOUT_EFFECT = (
     "trainer.host_index",
     "trainer.rendezvous",
     "trainer.offload_activations",
+    "trainer.offload_optimizer",
     "trainer.reshard_after_forward",
     "trainer.checkpoint_",
     "trainer.keep_",

@@ -128,6 +128,7 @@ _CANDIDATES: tuple[_Candidate, ...] = (
     lambda plan: _at_most(plan, "tokens_per_microbatch", plan.lengths.context),
     lambda plan: _at_most(plan, "logprob_chunk_tokens", _SMALL_CHUNK),
     _offloaded,
+    lambda plan: _trainer(plan, "offload_optimizer", True),
     _one_snapshot,
     *[_larger_context] * 3,
     _apart,

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from trainer.planning.engines import EngineMemory, engine_memory
 from trainer.planning.gpus import GIB, GPUS_PER_HOST
-from trainer.planning.tensor_memory import ON_HOST
 from trainer.planning.trace import PlannedJob
 
 CONTEXT_BYTES = 1.5 * GIB
@@ -161,7 +160,7 @@ def _of_rank_0(job: PlannedJob, *, snapshots: int) -> dict[str, float]:
         PROCESSES: HOST_PROCESS_BYTES,
         SNAPSHOTS: snapshots * job.pushed_bytes,
         "rows of a checkpoint that is being written": 12.0 * trace.num_trained / trace.world_size,
-        ON_HOST: float(trace.on_host_bytes),
+        **{name: float(size) for name, size in trace.on_host_bytes.items()},
         ROUTES: _FETCHED_STEPS * job.routes_bytes / trace.world_size,
     }
 

@@ -105,6 +105,7 @@ def _job_lines(plan: Plan) -> list[str]:
         f"tokens_per_microbatch={config.trainer.tokens_per_microbatch}, "
         f"logprob_chunk_tokens={config.trainer.logprob_chunk_tokens}"
         + (", offload_activations" if config.trainer.offload_activations else "")
+        + (", offload_optimizer" if config.trainer.offload_optimizer else "")
         + (f", context_parallel={plan.trace.context_parallel}" if plan.trace.context_parallel > 1 else ""),
         f"sequences  up to {lengths.context} tokens; assumed means: prompt {lengths.prompt:.0f}, response "
         f"{lengths.response:.0f} (--prompt-tokens, --response-tokens)",

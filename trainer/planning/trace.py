@@ -60,7 +60,14 @@ from trainer.planning.layers import FEW, Traced, extended, has_equal_layers, wit
 from trainer.planning.lengths import Lengths, worst_lengths
 from trainer.planning.linear_attention import use_stand_ins
 from trainer.planning.shapes import ModelShape, find_shape
-from trainer.planning.tensor_memory import ACTIVATIONS, ATTENTION, ON_HOST, TensorMemory
+from trainer.planning.tensor_memory import (
+    ACTIVATIONS,
+    ATTENTION,
+    INPUTS_ON_HOST,
+    MOMENTS_ON_HOST,
+    ON_HOST,
+    TensorMemory,
+)
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.recipe import StepRecipe
 from trainer.step.teachers import check_rows
@@ -106,8 +113,9 @@ class StepTrace:
     """Bytes by purpose, at the time of the largest total."""
     resident_bytes: dict[str, int]
     """Bytes by purpose, between two steps."""
-    on_host_bytes: int
-    """Bytes of the layers' inputs on the host (`trainer.offload_activations`), at their most."""
+    on_host_bytes: dict[str, int]
+    """Bytes of this rank on the host, at their most: layers' inputs (`trainer.offload_activations`), and
+    Adam's moments (`trainer.offload_optimizer`)."""
     linear_flops: dict[str, float]
     """FLOPs of the micro-batch outside attention, by phase: `policy`, `reference`, `proximal`, `teacher`,
     `critic`, `prm`. Includes recomputation."""
@@ -229,12 +237,9 @@ def _step_trace(config: Config, shape: ModelShape, lengths: tuple[int, ...], tra
     squares = sum(num_seqs * longest**2 for num_seqs, longest in rectangles)
     flops = traced.flops
     phases = [phase for phase in FORWARDS if phase in flops]
-    on_host = max(parts.get(ON_HOST, 0) for parts in traced.peaks.values())
-    on_device = [
-        {purpose: size for purpose, size in parts.items() if purpose != ON_HOST}
-        for parts in traced.peaks.values()
-    ]
-    peak = max(on_device, key=lambda parts: sum(parts.values()))
+    stages = traced.peaks.values()
+    on_host = {purpose: max(parts.get(purpose, 0) for parts in stages) for purpose in ON_HOST}
+    peak = max(map(_on_device, stages), key=lambda parts: sum(parts.values()))
     is_grouped = shape.num_kv_heads != shape.num_heads
     context = config.trainer.context_parallel
     num_heads = shape.num_heads // context
@@ -256,12 +261,16 @@ def _step_trace(config: Config, shape: ModelShape, lengths: tuple[int, ...], tra
         largest_param_bytes=4 * traced.sizes[LARGEST],
         num_tokens=sum(lengths),
         peak_bytes={purpose: size for purpose, size in peak.items() if size},
-        resident_bytes={purpose: size for purpose, size in traced.resident.items() if size},
-        on_host_bytes=on_host,
+        resident_bytes={purpose: size for purpose, size in _on_device(traced.resident).items() if size},
+        on_host_bytes={purpose: size for purpose, size in on_host.items() if size},
         linear_flops={phase: float(context * flops[phase]) for phase in phases},
         attention_flops={phase: context * flops[phase + ATTENTION] / squares for phase in phases},
         context_parallel=context,
     )
+
+
+def _on_device(parts: Mapping[str, int]) -> dict[str, int]:
+    return {purpose: size for purpose, size in parts.items() if purpose not in ON_HOST}
 
 
 @contextmanager
@@ -328,7 +337,7 @@ class _Trace:
                 use_stand_ins(model)
             for each in model.modules():
                 if isinstance(saving := getattr(each, "_gradient_checkpointing_func", None), InputsOnHost):
-                    saving.saving = self._on_host
+                    saving.saving = self._inputs_on_host
             for param in model.parameters():
                 if not param.requires_grad:  # `shard` does this too, but cannot with fake tensors
                     param.data = param.data.to(DTYPES[str(dtype)])
@@ -420,16 +429,20 @@ class _Trace:
         for index, layer in enumerate(decoder_layers(model.model)):
             watch(layer, index)
 
-    def _on_host(self) -> saved_tensors_hooks:
+    def _inputs_on_host(self) -> saved_tensors_hooks:
         """Saves tensors as `InputsOnHost` does, and counts the copies as the host's."""
 
         def to_host(tensor: Tensor) -> Tensor:
             size = tensor.numel() * tensor.itemsize
-            with self._memory.as_(ON_HOST):  # torch rounds pinned memory up to a power of two
+            with self._memory.as_(INPUTS_ON_HOST):  # torch rounds pinned memory up to a power of two
                 whole = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8)
             return whole[:size].view(tensor.dtype).view(tensor.shape)
 
         return saved_tensors_hooks(to_host, torch.clone)  # type: ignore[no-untyped-call]
+
+    def _moment_on_host(self, moment: Tensor) -> Tensor:
+        with self._memory.as_(MOMENTS_ON_HOST):
+            return torch.empty_like(moment)
 
     def _train_policy(
         self, policy: Policy, optimizer: ShardedAdamW, batch: PackedBatch, teacher: Distributions | None
@@ -491,7 +504,13 @@ class _Trace:
 
     def _optimizer(self, model: PackedModel) -> ShardedAdamW:
         """An optimizer that already has moments, which the first step creates."""
-        optimizer = ShardedAdamW.of(self._config.trainer, model, self._ranks, lr=self._config.trainer.lr)
+        optimizer = ShardedAdamW.of(
+            self._config.trainer,
+            model,
+            self._ranks,
+            lr=self._config.trainer.lr,
+            to_host=self._moment_on_host,
+        )
         optimizer.step(divisor=1.0, lr=0.0)
         return optimizer
 

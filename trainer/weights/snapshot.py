@@ -37,7 +37,7 @@ from areal_like.runtime.threads import NamedThread
 from areal_like.weights.buckets import Bucket, TensorSpec, checksum, cut_buckets, spec_of, unflatten
 from areal_like.weights.hf_layout import HfTensor
 from areal_like.weights.integrity import sha256
-from trainer.distributed.pinning import pin
+from trainer.distributed.pinning import host_empty
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import row_range
 from trainer.models.policy import Policy
@@ -237,10 +237,7 @@ class WeightSnapshotter(ABC):
 
 def empty_buffer(num_bytes: int, device: torch.device) -> Tensor:
     """uint8[num_bytes] on the CPU, pinned if `device` is a GPU, so that copies run at the bus' full rate."""
-    buffer = torch.empty(num_bytes, dtype=torch.uint8)
-    if device.type == "cuda":
-        pin(buffer)
-    return buffer
+    return host_empty((num_bytes,), torch.uint8, pinned=device.type == "cuda")
 
 
 _MAX_GATHERED = 2

@@ -33,7 +33,7 @@ from trainer.planning.planner import Plan, make_plan, planned_again
 from trainer.planning.report import json_of, text_of
 from trainer.planning.shapes import known_shapes, with_local_model
 from trainer.planning.staleness import Forecast
-from trainer.planning.tensor_memory import ON_HOST
+from trainer.planning.tensor_memory import INPUTS_ON_HOST, MOMENTS_ON_HOST
 
 PARAMETERS = {
     "1xh100_1.7b": 1.72e9,
@@ -251,12 +251,13 @@ def test_kept_and_offloaded_activations_are_part_of_the_plan(tmp_path: Path) -> 
         small(model, *settings, f"trainer.gradient_checkpointing={kind}", *more)
         for kind, *more in (("true",), ("selective",), ("true", "trainer.offload_activations=true"))
     )
-    assert full.trace.on_host_bytes == 0 and offloaded.trace.on_host_bytes == 12 * 2 * 512 * 16384
+    assert not full.trace.on_host_bytes
+    assert offloaded.trace.on_host_bytes == {INPUTS_ON_HOST: 12 * 2 * 512 * 16384}
     freed = full.trace.peak - offloaded.trace.peak
     assert freed == pytest.approx(11 * 2 * 512 * 16384, rel=0.1), "one input is being read"
-    assert offloaded.memory.rank_host[ON_HOST] == offloaded.trace.on_host_bytes
+    assert offloaded.memory.rank_host[INPUTS_ON_HOST] == 12 * 2 * 512 * 16384
     more_on_host = offloaded.memory.host_total - full.memory.host_total
-    assert more_on_host == pytest.approx(offloaded.trace.on_host_bytes)
+    assert more_on_host == pytest.approx(12 * 2 * 512 * 16384)
     assert offloaded.trace.linear_flops == full.trace.linear_flops
     kept = selective.trace.peak - full.trace.peak
     per_token = 2 * (8 * 64 + 4 * 64 + 512 + 1536) + 4 * 8
@@ -283,6 +284,15 @@ def model_of_layers(directory: Path, num_layers: int) -> str:
     )
     shape.save_pretrained(directory)
     return f"model.path={directory}"
+
+
+def test_moments_on_the_host_are_part_of_the_plan(model: str) -> None:
+    on_device, on_host = small(model), small(model, "trainer.offload_optimizer=true")
+    moments = 8 * on_device.trace.num_params
+    assert on_device.trace.resident_bytes["Adam's moments"] == pytest.approx(moments, rel=0.01)
+    assert on_host.trace.resident_bytes.get("Adam's moments", 0) < 0.01 * moments
+    assert on_host.trace.on_host_bytes == {MOMENTS_ON_HOST: moments}
+    assert on_host.trace.resident == pytest.approx(on_device.trace.resident - moments, rel=0.01)
 
 
 def test_the_host_of_rank_0_is_judged(model: str) -> None:
