@@ -21,6 +21,8 @@ from trainer.planning.staleness import MASKED, Forecast
 _WIDTH = 110
 _IDLE_BELOW = 0.9
 """Share of the limit below which a rule that closes groups is recommended."""
+_UNEVEN = 1.1
+"""Rows of rank 0 over the mean, from which on the report says so."""
 _NO_CHANGE = "No setting that plan knows helps: use a smaller model, shorter sequences or larger GPUs."
 
 
@@ -33,7 +35,7 @@ def text_of(plan: Plan, changes: Sequence[AdvisedChange], *, explain: bool) -> s
     console.print()
     console.print(_memory_table(plan))
     console.print()
-    for line in _verdict_lines(plan, changes):
+    for line in (*_verdict_lines(plan, changes), *_uneven_lines(plan)):
         console.print(line)
     if plan.estimate is not None:
         console.print()
@@ -182,6 +184,16 @@ def _verdict_lines(plan: Plan, changes: Sequence[AdvisedChange]) -> list[str]:
             f"KV cache of {after.engine.num_tokens} tokens: {verdict}"
         )
     return lines
+
+
+def _uneven_lines(plan: Plan) -> list[str]:
+    trace = plan.trace
+    if trace.unevenness < _UNEVEN:
+        return []
+    return [
+        f"Rank 0 has {trace.unevenness:.2f} times the mean of the ranks' rows: FSDP2 divides the first dimension of "
+        f"each parameter, of experts their number. Choose trainer.world_size so that it divides that."
+    ]
 
 
 def _estimate_table(plan: Plan) -> Table:

@@ -135,6 +135,13 @@ class StepTrace:
         return sum(self.peak_bytes.values())
 
     @property
+    def unevenness(self) -> float:
+        """Rows of rank 0, which has the most, over the mean of all ranks: 1 if every parameter's first dimension
+        is a multiple of the ranks."""
+        own = self.resident_bytes.get(MASTERS) or self.resident_bytes.get(ADAPTERS, 0)
+        return own * self.world_size / (4 * self.num_trained)
+
+    @property
     def resident(self) -> int:
         """Bytes between two steps."""
         return sum(self.resident_bytes.values())

@@ -20,7 +20,9 @@ from areal_like.errors import ConfigError
 from areal_like.gpus import GPUS
 from areal_like.runtime.command_line import load_config, presets
 from launch.cli import main
+from tests.support.families import write_family
 from trainer.batching.attention_layout import RectangleLayout
+from trainer.distributed.sharding import rows_per_rank
 from trainer.models.packed_model import build_skeleton
 from trainer.planning.advice import changes_until_it_fits
 from trainer.planning.engines import engine_memory
@@ -115,6 +117,28 @@ def test_known_mixtures_are_traced(name: str, num_params: float) -> None:
     states = sum(plan.trace.peak_bytes[part] for part in ("weights (float32 masters)", "Adam's moments"))
     assert states == pytest.approx(12 * num_params / 32, rel=0.01)
     assert "configs/scale/models/" in text_of(plan, [], explain=False)
+
+
+def test_experts_are_divided_evenly(tmp_path: Path) -> None:
+    """64 ranks hold two of the 128 experts of a layer each, and 96 ranks would be as full as 64."""
+    _, shape = with_local_model(load_config(["model.path=Qwen/Qwen3-235B-A22B"]))
+    layer = with_layers(shape, 1, tmp_path / "model").directory
+    sizes = [param.shape for param in build_skeleton(layer, dtype=torch.bfloat16).parameters()]
+    assert sum(size[0] == 128 and len(size) == 3 for size in sizes) == 2, "all experts of a layer in two"
+    for world_size, most in ((64, 1.0), (96, 1.45), (128, 1.0)):
+        own = sum(rows_per_rank(size, world_size) * size[1:].numel() for size in sizes)
+        share = own * world_size / sum(size.numel() for size in sizes)
+        assert share == pytest.approx(most, rel=0.03), world_size
+
+
+def test_uneven_rows_are_said(tmp_path: Path) -> None:
+    path = write_family("qwen3_moe", tmp_path)  # eight experts
+    even, uneven = (
+        small(f"model.path={path}", "trainer.groups_per_step=8", gpus=f"1+{ranks}xH100") for ranks in (4, 6)
+    )
+    assert even.trace.unevenness < 1.1 < uneven.trace.unevenness
+    assert "times the mean of the ranks' rows" in text_of(uneven, [], explain=False)
+    assert "times the mean of the ranks' rows" not in text_of(even, [], explain=False)
 
 
 def test_presets_are_jobs() -> None:
