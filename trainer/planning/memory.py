@@ -130,7 +130,7 @@ def gib(num_bytes: float) -> str:
 def plan_memory(job: PlannedJob) -> MemoryPlan:
     """The memory of the job on its GPUs."""
     placement, trace = job.placement, job.trace
-    largest = trace.largest_param_bytes / 4 * job.param_bytes
+    largest = trace.largest_tensor_bytes / 4 * job.param_bytes
     bucket = min(max(float(job.config.weights.bucket_bytes_on("cuda")), largest), job.pushed_bytes)
     engine = engine_memory(job, trainer_bytes=trace.resident + CONTEXT_BYTES if placement.is_shared else 0.0)
     snapshots = job.config.weights.snapshots_on(job.config.trainer.device, num_bytes=job.pushed_bytes)

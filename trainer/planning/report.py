@@ -191,8 +191,8 @@ def _uneven_lines(plan: Plan) -> list[str]:
     if trace.unevenness < _UNEVEN:
         return []
     return [
-        f"Rank 0 has {trace.unevenness:.2f} times the mean of the ranks' rows: FSDP2 divides the first dimension of "
-        f"each parameter, of experts their number. Choose trainer.world_size so that it divides that."
+        f"Rank 0 has {trace.unevenness:.2f} times the mean of the ranks' rows: FSDP2 divides the first "
+        "dimension of each parameter, of experts their number. Choose a trainer.world_size that divides it."
     ]
 
 

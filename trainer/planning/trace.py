@@ -17,6 +17,7 @@ replace autograd's accumulation (VCPO with per-sequence norms), which are refuse
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ from areal_like.automatic_settings import recomputation, router_dtype, uses_fp32
 from areal_like.config import Config, LoraConfig
 from areal_like.errors import ConfigError
 from areal_like.expert_layers import ExpertLayers
-from areal_like.weights.hf_layout import is_adapter
+from areal_like.weights.hf_layout import hf_tensors, is_adapter
 from trainer.advantages.gae import Gae
 from trainer.advantages.prime import Prime
 from trainer.batching.attention_layout import RectangleLayout
@@ -91,7 +92,7 @@ CRITIC = "critic: weights, moments, gradients"
 PRM = "reward model: weights, moments, gradients"
 SCORES = "attention scores (float32)"
 WORKSPACE = "workspace of attention's backward"
-PARAMETERS, TRAINED, ADAPTER, LARGEST = "parameters", "trained", "adapter", "largest parameter"
+PARAMETERS, TRAINED, ADAPTER, LARGEST = "parameters", "trained", "adapter", "largest tensor"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +106,8 @@ class StepTrace:
     """Parameters that are trained: all, or those of the adapter."""
     num_adapter: int
     """Parameters of the adapter; 0: none."""
-    largest_param_bytes: int
-    """Size of the largest parameter, float32."""
+    largest_tensor_bytes: int
+    """Size of the largest tensor of a push, float32; the experts of a parameter are tensors of their own."""
     num_tokens: int
     """Tokens of the traced micro-batch."""
     peak_bytes: dict[str, int]
@@ -136,8 +137,8 @@ class StepTrace:
 
     @property
     def unevenness(self) -> float:
-        """Rows of rank 0, which has the most, over the mean of all ranks: 1 if every parameter's first dimension
-        is a multiple of the ranks."""
+        """Rows of rank 0, which has the most, over the mean of all ranks: 1 if the ranks divide the first
+        dimension of every parameter."""
         own = self.resident_bytes.get(MASTERS) or self.resident_bytes.get(ADAPTERS, 0)
         return own * self.world_size / (4 * self.num_trained)
 
@@ -265,7 +266,7 @@ def _step_trace(config: Config, shape: ModelShape, lengths: tuple[int, ...], tra
         num_params=traced.sizes[PARAMETERS],
         num_trained=traced.sizes[TRAINED],
         num_adapter=traced.sizes[ADAPTER],
-        largest_param_bytes=4 * traced.sizes[LARGEST],
+        largest_tensor_bytes=4 * traced.sizes[LARGEST],
         num_tokens=sum(lengths),
         peak_bytes={purpose: size for purpose, size in peak.items() if size},
         resident_bytes={purpose: size for purpose, size in _on_device(traced.resident).items() if size},
@@ -400,6 +401,8 @@ class _Trace:
     def _traced(self, models: Mapping[str, PackedModel], resident: dict[str, int]) -> Traced:
         params = list(models[POLICY].named_parameters())
         adapter = sum(param.numel() for name, param in params if is_adapter(name))
+        with _disable_current_modes():  # names of experts are found by the values of real tensors
+            largest = max(math.prod(tensor.shape) for tensor in hf_tensors(models[POLICY].model))
         return Traced(
             num_layers=self._shape.num_layers,
             peaks=self._memory.peaks(),
@@ -409,7 +412,7 @@ class _Trace:
                 PARAMETERS: sum(param.numel() for _, param in params) - adapter,
                 TRAINED: sum(param.numel() for _, param in params if param.requires_grad),
                 ADAPTER: adapter,
-                LARGEST: max(param.numel() for _, param in params),
+                LARGEST: largest,
             },
             model_bytes={
                 name: sum(param.numel() * param.itemsize for param in model.parameters())
