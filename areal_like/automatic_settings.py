@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from areal_like.config import Config
+from areal_like.config.trainer import Recomputation
 from areal_like.context_parallel import context_obstacle
 from areal_like.cpus import FAST_BFLOAT16, cpu_flags, fast_bfloat16, usable_cores
 from areal_like.errors import ConfigError, first_line
@@ -112,7 +113,7 @@ def router_dtype(config: Config) -> Dtype:
     return compute_dtype(config) if setting == "auto" else setting
 
 
-def recomputes_activations(config: Config) -> bool:
+def recomputation(config: Config) -> Recomputation:
     """The resolved `trainer.gradient_checkpointing`."""
     setting = config.trainer.gradient_checkpointing
     return not _is_on_cpu(config.trainer.device) if setting == "auto" else setting
@@ -131,7 +132,7 @@ def resolved(config: Config) -> Config:
             fp32_head=uses_fp32_head(config),
             router_dtype=router_dtype(config),
         ),
-        trainer=dataclasses.replace(config.trainer, gradient_checkpointing=recomputes_activations(config)),
+        trainer=dataclasses.replace(config.trainer, gradient_checkpointing=recomputation(config)),
     )
     _check_attention(config)
     _check_context(config)

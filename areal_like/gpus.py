@@ -47,6 +47,8 @@ class GpuKind:
     """One direction, one GPU."""
     host_bytes_per_s: float
     """One direction between the GPU and its host's memory (PCIe, 16 lanes)."""
+    host_memory_bytes: float
+    """Assumed memory of a host with eight of these GPUs: a little less than machines that clouds rent."""
 
     @property
     def bf16_flops(self) -> float:
@@ -66,12 +68,13 @@ GPUS = {
         memory_bytes_per_s=bandwidth,
         nvlink_bytes_per_s=nvlink,
         host_bytes_per_s=host,
+        host_memory_bytes=host_memory,
     )
-    for name, memory, flops, bandwidth, nvlink, host in (
-        ("A100", 80e9, 19.5e12, 2.039e12, 300e9, 32e9),
-        ("H100", 80e9, 67e12, 3.35e12, 450e9, 64e9),
-        ("H200", 141e9, 67e12, 4.8e12, 450e9, 64e9),
-        ("B200", 180e9, 75e12, 8e12, 900e9, 64e9),
+    for name, memory, flops, bandwidth, nvlink, host, host_memory in (
+        ("A100", 80e9, 19.5e12, 2.039e12, 300e9, 32e9, 1200e9),
+        ("H100", 80e9, 67e12, 3.35e12, 450e9, 64e9, 1870e9),
+        ("H200", 141e9, 67e12, 4.8e12, 450e9, 64e9, 1900e9),
+        ("B200", 180e9, 75e12, 8e12, 900e9, 64e9, 2000e9),
     )
 }
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from areal_like.automatic_settings import compute_dtype, recomputes_activations, resolved
+from areal_like.automatic_settings import compute_dtype, recomputation, resolved
 from areal_like.config import Config
 from areal_like.config.default_objective import as_setting
 from areal_like.errors import ConfigError, RunFinishedError, UserError
@@ -82,6 +82,9 @@ class Trainer:
             bucket_bytes=config.weights.bucket_bytes_on(ranks.device.type),
             dtype=compute_dtype(config),
             lora=config.weights.lora,
+        )
+        self._snapshotter.num_snapshots = config.weights.snapshots_on(
+            ranks.device.type, num_bytes=sum(bucket.num_bytes for bucket in self._snapshotter.buckets)
         )
         self._snapshot_s = 0.0
         """Seconds that the last snapshot took."""
@@ -293,7 +296,11 @@ def run_rank(config: Config) -> bool:
     build_trackers(config.trackers)  # reports a missing package
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
-    activations = "recomputed" if recomputes_activations(config) else "kept"
+    activations = {True: "recomputed", False: "kept", "selective": "recomputed in part"}[
+        recomputation(config)
+    ]
+    if config.trainer.offload_activations and device.type == "cpu":
+        log.warning("trainer.offload_activations has no effect: the trainer is on a CPU")
     log.info("the forward is in %s, activations are %s", config.model.dtype, activations)
     log.info("the objective is %s", as_setting(config.objective))
     if os.environ.get("RANK", "0") == "0":

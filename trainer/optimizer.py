@@ -4,12 +4,18 @@ The shards are plain tensors: element-wise updates do not need DTensor, whose di
 update itself for a small model. Only the gradient's norm needs all shards. Replicas make the same update from
 the sum of their gradients, and are compared after it. The learning rate is a pure function of the step
 (linear warm-up, then constant or linear decay), so there is no scheduler state to save.
+
+With `trainer.offload_optimizer` the moments are in (pinned) host memory between the updates. An update takes
+the shards in parts whose moments are at most `_PART_BYTES`: it copies those of a part to the device, updates
+the part, and copies them back. Left out: copies of one part during the update of another, because an update
+takes a second or two of a step of minutes.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +23,7 @@ from torch import Tensor
 
 from areal_like.config import TrainerConfig
 from areal_like.errors import ArealError
+from trainer.distributed.pinning import host_empty
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.packed_model import PackedModel
@@ -24,6 +31,14 @@ from trainer.models.packed_model import PackedModel
 log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_PART_BYTES = 1 << 30
+"""Moments on the device at a time, if the others are on the host."""
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """A copy in host memory, pinned if `tensor` is on a GPU; complete when the device's work is."""
+    copy = host_empty(tensor.shape, tensor.dtype, pinned=tensor.is_cuda)
+    return copy.copy_(tensor, non_blocking=tensor.is_cuda)
 
 
 class ShardedAdamW:
@@ -42,11 +57,14 @@ class ShardedAdamW:
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
+        offload: bool = False,
+        to_host: Callable[[Tensor], Tensor] = host_copy,
     ) -> None:
         """`lr`: rate after the warm-up; it falls linearly to zero at step `decay_steps` (0: it stays
         constant).
 
-        `weight_decay` applies to matrices only. `max_grad_norm`: 0 turns clipping off.
+        `weight_decay` applies to matrices only. `max_grad_norm`: 0 turns clipping off. `offload`:
+        `trainer.offload_optimizer`; `to_host`: makes the copies on the host, of which a trace has others.
         """
         self._ranks = ranks
         self.lr = lr
@@ -66,9 +84,20 @@ class ShardedAdamW:
             {"params": [shard for ndim, shard in used if ndim < 2], "weight_decay": 0.0},
         ]
         self._adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+        self._to_host = to_host
+        self._parts = _parts([shard for _, shard in used]) if offload else []
+        """If the moments are on the host: the shards that are updated together."""
 
     @classmethod
-    def of(cls, config: TrainerConfig, model: PackedModel, ranks: Ranks, *, lr: float) -> ShardedAdamW:
+    def of(
+        cls,
+        config: TrainerConfig,
+        model: PackedModel,
+        ranks: Ranks,
+        *,
+        lr: float,
+        to_host: Callable[[Tensor], Tensor] = host_copy,
+    ) -> ShardedAdamW:
         """The optimizer of `config`. `lr` is separate because policy and critic have different rates."""
         return cls(
             model,
@@ -79,6 +108,8 @@ class ShardedAdamW:
             betas=config.betas,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
+            offload=config.offload_optimizer,
+            to_host=to_host,
         )
 
     def learning_rate(self, step: int) -> float:
@@ -115,7 +146,7 @@ class ShardedAdamW:
                 torch._foreach_mul_(grads, self._max_grad_norm / norm)
             for group in self._adam.param_groups:
                 group["lr"] = lr
-            self._adam.step()
+            self._update()
         else:
             log.warning("gradient norm is %s: the weights stay as they are", norm)
         for shard in self.shards.values():
@@ -128,6 +159,33 @@ class ShardedAdamW:
                 "trainer.replicas=1 or leave that machine out"
             )
         return norm
+
+    def _update(self) -> None:
+        if not self._parts:
+            self._adam.step()
+            return
+        grads = {shard: shard.grad for part in self._parts for shard in part}
+        for shard in grads:
+            shard.grad = None  # Adam leaves out a shard without one
+        for part in self._parts:
+            on_host = {}
+            for shard in part:
+                shard.grad = grads.pop(shard)
+                if (state := self._adam.state.get(shard)) is not None:
+                    on_host[shard] = {key: state[key] for key in MOMENTS}
+                    for key in MOMENTS:
+                        state[key] = state[key].to(shard.device, non_blocking=shard.is_cuda, copy=True)
+            self._adam.step()
+            for shard in part:
+                shard.grad = None
+                state = self._adam.state[shard]
+                for key in MOMENTS:
+                    if shard in on_host:
+                        state[key] = on_host[shard][key].copy_(state[key], non_blocking=shard.is_cuda)
+                    else:
+                        state[key] = self._to_host(state[key])
+        if any(shard.is_cuda for part in self._parts for shard in part):
+            torch.cuda.current_stream().synchronize()  # a checkpoint reads them on the host
 
     def moments(self, shard_name: str) -> dict[str, Tensor]:
         """Adam's moments of one shard: zeros before the first step, then the optimizer's own tensors."""
@@ -154,6 +212,24 @@ class ShardedAdamW:
                 # The fused kernel keeps its count in a tensor on the shard's device.
                 self._adam.state[shard] = {
                     "step": torch.tensor(float(num_updates), dtype=torch.float32, device=shard.device),
-                    **{key: torch.empty_like(shard, requires_grad=False) for key in MOMENTS},
+                    **{key: self._new_moment(shard) for key in MOMENTS},
                 }
         return {name: self.moments(name) for name in self.shards}
+
+    def _new_moment(self, shard: Tensor) -> Tensor:
+        empty = torch.empty_like(shard, requires_grad=False)
+        return self._to_host(empty) if self._parts else empty
+
+
+def _parts(shards: list[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+    """The shards in their order, those of a part with at most `_PART_BYTES` of moments (or one shard)."""
+    parts: list[list[torch.nn.Parameter]] = []
+    size = 0
+    for shard in shards:
+        needed = len(MOMENTS) * shard.numel() * shard.itemsize
+        if not parts or size + needed > _PART_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(shard)
+        size += needed
+    return parts

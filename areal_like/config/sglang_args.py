@@ -19,11 +19,11 @@ _REPLICAS = ("--dp-size", "--data-parallel-size", "--dp")
 _STAGES = ("--pp-size", "--pipeline-parallel-size", "--pp")
 _ATTENTION_DP = "--enable-dp-attention"
 """With this option, `--dp-size` is not a number of replicas: it divides the attention among the
-tensor-parallel ranks."""
+tensor-parallel ranks, and pushes reach all of them (SGLang's pull requests 6311 and 11669)."""
 UNREACHABLE = (
     "SGLang takes pushed weights only in an engine of one data-parallel replica and one pipeline stage: "
     "start one engine for each replica (rollout.num_servers), and use more GPUs for each with "
-    "rollout.gpus_per_engine (tensor parallelism)"
+    "rollout.gpus_per_engine (tensor parallelism), or --dp-size with --enable-dp-attention"
 )
 _OWN = ("--host", "--port", "--api-key", "--admin-api-key")
 """Options that the rollout server sets and that may not be changed."""

@@ -17,6 +17,8 @@ from areal_like.config.common import (
 
 NormalizerName = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"]
 """Normalizers of the loss (`trainer/objectives/normalizers.py`)."""
+Recomputation = Literal[False, True, "selective"]
+"""A resolved `trainer.gradient_checkpointing` (`trainer/models/recomputation.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +119,16 @@ class TrainerConfig(Section, key="trainer"):
     """Weight of an entropy bonus in the loss, in 1/nats; 0: none."""
     logprob_chunk_tokens: PositiveInt = 1024
     """Number of rows of logits in memory at the same time, one row per token."""
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute activations in the backward; `auto`: on GPUs only."""
+    gradient_checkpointing: bool | Literal["selective", "auto"] = "auto"
+    """Recompute activations in the backward. `true`: all of a layer; `selective`: not attention, and only
+    every second matrix product, which is faster and needs more memory; `auto`: `true` on GPUs, else
+    `false`."""
+    offload_activations: bool = False
+    """Keep the layers' inputs in pinned host memory between forward and backward: layers * tokens of a
+    micro-batch * hidden size * bytes of a number less on each GPU. Needs recomputed activations."""
+    offload_optimizer: bool = False
+    """Keep Adam's moments in pinned host memory, 8 bytes for each parameter of a rank, and copy them to its
+    device and back in every update: one or two seconds more a step for a rank with 30 GB of them."""
     attention: Literal["auto", "rectangles", "varlen"] = "auto"
     """Attention over packed sequences. `varlen`: torch's CUDA kernel for sequences of different lengths, for
     16-bit dtypes only; `rectangles`: sequences padded to equal lengths, on any device; `auto`: varlen where
@@ -178,6 +188,11 @@ class TrainerConfig(Section, key="trainer"):
         require(
             self.attention != "varlen" or self.device != "cpu",
             "trainer.attention=varlen needs a GPU, and trainer.device is cpu: set trainer.attention=auto",
+        )
+        require(
+            not self.offload_activations or bool(self.gradient_checkpointing),
+            "trainer.offload_activations=true moves the inputs of recomputed layers to the host: set "
+            "trainer.gradient_checkpointing to true, selective or auto, or turn it off",
         )
         require(
             all(0 <= beta < 1 for beta in self.betas),

@@ -11,6 +11,7 @@ from areal_like.config.common import Bounds, NonNegativeInt, PositiveInt, Sectio
 MAX_TIMEOUT_S = 3600.0
 """Upper limit of `push_deadline_s` and `deadline_s`; a server refuses a request with a longer time limit."""
 _AUTO_BUCKET_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+_TWO_SNAPSHOTS_BYTES = 32e9
 _ANY_ADDRESS = ("0.0.0.0", "::", "[::]")
 _MAX_PORT = 65535
 
@@ -33,6 +34,11 @@ class WeightsConfig(Section, key="weights"):
     bucket_bytes: int = 0
     """Size of one flattened broadcast, in bytes; 0: 64 MiB where the trainer runs on a CPU, 512 MiB on
     GPUs."""
+    num_snapshots: Annotated[int, Bounds(1, 2)] | Literal["auto"] = "auto"
+    """Copies of what is pushed that the trainer keeps in host memory. 2: training goes on while a push lasts
+    longer than a step. 1: the next push's weights are copied when the push before has ended, and training
+    waits for that. `auto`: 1 if a copy is larger than 32 GB and the trainer is on GPUs, where pushes take
+    seconds and steps of such models minutes, unless `update_mode` is `drain`; else 2."""
     host: str = "127.0.0.1"
     """Address of trainer rank 0 for the weight group's rendezvous; every engine must be able to reach it."""
     port_range: str = ""
@@ -90,6 +96,14 @@ class WeightsConfig(Section, key="weights"):
     def bucket_bytes_on(self, device: str) -> int:
         """`bucket_bytes`, chosen for the trainer's type of device (`cpu`, `cuda`) if it is 0."""
         return self.bucket_bytes or _AUTO_BUCKET_BYTES[device]
+
+    def snapshots_on(self, device: str, *, num_bytes: float) -> int:
+        """`num_snapshots`, chosen for the trainer's device (`cpu`, `cuda:N`) and the bytes of a push if it is
+        `auto`."""
+        if self.num_snapshots != "auto":
+            return self.num_snapshots
+        is_large = device != "cpu" and num_bytes > _TWO_SNAPSHOTS_BYTES
+        return 1 if is_large and self.update_mode != "drain" else 2
 
     def deadline_s(self, num_bytes: int) -> float:
         """Time limit of a push of this many bytes, in seconds."""

@@ -24,6 +24,7 @@ from launch.commands.parser import JSON, argument, as_typed, command, flag
         action=OneValue,
         help="N GPUs of engines and M of the trainer, such as 4+4xH100; 1xH100: both share it",
     ),
+    argument("--host-memory", metavar="GIB", action=OneValue, help="memory of a host, if not 1.9 TB (H100)"),
     argument("--prompt-tokens", metavar="N", action=OneValue, help="mean length of a prompt"),
     argument("--response-tokens", metavar="N", action=OneValue, help="mean length of a response"),
     JSON,
@@ -36,5 +37,5 @@ from launch.commands.parser import JSON, argument, as_typed, command, flag
 )
 def main(args: argparse.Namespace) -> int:
     """Runs the planner; returns its exit code: 0 fits, 2 does not, or a mistake."""
-    options = as_typed(args, "gpus", "prompt_tokens", "response_tokens", "json", "explain")
+    options = as_typed(args, "gpus", "host_memory", "prompt_tokens", "response_tokens", "json", "explain")
     return run_role("trainer.planning", *options, *settings_of("plan", args)).returncode

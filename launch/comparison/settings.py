@@ -53,6 +53,8 @@ _WITHOUT_EFFECT = (
     "model.warm_start_",
     "trainer.host_index",
     "trainer.rendezvous",
+    "trainer.offload_activations",
+    "trainer.offload_optimizer",
     "trainer.reshard_after_forward",
     "trainer.checkpoint_",
     "trainer.keep_",

@@ -13,7 +13,7 @@ from areal_like.automatic_settings import (
     cpu_dtype,
     dtype_choice,
     most_threads,
-    recomputes_activations,
+    recomputation,
     resolved,
     router_dtype,
     uses_fp32_head,
@@ -119,7 +119,7 @@ def test_auto_is_the_checkpoints_dtype_on_gpus(tmp_path: Path, facts: dict[str, 
     for engine, trainer in (("cuda", "cuda:4"), ("cuda:1", "cpu"), ("cpu", "cuda")):
         job = _job(path, engine=engine, trainer=trainer)
         assert compute_dtype(job) == resolved(job).model.dtype == dtype
-        assert recomputes_activations(job) is (trainer != "cpu")
+        assert recomputation(job) is (trainer != "cpu")
     assert resolved(resolved(job)) == resolved(job)
 
 

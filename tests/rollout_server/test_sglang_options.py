@@ -106,11 +106,20 @@ def test_engines_that_do_not_fit_are_refused() -> None:
     )
     for info, part in (
         ({"dp_size": 2}, "the engine runs with dp_size=2"),
+        ({"dp_size": 2, "enable_dp_attention": False}, "the engine runs with dp_size=2"),
         ({"pp_size": 4}, "the engine runs with pp_size=4"),
+        ({"dp_size": 8, "enable_dp_attention": True, "pp_size": 2}, "the engine runs with pp_size=2"),
         ({"max_req_input_len": 93}, "the engine holds sequences of 99 tokens"),
     ):
         with pytest.raises(ConfigError, match=part):
             check_server_info(info, name="the engine", context_tokens=100)
+    # Attention divided among the tensor-parallel ranks: pushes reach all of them.
+    divided = {"tp_size": 8, "dp_size": 8, "enable_dp_attention": True}
+    check_server_info(divided, name="the engine", context_tokens=100)
+    over_hosts = divided | {"tp_size": 16, "nnodes": 2}
+    check_server_info(over_hosts, name="the engine", context_tokens=100, weights_host="10.0.0.5")
+    with pytest.raises(ConfigError, match="the engine runs on 2 hosts"):
+        check_server_info(over_hosts, name="the engine", context_tokens=100, weights_host="127.0.0.1")
     check_context_option("--context-length 100", context_tokens=100)
     with pytest.raises(ConfigError, match="--context-length 99 is shorter"):
         check_context_option("--context-length=99", context_tokens=100)

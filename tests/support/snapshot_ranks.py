@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from tests.support.trainer_ranks import main
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import gather, local
 from trainer.models.policy import Policy
+from trainer.weights import snapshot as snapshot_module
 from trainer.weights.snapshot import BackgroundGather, BoundaryGather, Snapshot, WeightSnapshotter
 
 
@@ -167,5 +169,52 @@ def late_ranks(ranks: Ranks, _: Path, path: str) -> None:
     snapshotter.close()
 
 
+def one_copy(ranks: Ranks, _: Path, path: str) -> None:
+    """With memory for one copy the next snapshot is taken when the push has ended, and not before."""
+    snapshot_module._RELEASE_WAIT_S = 0.02
+    policy = Policy.load(path, ranks, master_dtype=torch.float32)
+    for gathering in (BackgroundGather, BoundaryGather):
+        snapshotter = gathering(policy, ranks, bucket_bytes=5000, dtype="float32")
+        snapshotter.num_snapshots = 1
+        waits = threading.Semaphore(0)
+        wait = snapshotter._wait_for_release
+
+        def counted(waits: threading.Semaphore = waits, wait: Callable[[], None] = wait) -> None:
+            wait()
+            waits.release()
+
+        snapshotter._wait_for_release = counted  # type: ignore[method-assign]
+        first, expected = snapshotter.take_snapshot(), dict(gather_full_state(policy))
+        seen: list[dict[str, torch.Tensor]] = []
+
+        def push(
+            first: Snapshot, waits: threading.Semaphore = waits, seen: list[dict[str, torch.Tensor]] = seen
+        ) -> None:
+            for _ in range(3):
+                waits.acquire()
+            seen.append(received(first))
+            first.release()
+
+        pushing = threading.Thread(target=push, args=(first,))
+        if first is not None:
+            assert first.acquire()
+            pushing.start()
+        with torch.no_grad():
+            for param in policy.parameters():
+                local(param).mul_(1.1).add_(0.01)
+        second, expected_second = snapshotter.take_snapshot(), dict(gather_full_state(policy))
+        num_bytes = snapshotter.num_bytes
+        third = snapshotter.take_snapshot()  # nothing is being pushed: it does not wait
+        assert snapshotter.num_bytes == num_bytes
+        if first is not None and second is not None and third is not None:
+            pushing.join()
+            assert all(torch.equal(seen[0][name], expected[name]) for name in seen[0])
+            assert not first.acquire() and not second.acquire() and third.acquire()
+            found = received(third)
+            assert all(torch.equal(found[name], expected_second[name]) for name in found)
+            third.release()
+        snapshotter.close()
+
+
 if __name__ == "__main__":
-    main(snapshots=snapshots, late_ranks=late_ranks)
+    main(snapshots=snapshots, late_ranks=late_ranks, one_copy=one_copy)

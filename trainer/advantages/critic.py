@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from areal_like.automatic_settings import compute_dtype, recomputes_activations
+from areal_like.automatic_settings import compute_dtype, recomputation
 from areal_like.config import Config
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import FloatArray
@@ -83,7 +83,8 @@ class Critic:
         trainer = config.trainer
         model = ValueModel.build(
             initial,
-            gradient_checkpointing=recomputes_activations(config),
+            gradient_checkpointing=recomputation(config),
+            offload_activations=trainer.offload_activations,
             lora_settings=replace(config.model.lora, path=""),
             seed=config.seed,
         )

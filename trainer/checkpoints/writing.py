@@ -35,7 +35,6 @@ import json
 import math
 import os
 import shutil
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -52,6 +51,7 @@ from areal_like.errors import ConfigError, first_line
 from areal_like.weights.hf_layout import HfTensor, adapter_tensors, hf_tensors
 from areal_like.weights.safetensors_header import StoredTensor, tensors_in
 from areal_like.weights.untrained import is_wrapped, text_config
+from trainer.distributed.pinning import pin
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import MODEL_PREFIX, row_range, shards_of
 from trainer.models.packed_model import PackedModel
@@ -227,7 +227,7 @@ class HostCopy:
         self._flat = torch.empty(sum(sizes), dtype=self.dtype)
         self._is_cuda = any(shard.is_cuda for shard in shards.values())
         if self._is_cuda:
-            _pin(self._flat)
+            pin(self._flat)
         self.values: dict[str, dict[str, Tensor]] = {kind: {} for kind in self.kinds}
         """Kind -> parameter's Hugging Face name -> this rank's rows; views of one tensor, in this order."""
         for (kind, name, shape), part in zip(places, torch.split(self._flat, sizes), strict=True):
@@ -247,16 +247,6 @@ class HostCopy:
         assert kinds == self.kinds[-len(kinds) :]
         num_others = sum(v.numel() for kind in self.kinds[: -len(kinds)] for v in self.values[kind].values())
         return self._flat[num_others:]
-
-
-def _pin(tensor: Tensor) -> None:
-    """Pins memory in place: torch's own pinned allocations are rounded up to a power of two."""
-    cudart, pointer = torch.cuda.cudart(), tensor.data_ptr()  # type: ignore[no-untyped-call]
-    portable = 1
-    torch.cuda.check_error(int(cudart.cudaHostRegister(pointer, tensor.numel() * tensor.itemsize, portable)))
-    # Called before the memory is freed; otherwise the driver would keep pages that are reused for other
-    # memory.
-    weakref.finalize(tensor, cudart.cudaHostUnregister, pointer)
 
 
 def write_index(

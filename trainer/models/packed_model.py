@@ -38,6 +38,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, GenerationConfig
 
 from areal_like.config import LoraConfig
+from areal_like.config.trainer import Recomputation
 from areal_like.context_parallel import context_obstacle
 from areal_like.errors import ConfigError, first_line
 from areal_like.precision import RouterDtype, route_in_float32, routers
@@ -65,6 +66,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models import lora, peft_folder
 from trainer.models.kernels import apply_liger
+from trainer.models.recomputation import recompute_layers
 from trainer.models.router_replay import RouterReplay
 from trainer.models.row_loading import StoredNames, copy_rows, stored_names
 from trainer.models.safetensors_rows import SafetensorsRows
@@ -118,7 +120,8 @@ class PackedModel(nn.Module):
         cls,
         path: str,
         *,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Recomputation = False,
+        offload_activations: bool = False,
         compiles: bool = False,
         liger: bool = False,
         router_replay: bool = False,
@@ -129,6 +132,7 @@ class PackedModel(nn.Module):
     ) -> Self:
         """The model of a Hugging Face directory or name on the meta device: call `shard`, then read weights.
 
+        `gradient_checkpointing`, `offload_activations`: see `recomputation.py`.
         `compiles`: norms and MLPs run by torch.compile. `liger`: norms, rotary embeddings and SwiGLU are
         Liger's, where it supports the model. `router_replay`: the experts of a batch's routes are used.
         `lora_settings`: with a rank, an adapter is trained and the rest is frozen; `seed`: of a new adapter.
@@ -155,7 +159,7 @@ class PackedModel(nn.Module):
         if router_replay:
             built.replay = RouterReplay(model, decoder_layers(model))
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_layers(model, kind=gradient_checkpointing, offload=offload_activations)
             built.train()  # transformers recomputes only in training mode; dropout stays zero
             lora.use_dropout(model, False)
         return built

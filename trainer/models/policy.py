@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from areal_like.automatic_settings import (
     compute_dtype,
-    recomputes_activations,
+    recomputation,
     router_dtype,
     uses_fp32_head,
 )
@@ -238,7 +238,8 @@ def build_policy(
         compiles=config.trainer.compile,
         liger=not kernels.liger,
         router_replay=config.model.router_replay and not frozen,
-        gradient_checkpointing=recomputes_activations(config) and not frozen,
+        gradient_checkpointing=not frozen and recomputation(config),
+        offload_activations=not frozen and config.trainer.offload_activations,
         lora_settings=None if frozen else config.model.lora,
         seed=config.seed,
     )

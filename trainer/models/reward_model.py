@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from areal_like.automatic_settings import compute_dtype, recomputes_activations, router_dtype
+from areal_like.automatic_settings import compute_dtype, recomputation, router_dtype
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.precision import Fp32Head, RouterDtype
@@ -135,7 +135,8 @@ def build_reward_model(config: Config, path: str, ranks: Ranks, *, with_weights:
         router_dtype=router_dtype(config),
         compiles=config.trainer.compile,
         liger=not kernels.liger,
-        gradient_checkpointing=recomputes_activations(config),
+        gradient_checkpointing=recomputation(config),
+        offload_activations=config.trainer.offload_activations,
         seed=config.seed,
     )
     model.attention = config.trainer.attention

@@ -20,29 +20,30 @@ from areal_like.runtime.imports import uncollected
 def _options() -> Options:
     options = Options()
     options.add_argument("--gpus", action=OneValue)
-    for name in ("--prompt-tokens", "--response-tokens"):
+    for name in ("--host-memory", "--prompt-tokens", "--response-tokens"):
         options.add_argument(name, action=OneValue)
     options.add_argument("--json", action="store_true")
     options.add_argument("--explain", action="store_true")
     return options
 
 
-def _mean(name: str, text: str | None) -> float | None:
+def _number(name: str, text: str | None, *, what: str = "mean number of tokens") -> float | None:
     if text is None:
         return None
     try:
-        mean = float(text)
+        number = float(text)
     except ValueError:
-        mean = 0.0
-    if not 0 < mean < float("inf"):
-        raise ConfigError(f"{name} {text}: give a mean number of tokens above 0")
-    return mean
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ConfigError(f"{name} {text}: give a {what} above 0")
+    return number
 
 
 def run(values: argparse.Namespace, settings: list[str]) -> int:
     """Plans, prints, and returns the exit code. Raises ConfigError."""
-    prompt = _mean("--prompt-tokens", values.prompt_tokens)
-    response = _mean("--response-tokens", values.response_tokens)
+    prompt = _number("--prompt-tokens", values.prompt_tokens)
+    response = _number("--response-tokens", values.response_tokens)
+    host_gib = _number("--host-memory", values.host_memory, what="host's memory in GiB")
     config = load_config(settings)
 
     with uncollected():
@@ -50,7 +51,7 @@ def run(values: argparse.Namespace, settings: list[str]) -> int:
         from trainer.planning.planner import make_plan
         from trainer.planning.report import json_of, text_of
 
-    plan = make_plan(config, gpus=values.gpus, prompt=prompt, response=response)
+    plan = make_plan(config, gpus=values.gpus, host_gib=host_gib, prompt=prompt, response=response)
     changes = list(changes_until_it_fits(plan))
     if values.json:
         sys.stdout.write(json.dumps(json_of(plan, changes), indent=2) + "\n")

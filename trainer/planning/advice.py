@@ -72,6 +72,19 @@ def _fewer_replicas(plan: Plan) -> _Changed | None:
     """One replica for every two: each rank has half of the rows."""
     replicas = plan.config.trainer.replicas
     return _trainer(plan, "replicas", replicas // 2 if replicas % 2 == 0 else 1)
+def _offloaded(plan: Plan) -> _Changed | None:
+    """The inputs of recomputed layers in host memory."""
+    if not plan.config.trainer.gradient_checkpointing:
+        return None
+    return _trainer(plan, "offload_activations", True)
+
+
+def _one_snapshot(plan: Plan) -> _Changed | None:
+    """One copy of what is pushed."""
+    if not plan.memory.host_shortage or plan.memory.snapshots == 1:
+        return None
+    weights = replace(plan.config.weights, num_snapshots=1)
+    return "weights.num_snapshots=1", replace(plan.config, weights=weights), plan.placement
 
 
 def _larger_context(plan: Plan) -> _Changed | None:
@@ -119,6 +132,9 @@ _CANDIDATES: tuple[_Candidate, ...] = (
     lambda plan: _at_most(plan, "tokens_per_microbatch", plan.lengths.context),
     lambda plan: _at_most(plan, "logprob_chunk_tokens", _SMALL_CHUNK),
     *[_fewer_replicas] * 3,
+    _offloaded,
+    lambda plan: _trainer(plan, "offload_optimizer", True),
+    _one_snapshot,
     *[_larger_context] * 3,
     _apart,
     *[_more_gpus_an_engine] * 3,

@@ -26,6 +26,13 @@ class Placement:
     """One for each rank."""
     is_shared: bool
     """True if the engines use the trainer's GPUs."""
+    given_host_bytes: float | None = None
+    """Memory of a host, if it is known."""
+
+    @property
+    def host_bytes(self) -> float:
+        """Memory of a host: as given, or assumed for its kind of GPU."""
+        return self.given_host_bytes or self.gpu.host_memory_bytes
 
     @property
     def num_gpus(self) -> int:

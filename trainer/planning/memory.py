@@ -1,5 +1,9 @@
 """Compares the memory that a job needs on each trainer rank, engine GPU and host with the memory that
-exists."""
+exists.
+
+Of the trainer's hosts that of rank 0 is judged: it has everything that the others have, and the copies of
+what is pushed.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,11 @@ HOST_PROCESS_BYTES = 4 * GIB
 """Assumed for one trainer rank or engine process: Python, torch and CUDA's host memory."""
 _SENT_BUCKETS = 2
 """Buckets on rank 0's GPU during a push: the one that is sent, and the next."""
-_SNAPSHOTS = 2
-"""Copies of what is pushed, on the host: the one that is sent, and the newest."""
+PROCESSES = "trainer processes"
+SNAPSHOTS = "copies of what is pushed (rank 0)"
+ROWS = "rows of a checkpoint that is being written"
+ROUTES = "routes of two steps (trainer)"
+KV_ROUTES = "routes of the tokens in KV caches"
 _FETCHED_STEPS = 2
 """Steps whose groups a rank may hold: the one in training, and the next."""
 _SGLANG_CHOICE_BYTES = 4
@@ -35,8 +42,14 @@ class MemoryPlan:
     engine: EngineMemory
     gpu_bytes: float
     """Memory of one GPU."""
+    rank_host: dict[str, float]
+    """What rank 0 has on its host."""
     host: dict[str, float]
-    """The host of rank 0."""
+    """The host of rank 0: all of its ranks and engines."""
+    host_bytes: float
+    """Memory of a host."""
+    snapshots: int
+    """Copies of what is pushed that rank 0 keeps."""
     is_shared: bool
     context: int
 
@@ -63,9 +76,24 @@ class MemoryPlan:
         return max(0.0, sequence - self.engine.kv_at_least, too_large)
 
     @property
+    def other_rank_host(self) -> float:
+        """Bytes that a rank other than rank 0 has on its host."""
+        return sum(self.rank_host.values()) - self.rank_host[SNAPSHOTS]
+
+    @property
+    def host_total(self) -> float:
+        """Bytes of the host of rank 0."""
+        return sum(self.host.values())
+
+    @property
+    def host_shortage(self) -> float:
+        """Bytes that the host of rank 0 lacks."""
+        return max(0.0, self.host_total - self.host_bytes)
+
+    @property
     def shortage(self) -> float:
-        """Shortage of the trainer and of the engine together."""
-        return self.trainer_shortage + self.engine_shortage
+        """Shortage of the trainer, of the engine and of the host together."""
+        return self.trainer_shortage + self.engine_shortage + self.host_shortage
 
     @property
     def problems(self) -> list[str]:
@@ -87,6 +115,11 @@ class MemoryPlan:
             found.append(
                 f"an engine needs {gib(self.engine.total)} of each GPU, which has {gib(self.gpu_bytes)}"
             )
+        if self.host_shortage:
+            found.append(
+                f"the host of trainer rank 0 needs {gib(self.host_total)} of memory, and has "
+                f"{gib(self.host_bytes)} (--host-memory)"
+            )
         return found
 
 
@@ -98,9 +131,11 @@ def gib(num_bytes: float) -> str:
 def plan_memory(job: PlannedJob) -> MemoryPlan:
     """The memory of the job on its GPUs."""
     placement, trace = job.placement, job.trace
-    largest = trace.largest_param_bytes / 4 * job.param_bytes
+    largest = trace.largest_tensor_bytes / 4 * job.param_bytes
     bucket = min(max(float(job.config.weights.bucket_bytes_on("cuda")), largest), job.pushed_bytes)
     engine = engine_memory(job, trainer_bytes=trace.resident + CONTEXT_BYTES if placement.is_shared else 0.0)
+    snapshots = job.config.weights.snapshots_on(job.config.trainer.device, num_bytes=job.pushed_bytes)
+    rank_host = _of_rank_0(job, snapshots=snapshots)
     return MemoryPlan(
         trainer={
             **{name: float(size) for name, size in trace.peak_bytes.items()},
@@ -110,38 +145,47 @@ def plan_memory(job: PlannedJob) -> MemoryPlan:
         },
         engine=engine,
         gpu_bytes=placement.gpu.memory_bytes,
-        host=_host(job, engine),
+        rank_host=rank_host,
+        host=_host(job, engine, rank_host),
+        host_bytes=placement.host_bytes,
+        snapshots=snapshots,
         is_shared=placement.is_shared,
         context=job.lengths.context,
     )
 
 
-def _host(job: PlannedJob, engine: EngineMemory) -> dict[str, float]:
-    """The host memory of rank 0, which needs the most."""
+def _of_rank_0(job: PlannedJob, *, snapshots: int) -> dict[str, float]:
+    """What rank 0 has in host memory. The other ranks have the same, without the copies of what is pushed."""
+    trace = job.trace
+    return {
+        PROCESSES: HOST_PROCESS_BYTES,
+        SNAPSHOTS: snapshots * job.pushed_bytes,
+        ROWS: 12.0 * trace.num_trained / trace.num_shards,
+        **{name: float(size) for name, size in trace.on_host_bytes.items()},
+        ROUTES: _FETCHED_STEPS * job.routes_bytes / trace.world_size,
+    }
+
+
+def _host(job: PlannedJob, engine: EngineMemory, rank: dict[str, float]) -> dict[str, float]:
+    """The host of rank 0, which needs the most."""
     ranks = min(job.placement.trainer_gpus, GPUS_PER_HOST)
     engines = job.config.rollout.num_servers if job.placement.is_one_host else 0
     # Only the ranks of replica 0 write.
-    rows = 12.0 * job.trace.num_trained * min(1.0, ranks / job.trace.num_shards)
-    return {
-        "trainer processes": ranks * HOST_PROCESS_BYTES,
-        "snapshots for pushes (two, on rank 0)": _SNAPSHOTS * job.pushed_bytes,
-        "rows of a checkpoint that is being written": rows,
+    num_ranks = {SNAPSHOTS: 1, ROWS: min(ranks, job.trace.num_shards)}
+    found = {name: size * num_ranks.get(name, ranks) for name, size in rank.items()}
+    found |= {
         "engine processes": engines * HOST_PROCESS_BYTES,
-        **_host_routes(job, engine, ranks=ranks, engines=engines),
+        KV_ROUTES: engines * _engine_routes(job, engine),
     }
+    return {name: size for name, size in found.items() if size or name == SNAPSHOTS}
 
 
-def _host_routes(job: PlannedJob, engine: EngineMemory, *, ranks: int, engines: int) -> dict[str, float]:
-    """What routes (`model.router_replay`) take on the host of rank 0."""
+def _engine_routes(job: PlannedJob, engine: EngineMemory) -> float:
+    """Routes (`model.router_replay`) that an engine keeps on its host."""
     if job.experts is None:
-        return {}
+        return 0.0
     _, num_layers, routes = job.experts
     rollout = job.config.rollout
     if rollout.engine == "sglang":
-        per_engine = engine.num_tokens * float(num_layers * routes.num_chosen * _SGLANG_CHOICE_BYTES)
-    else:
-        per_engine = float(rollout.max_running * job.lengths.context * routes.bytes_per_token)
-    return {
-        "routes of two steps (trainer)": _FETCHED_STEPS * job.routes_bytes * ranks / job.trace.world_size,
-        "routes of the tokens in KV caches": engines * per_engine,
-    }
+        return engine.num_tokens * float(num_layers * routes.num_chosen * _SGLANG_CHOICE_BYTES)
+    return float(rollout.max_running * job.lengths.context * routes.bytes_per_token)

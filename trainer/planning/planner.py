@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from areal_like.automatic_settings import model_facts, resolved
 from areal_like.config import Config
@@ -10,7 +10,7 @@ from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.errors import ConfigError
 from areal_like.expert_layers import ExpertLayers
 from trainer.planning.estimate import Estimate, estimate
-from trainer.planning.gpus import Placement, on_gpus, parse_gpus, placement_of
+from trainer.planning.gpus import GIB, Placement, on_gpus, parse_gpus, placement_of
 from trainer.planning.lengths import lengths_of
 from trainer.planning.memory import MemoryPlan, plan_memory
 from trainer.planning.shapes import with_local_model
@@ -31,7 +31,7 @@ class Plan(PlannedJob):
 
     @property
     def fits(self) -> bool:
-        """True if trainer ranks and engines have enough memory."""
+        """True if trainer ranks, engines and the host of rank 0 have enough memory."""
         return not self.memory.problems
 
 
@@ -39,10 +39,12 @@ def make_plan(
     config: Config,
     *,
     gpus: str | None = None,
+    host_gib: float | None = None,
     prompt: float | None = None,
     response: float | None = None,
 ) -> Plan:
-    """`gpus`: as `parse_gpus` takes it; None: those of the configuration. `prompt`, `response`: mean lengths.
+    """`gpus`: as `parse_gpus` takes it; None: those of the configuration. `host_gib`: memory of
+    a host in GiB; None: assumed for its GPUs. `prompt`, `response`: mean lengths.
 
     Raises ConfigError for a job that cannot be planned.
     """
@@ -58,6 +60,8 @@ def make_plan(
     else:
         check_gpus_are_separate(local)
         placement = placement_of(local)
+    if host_gib is not None:
+        placement = replace(placement, given_host_bytes=host_gib * GIB)
     local = resolved(on_gpus(local, placement))
     lengths = lengths_of(local, max_positions=shape.max_positions, prompt=prompt, response=response)
     trace = trace_step(local, shape, lengths)

@@ -21,6 +21,8 @@ from trainer.planning.staleness import MASKED, Forecast
 _WIDTH = 110
 _IDLE_BELOW = 0.9
 """Share of the limit below which a rule that closes groups is recommended."""
+_UNEVEN = 1.1
+"""Rows of rank 0 over the mean, from which on the report says so."""
 _NO_CHANGE = "No setting that plan knows helps: use a smaller model, shorter sequences or larger GPUs."
 
 
@@ -33,7 +35,7 @@ def text_of(plan: Plan, changes: Sequence[AdvisedChange], *, explain: bool) -> s
     console.print()
     console.print(_memory_table(plan))
     console.print()
-    for line in _verdict_lines(plan, changes):
+    for line in (*_verdict_lines(plan, changes), *_uneven_lines(plan)):
         console.print(line)
     if plan.estimate is not None:
         console.print()
@@ -79,6 +81,8 @@ def json_of(plan: Plan, changes: Sequence[AdvisedChange]) -> dict[str, Any]:
             "engine": dataclasses.asdict(plan.memory.engine)
             | {"total": plan.memory.engine.total, "num_tokens": plan.memory.engine.num_tokens},
             "host": plan.memory.host,
+            "host_bytes": plan.memory.host_bytes,
+            "rank_host": plan.memory.rank_host,
         },
         "changes": [{"setting": change.text, "fits": change.plan.fits} for change in changes],
         "estimate": None if plan.estimate is None else dataclasses.asdict(plan.estimate),
@@ -102,6 +106,8 @@ def _job_lines(plan: Plan) -> list[str]:
         f"gradient_checkpointing={str(config.trainer.gradient_checkpointing).lower()}, "
         f"tokens_per_microbatch={config.trainer.tokens_per_microbatch}, "
         f"logprob_chunk_tokens={config.trainer.logprob_chunk_tokens}"
+        + (", offload_activations" if config.trainer.offload_activations else "")
+        + (", offload_optimizer" if config.trainer.offload_optimizer else "")
         + (f", context_parallel={plan.trace.context_parallel}" if plan.trace.context_parallel > 1 else "")
         + (f", replicas={plan.trace.replicas}" if plan.trace.replicas > 1 else ""),
         f"sequences  up to {lengths.context} tokens; assumed means: prompt {lengths.prompt:.0f}, response "
@@ -151,8 +157,11 @@ def _memory_table(plan: Plan) -> Table:
         (cache, engine.kv_at_least),
         ("  activations, CUDA graphs", engine.other),
         (f"one GPU ({plan.placement.gpu.name})", memory.gpu_bytes),
-        ("memory of the host of rank 0", sum(memory.host.values())),
+        ("memory of the host of rank 0", memory.host_total),
         *((f"  {part}", size) for part, size in memory.host.items()),
+        ("  of rank 0 alone", sum(memory.rank_host.values())),
+        ("  of another rank", memory.other_rank_host),
+        ("one host", memory.host_bytes),
     ):
         table.add_row(name, "" if size is None else f"{size / GIB:.1f}")
     return table
@@ -161,7 +170,8 @@ def _memory_table(plan: Plan) -> Table:
 def _verdict_lines(plan: Plan, changes: Sequence[AdvisedChange]) -> list[str]:
     if plan.fits:
         free = plan.memory.trainer_room - plan.memory.trainer_total
-        return [f"It fits: a trainer rank's GPU has {gib(free)} to spare."]
+        on_host = plan.memory.host_bytes - plan.memory.host_total
+        return [f"It fits: a trainer rank's GPU has {gib(free)} to spare, the host of rank 0 {gib(on_host)}."]
     lines = ["It does not fit:"]
     lines += [f"  {problem}" for problem in plan.memory.problems]
     if not changes:
@@ -175,6 +185,16 @@ def _verdict_lines(plan: Plan, changes: Sequence[AdvisedChange]) -> list[str]:
             f"KV cache of {after.engine.num_tokens} tokens: {verdict}"
         )
     return lines
+
+
+def _uneven_lines(plan: Plan) -> list[str]:
+    trace = plan.trace
+    if trace.unevenness < _UNEVEN:
+        return []
+    return [
+        f"Rank 0 has {trace.unevenness:.2f} times the mean of the ranks' rows: FSDP2 divides the first "
+        "dimension of each parameter, of experts their number. Choose a trainer.world_size that divides it."
+    ]
 
 
 def _estimate_table(plan: Plan) -> Table:
@@ -270,7 +290,8 @@ def _explanations(plan: Plan) -> list[str]:
     lines += [
         "assumptions, not measured on GPUs",
         f"  CUDA context, cuBLAS and NCCL {gib(CONTEXT_BYTES)} a GPU, fragmentation {FRAGMENTATION:.0%}, "
-        f"host memory {gib(HOST_PROCESS_BYTES)} a process",
+        f"host memory {gib(HOST_PROCESS_BYTES)} a process, {gib(plan.memory.host_bytes)} a host "
+        "(--host-memory)",
     ]
     for field in dataclasses.fields(ASSUMED):
         lines.append(f"  {field.name} = {getattr(ASSUMED, field.name):g}")

@@ -33,6 +33,10 @@ LOGITS = "logits of the head"
 ATTENTION = " attention"
 """Suffix of a phase under which the FLOPs of its attention are counted."""
 GATHERED = "layers gathered by FSDP2, their gradients"
+INPUTS_ON_HOST = "inputs of layers (trainer.offload_activations)"
+MOMENTS_ON_HOST = "Adam's moments (trainer.offload_optimizer)"
+ON_HOST = (INPUTS_ON_HOST, MOMENTS_ON_HOST)
+"""Tensors in the host's memory: no part of the device's total, and so of its peak."""
 _WORKING = (ACTIVATIONS, LOGITS)
 _FSDP_OPS = ("fsdp", "c10d")
 
@@ -115,16 +119,24 @@ class TensorMemory:
         return {purpose: size for purpose, size in totals.items() if size}
 
     def peaks(self) -> dict[Stage, dict[str, int]]:
-        """Bytes by purpose at the moment of the largest total of each stage."""
+        """Bytes by purpose at the moment of the largest total of each stage. Those of ON_HOST are the largest
+        numbers in the stage."""
         totals: Counter[str] = Counter()
         now = 0
         most: Counter[Stage] = Counter()
+        on_host: dict[Stage, Counter[str]] = {}
         peaks: dict[Stage, dict[str, int]] = {}
         for storage, change, stage in self._events:
             totals[storage.purpose] += change
+            if storage.purpose in ON_HOST:
+                most_on_host = on_host.setdefault(stage, Counter())
+                most_on_host[storage.purpose] = max(most_on_host[storage.purpose], totals[storage.purpose])
+                continue
             now += change
             if now > most[stage]:
                 most[stage], peaks[stage] = now, dict(totals)
+        for stage, sizes in on_host.items():
+            peaks.setdefault(stage, {}).update(sizes)
         return peaks
 
     def made(self, tensor: Tensor) -> _Storage:

@@ -17,6 +17,7 @@ replace autograd's accumulation (VCPO with per-sequence norms), which are refuse
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,14 +34,15 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.autograd.graph import saved_tensors_hooks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
-from areal_like.automatic_settings import router_dtype, uses_fp32_head
+from areal_like.automatic_settings import recomputation, router_dtype, uses_fp32_head
 from areal_like.config import Config, LoraConfig
 from areal_like.errors import ConfigError
 from areal_like.expert_layers import ExpertLayers
-from areal_like.weights.hf_layout import is_adapter
+from areal_like.weights.hf_layout import hf_tensors, is_adapter
 from trainer.advantages.gae import Gae
 from trainer.advantages.prime import Prime
 from trainer.batching.attention_layout import RectangleLayout
@@ -50,6 +52,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.packed_model import DTYPES, PackedModel, decoder_layers
 from trainer.models.policy import ENTROPY_NUMBERS_ON_GPU, BaseReference, Distributions, Policy, TokenLogProbs
+from trainer.models.recomputation import InputsOnHost
 from trainer.models.value_model import ValueModel
 from trainer.objectives import Need
 from trainer.optimizer import ShardedAdamW
@@ -58,7 +61,14 @@ from trainer.planning.layers import FEW, Traced, extended, has_equal_layers, wit
 from trainer.planning.lengths import Lengths, worst_lengths
 from trainer.planning.linear_attention import use_stand_ins
 from trainer.planning.shapes import ModelShape, find_shape
-from trainer.planning.tensor_memory import ACTIVATIONS, ATTENTION, TensorMemory
+from trainer.planning.tensor_memory import (
+    ACTIVATIONS,
+    ATTENTION,
+    INPUTS_ON_HOST,
+    MOMENTS_ON_HOST,
+    ON_HOST,
+    TensorMemory,
+)
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.recipe import StepRecipe
 from trainer.step.teachers import check_rows
@@ -82,7 +92,7 @@ CRITIC = "critic: weights, moments, gradients"
 PRM = "reward model: weights, moments, gradients"
 SCORES = "attention scores (float32)"
 WORKSPACE = "workspace of attention's backward"
-PARAMETERS, TRAINED, ADAPTER, LARGEST = "parameters", "trained", "adapter", "largest parameter"
+PARAMETERS, TRAINED, ADAPTER, LARGEST = "parameters", "trained", "adapter", "largest tensor"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +106,17 @@ class StepTrace:
     """Parameters that are trained: all, or those of the adapter."""
     num_adapter: int
     """Parameters of the adapter; 0: none."""
-    largest_param_bytes: int
-    """Size of the largest parameter, float32."""
+    largest_tensor_bytes: int
+    """Size of the largest tensor of a push, float32; the experts of a parameter are tensors of their own."""
     num_tokens: int
     """Tokens of the traced micro-batch."""
     peak_bytes: dict[str, int]
     """Bytes by purpose, at the time of the largest total."""
     resident_bytes: dict[str, int]
     """Bytes by purpose, between two steps."""
+    on_host_bytes: dict[str, int]
+    """Bytes of this rank on the host, at their most: layers' inputs (`trainer.offload_activations`), and
+    Adam's moments (`trainer.offload_optimizer`)."""
     linear_flops: dict[str, float]
     """FLOPs of the micro-batch outside attention, by phase: `policy`, `reference`, `proximal`, `teacher`,
     `critic`, `prm`. Includes recomputation."""
@@ -128,6 +141,13 @@ class StepTrace:
     def peak(self) -> int:
         """Bytes of the largest total."""
         return sum(self.peak_bytes.values())
+
+    @property
+    def unevenness(self) -> float:
+        """Rows of rank 0, which has the most, over the mean of all ranks: 1 if the ranks divide the first
+        dimension of every parameter."""
+        own = self.resident_bytes.get(MASTERS) or self.resident_bytes.get(ADAPTERS, 0)
+        return own * self.world_size / (4 * self.num_trained)
 
     @property
     def resident(self) -> int:
@@ -232,7 +252,9 @@ def _step_trace(config: Config, shape: ModelShape, lengths: tuple[int, ...], tra
     squares = sum(num_seqs * longest**2 for num_seqs, longest in rectangles)
     flops = traced.flops
     phases = [phase for phase in FORWARDS if phase in flops]
-    peak = max((dict(parts) for parts in traced.peaks.values()), key=lambda parts: sum(parts.values()))
+    stages = traced.peaks.values()
+    on_host = {purpose: max(parts.get(purpose, 0) for parts in stages) for purpose in ON_HOST}
+    peak = max(map(_on_device, stages), key=lambda parts: sum(parts.values()))
     is_grouped = shape.num_kv_heads != shape.num_heads
     context = config.trainer.context_parallel
     num_heads = shape.num_heads // context
@@ -251,15 +273,20 @@ def _step_trace(config: Config, shape: ModelShape, lengths: tuple[int, ...], tra
         num_params=traced.sizes[PARAMETERS],
         num_trained=traced.sizes[TRAINED],
         num_adapter=traced.sizes[ADAPTER],
-        largest_param_bytes=4 * traced.sizes[LARGEST],
+        largest_tensor_bytes=4 * traced.sizes[LARGEST],
         num_tokens=sum(lengths),
         peak_bytes={purpose: size for purpose, size in peak.items() if size},
-        resident_bytes={purpose: size for purpose, size in traced.resident.items() if size},
+        resident_bytes={purpose: size for purpose, size in _on_device(traced.resident).items() if size},
+        on_host_bytes={purpose: size for purpose, size in on_host.items() if size},
         linear_flops={phase: float(context * flops[phase]) for phase in phases},
         attention_flops={phase: context * flops[phase + ATTENTION] / squares for phase in phases},
         context_parallel=context,
         replicas=config.trainer.replicas,
     )
+
+
+def _on_device(parts: Mapping[str, int]) -> dict[str, int]:
+    return {purpose: size for purpose, size in parts.items() if purpose not in ON_HOST}
 
 
 @contextmanager
@@ -329,6 +356,9 @@ class _Trace:
             has_kernels = config.trainer.device != "cpu" and config.trainer.attention != "rectangles"
             if has_kernels and dtype != "float32":
                 use_stand_ins(model)
+            for each in model.modules():
+                if isinstance(saving := getattr(each, "_gradient_checkpointing_func", None), InputsOnHost):
+                    saving.saving = self._inputs_on_host
             for param in model.parameters():
                 if not param.requires_grad:  # `shard` does this too, but cannot with fake tensors
                     param.data = param.data.to(DTYPES[str(dtype)])
@@ -384,6 +414,8 @@ class _Trace:
     def _traced(self, models: Mapping[str, PackedModel], resident: dict[str, int]) -> Traced:
         params = list(models[POLICY].named_parameters())
         adapter = sum(param.numel() for name, param in params if is_adapter(name))
+        with _disable_current_modes():  # names of experts are found by the values of real tensors
+            largest = max(math.prod(tensor.shape) for tensor in hf_tensors(models[POLICY].model))
         return Traced(
             num_layers=self._shape.num_layers,
             peaks=self._memory.peaks(),
@@ -393,7 +425,7 @@ class _Trace:
                 PARAMETERS: sum(param.numel() for _, param in params) - adapter,
                 TRAINED: sum(param.numel() for _, param in params if param.requires_grad),
                 ADAPTER: adapter,
-                LARGEST: max(param.numel() for _, param in params),
+                LARGEST: largest,
             },
             model_bytes={
                 name: sum(param.numel() * param.itemsize for param in model.parameters())
@@ -419,6 +451,21 @@ class _Trace:
 
         for index, layer in enumerate(decoder_layers(model.model)):
             watch(layer, index)
+
+    def _inputs_on_host(self) -> saved_tensors_hooks:
+        """Saves tensors as `InputsOnHost` does, and counts the copies as the host's."""
+
+        def to_host(tensor: Tensor) -> Tensor:
+            size = tensor.numel() * tensor.itemsize
+            with self._memory.as_(INPUTS_ON_HOST):  # torch rounds pinned memory up to a power of two
+                whole = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8)
+            return whole[:size].view(tensor.dtype).view(tensor.shape)
+
+        return saved_tensors_hooks(to_host, torch.clone)  # type: ignore[no-untyped-call]
+
+    def _moment_on_host(self, moment: Tensor) -> Tensor:
+        with self._memory.as_(MOMENTS_ON_HOST):
+            return torch.empty_like(moment)
 
     def _train_policy(
         self, policy: Policy, optimizer: ShardedAdamW, batch: PackedBatch, teacher: Distributions | None
@@ -480,7 +527,13 @@ class _Trace:
 
     def _optimizer(self, model: PackedModel) -> ShardedAdamW:
         """An optimizer that already has moments, which the first step creates."""
-        optimizer = ShardedAdamW.of(self._config.trainer, model, self._ranks, lr=self._config.trainer.lr)
+        optimizer = ShardedAdamW.of(
+            self._config.trainer,
+            model,
+            self._ranks,
+            lr=self._config.trainer.lr,
+            to_host=self._moment_on_host,
+        )
         optimizer.step(divisor=1.0, lr=0.0)
         return optimizer
 
@@ -494,7 +547,8 @@ class _Trace:
             chunk_tokens=trainer.logprob_chunk_tokens,
             fp32_head=uses_fp32_head(self._config),
             router_dtype=router_dtype(self._config),
-            gradient_checkpointing=bool(trainer.gradient_checkpointing),
+            gradient_checkpointing=recomputation(self._config),
+            offload_activations=trainer.offload_activations,
             master_dtype=dtype,
             lora_settings=lora,
         )
@@ -517,10 +571,11 @@ class _Trace:
         return sorted(built, key=lambda model: sum(param.numel() for param in model.parameters()))
 
     def _build_critic(self) -> ValueModel:
-        checkpointing = bool(self._config.trainer.gradient_checkpointing)
-        lora = replace(self._config.model.lora, path="")
         return ValueModel.build(
-            self._shape.directory, gradient_checkpointing=checkpointing, lora_settings=lora
+            self._shape.directory,
+            gradient_checkpointing=recomputation(self._config),
+            offload_activations=self._config.trainer.offload_activations,
+            lora_settings=replace(self._config.model.lora, path=""),
         )
 
     def _batch(self) -> PackedBatch:

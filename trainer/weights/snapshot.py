@@ -12,7 +12,8 @@ parts of a bucket that `PushLayout` describes. Of several replicas (`trainer.rep
 replica 0, which has rank 0, copy and gather; `MergedWeights` exchanges matrices in each of them.
 
 At most two snapshots exist: the one that is being pushed and the newest. A new snapshot reuses the memory of
-the newest one unless that is being pushed, so memory use does not grow during a run.
+the newest one unless that is being pushed, so memory use does not grow during a run. With
+`weights.num_snapshots=1` there is memory for one: `take_snapshot` waits until the push has ended.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from areal_like.runtime.threads import NamedThread
 from areal_like.weights.buckets import Bucket, TensorSpec, checksum, cut_buckets, spec_of, unflatten
 from areal_like.weights.hf_layout import HfTensor
 from areal_like.weights.integrity import sha256
+from trainer.distributed.pinning import host_empty
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import row_range
 from trainer.models.policy import Policy
@@ -44,6 +46,9 @@ from trainer.weights.push_source import PushSource, push_source
 
 log = logging.getLogger(__name__)
 
+_RELEASE_WAIT_S = 5.0
+"""Longest time between two collectives in which rank 0 tells that a push still lasts. The push has a time
+limit of its own."""
 _NONE = -1
 """Broadcast by rank 0 instead of the acquired snapshot's number if no snapshot is acquired."""
 
@@ -104,6 +109,7 @@ class Snapshot:
         """Ends the push."""
         with self._snapshotter.lock:
             self.is_acquired = False
+            self._snapshotter.lock.notify_all()
 
     def stage(self, *, integrity: str) -> None:
         """Makes every bucket and its sums ready, so that `read` returns at once: for engines that are paused
@@ -151,6 +157,8 @@ class WeightSnapshotter(ABC):
         """Guards the states of the snapshots."""
         self.stages = False
         """True once a push was staged: every bucket of a snapshot is kept from then on."""
+        self.num_snapshots = 2
+        """Most snapshots that exist at a time, 1 or 2; equal on all ranks."""
         self._snapshots: list[Snapshot] = []
         """The newest snapshot, and the snapshot that is being pushed."""
         self._free_buffers: list[list[Tensor]] = []
@@ -167,6 +175,9 @@ class WeightSnapshotter(ABC):
     def take_snapshot(self) -> Snapshot | None:
         """Copies the current weights; returns the snapshot on rank 0. Collective; for the training thread."""
         self._free_superseded()
+        while len(self._snapshots) == self.num_snapshots:
+            self._wait_for_release()
+            self._free_superseded()
         is_copied = self._ranks.replica == 0
         new_buffers = self._new_buffers if is_copied else list
         buffers = self._free_buffers.pop() if self._free_buffers else new_buffers()
@@ -211,6 +222,15 @@ class WeightSnapshotter(ABC):
             with self.lock:
                 self._free_all_but(int(kept))
 
+    def _wait_for_release(self) -> None:
+        """On rank 0, waits for the end of the push; the other ranks wait in the next collective, so not for
+        long."""
+        if self._ranks.rank == 0:
+            with self.lock:
+                self.lock.wait_for(
+                    lambda: not any(each.is_acquired for each in self._snapshots), timeout=_RELEASE_WAIT_S
+                )
+
     def _free_all_but(self, number: int) -> None:
         for each in self._snapshots:
             if each.number != number:
@@ -221,7 +241,7 @@ class WeightSnapshotter(ABC):
 
 def empty_buffer(num_bytes: int, device: torch.device) -> Tensor:
     """uint8[num_bytes] on the CPU, pinned if `device` is a GPU, so that copies run at the bus' full rate."""
-    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    return host_empty((num_bytes,), torch.uint8, pinned=device.type == "cuda")
 
 
 _MAX_GATHERED = 2

@@ -51,6 +51,7 @@ LONG = (
     ("ranks", "settings"),
     [
         (4, (*LONG, "trainer.gradient_checkpointing=true", "kl.coef=0.1")),
+        (4, (*LONG, "trainer.gradient_checkpointing=selective", "trainer.offload_activations=true")),
         (2, (*SHORT, "model.lora.rank=4", "kl.coef=0.1", "distill.teachers.default=tiny", "objective=tis")),
         pytest.param(
             1,

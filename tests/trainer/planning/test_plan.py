@@ -20,18 +20,22 @@ from areal_like.errors import ConfigError
 from areal_like.gpus import GPUS
 from areal_like.runtime.command_line import load_config, presets
 from launch.cli import main
+from tests.support.families import write_family
 from trainer.batching.attention_layout import RectangleLayout
+from trainer.distributed.sharding import rows_per_rank
 from trainer.models.packed_model import build_skeleton
 from trainer.planning.advice import changes_until_it_fits
 from trainer.planning.engines import engine_memory
 from trainer.planning.estimate import SPREADS, estimate
-from trainer.planning.gpus import parse_gpus
+from trainer.planning.gpus import GIB, parse_gpus
 from trainer.planning.layers import with_layers
 from trainer.planning.lengths import Lengths, lengths_of, worst_lengths
+from trainer.planning.memory import SNAPSHOTS
 from trainer.planning.planner import Plan, make_plan, planned_again
 from trainer.planning.report import json_of, text_of
 from trainer.planning.shapes import known_shapes, with_local_model
 from trainer.planning.staleness import Forecast
+from trainer.planning.tensor_memory import INPUTS_ON_HOST, MOMENTS_ON_HOST
 
 PARAMETERS = {
     "1xh100_1.7b": 1.72e9,
@@ -39,6 +43,8 @@ PARAMETERS = {
     "4xh100_32b_lora": 32.76e9,
     "8xh100_8b": 8.19e9,
     "8x8h100_32b": 32.76e9,
+    "8x8h100_70b": 70.55e9,
+    "16x8h100_235b": 235.09e9,
 }
 """As their authors publish them, tied embeddings counted once."""
 SMALL = ("sampling.max_new_tokens=448", "rollout.max_context=512", "model.dtype=bfloat16")
@@ -68,7 +74,12 @@ def small(model: str, *settings: str, gpus: str = "1+1xH100") -> Plan:
     return make_plan(load_config([model, *SMALL, *settings]), gpus=gpus)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+LARGE = ("8x8h100_70b", "16x8h100_235b")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LARGE else name for name in PARAMETERS]
+)
 def test_preset_fits(name: str) -> None:
     plan = make_plan(load_config([f"scale={name}"]))
     assert plan.fits, plan.memory.problems
@@ -106,6 +117,28 @@ def test_known_mixtures_are_traced(name: str, num_params: float) -> None:
     states = sum(plan.trace.peak_bytes[part] for part in ("weights (float32 masters)", "Adam's moments"))
     assert states == pytest.approx(12 * num_params / 32, rel=0.01)
     assert "configs/scale/models/" in text_of(plan, [], explain=False)
+
+
+def test_experts_are_divided_evenly(tmp_path: Path) -> None:
+    """64 ranks hold two of the 128 experts of a layer each, and 96 ranks would be as full as 64."""
+    _, shape = with_local_model(load_config(["model.path=Qwen/Qwen3-235B-A22B"]))
+    layer = with_layers(shape, 1, tmp_path / "model").directory
+    sizes = [param.shape for param in build_skeleton(layer, dtype=torch.bfloat16).parameters()]
+    assert sum(size[0] == 128 and len(size) == 3 for size in sizes) == 2, "all experts of a layer in two"
+    for world_size, most in ((64, 1.0), (96, 1.45), (128, 1.0)):
+        own = sum(rows_per_rank(size, world_size) * size[1:].numel() for size in sizes)
+        share = own * world_size / sum(size.numel() for size in sizes)
+        assert share == pytest.approx(most, rel=0.03), world_size
+
+
+def test_uneven_rows_are_said(tmp_path: Path) -> None:
+    path = write_family("qwen3_moe", tmp_path)  # eight experts
+    even, uneven = (
+        small(f"model.path={path}", "trainer.groups_per_step=8", gpus=f"1+{ranks}xH100") for ranks in (4, 6)
+    )
+    assert even.trace.unevenness < 1.1 < uneven.trace.unevenness
+    assert "times the mean of the ranks' rows" in text_of(uneven, [], explain=False)
+    assert "times the mean of the ranks' rows" not in text_of(even, [], explain=False)
 
 
 def test_presets_are_jobs() -> None:
@@ -258,6 +291,70 @@ def test_replicas_hold_more_and_send_less(model: str) -> None:
     assert "over 2 replicas of 8 ranks / 40 GB/s" in summed
     tight = on_card(two, memory_bytes=two.memory.trainer_total - 1e6)
     assert [change.text for change in changes_until_it_fits(tight)] == ["trainer.replicas=1"]
+def test_kept_and_offloaded_activations_are_part_of_the_plan(tmp_path: Path) -> None:
+    """A layer's input is 2 bytes x hidden size x tokens; selective keeps attention's output, k, o and up."""
+    model = model_of_layers(tmp_path, 12)
+    settings = ("trainer.tokens_per_microbatch=16384", "trainer.groups_per_step=8")
+    full, selective, offloaded = (
+        small(model, *settings, f"trainer.gradient_checkpointing={kind}", *more)
+        for kind, *more in (("true",), ("selective",), ("true", "trainer.offload_activations=true"))
+    )
+    assert not full.trace.on_host_bytes
+    assert offloaded.trace.on_host_bytes == {INPUTS_ON_HOST: 12 * 2 * 512 * 16384}
+    freed = full.trace.peak - offloaded.trace.peak
+    assert freed == pytest.approx(11 * 2 * 512 * 16384, rel=0.1), "one input is being read"
+    assert offloaded.memory.rank_host[INPUTS_ON_HOST] == 12 * 2 * 512 * 16384
+    more_on_host = offloaded.memory.host_total - full.memory.host_total
+    assert more_on_host == pytest.approx(12 * 2 * 512 * 16384)
+    assert offloaded.trace.linear_flops == full.trace.linear_flops
+    kept = selective.trace.peak - full.trace.peak
+    per_token = 2 * (8 * 64 + 4 * 64 + 512 + 1536) + 4 * 8
+    assert kept == pytest.approx(12 * per_token * 16384, rel=0.15)
+    # Of the products of a layer k, o and up are not computed again.
+    saved = full.trace.linear_flops["policy"] - selective.trace.linear_flops["policy"]
+    assert saved == 2 * 12 * 16384 * 512 * (4 * 64 + 8 * 64 + 1536)
+    assert selective.trace.attention_flops["policy"] < full.trace.attention_flops["policy"]
+    assert "offload_activations" in text_of(offloaded, [], explain=False)
+
+
+def model_of_layers(directory: Path, num_layers: int) -> str:
+    """The model of `model`, with so many layers."""
+    shape = Qwen3Config(
+        vocab_size=8000,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=num_layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        tie_word_embeddings=False,
+        max_position_embeddings=8192,
+    )
+    shape.save_pretrained(directory)
+    return f"model.path={directory}"
+
+
+def test_moments_on_the_host_are_part_of_the_plan(model: str) -> None:
+    on_device, on_host = small(model), small(model, "trainer.offload_optimizer=true")
+    moments = 8 * on_device.trace.num_params
+    assert on_device.trace.resident_bytes["Adam's moments"] == pytest.approx(moments, rel=0.01)
+    assert on_host.trace.resident_bytes.get("Adam's moments", 0) < 0.01 * moments
+    assert on_host.trace.on_host_bytes == {MOMENTS_ON_HOST: moments}
+    assert on_host.trace.resident == pytest.approx(on_device.trace.resident - moments, rel=0.01)
+
+
+def test_the_host_of_rank_0_is_judged(model: str) -> None:
+    config = load_config([model, *SMALL, "trainer.groups_per_step=16"])
+    plan = make_plan(config, gpus="8+16xH100", host_gib=64)
+    memory, pushed = plan.memory, plan.pushed_bytes
+    assert plan.fits and memory.snapshots == 2 and memory.rank_host[SNAPSHOTS] == 2 * pushed
+    assert memory.host_total == pytest.approx(8 * memory.other_rank_host + 2 * pushed)
+    tight = (memory.host_total - 0.5 * pushed) / GIB
+    small_host = make_plan(config, gpus="8+16xH100", host_gib=tight)
+    assert not small_host.fits and "the host of trainer rank 0 needs" in small_host.memory.problems[0]
+    (change,) = changes_until_it_fits(small_host)
+    assert change.text == "weights.num_snapshots=1" and change.plan.fits
+    assert memory.host_total - change.plan.memory.host_total == pytest.approx(pushed)
 
 
 def test_lora_is_part_of_the_plan(model: str) -> None:
@@ -323,8 +420,7 @@ def test_a_push_of_the_adapter_alone(model: str) -> None:
     adapter = 2 * alone.trace.num_adapter
     assert (whole.pushed_bytes, alone.pushed_bytes) == (2 * whole.trace.num_params, adapter)
     assert "merging for pushes (float32)" not in alone.trace.resident_bytes
-    snapshots = "snapshots for pushes (two, on rank 0)"
-    assert (whole.memory.host[snapshots], alone.memory.host[snapshots]) == (
+    assert (whole.memory.host[SNAPSHOTS], alone.memory.host[SNAPSHOTS]) == (
         2 * whole.pushed_bytes,
         2 * adapter,
     )

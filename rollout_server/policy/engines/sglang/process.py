@@ -32,7 +32,7 @@ from areal_like.config.gpus import engine_gpus
 from areal_like.config.sglang_args import CONTEXT_LENGTH, UNREACHABLE, number, words_of
 from areal_like.config.weights import MAX_TIMEOUT_S
 from areal_like.errors import ConfigError, EngineError
-from areal_like.hosts import LOOPBACK
+from areal_like.hosts import LOOPBACK, is_loopback
 from areal_like.runtime.tied_exec import foreign_environment
 from areal_like.weights.adapters import linear_layers
 from areal_like.weights.foreign_torch import torch_versions
@@ -275,6 +275,7 @@ class SglangAtUrl:
             context_tokens=self._context_tokens,
             fp32_head=head_precision(self._config),
             needs_routes=self._routes is not None,
+            weights_host=self._config.weights.host,
         )
         await client.fetch_info()
         await client.abort()
@@ -403,17 +404,25 @@ def check_server_info(
     context_tokens: int,
     fp32_head: bool | None = None,
     needs_routes: bool = False,
+    weights_host: str = "",
 ) -> None:
     """Raises ConfigError if pushes cannot reach all ranks of the engine, if its output head has another
     precision than the trainer's, if a sequence does not fit into it, or if it does not return routes although
     the job needs them.
 
     `info`: the response of `/server_info`; fields that it does not contain are not checked. `fp32_head`: of
-    `head_precision`.
+    `head_precision`. `weights_host`: `weights.host`.
     """
-    for key in ("dp_size", "pp_size"):
+    replicas = () if info.get("enable_dp_attention") else ("dp_size",)
+    for key in (*replicas, "pp_size"):
         if int(info.get(key) or 1) > 1:
             raise ConfigError(f"{name} runs with {key}={info[key]}: {UNREACHABLE}")
+    num_hosts = int(info.get("nnodes") or 1)
+    if num_hosts > 1 and is_loopback(weights_host):
+        raise ConfigError(
+            f"{name} runs on {num_hosts} hosts, and weights.host={weights_host} is reached from one of them "
+            "only: set weights.host to an address of the trainer's machine that all of them can reach"
+        )
     has_fp32_head = info.get("enable_fp32_lm_head")
     if fp32_head is not None and has_fp32_head is not None and bool(has_fp32_head) != fp32_head:
         raise ConfigError(
