@@ -1,11 +1,19 @@
 """Sandboxes, which run programs written by the policy with limits. Read `base.py` first."""
 
 from areal_like.errors import ConfigError
-from rollout_server.sandbox.base import Limits, ProgramResult, Sandbox
+from rollout_server.sandbox.base import Limits, OpenSandbox, ProgramResult, Sandbox
 from rollout_server.sandbox.bwrap import BwrapSandbox
 from rollout_server.sandbox.rlimits import RlimitsSandbox
 
-__all__ = ["BwrapSandbox", "Limits", "ProgramResult", "RlimitsSandbox", "Sandbox", "make_sandbox"]
+__all__ = [
+    "BwrapSandbox",
+    "Limits",
+    "OpenSandbox",
+    "ProgramResult",
+    "RlimitsSandbox",
+    "Sandbox",
+    "make_sandbox",
+]
 
 
 def make_sandbox(kind: str) -> Sandbox:
