@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Self
 
 from areal_like.errors import ConfigError, SandboxError
 from rollout_server.sandbox.running import RunningProgram
@@ -89,6 +89,8 @@ class ProgramResult:
     """True if the command was killed at the time limit."""
     output_was_cut: bool
     """True if the command wrote more than was kept."""
+    was_flood: bool = False
+    """True if it was killed because it wrote so much more that reading it would cost too much."""
 
     @property
     def stdout(self) -> str:
@@ -166,7 +168,7 @@ class OpenSandbox(ABC):
 class Sandbox(ABC):
     """Makes sandboxes of one kind, for untrusted programs."""
 
-    kind: ClassVar[str]
+    kind: str
     """What `rewards.sandbox` calls it."""
 
     @abstractmethod

@@ -23,7 +23,6 @@ from functools import cache
 from pathlib import Path
 
 from areal_like.errors import ConfigError, SandboxError
-from rollout_server.sandbox import supervisor
 from rollout_server.sandbox.base import (
     ACCEPT_RLIMITS,
     Limits,
@@ -40,6 +39,7 @@ from rollout_server.sandbox.process import (
     memory_file,
     start_supervised,
     supervisor_arguments,
+    supervisor_text,
 )
 from rollout_server.sandbox.running import RunningProgram
 
@@ -221,7 +221,7 @@ def _isolated(
         "--remount-ro",
         "/",
         "--",
-        *(sys.executable, "-I", "-S", "-c", _supervisor_text()),
+        *(sys.executable, "-I", "-S", "-c", supervisor_text()),
         supervisor_arguments(limits, is_namespace=True, serves=serves),
         *command,
     ]
@@ -264,8 +264,3 @@ def _system_files() -> tuple[str, ...]:
         if prefix.is_relative_to(here):
             options += ["--ro-bind", str(prefix), str(prefix)]
     return tuple(options)
-
-
-@cache
-def _supervisor_text() -> str:
-    return Path(os.fspath(supervisor.__file__)).read_text()

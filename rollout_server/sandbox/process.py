@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import selectors
@@ -13,8 +14,10 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, BinaryIO, Protocol
 
+from rollout_server.sandbox import supervisor
 from rollout_server.sandbox.base import Limits, ProgramResult, as_bytes
 from rollout_server.sandbox.running import RunningProgram, end_process
 
@@ -55,6 +58,21 @@ def environment_of(directory: str) -> dict[str, str]:
         "PATH": "/usr/local/bin:/usr/bin:/bin",
         "TMPDIR": directory,
     }
+
+
+@functools.cache
+def supervisor_text() -> str:
+    """Returns the source of supervisor.py."""
+    return Path(os.fspath(supervisor.__file__)).read_text()
+
+
+def remote_command(command: Sequence[str], limits: Limits, *, python: str = "python3") -> list[str]:
+    """Returns the command line that supervises a command where neither this repository nor its sandbox is.
+
+    The supervisor alone ends the command at its time limit, with exit code 137.
+    """
+    arguments = vars(limits) | {"parent": 0, "serves": False, "extra_s": 0.0}
+    return [python, "-I", "-S", "-c", supervisor_text(), json.dumps(arguments), *command]
 
 
 def supervisor_arguments(limits: Limits, *, is_namespace: bool, serves: bool = False) -> str:
@@ -173,7 +191,7 @@ def collected(stdout: IO[bytes], stderr: IO[bytes], ending: Ending, *, limits: L
     out, err = _Output(limits.output_bytes), _Output(limits.output_bytes)
     streams: dict[IO[bytes], _Output] = {stdout: out, stderr: err}
     try:
-        timed_out = not _read_until_end(ending, streams, deadline=time.monotonic() + limits.timeout_s)
+        reason = _read_until_end(ending, streams, deadline=time.monotonic() + limits.timeout_s)
         code = ending.end()
         _read_rest(streams)
     finally:
@@ -183,21 +201,22 @@ def collected(stdout: IO[bytes], stderr: IO[bytes], ending: Ending, *, limits: L
         stdout_bytes=bytes(out.kept),
         stderr=err.kept.decode(errors="replace"),
         exit_code=code,
-        timed_out=timed_out,
+        timed_out=reason == "time",
         output_was_cut=any(output.num_bytes > output.limit for output in (out, err)),
+        was_flood=reason == "output",
     )
 
 
-def _read_until_end(ending: Ending, streams: Mapping[IO[bytes], _Output], *, deadline: float) -> bool:
-    """Reads until the program ends or has written too much. Returns False if the deadline came first."""
+def _read_until_end(ending: Ending, streams: Mapping[IO[bytes], _Output], *, deadline: float) -> str:
+    """Reads until the program ends. Returns why it has to be ended: `time`, `output`, or nothing."""
     most = sum(output.limit for output in streams.values()) + _MAX_DISCARDED_BYTES
     if not _read(streams, deadline=deadline, most=most):
-        return time.monotonic() < deadline
+        return "output" if time.monotonic() < deadline else "time"
     try:  # a program may close its streams and continue
         ending.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        return False
-    return True
+        return "time"
+    return ""
 
 
 def _read(streams: Mapping[IO[bytes], _Output], *, deadline: float, most: int) -> bool:

@@ -14,12 +14,13 @@ JSON object:
 
 It ends when the socket is closed, or after `lifetime_s`.
 
-It runs between a sandbox and the program. It imports only the standard library, because this repository does
-not exist inside bwrap, where the text of this file is passed to `python -c`. Kernel limits (rlimits) are set
-in the child before it becomes the program. RLIMIT_NPROC counts all processes of a user and is not enforced
-for root, so the processes are also counted here, 20 times a second. The sandbox gives this process a
-real-time priority if it may: among thousands of processes that fork, an ordinary one would hardly run. As a
-subreaper, this process inherits daemons whose parents have ended, and finds them among its descendants.
+It runs between a sandbox and the program. It imports only the standard library, of Python 3.9 or later,
+because this repository does not exist inside bwrap or a container, where the text of this file is passed to
+`python -c`. Kernel limits (rlimits) are set in the child before it becomes the program. RLIMIT_NPROC counts
+all processes of a user and is not enforced for root, so the processes are also counted here, 20 times a
+second. The sandbox gives this process a real-time priority if it may: among thousands of processes that fork,
+an ordinary one would hardly run. As a subreaper, this process inherits daemons whose parents have ended, and
+finds them among its descendants.
 
 A system call filter (seccomp) prevents the program from escaping these limits. It forbids memory that belongs
 to no process (memfd_create, System V segments), new namespaces, in which the program could mount memory file
@@ -56,7 +57,7 @@ _LONG_S = 15.0
 _KILL_TIMEOUT_S = 5.0
 _EXTRA_TIME_S = 2.0
 """The sandbox ends a program at its time limit. If the sandbox was killed, this process does so after this
-extra time."""
+extra time. (`extra_s` in the limits is another one: a container's commands are ended only from here.)"""
 _MAX_FILES = 65536
 """Limit in a namespace: an empty file takes about a KiB of kernel memory, which no other limit covers."""
 _PAGE_BYTES = resource.getpagesize()
@@ -124,6 +125,7 @@ def main() -> None:
     prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # the program must not read this process's memory
     if limits["parent"] and os.getppid() != limits["parent"]:
         sys.exit(128 + signal.SIGTERM)  # the parent ended before prctl
+    limits["files_before"] = _num_files()  # of others, where /tmp is not the namespace's own
     if limits["serves"]:
         _serve(limits, signals)
         os._exit(0)
@@ -300,7 +302,8 @@ def _watched(
     child: int, limits: dict[str, float], signals: set[signal.Signals], control: _socket.socket | None
 ) -> tuple[int, str]:
     started = time.monotonic()
-    deadline = min(started + limits["timeout_s"] + _EXTRA_TIME_S, limits.get("ends_s", float("inf")))
+    extra_s = limits.get("extra_s", _EXTRA_TIME_S)
+    deadline = min(started + limits["timeout_s"] + extra_s, limits.get("ends_s", float("inf")))
     while True:
         is_long = limits["parent"] and time.monotonic() > started + _LONG_S
         received = signal.sigtimedwait(signals, _LATER_INTERVAL_S if is_long else _WATCH_INTERVAL_S)
@@ -318,7 +321,7 @@ def _watched(
             return 128 + signal.SIGKILL, f"more than {limits['max_processes']} processes"
         if resident_mb > 2 * limits["memory_mb"]:
             return 128 + signal.SIGKILL, f"more than {2 * limits['memory_mb']} MiB in all processes"
-        if not limits["parent"] and _num_files() > _MAX_FILES:
+        if not limits["parent"] and _num_files() > limits["files_before"] + _MAX_FILES:
             return 128 + signal.SIGKILL, f"more than {_MAX_FILES} files"
 
 
