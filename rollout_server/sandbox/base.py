@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import Self
 
 from areal_like.errors import ConfigError, SandboxError
+from rollout_server.sandbox.owner import Owner
 from rollout_server.sandbox.running import RunningProgram
 
 _WRITE_TIMEOUT_S = 60.0
@@ -215,8 +216,8 @@ class Sandbox(ABC):
             "server a `url`, or another `sandbox`"
         )
 
-    def reap(self, owner: str) -> int:
-        """Removes what an owner's ended processes left behind; returns how many sandboxes. See `owner.py`.
+    def reap(self, owner: Owner) -> int:
+        """Removes the sandboxes of an owner whose processes have ended; returns how many. See `owner.py`.
 
         Raises SandboxError if they cannot be listed or removed.
         """

@@ -37,13 +37,12 @@ from rollout_server.sandbox.base import (
     checked_name,
     problem_of,
 )
-from rollout_server.sandbox.owner import owner
+from rollout_server.sandbox.owner import Owner
 from rollout_server.sandbox.process import remote_command, run_bounded
 from rollout_server.sandbox.running import RunningProgram
 
 _HOME = "/tmp"
 _NOBODY = "65534:65534"
-_LABEL = "areal-like.owner"
 _READY = b"ready\n"
 _START_TIMEOUT_S = 60.0
 _CLI_TIMEOUT_S = 60.0
@@ -78,7 +77,8 @@ class ContainerSandbox(Sandbox):
         size = f"{limits.file_mb}m"
         command = [
             *(self._executable(), "run", "--interactive", "--rm", "--name", name, "--pull", "never"),
-            *("--label", f"{_LABEL}={owner()}", "--network", "none", "--hostname", "sandbox"),
+            *_options("--label", Owner.of_this_process()),
+            *("--network", "none", "--hostname", "sandbox"),
             *("--read-only", "--tmpfs", f"{_HOME}:rw,exec,nosuid,nodev,mode=1777,size={size}"),
             *("--shm-size", size, "--workdir", _HOME, "--user", "0:0", "--cap-drop", "ALL"),
             *(
@@ -120,9 +120,8 @@ class ContainerSandbox(Sandbox):
                 "the image python3 (3.9 or later), sh, tar, head, timeout and cat"
             )
 
-    def reap(self, owner: str) -> int:
-        mine = f"label={_LABEL}={owner}"
-        names = self.call("ps", "--all", "--quiet", "--filter", mine).split()
+    def reap(self, owner: Owner) -> int:
+        names = self.call("ps", "--all", "--quiet", *_options("--filter", owner, "label=")).split()
         if names:
             self.call("rm", "--force", *names)
         return len(names)
@@ -242,6 +241,10 @@ class _Container(OpenSandbox):
         except SandboxError:
             return False
         return said.strip() == "true"
+
+
+def _options(option: str, owner: Owner, before: str = "") -> list[str]:
+    return [word for name, mark in owner.marks.items() for word in (option, f"{before}{name}={mark}")]
 
 
 def _environment() -> dict[str, str]:

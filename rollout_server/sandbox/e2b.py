@@ -30,12 +30,11 @@ from rollout_server.sandbox.base import (
     checked_name,
     problem_of,
 )
-from rollout_server.sandbox.owner import owner
+from rollout_server.sandbox.owner import Owner
 from rollout_server.sandbox.process import remote_command
 
 _HOME = "/tmp/home"
 _STDIN = "/tmp/.stdin"
-_OWNER = "areal-like-owner"
 _LONGEST_S = 3600
 _REQUEST_TIMEOUT_S = 60.0
 _READ_TIMEOUT_S = 10.0
@@ -60,7 +59,7 @@ class E2BSandbox(Sandbox):
             remote = sdk.Sandbox.create(
                 self._template or None,
                 timeout=min(_LONGEST_S, max(1, round(limits.lifetime_s))),
-                metadata={_OWNER: owner()},
+                metadata=Owner.of_this_process().marks,
                 allow_internet_access=False,
                 request_timeout=_REQUEST_TIMEOUT_S,
             )
@@ -75,11 +74,11 @@ class E2BSandbox(Sandbox):
                 "the environment variable E2B_API_KEY, and a template with python3 (3.9 or later)"
             )
 
-    def reap(self, owner: str) -> int:
+    def reap(self, owner: Owner) -> int:
         sdk, num_reaped = _sdk(), 0
         try:
             pages = sdk.Sandbox.list(
-                query=sdk.SandboxQuery(metadata={_OWNER: owner}), request_timeout=_REQUEST_TIMEOUT_S
+                query=sdk.SandboxQuery(metadata=owner.marks), request_timeout=_REQUEST_TIMEOUT_S
             )
             while pages.has_next:
                 for found in pages.next_items():

@@ -27,7 +27,7 @@ from rollout_server.sandbox.base import (
     checked_name,
     problem_of,
 )
-from rollout_server.sandbox.owner import owner, tag_of
+from rollout_server.sandbox.owner import Owner
 from rollout_server.sandbox.process import (
     environment_of,
     run_bounded,
@@ -35,8 +35,6 @@ from rollout_server.sandbox.process import (
     supervisor_arguments,
 )
 from rollout_server.sandbox.running import RunningProgram
-
-_PREFIX = "areal-like-program-"
 
 
 class RlimitsSandbox(Sandbox):
@@ -48,8 +46,8 @@ class RlimitsSandbox(Sandbox):
         """Makes a temporary directory, which `close` removes."""
         return _Directory(_new_directory(), limits or Limits())
 
-    def reap(self, owner: str) -> int:
-        left = list(Path(tempfile.gettempdir()).glob(f"{_PREFIX}{tag_of(owner)}-*"))
+    def reap(self, owner: Owner) -> int:
+        left = list(Path(tempfile.gettempdir()).glob(f"{owner.prefix}*"))
         for directory in left:
             shutil.rmtree(directory, ignore_errors=True)
         return len(left)
@@ -121,7 +119,7 @@ class _Directory(OpenSandbox):
 
 
 def _new_directory() -> str:
-    return tempfile.mkdtemp(prefix=f"{_PREFIX}{tag_of(owner())}-")
+    return tempfile.mkdtemp(prefix=Owner.of_this_process().prefix)
 
 
 def _supervised(command: Sequence[str], limits: Limits) -> list[str]:

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 IMAGE = "python:test"
 ROOT = Path(os.environ["HOME"], "containers")
@@ -33,7 +34,7 @@ def fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def containers() -> dict[str, dict[str, object]]:
+def containers() -> dict[str, dict[str, Any]]:
     """Name -> record of each container."""
     found = {}
     for path in ROOT.glob("*/record.json"):
@@ -68,11 +69,12 @@ def run(words: list[str]) -> int:
     for flag in ("--interactive", "--rm", "--read-only"):
         parser.add_argument(flag, action="store_true", required=True)
     for option in (
-        *("--name", "--pull", "--label", "--network", "--hostname", "--tmpfs", "--shm-size", "--workdir"),
+        *("--name", "--pull", "--network", "--hostname", "--tmpfs", "--shm-size", "--workdir"),
         *("--user", "--cap-drop", "--security-opt", "--pids-limit", "--memory", "--memory-swap"),
         "--entrypoint",
     ):
         parser.add_argument(option, required=True)
+    parser.add_argument("--label", action="append", required=True)
     if Path(sys.argv[0]).name == "podman":
         parser.add_argument("--read-only-tmpfs", choices=["true", "false"])
     parser.add_argument("image")
@@ -117,7 +119,7 @@ def rm(words: list[str]) -> int:
             sys.stderr.write(f"Error response from daemon: No such container: {name}\n")
             continue
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(str(record["pid"])), 9)
+            os.kill(record["pid"], 9)
         shutil.rmtree(ROOT / name, ignore_errors=True)
         print(name)
     return 0
@@ -127,10 +129,9 @@ def ps(words: list[str]) -> int:
     parser = _Parser(prog="ps", allow_abbrev=False)
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--quiet", action="store_true")
-    parser.add_argument("--filter", required=True)
-    key, _, label = parser.parse_args(words).filter.partition("=")
-    assert key == "label"
-    print("\n".join(name for name, record in containers().items() if record["label"] == label))
+    parser.add_argument("--filter", action="append", required=True)
+    wanted = {word.removeprefix("label=") for word in parser.parse_args(words).filter}
+    print("\n".join(name for name, record in containers().items() if wanted <= set(record["label"])))
     return 0
 
 

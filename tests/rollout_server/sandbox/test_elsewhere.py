@@ -16,10 +16,11 @@ import pytest
 
 from areal_like.errors import ConfigError, SandboxError
 from rollout_server.sandbox import Limits, OpenSandbox, Sandbox, make_sandbox
-from rollout_server.sandbox.owner import set_owner
+from rollout_server.sandbox.owner import Owner
 from tests.rollout_server.sandbox.test_sandbox import problem_of_bwrap
 from tests.support import fake_container_cli, fake_e2b
 
+MINE = Owner(run="run", server="rollout-0")
 LIMITS = Limits(timeout_s=600.0, memory_mb=256, max_processes=16, file_mb=4, output_bytes=4096)
 
 
@@ -37,7 +38,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, "e2b", fake_e2b)
     monkeypatch.setenv("E2B_API_KEY", fake_e2b.service.key)
     monkeypatch.setenv("AREAL_LIKE_SANDBOX_OWNER", "")
-    set_owner("run", "rollout-0")
+    MINE.adopt()
     yield
     for remote in fake_e2b.service.running.values():
         shutil.rmtree(remote.tmp)
@@ -112,7 +113,7 @@ def test_a_flood_of_output_ends_the_command(sandbox: Sandbox, tmp_path: Path) ->
 
 def test_a_lost_sandbox(sandbox: Sandbox) -> None:
     with sandbox.open(limits=LIMITS) as box:
-        assert sandbox.reap("run/rollout-0") == 1
+        assert sandbox.reap(MINE) == 1
         for _ in range(2):
             with pytest.raises(SandboxError, match=r"the container has ended|sandbox is lost"):
                 box.exec(["true"])
@@ -120,10 +121,11 @@ def test_a_lost_sandbox(sandbox: Sandbox) -> None:
 
 def test_only_the_owner_is_reaped(sandbox: Sandbox, tmp_path: Path) -> None:
     with sandbox.open(limits=LIMITS), sandbox.open(limits=LIMITS):
-        assert sandbox.reap("run/rollout-1") == sandbox.reap("other/rollout-0") == 0
+        for other in (Owner(run="run", server="rollout-1"), Owner(run="other", server="rollout-0")):
+            assert sandbox.reap(other) == sandbox.reap(Owner(run="other")) == 0
         assert num_open(sandbox, tmp_path) == 2
-        assert sandbox.reap("run/rollout-0") == 2
-        assert sandbox.reap("run/rollout-0") == num_open(sandbox, tmp_path) == 0
+        assert sandbox.reap(Owner(run="run") if sandbox.kind.startswith("e2b") else MINE) == 2
+        assert sandbox.reap(MINE) == num_open(sandbox, tmp_path) == 0
 
 
 OPENER = """
@@ -147,7 +149,7 @@ def test_a_container_after_its_opener_was_killed(fakes: None, tmp_path: Path, is
             os.kill(pid, signal.SIGKILL)
         server.kill()
     if is_cli_killed:
-        assert num_open(sandbox, tmp_path) == sandbox.reap("run/rollout-0") == 1
+        assert num_open(sandbox, tmp_path) == sandbox.reap(MINE) == 1
     while num_open(sandbox, tmp_path):
         time.sleep(0.01)
 
@@ -161,7 +163,7 @@ def test_what_a_container_is_given(fakes: None, tmp_path: Path) -> None:
     assert given["network"] == "none" and given["cap_drop"] == "ALL" and given["read_only"]
     assert given["tmpfs"] == "/tmp:rw,exec,nosuid,nodev,mode=1777,size=4m" and given["shm_size"] == "4m"
     assert given["memory"] == given["memory_swap"] == "516m" and given["pids_limit"] == "24"
-    assert given["label"] == "areal-like.owner=run/rollout-0"
+    assert given["label"] == ["areal-like.run=run", "areal-like.server=rollout-0"]
 
 
 def test_what_does_not_work_is_refused(fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -13,9 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from areal_like.config.loading import from_mapping
 from areal_like.errors import ConfigError, SandboxError
+from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import save_config
+from launch.cli import main
+from launch.run_directory.rundir import lock
 from rollout_server.sandbox import BwrapSandbox, Limits, OpenSandbox, RlimitsSandbox, Sandbox, make_sandbox
-from rollout_server.sandbox.owner import id_of_run, owner, set_owner
+from rollout_server.sandbox.owner import Owner, id_of_run
+from rollout_server.sandbox.reaping import own_sandboxes
 from tests.rollout_server.sandbox.test_sandbox import problem_of_bwrap, processes_with, wait_until_gone
 
 LIMITS = Limits(timeout_s=600.0, memory_mb=256, max_processes=16, file_mb=4, output_bytes=4096)
@@ -185,19 +192,20 @@ def test_what_a_killed_server_leaves_is_reaped(sandbox: Sandbox, tmp_path: Path)
     wait_until_gone(mark)
     if sandbox.kind == "rlimits":
         assert (home / "left").exists()
-    assert sandbox.reap(f"{run}/rollout-1") == 0
-    assert sandbox.reap(f"{run}/rollout-0") == (sandbox.kind == "rlimits")
-    assert sandbox.reap(f"{run}/rollout-0") == 0
+    assert sandbox.reap(Owner(run=run, server="rollout-1")) == 0
+    owners = [Owner(run=run, server="rollout-0"), Owner(run=run)]
+    assert [sandbox.reap(owner) for owner in owners] == [sandbox.kind == "rlimits", 0]
     assert sandbox.kind == "bwrap" or not home.exists()
 
 
 def test_the_owner_is_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AREAL_LIKE_SANDBOX_OWNER", "x/y")
-    assert set_owner("run", "rollout-3") == "run/rollout-3" == owner()
-    said = subprocess.check_output(
-        [sys.executable, "-c", "from rollout_server.sandbox.owner import owner; print(owner())"], text=True
-    )
-    assert said == "run/rollout-3\n"
+    Owner(run="run", server="rollout-3").adopt()
+    program = "from rollout_server.sandbox.owner import Owner; print(Owner.of_this_process())"
+    said = subprocess.check_output([sys.executable, "-c", program], text=True)
+    assert said == "Owner(run='run', server='rollout-3')\n"
+    monkeypatch.delenv("AREAL_LIKE_SANDBOX_OWNER")
+    assert Owner.of_this_process() == Owner(run="none")
 
 
 def test_only_some_kinds_serve_over_pipes() -> None:
@@ -207,3 +215,27 @@ def test_only_some_kinds_serve_over_pipes() -> None:
 
     with pytest.raises(ConfigError, match=r"rewards.sandbox=other: servers of tools on stdio run only in"):
         Other().start(["cat"], limits=Limits(), environment={})
+
+
+def test_a_server_removes_what_an_earlier_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only its own; `areal-like reap` those of all servers, but not while the run is running."""
+    monkeypatch.setenv("AREAL_LIKE_SANDBOX_OWNER", "")
+    config = from_mapping({"runs_dir": str(tmp_path), "name": "mine", "rewards": {"sandbox": "rlimits"}})
+    paths = RunPaths.of(config)
+    paths.root.mkdir()
+    save_config(config, paths.config)
+    homes = []
+    for server in ("rollout-0", "rollout-1"):
+        asyncio.run(own_sandboxes(config, server=server, paths=paths))
+        homes.append(Path(RlimitsSandbox().open().home))
+    asyncio.run(own_sandboxes(config, server="rollout-1", paths=paths))
+    assert [home.exists() for home in homes] == [True, False]
+    held = lock(paths)
+    assert main(["reap", str(paths.root)]) == 2
+    assert "the run is running" in capsys.readouterr().err
+    os.close(held)
+    assert main(["reap", str(paths.root)]) == 0
+    assert capsys.readouterr().out == "1 sandboxes removed (rlimits)\n"
+    assert not any(home.exists() for home in homes)
