@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rollout_server.environments.base import Reply
+from rollout_server.environments.base import Message, Reply
 from rollout_server.environments.scripted import call, play, say
 from rollout_server.tasks.coding import CodingTask
 from rollout_server.tasks.coding.repositories import Repository
@@ -24,7 +24,9 @@ from rollout_server.tasks.coding.repositories import Repository
 def changed_lines(before: str, after: str) -> tuple[str, str]:
     """Returns a text that occurs in `before` once, and the text in its place in `after`: whole lines."""
     old, new = before.splitlines(keepends=True), after.splitlines(keepends=True)
-    start = next((at for at, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    start = next(
+        (at for at, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new))
+    )
     end = 0
     while end < min(len(old), len(new)) - start and old[-1 - end] == new[-1 - end]:
         end += 1
@@ -53,14 +55,20 @@ def demonstration(task: CodingTask, index: int) -> dict[str, Any]:
     environment = task.environment(example)
     episode = play(environment, repair(example.answer))
     assert episode.reward == 1.0, index
-    messages = []
-    for message in episode.messages:
-        calls = "".join(
-            f"<tool_call>{json.dumps({'name': one['function']['name'], 'arguments': json.loads(one['function']['arguments'])})}</tool_call>"
-            for one in message.get("tool_calls", ())
-        )
-        messages.append({"role": message["role"], "content": (message["content"] or "") + calls})
+    messages = [
+        {"role": message["role"], "content": (message["content"] or "") + _calls(message)}
+        for message in episode.messages
+    ]
     return {"messages": messages, "label": example.label}
+
+
+def _calls(message: Message) -> str:
+    """Returns the calls of a reply as text."""
+    functions = [one["function"] for one in message.get("tool_calls", ())]
+    return "".join(
+        f'<tool_call>{{"name": "{one["name"]}", "arguments": {one["arguments"]}}}</tool_call>'
+        for one in functions
+    )
 
 
 def write_rows(file: Path, *, num: int, seed: int) -> None:
@@ -73,7 +81,9 @@ def write_rows(file: Path, *, num: int, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     rows = verbs.add_parser("rows")
     rows.add_argument("file", type=Path)

@@ -26,8 +26,8 @@ from rollout_server.tools.tool import Tool
 
 SYSTEM_PROMPT = (
     "You repair a small Python repository. One function has a bug: it does not do what its docstring says. "
-    "Use the tools to read files, to edit them and to run the tests. Do not change the tests. When the bug is "
-    "repaired, reply DONE without calling a tool."
+    "Use the tools to read files, to edit them and to run the tests. Do not change the tests. When the bug "
+    "is repaired, reply DONE without calling a tool."
 )
 _MAX_FILES, _MAX_FILE_BYTES = 200, 1 << 16
 _EXTRA_TIME_S = 10.0

@@ -25,7 +25,9 @@ TESTS = "test_package.py"
 Arguments = list[Any]
 _NUM_VISIBLE, _NUM_HIDDEN = 3, 6
 """Calls of each function in the visible tests, and hidden ones."""
-_MAX_DRAWS = 200
+_MAX_DRAWS = 1000
+_NUM_TELLING = 3
+"""Calls that show the bug: one visible, and two or fewer hidden ones."""
 _NAMES = ("acorn", "basil", "cedar", "delta", "ember", "fable", "grove", "heron", "indigo", "juniper", "kelp")
 
 
@@ -148,17 +150,18 @@ def _drawn(
     plain: list[Arguments] = []
     telling: list[Arguments] = []
     for _ in range(_MAX_DRAWS):
+        if len(plain) >= _NUM_VISIBLE + _NUM_HIDDEN and (has_bug is None or len(telling) >= _NUM_TELLING):
+            break
         one = template.draw(rng)
         if one in plain or one in telling:
             continue
         shows = has_bug is not None and _called(has_bug, one) != _called(function, one)
         (telling if shows else plain).append(one)
     assert has_bug is None or len(telling) >= 2, template.source
-    visible = telling[:1] + plain[: _NUM_VISIBLE - 1] if telling else plain[:_NUM_VISIBLE]
-    left = [one for one in telling[1:3] + plain + telling[3:] if one not in visible]
-    visible += left[3 : 3 + _NUM_VISIBLE - len(visible)]
-    left = [one for one in left if one not in visible]
-    return visible + left[:_NUM_HIDDEN]
+    if len(plain) < _NUM_VISIBLE:  # a bug that shows nearly always
+        plain, telling = plain + telling[_NUM_TELLING:], telling[:_NUM_TELLING]
+    num_plain = _NUM_VISIBLE - len(telling[:1])
+    return [*telling[:1], *plain[:num_plain], *telling[1:], *plain[num_plain:]][: _NUM_VISIBLE + _NUM_HIDDEN]
 
 
 def _function(source: str, name: str) -> Callable[..., Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from areal_like.errors import ConfigError
 from rollout_server.environments.base import Environment
 from rollout_server.sandbox import Limits, make_sandbox
 from rollout_server.tasks.base import Example, Split, Task
@@ -37,8 +36,6 @@ class CodingTask(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.give not in ("all", "share"):
-            raise ConfigError(f"task.give={self.give}: choose all or share")
         make_sandbox(self.sandbox)
         self.limits  # noqa: B018, raises ConfigError
 

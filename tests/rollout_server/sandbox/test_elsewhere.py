@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import shutil
@@ -188,10 +189,10 @@ def test_what_does_not_work_is_refused(fakes: None, monkeypatch: pytest.MonkeyPa
 def test_the_stand_in_has_the_signatures_of_the_sdk() -> None:
     """Each parameter that the stand-in takes exists in e2b, and each name in the module."""
     sdk = pytest.importorskip("e2b")
-    from e2b.sandbox_sync.commands.command import Commands
-    from e2b.sandbox_sync.commands.command_handle import CommandHandle
-    from e2b.sandbox_sync.filesystem.filesystem import Filesystem
-
+    sync = "e2b.sandbox_sync"
+    Commands = importlib.import_module(f"{sync}.commands.command").Commands
+    CommandHandle = importlib.import_module(f"{sync}.commands.command_handle").CommandHandle
+    Filesystem = importlib.import_module(f"{sync}.filesystem.filesystem").Filesystem
     per_request = {"request_timeout"}  # of **opts: ApiParams
     for fake, real in (
         (fake_e2b.Sandbox.create, sdk.Sandbox.create),
