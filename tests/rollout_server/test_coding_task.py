@@ -247,7 +247,7 @@ def test_settings() -> None:
     assert isinstance(make_task({"name": "coding", "num_modules": 3}, seed=1), CodingTask)
     for wrong, message in (
         ({"give": "some"}, "use all or share"),
-        ({"timeout_s": 0}, "timeout_s=0: must be above 0"),
+        ({"timeout_s": 0}, "timeout_s=0.0: must be above 0"),
         ({"file_mb": -1}, "file_mb=-1: must be above 0"),
         ({"sandbox": "none"}, "choose one of bwrap"),
     ):
