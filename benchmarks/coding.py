@@ -1,11 +1,9 @@
-r"""The coding task with a small real model: demonstrations for its supervised start, and what it does.
+r"""Demonstrations of the coding task, for the supervised start of a small model (configs/jobs/coding.yaml).
 
     python -m benchmarks.coding rows runs/coding/demonstrations.jsonl --num 200
-    python -m benchmarks.coding table RUN_OR_EVALUATION...
 
 A demonstration is an episode in the real environment, played by a policy that knows the repair: it reads the
-module with the bug, edits what differs, runs the tests, and ends. They are of training repositories. `table`
-reads the ledgers of evaluations (`areal-like eval configs/jobs/coding.yaml ...`) and of runs.
+module with the bug, edits what differs, runs the tests, and ends. They are of training repositories.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ r"""The coding task with a context of 32,768 tokens and random weights: the prot
     areal-like run name=coding-32k model.path=runs/coding-random task=coding \
         model.renderer=benchmarks.coding_protocol.RandomCaller rollout.max_context=32768 \
         trainer.tokens_per_microbatch=32768 sampling.max_new_tokens=32 sampling.group_size=2 \
-        episode.max_turns=64 trainer.groups_per_step=2 trainer.num_steps=2 rollout.max_episodes=4 rollout.max_running=4 \
-        eval.num_prompts=1 buffer.retain_trajectories=true
-    python -m benchmarks.coding table runs/coding-32k
+        episode.max_turns=64 trainer.groups_per_step=2 trainer.num_steps=2 rollout.max_episodes=4 \
+        rollout.max_running=4 eval.num_prompts=1 buffer.retain_trajectories=true
+    areal-like samples coding-32k --limit 4 --full
 
 The model is a tiny Llama with random weights and one token for each character. Whatever it samples is read as
 a call of a tool, chosen by the sampled tokens; after `NUM_TURNS` turns it is read as the last reply. So real

@@ -143,8 +143,10 @@ class _Namespaces(OpenSandbox):
             return replace(result, stderr=result.stderr + ending.problem) if ending.problem else result
 
     def close(self) -> None:
-        self._program.end()
-        self._control.close()
+        self._program.kill()
+        with self._lock:  # a command in another thread has now lost its sandbox
+            self._program.end()
+            self._control.close()
 
     def _lost(self) -> SandboxError:
         """Ends what is left of the sandbox; returns the error that says why it cannot be used."""

@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,24 @@ def test_a_closed_sandbox(sandbox: Sandbox) -> None:
         box.exec(["true"])
 
 
-def test_a_lost_sandbox_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sandbox_can_be_closed_during_a_command() -> None:
+    """As at the end of an episode whose tool was abandoned at its time limit."""
+    if problem := problem_of_bwrap():
+        pytest.skip(problem)
+    box = BwrapSandbox().open(limits=LIMITS)
+    box.exec(["true"])
+    mark = uuid.uuid4().hex
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(box.exec, ["sh", "-c", f"sleep 3600; : {mark}"])
+        while not processes_with(mark):
+            time.sleep(0.01)
+        box.close()
+        with pytest.raises(SandboxError, match="the sandbox has ended"):
+            running.result()
+    wait_until_gone(mark)
+
+
+def test_a_lost_sandbox_is_an_error_of_its_own() -> None:
     if problem := problem_of_bwrap():
         pytest.skip(problem)
     with BwrapSandbox().open(limits=LIMITS) as box:
