@@ -200,7 +200,7 @@ def test_a_reader_of_the_coding_guide(tmp_path: Path, monkeypatch: pytest.Monkey
         turns = [call("read", path="app.py"), call("write", path="app.py", content=content), say("done")]
         episode = play(task.environment(task.example("train", 0)), turns)
         assert episode.reward == reward and episode.messages[2]["content"] == "print(0 + 1)\n"
-    page = (ROOT / "docs" / "guides" / "coding.md").read_text()
+    page = (ROOT / "docs" / "guides" / "coding.md").read_text().replace("\\\n", " ")
     runs = re.findall(r"^areal-like run (.*)$", page, re.M)
     assert [load_config(shlex.split(line)).task["name"] for line in runs] == ["coding", "coding"]
     (box,) = [block for block in blocks_of("environment") if "make_sandbox" in block]
