@@ -18,6 +18,7 @@
             EnvironmentLostError
                 AgentLostError
             ToolServerError
+            SandboxError
         SessionGoneError
         ToolError
         WeightSyncError
@@ -137,6 +138,10 @@ class AgentLostError(EnvironmentLostError):
 
 class ToolServerError(EpisodeError):
     """A server of tools cannot be used: it does not start, its tools are refused, or it ended too often."""
+
+
+class SandboxError(EpisodeError):
+    """The sandbox of a sample cannot be opened, or was lost: through no fault of the programs in it."""
 
 
 class SessionGoneError(ArealError):

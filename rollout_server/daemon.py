@@ -57,6 +57,7 @@ from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.rewards.library.model.scorers import tell_workers
 from rollout_server.sample.lease_runner import LeaseRunner
+from rollout_server.sandbox.reaping import own_sandboxes
 from rollout_server.sessions.book import JOB_OVER, SERVER_ENDS, SessionBook
 from rollout_server.sessions.http.plane import SessionPlane, served_sessions
 from rollout_server.sources import (
@@ -81,6 +82,7 @@ async def main(runtime: Runtime) -> None:
     """Serves until `runtime.stopping`. Raises ConfigError for settings that contradict each other."""
     config = runtime.config
     tell_workers(config)
+    await own_sandboxes(config, server=runtime.name, paths=runtime.paths)
     tasks = make_tasks(config)
     require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
     if config.buffer.discovery == "address":

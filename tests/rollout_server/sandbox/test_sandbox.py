@@ -417,7 +417,8 @@ def test_sandbox_that_does_not_work_is_refused(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_unknown_sandbox_and_bad_limits() -> None:
-    with pytest.raises(ConfigError, match="choose one of bwrap, rlimits"):
-        make_sandbox("docker")
+    for kind in ("docker", "podman:", "bwrap:x", "gvisor", ""):
+        with pytest.raises(ConfigError, match="choose one of bwrap, rlimits, docker:IMAGE"):
+            make_sandbox(kind)
     with pytest.raises(ConfigError, match="sandbox limit timeout_s=0: must be above 0"):
         Limits(timeout_s=0)
