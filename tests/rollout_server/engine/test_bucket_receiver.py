@@ -54,7 +54,7 @@ def receive(
             ) as group,
         ):  # fmt: skip
             try:
-                return receiver.receive(group, buckets, timeout_s=HANG_LIMIT_S, integrity="sha256")
+                return receiver.receive([group], buckets, timeout_s=HANG_LIMIT_S, integrity="sha256")
             finally:
                 sending.join()
 
