@@ -233,8 +233,8 @@ class BucketReceiver:
         for index, buffer in enumerate(self.buffers):
             if buffer.numel() >= num_bytes and buffer.device == device:
                 return self.buffers.pop(index)
-        # One buffer for each bucket that is being received, and one for the bucket that is being verified, are
-        # the most: this one replaces a free one, which is too small.
+        # At most one buffer for each bucket that is being received, and one for the bucket that is being
+        # verified: this one replaces a free one, which is too small.
         del self.buffers[:1]
         return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
