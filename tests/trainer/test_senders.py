@@ -33,7 +33,7 @@ from tests.support.engine_harness import (
 from tests.support.trainer_helpers import run_ranks
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.weights.broadcaster import interleaved
-from trainer.weights.snapshot import sender_ranks, share_of_sender
+from trainer.weights.shares import sender_ranks, share_of_sender
 
 PROMPT = [5, 17, 3]
 WORLD_SIZE = 3

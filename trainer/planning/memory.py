@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from trainer.planning.engines import EngineMemory, engine_memory
 from trainer.planning.gpus import GIB, GPUS_PER_HOST
 from trainer.planning.trace import PlannedJob
+from trainer.weights.shares import sender_ranks
 
 CONTEXT_BYTES = 1.5 * GIB
 """Assumed on each trainer GPU: CUDA context, cuBLAS workspaces, NCCL's buffers."""
@@ -120,10 +121,12 @@ def _host(job: PlannedJob, engine: EngineMemory) -> dict[str, float]:
     """The host memory of rank 0, which needs the most."""
     ranks = min(job.placement.trainer_gpus, GPUS_PER_HOST)
     engines = job.config.rollout.num_servers if job.placement.is_one_host else 0
+    senders = sender_ranks(job.config.weights.senders, world_size=job.trace.world_size)
+    share = sum(rank < ranks for rank in senders) / len(senders)
     rows = 12.0 * job.trace.num_trained * ranks / job.trace.world_size
     return {
         "trainer processes": ranks * HOST_PROCESS_BYTES,
-        "snapshots for pushes (two, on rank 0)": _SNAPSHOTS * job.pushed_bytes,
+        "snapshots for pushes (two, on rank 0)": _SNAPSHOTS * job.pushed_bytes * share,
         "rows of a checkpoint that is being written": rows,
         "engine processes": engines * HOST_PROCESS_BYTES,
         **_host_routes(job, engine, ranks=ranks, engines=engines),

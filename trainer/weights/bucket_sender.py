@@ -14,7 +14,8 @@ from torch import Tensor
 from areal_like.errors import WeightSyncError
 from areal_like.weights.integrity import BucketSums
 from areal_like.weights.weight_group import WeightGroup
-from trainer.weights.snapshot import GatheredBucket, Snapshot, share_of_sender
+from trainer.weights.shares import share_of_sender
+from trainer.weights.snapshot import GatheredBucket, Snapshot
 
 
 class BucketSender:

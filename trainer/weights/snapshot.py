@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from areal_like.errors import ConfigError, WeightSyncError
+from areal_like.errors import WeightSyncError
 from areal_like.runtime.threads import NamedThread
 from areal_like.weights.buckets import Bucket, TensorSpec, checksum, cut_buckets, spec_of, unflatten
 from areal_like.weights.hf_layout import HfTensor
@@ -43,6 +43,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import row_range
 from trainer.models.policy import Policy
 from trainer.weights.push_source import PushSource, push_source
+from trainer.weights.shares import sender_ranks, share_of_sender
 
 log = logging.getLogger(__name__)
 
@@ -249,26 +250,6 @@ class WeightSnapshotter(ABC):
                 each.is_freed = True
                 self._free_buffers.append(each.buffers)
         self._snapshots = [each for each in self._snapshots if each.number == number]
-
-
-def sender_ranks(num: int, *, world_size: int, num_buckets: int) -> tuple[int, ...]:
-    """The ranks that send, at most one for each bucket: rank 0, and others at equal distances.
-
-    Ranks of one machine have consecutive numbers, so senders at equal distances are on as many machines as
-    possible. Raises ConfigError if `num` is above the number of ranks.
-    """
-    if num > world_size:
-        raise ConfigError(
-            f"weights.senders={num} is above the number of trainer ranks, {world_size}: "
-            f"set it to at most {world_size}"
-        )
-    num = min(num, num_buckets)
-    return tuple(number * world_size // num for number in range(num))
-
-
-def share_of_sender(number: int, *, num_senders: int, num_buckets: int) -> range:
-    """Indices of the buckets that sender `number` sends: those whose index mod `num_senders` is `number`."""
-    return range(number, num_buckets, num_senders)
 
 
 def _push_is_over() -> WeightSyncError:
