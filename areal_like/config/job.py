@@ -246,6 +246,11 @@ class Config(Section):
         )
         self._check_shards()
         require(
+            self.weights.senders <= self.trainer.world_size,
+            f"weights.senders={self.weights.senders} is above trainer.world_size={self.trainer.world_size}: "
+            "each sender is one rank; lower weights.senders",
+        )
+        require(
             self.weights.integrity == "none"
             or self.rollout.engine == "embedded"
             or self.weights.lora == "adapter",

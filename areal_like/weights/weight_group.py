@@ -62,6 +62,16 @@ def device_facts(device: torch.device) -> dict[str, str]:
     }
 
 
+def address_toward(host: str, port: int) -> str:
+    """This machine's address on the route to another one. Nothing is sent. Raises OSError."""
+    infos = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+    family, kind, proto, _, target = infos[0]
+    with socket.socket(family, kind, proto) as probe:
+        probe.connect(target)
+        local: str = probe.getsockname()[0]
+    return local
+
+
 @dataclass(eq=False, kw_only=True)
 class WeightGroup:
     """One rank's end of a weight group. Rank 0 (the trainer) sends, all others receive.
@@ -289,14 +299,7 @@ class WeightGroup:
         Gloo would otherwise resolve this host's name, which on many machines gives 127.0.1.1 or nothing, and
         peers on other machines could not connect.
         """
-        if self.rank == 0:
-            return self.address
-        infos = socket.getaddrinfo(self.address, self.port, type=socket.SOCK_DGRAM)
-        family, kind, proto, _, target = infos[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.connect(target)
-            local: str = probe.getsockname()[0]
-        return local
+        return self.address if self.rank == 0 else address_toward(self.address, self.port)
 
 
 def _check(*, rank: int, world_size: int, backend: str) -> None:
