@@ -133,7 +133,9 @@ def test_senders_are_at_equal_distances() -> None:
     assert sender_ranks(2, num_ranks=16, num_buckets=99) == (0, 8), "one on each of two machines"
     assert sender_ranks(3, num_ranks=4, num_buckets=99) == (0, 1, 2)
     assert sender_ranks(4, num_ranks=4, num_buckets=2) == (0, 2), "two buckets need no more senders"
-    with pytest.raises(ConfigError, match=r"weights\.senders=3 is above the number of trainer ranks \(of a replica\), 2"):
+    with pytest.raises(
+        ConfigError, match=r"weights\.senders=3 is above the number of trainer ranks \(of a replica\), 2"
+    ):
         sender_ranks(3, num_ranks=2, num_buckets=99)
     with pytest.raises(ConfigError, match=r"weights\.senders=2 is above trainer\.world_size=1"):
         from_mapping({"weights": {"senders": 2}})

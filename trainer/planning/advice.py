@@ -72,6 +72,8 @@ def _fewer_replicas(plan: Plan) -> _Changed | None:
     """One replica for every two: each rank has half of the rows."""
     replicas = plan.config.trainer.replicas
     return _trainer(plan, "replicas", replicas // 2 if replicas % 2 == 0 else 1)
+
+
 def _offloaded(plan: Plan) -> _Changed | None:
     """The inputs of recomputed layers in host memory."""
     if not plan.config.trainer.gradient_checkpointing:

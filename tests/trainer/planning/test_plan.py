@@ -291,6 +291,8 @@ def test_replicas_hold_more_and_send_less(model: str) -> None:
     assert "over 2 replicas of 8 ranks / 40 GB/s" in summed
     tight = on_card(two, memory_bytes=two.memory.trainer_total - 1e6)
     assert [change.text for change in changes_until_it_fits(tight)] == ["trainer.replicas=1"]
+
+
 def test_kept_and_offloaded_activations_are_part_of_the_plan(tmp_path: Path) -> None:
     """A layer's input is 2 bytes x hidden size x tokens; selective keeps attention's output, k, o and up."""
     model = model_of_layers(tmp_path, 12)
