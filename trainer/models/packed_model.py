@@ -135,8 +135,8 @@ class PackedModel(nn.Module):
 
         `gradient_checkpointing`, `offload_activations`: see `recomputation.py`.
         `compiles`: norms and MLPs run by torch.compile. `liger`: norms, rotary embeddings and SwiGLU are
-        Liger's, where it supports the model; the embeddings only with `liger_rope`, which one model decides for
-        all in the process. `router_replay`: the experts of a batch's routes are used.
+        Liger's, where it supports the model; the embeddings only with `liger_rope`, which has to be equal for
+        all models of the process. `router_replay`: the experts of a batch's routes are used.
         `lora_settings`: with a rank, an adapter is trained and the rest is frozen; `seed`: of a new adapter.
         `settings`: the settings of the subclass. Raises ConfigError for an architecture that cannot be
         trained, or whose routers cannot be replayed.
