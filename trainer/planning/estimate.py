@@ -21,6 +21,7 @@ from trainer.planning.staleness import (
     least_staleness,
     least_staleness_of_close,
 )
+from trainer.planning.tensor_memory import INPUTS_ON_HOST, MOMENTS_ON_HOST
 from trainer.planning.trace import PlannedJob
 from trainer.step.recipe import StepRecipe
 
@@ -203,14 +204,15 @@ def _train(job: PlannedJob, formulas: list[str]) -> tuple[float, float]:
     moved = (gathered + 4.0 * trace.num_trained) * (1 - 1 / trace.world_size)
     communicate_s = microbatches * moved / rate
     exchange_s = _exchange_seconds(job, formulas, tokens=tokens)
-    train_s = max(compute_s, communicate_s) + exchange_s
+    offload_s = _offload_seconds(job, formulas, microbatches=microbatches)
+    train_s = max(compute_s, communicate_s) + exchange_s + offload_s
     if job.config.trainer.kernels == "auto" and job.config.model.dtype == "bfloat16":
         trainer = job.config.trainer
         has_fa3 = job.placement.gpu.name in ("H100", "H200") and trainer.attention != "rectangles"
         liger = 0.0 if trainer.compile else ASSUMED.liger_saving
         share = tokens * mean * attention / executed if has_fa3 else 0.0
         saved = liger + share * (1 - ASSUMED.fa3_attention)
-        faster_s = max(compute_s * (1 - saved), communicate_s) + exchange_s
+        faster_s = max(compute_s * (1 - saved), communicate_s) + exchange_s + offload_s
         formulas.append(
             f"training = {faster_s:.1f} s instead of {train_s:.1f} s with trainer.kernels=auto, if the "
             f"packages are installed. UNPROVEN: assumes that Liger saves {liger:.0%} of the computation and "
@@ -221,6 +223,7 @@ def _train(job: PlannedJob, formulas: list[str]) -> tuple[float, float]:
     formulas += [
         f"training = max(compute {compute_s:.1f} s, FSDP2 {communicate_s:.1f} s)"
         + (f" + context groups {exchange_s:.1f} s" if exchange_s else "")
+        + (f" + copies to the host and back {offload_s:.1f} s" if offload_s else "")
         + f" = {train_s:.1f} s for {tokens:.0f} tokens",
         f"compute = traced FLOPs {executed:.3g} (with recomputation; attention at the mean length) / "
         f"({trace.world_size} ranks x {ASSUMED.trainer_efficiency:.0%} of {job.peak / 1e12:g} TFLOP/s)",
@@ -246,6 +249,20 @@ def _exchange_seconds(job: PlannedJob, formulas: list[str], *, tokens: float) ->
     formulas.append(
         f"context groups = {moved / 1e9:.1f} GB of queries, keys, values and outputs from each rank "
         f"({size} ranks a group, {passes} passes) / {rate / 1e9:.0f} GB/s = {moved / rate:.1f} s"
+    )
+    return moved / rate
+
+
+def _offload_seconds(job: PlannedJob, formulas: list[str], *, microbatches: int) -> float:
+    """Time of the copies to the host and back in a step, which are not overlapped with compute."""
+    on_host = job.trace.on_host_bytes
+    moved = 2.0 * (microbatches * on_host.get(INPUTS_ON_HOST, 0) + on_host.get(MOMENTS_ON_HOST, 0))
+    if not moved:
+        return 0.0
+    rate = job.placement.gpu.host_bytes_per_s * ASSUMED.host_efficiency
+    formulas.append(
+        f"copies to the host and back = {moved / 1e9:.1f} GB of each rank (layers' inputs of {microbatches} "
+        f"micro-batches, Adam's moments) / {rate / 1e9:.0f} GB/s = {moved / rate:.1f} s"
     )
     return moved / rate
 
