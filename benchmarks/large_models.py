@@ -1,5 +1,5 @@
-"""What the presets of large models need of a GPU and of a host's memory, by `areal-like plan`'s trace, with
-and without the settings that make them fit.
+"""What the presets of large models need of a GPU and of a host's memory, by the trace of `areal-like plan`,
+with and without the settings that make them fit.
 
     python -m benchmarks.large_models       # writes benchmarks/results/large_models.json, prints two tables
 """

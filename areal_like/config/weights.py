@@ -34,7 +34,7 @@ class WeightsConfig(Section, key="weights"):
     bucket_bytes: int = 0
     """Size of one flattened broadcast, in bytes; 0: 64 MiB where the trainer runs on a CPU, 512 MiB on
     GPUs."""
-    num_snapshots: Annotated[int, Bounds(1, 2)] | Literal["auto"] = "auto"
+    num_snapshots: int | Literal["auto"] = "auto"
     """Copies of what is pushed that the trainer keeps in host memory. 2: training goes on while a push lasts
     longer than a step. 1: the next push's weights are copied when the push before has ended, and training
     waits for that. `auto`: 1 if a copy is larger than 32 GB and the trainer is on GPUs, where pushes take
@@ -80,6 +80,10 @@ class WeightsConfig(Section, key="weights"):
         require(
             self.check_interval_s is None or self.check_interval_s >= 0,
             "weights.check_interval_s must be at least 0, or null for no checks",
+        )
+        require(
+            self.num_snapshots in ("auto", 1, 2),
+            f"weights.num_snapshots={self.num_snapshots}: use auto, 1 or 2",
         )
         require(bool(self.host), "weights.host is empty: give an address of the trainer's machine")
         require(

@@ -14,7 +14,7 @@ from tests.support.trainer_helpers import write_model
 from trainer.distributed.ranks import Ranks
 from trainer.models import kernels
 from trainer.models.kernels import Kernels, apply_liger, choose_kernels, use_kernels
-from trainer.models.policy import build_policy
+from trainer.models.policy import Policy, build_policy
 
 ON_H100: dict[str, Any] = {"dtype": "bfloat16", "is_cuda": True, "capability": (9, 0)}
 
@@ -90,5 +90,10 @@ def test_liger_gets_the_whole_model_and_no_loss(tmp_path: Path, monkeypatch: pyt
     assert settings.pop("model") is model
     on = {name for name, value in settings.items() if value}
     assert on == {"rope", "rms_norm", "swiglu"} and len(settings) == 5
+    # It overwrites k, which is kept for the backward.
+    Policy.build(str(tmp_path / "qwen3"), liger=True, gradient_checkpointing="selective")
+    assert not calls.pop()["rope"]
+    Policy.build(str(tmp_path / "qwen3"), liger=True, gradient_checkpointing=True)
+    assert calls.pop()["rope"]
     other = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "gpt2", "gpt2"))
     assert not apply_liger(other) and len(calls) == 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from areal_like.config import WeightsConfig
+from areal_like.errors import ConfigError
 from tests.support.trainer_helpers import run_ranks, write_model
 
 
@@ -32,4 +33,6 @@ def test_large_pushes_have_one_copy() -> None:
     assert WeightsConfig().snapshots_on("cpu", num_bytes=140e9) == 2
     assert WeightsConfig(update_mode="drain").snapshots_on("cuda", num_bytes=140e9) == 2
     assert WeightsConfig(num_snapshots=1).snapshots_on("cpu", num_bytes=1e6) == 1
+    with pytest.raises(ConfigError, match="num_snapshots=3: use auto, 1 or 2"):
+        WeightsConfig(num_snapshots=3)
     assert WeightsConfig(num_snapshots=2).snapshots_on("cuda", num_bytes=140e9) == 2

@@ -105,13 +105,14 @@ def activate_flash_attention_3() -> str:
     return ""
 
 
-def apply_liger(model: Any) -> bool:
+def apply_liger(model: Any, *, rope: bool = True) -> bool:
     """Replaces norms, rotary embedding and SwiGLU of a transformers causal LM by Liger's, in place.
 
     False, with a line in the log, for models that Liger does not support. Names of parameters stay.
 
     Liger replaces the rotary embedding in the model's module of transformers, for all models of that family
-    in this process.
+    in this process. It overwrites the queries and keys that it gets: `rope` has to be False where one of them
+    is kept for the backward (`recomputation.py`).
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -123,7 +124,7 @@ def apply_liger(model: Any) -> bool:
         return False
     _apply_liger_kernel_to_instance(
         model=model,
-        rope=True,
+        rope=rope,
         rms_norm=True,
         swiglu=True,
         cross_entropy=False,

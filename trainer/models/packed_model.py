@@ -124,6 +124,7 @@ class PackedModel(nn.Module):
         offload_activations: bool = False,
         compiles: bool = False,
         liger: bool = False,
+        liger_rope: bool = True,
         router_replay: bool = False,
         master_dtype: torch.dtype = torch.float32,
         lora_settings: LoraConfig | None = None,
@@ -134,7 +135,8 @@ class PackedModel(nn.Module):
 
         `gradient_checkpointing`, `offload_activations`: see `recomputation.py`.
         `compiles`: norms and MLPs run by torch.compile. `liger`: norms, rotary embeddings and SwiGLU are
-        Liger's, where it supports the model. `router_replay`: the experts of a batch's routes are used.
+        Liger's, where it supports the model; the embeddings only with `liger_rope`, which has to be equal for
+        all models of the process. `router_replay`: the experts of a batch's routes are used.
         `lora_settings`: with a rank, an adapter is trained and the rest is frozen; `seed`: of a new adapter.
         `settings`: the settings of the subclass. Raises ConfigError for an architecture that cannot be
         trained, or whose routers cannot be replayed.
@@ -155,7 +157,7 @@ class PackedModel(nn.Module):
         if compiles:
             _compile_layers(model)
         if liger:
-            apply_liger(model)
+            apply_liger(model, rope=liger_rope and gradient_checkpointing != "selective")
         if router_replay:
             built.replay = RouterReplay(model, decoder_layers(model))
         if gradient_checkpointing:

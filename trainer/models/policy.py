@@ -237,6 +237,7 @@ def build_policy(
         router_dtype=router_dtype(config),
         compiles=config.trainer.compile,
         liger=not kernels.liger,
+        liger_rope=recomputation(config) != "selective",
         router_replay=config.model.router_replay and not frozen,
         gradient_checkpointing=not frozen and recomputation(config),
         offload_activations=not frozen and config.trainer.offload_activations,

@@ -135,6 +135,7 @@ def build_reward_model(config: Config, path: str, ranks: Ranks, *, with_weights:
         router_dtype=router_dtype(config),
         compiles=config.trainer.compile,
         liger=not kernels.liger,
+        liger_rope=recomputation(config) != "selective",
         gradient_checkpointing=recomputation(config),
         offload_activations=config.trainer.offload_activations,
         seed=config.seed,

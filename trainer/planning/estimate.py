@@ -21,6 +21,7 @@ from trainer.planning.staleness import (
     least_staleness,
     least_staleness_of_close,
 )
+from trainer.planning.tensor_memory import INPUTS_ON_HOST, MOMENTS_ON_HOST
 from trainer.planning.trace import PlannedJob
 from trainer.step.recipe import StepRecipe
 
@@ -206,7 +207,8 @@ def _train(job: PlannedJob, formulas: list[str]) -> tuple[float, float]:
     communicate_s = microbatches * moved / rate
     exchange_s = _exchange_seconds(job, formulas, tokens=tokens)
     replicas_s = _replicas_seconds(job, formulas)
-    apart_s = exchange_s + replicas_s
+    offload_s = _offload_seconds(job, formulas, microbatches=microbatches)
+    apart_s = exchange_s + replicas_s + offload_s
     train_s = max(compute_s, communicate_s) + apart_s
     if job.config.trainer.kernels == "auto" and job.config.model.dtype == "bfloat16":
         trainer = job.config.trainer
@@ -226,6 +228,7 @@ def _train(job: PlannedJob, formulas: list[str]) -> tuple[float, float]:
         f"training = max(compute {compute_s:.1f} s, FSDP2 {communicate_s:.1f} s)"
         + (f" + context groups {exchange_s:.1f} s" if exchange_s else "")
         + (f" + replicas {replicas_s:.1f} s" if replicas_s else "")
+        + (f" + copies to the host and back {offload_s:.1f} s" if offload_s else "")
         + f" = {train_s:.1f} s for {tokens:.0f} tokens",
         f"compute = traced FLOPs {executed:.3g} (with recomputation; attention at the mean length) / "
         f"({trace.world_size} ranks x {ASSUMED.trainer_efficiency:.0%} of {job.peak / 1e12:g} TFLOP/s)",
@@ -267,6 +270,20 @@ def _replicas_seconds(job: PlannedJob, formulas: list[str]) -> float:
         f"replicas = {moved / 1e9:.1f} GB of a step's gradients (float32) from each rank, summed over "
         f"{trace.replicas} replicas of {trace.num_shards} ranks / {rate / 1e9:.0f} GB/s = "
         f"{moved / rate:.1f} s"
+    )
+    return moved / rate
+
+
+def _offload_seconds(job: PlannedJob, formulas: list[str], *, microbatches: int) -> float:
+    """Time of the copies to the host and back in a step, which are not overlapped with compute."""
+    on_host = job.trace.on_host_bytes
+    moved = 2.0 * (microbatches * on_host.get(INPUTS_ON_HOST, 0) + on_host.get(MOMENTS_ON_HOST, 0))
+    if not moved:
+        return 0.0
+    rate = job.placement.gpu.host_bytes_per_s * ASSUMED.host_efficiency
+    formulas.append(
+        f"copies to the host and back = {moved / 1e9:.1f} GB of each rank (layers' inputs of {microbatches} "
+        f"micro-batches, Adam's moments) / {rate / 1e9:.0f} GB/s = {moved / rate:.1f} s"
     )
     return moved / rate
 
