@@ -82,7 +82,8 @@ async def main(runtime: Runtime) -> None:
     """Serves until `runtime.stopping`. Raises ConfigError for settings that contradict each other."""
     config = runtime.config
     tell_workers(config)
-    await own_sandboxes(config, server=runtime.name, paths=runtime.paths)
+    with runtime.waits("sandboxes: those of an earlier process"):
+        await own_sandboxes(config, server=runtime.name, paths=runtime.paths)
     tasks = make_tasks(config)
     require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
     if config.buffer.discovery == "address":

@@ -38,7 +38,7 @@ _WRITE_TIMEOUT_S = 60.0
 _READ_TIMEOUT_S = 10.0
 """Time limit for reading a file, in seconds: a pipe that a command made has no end."""
 _MAX_NAME_BYTES = 1024
-_MAX_COMMAND_BYTES = 100_000
+_MAX_COMMAND_BYTES = 65_536
 _PROGRAM = "program.py"
 
 

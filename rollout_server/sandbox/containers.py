@@ -91,7 +91,7 @@ class ContainerSandbox(Sandbox):
             # Podman mounts unlimited file systems over a read-only root unless it is told not to.
             *(["--read-only-tmpfs=false"] if self._cli == "podman" else []),
             *("--entrypoint", "sh", self._image, "-c"),
-            f"echo ready; exec timeout {limits.lifetime_s:.0f} cat",
+            f"echo ready; exec timeout {max(1, round(limits.lifetime_s))} cat",
         ]
         try:
             process = subprocess.Popen(
