@@ -16,8 +16,10 @@ from functools import lru_cache
 from typing import Any
 
 import jsonschema
+import jsonschema_specifications
 import referencing
 from jsonschema.validators import extend, validator_for
+from referencing.jsonschema import specification_with
 
 from areal_like.errors import ToolError, ToolServerError
 
@@ -39,12 +41,14 @@ class ArgumentCheck:
         draft = validator_for(
             {"$schema": named} if isinstance(named, str) else {}, jsonschema.Draft202012Validator
         )
-        # jsonschema's own check of a schema compares each two values of an `enum` of the earlier drafts.
-        checker = extend(draft, {"uniqueItems": _unique_items})
-        meta = {name: value for name, value in draft.META_SCHEMA.items() if name not in ("$schema", "id")}
-        formats = jsonschema.FormatChecker(formats=())
+        # jsonschema's own check of a schema compares each two objects of a list that wants different values.
+        checker = extend(draft, {"uniqueItems": _unique_items})(
+            _plain(draft.META_SCHEMA),
+            format_checker=jsonschema.FormatChecker(formats=()),
+            registry=_metaschemas(),
+        )
         try:
-            wrong = next(checker(meta, format_checker=formats).iter_errors(schema), None)
+            wrong = next(checker.iter_errors(schema), None)
         except RecursionError:
             raise ToolServerError("is nested too deep") from None
         if wrong is not None:
@@ -83,6 +87,21 @@ class ArgumentCheck:
             yield from check(validator, value, instance, schema) or ()
 
         return counted
+
+
+@lru_cache(maxsize=1)
+def _metaschemas() -> referencing.Registry[Any]:
+    """The schemas of schemas without `$schema`, with which a validator takes jsonschema's own class."""
+    known = ((uri, resource.contents) for uri, resource in jsonschema_specifications.REGISTRY.items())
+    resources = (
+        (uri, specification_with(meta["$schema"]).create_resource(_plain(meta))) for uri, meta in known
+    )
+    # Crawled, because anchors are found in the registry, where those of jsonschema's own would stay.
+    return referencing.Registry().with_resources(resources).crawl()
+
+
+def _plain(metaschema: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metaschema.items() if name != "$schema"}
 
 
 def _unique_items(_: Any, is_wanted: Any, instance: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
