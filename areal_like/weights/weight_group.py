@@ -222,9 +222,9 @@ class WeightGroup:
         options.timeout = timedelta(seconds=self.timeout_s if timeout_s is None else timeout_s)
         # Keeps the group alive during the wait. Otherwise, after a close() from another thread, its
         # destructor would join a worker thread that waits for a hung peer, while holding the GIL.
-        held = [self._group]
+        held: list[Any] = [self._group]
         try:
-            work = held[0].broadcast([tensor], options)
+            held.append(held[0].broadcast([tensor], options))  # the work has the group's connections too
         except RuntimeError as error:
             held.clear()
             raise self._broken(error) from None
@@ -232,9 +232,9 @@ class WeightGroup:
         def wait() -> None:
             try:
                 if self.backend == "gloo":
-                    work.wait()
+                    held[1].wait()
                 else:
-                    work.wait(options.timeout)  # NCCL ignores the timeout in the options
+                    held[1].wait(options.timeout)  # NCCL ignores the timeout in the options
                 if tensor.is_cuda:
                     # NCCL's wait only orders streams, but the caller uses the buffer as soon as we return.
                     torch.cuda.current_stream(tensor.device).synchronize()

@@ -138,12 +138,19 @@ class BucketReceiver:
                 sums.digests.append(sha256(received.flat))
             sums.checksums.append(self._verify(received.bucket, received.flat, received.buffer))
 
+        def finish_oldest() -> _Receiving:
+            oldest = receiving.popleft()
+            has_ended = False
+            try:
+                oldest.wait()
+                has_ended = True
+            finally:
+                self.is_tainted |= oldest.buffer is None and not has_ended
+            return oldest
+
         try:
             for index, bucket in enumerate(buckets):
-                received: _Receiving | None = None
-                if len(receiving) == len(groups):
-                    receiving[0].wait()
-                    received = receiving.popleft()
+                received = finish_oldest() if len(receiving) == len(groups) else None
                 flat, buffer = self._shadow_slice(bucket, device), None
                 if flat is None:
                     buffer = self._take_buffer(bucket.num_bytes, device)
@@ -155,13 +162,12 @@ class BucketReceiver:
                 if received is not None:
                     verify(received)
             while receiving:
-                receiving[0].wait()
-                verify(receiving.popleft())
+                verify(finish_oldest())
         finally:
             self.is_tainted |= any(left.buffer is None for left in receiving)
             # A receive that still runs over another group needs an owner until it ends: whoever drops the
             # last reference to a gloo group waits for it, and holds the GIL meanwhile.
-            for left in list(receiving)[1:]:
+            for left in receiving:
                 NamedThread(left.wait_quietly, name="weights").start()
         return sums
 
