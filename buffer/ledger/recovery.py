@@ -58,7 +58,8 @@ def recover(
     `dataset`: a number that identifies the data set to which prompt indices refer. `ignoring`: tickets whose
     trajectories may be damaged. `generation`: number of earlier buffers, if the store does not know it;
     choose it at random for a store that is not durable. `reopen`: continues a finished run. `new_secret`:
-    of the keys of sessions, for a new ledger. Raises ConfigError if another shard wrote the store, StoreCorruptError for damaged trajectories.
+    of the keys of sessions, for a new ledger. Raises ConfigError if another shard wrote the store,
+    StoreCorruptError for damaged trajectories.
     """
     recovered = store.recover(ignoring=ignoring)
     generation = _next_generation(recovered, generation)
