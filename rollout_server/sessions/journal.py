@@ -49,6 +49,8 @@ FORMAT = 1
 _SHARED = ("instructions", "tools")
 """Fields of a kept response that rarely change within a session."""
 _LEASE = "lease"
+_CLAIMED = "claimed"
+"""Kind of the first entry; without it there are no others."""
 
 
 class UnusableJournalError(ArealError):
@@ -120,12 +122,12 @@ class SessionJournal:
 
     async def claimed(self, **fields: Any) -> None:
         """The session was offered to an agent; a new offer replaces an earlier one. See `append`."""
-        await self._append("claimed", {"format": FORMAT, **fields})
+        await self._append(_CLAIMED, {"format": FORMAT, **fields})
 
     async def turn(self, sampled: SampledTurn, conversation: Conversation, **fields: Any) -> None:
         """A turn was sampled. `fields`: those of `RecordedTurn`. See `append`."""
         async with self._lock:
-            if self.state is JournalState.OPEN:
+            if self.state is JournalState.OPEN and self.num_entries:
                 await self._write("turn", self._packed_turn(sampled, conversation, **fields))
                 assert sampled.turn is not None
                 self._numbers[sampled.turn] = len(self._numbers)
@@ -169,7 +171,7 @@ class SessionJournal:
     async def _append(self, kind: str, fields: Mapping[str, Any]) -> None:
         """Returns when the entry is durable. Raises SessionMovedError if the server has lost the lease."""
         async with self._lock:
-            if self.state is JournalState.OPEN:
+            if self.state is JournalState.OPEN and (self.num_entries or kind == _CLAIMED):
                 await self._write(kind, fields)
         self.check()
 
@@ -318,7 +320,7 @@ def _read(
     found: RecordedSession | None = None
     for data in entries:
         kind, fields = msgpack.unpackb(bytes(data), unicode_errors="surrogatepass")
-        if kind == "claimed":
+        if kind == _CLAIMED:
             if fields["format"] != FORMAT or found is not None:
                 raise ValueError(f"format {fields['format']}")
             found = RecordedSession(session=session, claim=fields)
