@@ -93,8 +93,8 @@ class AgentJob:
 
 @contextlib.contextmanager
 def running_agent_job(directory: Path, *, max_episodes: int = 0) -> Iterator[AgentJob]:
-    """A job in this directory, ready for claims; its processes are killed at the end. `max_episodes`: the most
-    samples of one server; 0: the default."""
+    """A job in this directory, ready for claims; its processes are killed at the end. `max_episodes`: the
+    most samples of one server; 0: the default."""
     model = save_chat_model(directory / "model", context=CONTEXT)
     chat_tokenizer(APPENDING).save_pretrained(model)
     policy = SayingPolicy(jinja_renderer(APPENDING))
