@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from typing import Any
 
@@ -420,5 +421,6 @@ class RolloutServer:
             "engine_url": client.base_url if client is not None else "",
             "leases": self._buffers.lease_ids,
             "refused_samples": self._buffers.num_refused,
+            "journals": dataclasses.asdict(self._book.journals),
             "stats": self._stats.values,
         }

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -432,7 +432,7 @@ def _read_parts(connection: sqlite3.Connection, tickets: dict[int, Ticket]) -> N
 
 def read_entries(
     connection: sqlite3.Connection, ticket_id: int, sample_index: int, *, first: int
-) -> Iterator[bytes]:
+) -> Generator[bytes, None, None]:
     """The entries of a journal from number `first` on."""
     for (data,) in connection.execute(
         "SELECT data FROM session_entries WHERE ticket_id = ? AND sample_index = ? AND number >= ? "

@@ -176,6 +176,8 @@ class AttemptMaker:
                 ticket_id=lease.ticket_id,
                 sample_index=sample_index,
                 session=id,
+                # An entry is one message.
+                max_bytes=min(sessions.journal_bytes, self.config.buffer.max_message_bytes // 2),
                 counts=self.book.journals,
             )
         session = OpenSession(

@@ -101,9 +101,13 @@ class SessionJournal:
         ticket_id: int,
         sample_index: int,
         session: str,
+        max_bytes: int,
         counts: JournalCounts,
     ) -> None:
+        """`max_bytes`: limit on all entries."""
         self._store = store
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
         self._lease_id, self._ticket_id, self._sample_index = lease_id, ticket_id, sample_index
         self.session = session
         self.counts = counts
@@ -149,12 +153,8 @@ class SessionJournal:
         """The session is not to be continued; a new one may begin."""
         async with self._lock:
             if self.num_entries and self.state is not JournalState.MOVED:
-                await self._store.forget_session(
-                    ForgetSession(
-                        lease_id=self._lease_id, ticket_id=self._ticket_id, sample_index=self._sample_index
-                    )
-                )
-            self.num_entries = 0
+                await self._forget()
+            self.num_entries = self._num_bytes = 0
             self._numbers, self._shared = {}, {}
 
     def check(self) -> None:
@@ -162,8 +162,11 @@ class SessionJournal:
         if self.state is JournalState.MOVED:
             raise SessionMovedError(f"the session {self.session} continues at another server: ask again")
 
-    def continues(self, turns: Sequence[Turn], *, num_entries: int, shared: Mapping[str, Any]) -> None:
+    def continues(
+        self, turns: Sequence[Turn], *, num_entries: int, num_bytes: int, shared: Mapping[str, Any]
+    ) -> None:
         """Continues a journal that has been read."""
+        self._num_bytes = num_bytes
         self._numbers = {turn: number for number, turn in enumerate(turns)}
         self.num_entries, self._shared = num_entries, shared
         self.counts.num_restored += 1
@@ -186,13 +189,18 @@ class SessionJournal:
             data=np.frombuffer(data, np.uint8),
         )
         try:
-            refused = await self._store.append_session(entry)
+            if self._num_bytes + len(data) > self._max_bytes:
+                await self._forget()
+                refused = "full"
+            else:
+                refused = await self._store.append_session(entry)
         except BaseException:
             # The buffer may have the entry: another one must not be taken for its repetition.
             self.state = JournalState.OFF
             raise
         if not refused:
             self.num_entries += 1
+            self._num_bytes += len(data)
             self.counts.num_entries += 1
             self.counts.num_bytes += len(data)
         elif refused == _LEASE:
@@ -208,6 +216,11 @@ class SessionJournal:
                 refused,
                 self.counts.num_off,
             )
+
+    async def _forget(self) -> None:
+        await self._store.forget_session(
+            ForgetSession(lease_id=self._lease_id, ticket_id=self._ticket_id, sample_index=self._sample_index)
+        )
 
     def _packed_turn(
         self,
@@ -294,6 +307,7 @@ class RecordedSession:
     """Ids of kept responses."""
     ended: Mapping[str, Any] | None = None
     num_entries: int = 0
+    num_bytes: int = 0
     shared: Mapping[str, Any] = field(default_factory=dict)
     num_requests: int = 0
     used_s: float = 0.0
@@ -338,7 +352,7 @@ def _read(
             raise ValueError(f"an entry of kind {kind!r:.40}")
     if found is None:
         raise ValueError("it is empty")
-    found.num_entries = len(entries)
+    found.num_entries, found.num_bytes = len(entries), sum(map(len, entries))
     return found
 
 

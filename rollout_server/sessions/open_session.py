@@ -485,6 +485,7 @@ class OpenSession:
             self.journal.continues(
                 [one.turn for one in turns if one.turn is not None],
                 num_entries=recorded.num_entries,
+                num_bytes=recorded.num_bytes,
                 shared=recorded.shared,
             )
         if recorded.ended is not None:

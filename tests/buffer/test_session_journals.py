@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from buffer.tickets import Journal, State, Verdict
 from tests.support.ledger_simulation import add_server, beat, deliver, done, failed, new_ledger
 from tests.support.row_store import RowStore
 
-ONE = {"groups_per_step": 1, "max_staleness": 2, "num_steps": 6, "journal_bytes": 100}
+ONE: dict[str, Any] = {"groups_per_step": 1, "max_staleness": 2, "num_steps": 6, "journal_bytes": 100}
 
 
 def leased(ledger: Ledger, name: str, *, now_s: float = 0.0) -> Lease:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from areal_like.client.areal_like_client import ClaimedSession, SessionOverError, claim
-from tests.support.agent_job import AgentJob, running_agent_job, sessions_url
+from tests.support.agent_job import running_agent_job, sessions_url
 from tests.support.rollout_harness import ServerProcess
 from tests.support.waiting import HANG_LIMIT_S
 
@@ -81,14 +81,7 @@ def test_a_session_survives_kills_of_its_server(tmp_path: Path) -> None:
         assert texts == [f"reply {turn}" for turn in range(NUM_KILLS)]
         session.reward(0.25)
         assert session.end()
-        trajectory = _recorded(job, session)
+        trajectory = job.fetch(session.group)
         assert trajectory.num_turns == NUM_KILLS and not trajectory.segments and trajectory.reward == 0.25
         with pytest.raises(SessionOverError):
             session.find(list(urls.values()))
-
-
-def _recorded(job: AgentJob, session: ClaimedSession) -> Any:
-    (trajectory,) = next(
-        group.trajectories for group in map(job.fetch_position, range(1)) if group.ticket_id == session.group
-    )
-    return trajectory

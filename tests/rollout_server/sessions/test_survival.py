@@ -99,12 +99,12 @@ class Server:
     name: str
     incarnation: int
     is_dead: bool = False
-    frozen: asyncio.Event = field(default_factory=asyncio.Event)
+    working: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while it works; a server that hangs neither sends nor receives."""
     held: dict[int, set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.frozen.set()
+        self.working.set()
         self.book = SessionBook()
         self.book.keys.set_secret(WHOLE, SECRET)
         config = from_mapping(
@@ -182,7 +182,7 @@ class Server:
                 del self.held[result.lease_id]
 
     async def _reaches(self) -> None:
-        await self.frozen.wait()
+        await self.working.wait()
         if self.is_dead:
             await asyncio.Event().wait()
 
@@ -237,7 +237,7 @@ class World:
         """One second passes."""
         advance(1.0)
         for server in self.servers.values():
-            if server.frozen.is_set():
+            if server.working.is_set():
                 server.beat()
         self.ledger.dispatcher.expire(now_s=now_s())
         for name, leases in self.ledger.dispatcher.grant(now_s=now_s()).items():
@@ -268,7 +268,7 @@ class World:
 
     def offered(self) -> tuple[Server, OpenSession] | None:
         for server in self.servers.values():
-            if server.frozen.is_set() and (session := server.book.offer()) is not None:
+            if server.working.is_set() and (session := server.book.offer()) is not None:
                 return server, session
         return None
 
@@ -329,7 +329,7 @@ class Agent:
             return reply
 
         reply = await self.at_session(ask)
-        assert seen in ([], [reply]), "a finished turn was sampled again"
+        assert reply is not None and seen in ([], [reply]), "a finished turn was sampled again"
         return reply
 
     async def at_session(self, use: Callable[[OpenSession], Awaitable[T]]) -> T | None:
@@ -426,9 +426,9 @@ def test_a_server_that_was_only_slow_adds_nothing_when_it_comes_back() -> None:
         async def disturb(second: int) -> None:
             server = world.servers[f"rollout-{second // 60 % NUM_SERVERS}"]
             if second % 60 == 20:
-                server.frozen.clear()
+                server.working.clear()
             if second % 60 == 45:  # its leases have expired, and others continue its sessions
-                server.frozen.set()
+                server.working.set()
 
         await play(world, agents, disturb)
         check(world, agents)
