@@ -45,7 +45,7 @@ def read(
     return ("" if journal is None else journal.session), entries
 
 
-def test_only_the_server_with_the_lease_writes_and_the_next_one_reads() -> None:
+def test_only_the_server_with_the_lease_writes_a_journal() -> None:
     ledger = new_ledger(**ONE)
     add_server(ledger, "a", capacity=2)
     old = leased(ledger, "a")
@@ -110,7 +110,7 @@ def test_all_journals_together_are_bounded() -> None:
     assert ledger.state.num_journal_bytes == 6
 
 
-def test_a_session_keeps_the_staleness_bound_of_its_first_lease() -> None:
+def test_a_session_keeps_the_bound_of_its_first_lease() -> None:
     ledger = new_ledger(**ONE | {"max_staleness": 1, "group_size": 1}, group_filter="none")
     add_server(ledger, "a", capacity=1)
     lease = leased(ledger, "a")
@@ -150,7 +150,7 @@ def test_journals_survive_the_buffer() -> None:
     assert again.state.session_secret == ledger.state.session_secret
 
 
-def test_a_trainer_that_goes_back_ends_sessions_of_abandoned_weights() -> None:
+def test_sessions_of_abandoned_weights_end() -> None:
     ledger = new_ledger(**ONE | {"group_size": 1}, group_filter="none")
     add_server(ledger, "a", capacity=1)
     deliver(ledger, "a", done(leased(ledger, "a"), 0, [0]))

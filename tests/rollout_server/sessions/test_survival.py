@@ -418,7 +418,7 @@ def test_sessions_survive_a_kill_every_minute() -> None:
     moved_clock.run(body())
 
 
-def test_a_server_that_was_only_slow_adds_nothing_when_it_comes_back() -> None:
+def test_a_server_that_was_only_slow_adds_nothing() -> None:
     async def body() -> None:
         world = World()
         agents = [Agent(world, number) for number in range(NUM_AGENTS)]
@@ -438,7 +438,7 @@ def test_a_server_that_was_only_slow_adds_nothing_when_it_comes_back() -> None:
     moved_clock.run(body())
 
 
-def test_kept_responses_and_rewards_move_with_a_session() -> None:
+def test_responses_and_rewards_move_with_a_session() -> None:
     async def body() -> None:
         world = World()
         await world.second()
@@ -492,7 +492,7 @@ async def _sample(world: World, agent: Agent) -> None:
         await asyncio.sleep(1.0)
 
 
-def test_a_key_opens_its_session_at_any_server_and_nothing_else() -> None:
+def test_a_key_opens_its_session_at_any_server() -> None:
     here, there, other_run = SessionKeys(), SessionKeys(), SessionKeys()
     for keys in (here, there):
         keys.set_secret(WHOLE, SECRET)

@@ -13,7 +13,7 @@ SECRET = "5e" * 31
 URL = "http://other:7701"
 
 
-def test_a_client_with_the_key_hears_where_its_session_is() -> None:
+def test_a_client_hears_where_its_session_is() -> None:
     places: dict[str, SessionPlace | None] = {
         "7-0-1": SessionPlace(server="rollout-2", url=URL),
         "8-0-1": SessionPlace(),
@@ -55,7 +55,7 @@ def test_a_client_with_the_key_hears_where_its_session_is() -> None:
         assert len(asked) == 4, "strangers cost no question"
 
 
-def test_a_session_that_is_being_restored_is_waited_for() -> None:
+def test_a_session_being_restored_is_waited_for() -> None:
     async def find(id: str) -> SessionPlace | None:
         asyncio.get_running_loop().call_later(0.1, restore)
         return SessionPlace(server="rollout-1", url=URL)
