@@ -148,6 +148,10 @@ class SessionGoneError(ArealError):
     """The session of a request has ended; the message says why. It accepts no further requests."""
 
 
+class SessionMovedError(ArealError):
+    """The session is not at this server (any more), and will continue at another one: ask again soon."""
+
+
 class ToolError(ArealError):
     """A tool cannot do what the policy asked for. The policy reads the message."""
 

@@ -66,6 +66,9 @@ class SessionsConfig(Section, key="sessions"):
     heartbeat_limit_s: NonNegativeFloat = 3600.0
     """Longest time for which heartbeats keep a session alive without a completion of the model, in
     seconds."""
+    journal_bytes: NonNegativeInt = 32 << 20
+    """Largest journal of one session of an external agent, in bytes: what the buffer keeps so that another
+    server can continue the session. A session that needs more does not survive its server. 0: none does."""
 
     def check(self) -> None:
         require(bool(self.host), "sessions.host is empty: give an address to bind, e.g. 127.0.0.1")

@@ -17,14 +17,14 @@ Left out: expiry times of leases (a restarted buffer sets new ones).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.tickets import Drop, LeaseRecord, SampleSummary, State, Ticket
+from buffer.tickets import Drop, Journal, LeaseRecord, SampleSummary, State, Ticket
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,6 +171,18 @@ class Blocked(StrEnum):
     """A write has not returned."""
 
 
+def first_of(entries: Iterable[bytes], *, max_bytes: int) -> list[bytes]:
+    """The first entries of a journal, about `max_bytes` of them, at least one if there is one."""
+    found: list[bytes] = []
+    num_bytes = 0
+    for data in entries:
+        if found and num_bytes + len(data) > max_bytes:
+            break
+        found.append(data)
+        num_bytes += len(data)
+    return found
+
+
 class Store(ABC):
     """Rows and records of one ledger. Used from one event loop.
 
@@ -196,6 +208,19 @@ class Store(ABC):
     @abstractmethod
     def put_failure(self, ticket: Ticket, sample_index: int) -> None:
         """A sample failed; `ticket.num_failures` and `ticket.failed` have the new state."""
+
+    @abstractmethod
+    def put_entry(self, ticket_id: int, sample_index: int, *, journal: Journal, data: bytes) -> None:
+        """The next entry of a session's journal; `journal.num_entries` does not count it yet."""
+
+    @abstractmethod
+    def forget_journal(self, ticket_id: int, sample_index: int) -> None:
+        """The journal of a sample's session is not needed any more."""
+
+    @abstractmethod
+    def entries_of(self, ticket_id: int, sample_index: int, *, first: int, max_bytes: int) -> list[bytes]:
+        """The durable entries of a journal from number `first` on: about `max_bytes`, at least one if there
+        is one."""
 
     @abstractmethod
     def put_lease(self, lease: LeaseRecord, *, server_incarnation: int) -> None:

@@ -13,8 +13,8 @@ from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
 from buffer.settings import DURABILITY
 from buffer.storage import sql
-from buffer.storage.base import EventRow, SettingRow, Store
-from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
+from buffer.storage.base import EventRow, SettingRow, Store, first_of
+from buffer.tickets import Journal, LeaseRecord, SampleSummary, State, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,17 @@ class MemoryStore(Store):
     def __init__(self) -> None:
         self._records: dict[int, dict[int, Record]] = {}
         self._num_bytes = 0
+        self._journals: dict[tuple[int, int], list[bytes]] = {}
+
+    def put_entry(self, ticket_id: int, sample_index: int, *, journal: Journal, data: bytes) -> None:
+        self._journals.setdefault((ticket_id, sample_index), []).append(data)
+
+    def forget_journal(self, ticket_id: int, sample_index: int) -> None:
+        self._journals.pop((ticket_id, sample_index), None)
+
+    def entries_of(self, ticket_id: int, sample_index: int, *, first: int, max_bytes: int) -> list[bytes]:
+        entries = self._journals.get((ticket_id, sample_index), [])[first:]
+        return first_of(entries, max_bytes=max_bytes)
 
     def put_ticket(self, ticket: Ticket) -> None:
         """Releases the records of a ticket that ended untrained: those of an evaluation could not be read
