@@ -57,7 +57,7 @@ def scored_tokens(
         while eos and completion.endswith(eos):
             completion = completion.removesuffix(eos)
         text = prompt + completion
-        plain = range(len(prompt), len(text)) if has_special(tokenizer, text) else ()
+        plain: Sequence[int] = range(len(prompt), len(text)) if has_special(tokenizer, text) else ()
         tokens = encoded(tokenizer, text, plain, add_special_tokens=True)
         if tokenizer.eos_token_id is not None and tokens[-1:] != [tokenizer.eos_token_id]:
             tokens.append(tokenizer.eos_token_id)

@@ -91,7 +91,8 @@ class CallResponse:
         try:
             while not call.task.done() and not gone.done():
                 timeout_s = self.keep_alive_s if self.is_stream else None
-                await asyncio.wait({call.task, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+                waited: set[asyncio.Future[Any]] = {call.task, gone}
+                await asyncio.wait(waited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
                 if self.is_stream and not call.task.done() and not gone.done():
                     await self._send_part(send, _COMMENT)
             if gone.done():
