@@ -53,9 +53,9 @@ def recompute_layers(model: Any, *, kind: Recomputation, offload: bool) -> None:
     if kind == "selective":
         settings["context_fn"] = _selective_contexts
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-    for layer in model.modules() if offload else ():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer._gradient_checkpointing_func = InputsOnHost(layer._gradient_checkpointing_func)
+    layers: list[Any] = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    for layer in layers if offload else ():
+        layer._gradient_checkpointing_func = InputsOnHost(layer._gradient_checkpointing_func)
 
 
 class InputsOnHost:
@@ -73,7 +73,7 @@ class InputsOnHost:
 
 
 def _on_host() -> saved_tensors_hooks:
-    return saved_tensors_hooks(_to_host, _to_device)  # type: ignore[no-untyped-call]
+    return saved_tensors_hooks(_to_host, _to_device)
 
 
 def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
@@ -100,4 +100,4 @@ def _selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextM
             is_kept = name in _ATTENTION
         return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)  # type: ignore[no-any-return]
+    return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call, no-any-return]

@@ -461,7 +461,7 @@ class _Trace:
                 whole = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8)
             return whole[:size].view(tensor.dtype).view(tensor.shape)
 
-        return saved_tensors_hooks(to_host, torch.clone)  # type: ignore[no-untyped-call]
+        return saved_tensors_hooks(to_host, torch.clone)
 
     def _moment_on_host(self, moment: Tensor) -> Tensor:
         with self._memory.as_(MOMENTS_ON_HOST):
