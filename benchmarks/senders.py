@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -218,7 +219,8 @@ def measure(case: str, model: Path, *, mbit: float, rounds: int, numbers: Sequen
         contextlib.ExitStack() as started,
     ):
         assert receiver.stdout is not None
-        port = receiver.stdout.readline().strip()
+        if not (port := receiver.stdout.readline().strip()):
+            sys.exit("the engine did not start")
         processes = [
             started.enter_context(
                 inside(network, f"rank{rank}", "--rank", str(rank), *words, port, GLOO_SOCKET_IFNAME=cable)
@@ -226,7 +228,9 @@ def measure(case: str, model: Path, *, mbit: float, rounds: int, numbers: Sequen
             for rank in range(WORLD_SIZE)
         ]
         assert processes[0].stdout is not None
-        found: dict[str, Any] = json.loads(processes[0].stdout.readline())
+        if not (line := processes[0].stdout.readline()):
+            sys.exit("a rank failed")
+        found: dict[str, Any] = json.loads(line)
     all_seconds = {number: found["seconds"][str(number)] for number in numbers}
     medians = {number: statistics.median(times) for number, times in all_seconds.items()}
     return {
@@ -247,6 +251,7 @@ def measure(case: str, model: Path, *, mbit: float, rounds: int, numbers: Sequen
 
 def main() -> None:
     """Measures, writes the result, prints the table."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # the namespaces are removed
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", choices=SIZES, default="100MB")
