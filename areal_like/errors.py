@@ -18,6 +18,7 @@
             EnvironmentLostError
                 AgentLostError
             ToolServerError
+            SandboxError
         SessionGoneError
         ToolError
         WeightSyncError
@@ -139,8 +140,16 @@ class ToolServerError(EpisodeError):
     """A server of tools cannot be used: it does not start, its tools are refused, or it ended too often."""
 
 
+class SandboxError(EpisodeError):
+    """The sandbox of a sample cannot be opened, or was lost: through no fault of the programs in it."""
+
+
 class SessionGoneError(ArealError):
     """The session of a request has ended; the message says why. It accepts no further requests."""
+
+
+class SessionMovedError(ArealError):
+    """The session is not at this server (any more), and will continue at another one: ask again soon."""
 
 
 class ToolError(ArealError):

@@ -76,6 +76,8 @@ class RunPaths:
     """Facts about a supervised run, one JSON object: its steps, and how its rows were used."""
     replay = _Below("replay.json")
     """The run that a replay trained again, one JSON object."""
+    sandbox_owner = _Below("sandbox_owner")
+    """The id by which sandboxes are known to be this run's, one word."""
     summary = _Below("summary.json")
     """Summary of the run, one JSON object written at its end."""
 

@@ -28,7 +28,7 @@ from launch.run_files import read_rows
 from rollout_server.tasks.sort import SortTask
 
 NUM_TRAIN, NUM_HELD_OUT = 20_000, 200
-RM_STEPS, TENTH = 150, 20
+RM_STEPS, NUM_AVERAGED = 150, 20
 """Steps of the reward model's training; steps of RL whose mean is the first and the last reward."""
 
 
@@ -65,10 +65,10 @@ def measured(seed: int, *, num_steps: int, folder: Path) -> dict[str, Any]:
         "seed": seed,
         "num_steps": len(steps),
         "reward_model_accuracy": trained["accuracy_after"],
-        "proxy_first": mean("reward_mean", steps[:TENTH]),
-        "proxy_last": mean("reward_mean", steps[-TENTH:]),
-        "gold_first": mean("reward_gold_mean", steps[:TENTH]),
-        "gold_last": mean("reward_gold_mean", steps[-TENTH:]),
+        "proxy_first": mean("reward_mean", steps[:NUM_AVERAGED]),
+        "proxy_last": mean("reward_mean", steps[-NUM_AVERAGED:]),
+        "gold_first": mean("reward_gold_mean", steps[:NUM_AVERAGED]),
+        "gold_last": mean("reward_gold_mean", steps[-NUM_AVERAGED:]),
         "greedy_gold_before": greedy_reward(f"{folder}/model", seed=seed),
         "greedy_gold_after": greedy_reward(str(checkpoints[max(checkpoints)]), seed=seed),
     }

@@ -89,10 +89,11 @@ def write_model(path: Path, size: str) -> Path:
 # The receiving end, a separate process
 
 
-async def receive(model: Path, *, in_place: bool) -> None:
+async def receive(model: Path, *, in_place: bool, host: str = "127.0.0.1") -> None:
     """Runs an engine and its weight receiver until stdin closes.
 
-    `in_place`: it reports that it does not decode while it receives, so that pushes to it are staged.
+    `in_place`: it reports that it does not decode while it receives, so that pushes to it are staged. `host`:
+    address that the receiver binds.
     """
     config = from_mapping(
         {
@@ -106,7 +107,7 @@ async def receive(model: Path, *, in_place: bool) -> None:
         config, name="in-place" if in_place else "receiver", model=str(model), context_tokens=64
     )
     receiver = WeightReceiver(
-        host="127.0.0.1",
+        host=host,
         max_message_bytes=1 << 24,
         strategy=ShadowWeightUpdate(gate=GenerationGate(), on_untrusted=lambda _: None),
         on_version=lambda _: None,
@@ -172,22 +173,26 @@ def child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 # The sending end
 
 
-def entry_of(port: int) -> ServerEntry:
+def entry_of(port: int, *, host: str = "127.0.0.1") -> ServerEntry:
     """The directory's entry of a receiver."""
     return ServerEntry(
         name=f"receiver-{port}",
         incarnation=1,
-        weights_address=f"tcp://127.0.0.1:{port}",
+        weights_address=f"tcp://{host}:{port}",
         device="cpu",
         state="serving",
         weights_version=0,
     )
 
 
-async def push_once(snapshot: Snapshot, broadcaster: Broadcaster, *, port: int, version: int) -> PushOutcome:
+async def push_once(
+    snapshot: Snapshot, broadcaster: Broadcaster, *, port: int, version: int, host: str = "127.0.0.1"
+) -> PushOutcome:
     """Pushes a snapshot to one receiver."""
     assert snapshot.acquire()
-    outcome = await broadcaster.push(snapshot, version=version, step=version, servers=[entry_of(port)])
+    outcome = await broadcaster.push(
+        snapshot, version=version, step=version, servers=[entry_of(port, host=host)]
+    )
     snapshot.release()
     if outcome.failed:
         raise RuntimeError(f"{outcome.failed}")

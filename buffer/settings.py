@@ -57,6 +57,8 @@ class LedgerSettings:
     """Number of samples of each prompt, by evaluation set."""
     eval_sets_with_task: frozenset[str]
     """Sets whose prompts and rewards are not those of the job's task."""
+    journal_bytes: int
+    """`sessions.journal_bytes`."""
     durable: bool
     """True if the store survives this process. Then a closed stream keeps its tickets, and committed steps
     can be served again."""
@@ -100,6 +102,7 @@ class LedgerSettings:
             router_replay=config.model.router_replay,
             eval_sets={name: one.num_samples for name, one in config.eval.resolved_sets.items()},
             eval_sets_with_task=frozenset(name for name, one in config.eval.sets.items() if one.task),
+            journal_bytes=config.sessions.journal_bytes,
             durable=config.buffer.durability != "none",
             recorded={
                 GROUPS_PER_STEP: str(config.trainer.groups_per_step),

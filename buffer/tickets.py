@@ -133,6 +133,18 @@ class SampleSummary:
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
+class Journal:
+    """What the rules know of the journal of one sample's session; its entries are in the store."""
+
+    session: str
+    """Id of the session."""
+    oldest_step: int
+    """No token of the session is from weights of an earlier step: the lowest of the leases that it had."""
+    num_entries: int = 0
+    num_bytes: int = 0
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
 class Ticket:
     """The right to generate one group: `num_samples` completions of one prompt.
 
@@ -169,6 +181,8 @@ class Ticket:
     """Indices of samples that have not arrived and are not under a lease."""
     leases: dict[int, LeaseRecord] = field(default_factory=dict)
     """Live leases by id; no two cover the same sample."""
+    journals: dict[int, Journal] = field(default_factory=dict)
+    """Journals of the sessions of missing samples, by index."""
     num_failures: dict[int, int] = field(default_factory=dict)
     """Number of failures so far, by sample index."""
     failed: set[int] = field(default_factory=set)
@@ -217,12 +231,15 @@ class Ticket:
 
     @property
     def oldest_possible_step(self) -> int | None:
-        """Lower bound on the step of the group's oldest token; None: no sample and no lease yet.
+        """Lower bound on the step of the group's oldest token; None: no sample, no session and no lease yet.
 
         A lease counts with the step of its server's weights when it was granted, because its tokens cannot be
-        from older weights.
+        from older weights; a session that waits for another server, with that of its first lease.
         """
         oldest = self.oldest_sampled_step
+        for journal in self.journals.values():
+            if oldest is None or journal.oldest_step < oldest:
+                oldest = journal.oldest_step
         for lease in self.leases.values():
             if oldest is None or lease.weights_step < oldest:
                 oldest = lease.weights_step

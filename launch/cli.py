@@ -41,6 +41,7 @@ GROUPS = {
         "drain": "end a rollout server, with its samples finished or returned",
         "drop": "remove harmful tickets from a step that is not trained yet",
         "unfence": "take a role's name from a process that cannot be ended",
+        "reap": "remove the sandboxes that a stopped run has left behind",
     },
     "inspect": {
         "samples": "show samples as text, with rewards and lags",

@@ -28,6 +28,11 @@ def short(value: float | None) -> str:
     return f"{value:.4f}".rstrip("0") if size < 1 else f"{value:.4g}"
 
 
+def rate(value: float | None) -> str:
+    """As `short`; `<0.01` for what rounds to 0.00, such as a mean whose last terms were 0."""
+    return "<0.01" if value is not None and 0 < value < 0.005 else short(value)
+
+
 def count(value: float | None) -> str:
     """All digits of a whole number: `12,345`; `-` for None."""
     return "-" if value is None else f"{value:,.0f}"

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import sys
+from typing import Any
 
-from areal_like.errors import UserError
-from areal_like.runtime.command_line import role_arguments, shows_help
-from areal_like.runtime.process import early_signals, exit_at_once
+from areal_like.runtime.process import exit_at_once
+from areal_like.runtime.role_process import run_role
+
+
+def _load() -> Any:
+    from rollout_server.daemon import main as serve
+
+    return serve
 
 
 def main() -> int:
-    """Runs the server; returns the exit code (see `areal_like.runtime.daemon`)."""
-    if shows_help(sys.argv[1:], __doc__):
-        return 0
-    early_signals()
-    from areal_like.runtime.daemon import run_daemon
-    from rollout_server.daemon import main as serve
-
-    try:
-        config, name = role_arguments(sys.argv[1:], default_name="rollout-0")
-        early_signals(config.daemon.exit_code_on_drain)
-    except UserError as error:
-        sys.stderr.write(f"rollout_server: {error}\n")
-        return 2
-    return run_daemon(config, role="rollout", name=name, main=serve)
+    """Runs the server; returns the exit code."""
+    return run_role(
+        role="rollout",
+        program="rollout_server",
+        default_name="rollout-0",
+        description=__doc__,
+        load=_load,
+    )
 
 
 if __name__ == "__main__":

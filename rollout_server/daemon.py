@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from typing import Any
 
@@ -41,7 +42,7 @@ from areal_like.wire.fingerprint import (
     tokenizer_fingerprint,
 )
 from areal_like.wire.messages.hello import Hello, Role
-from areal_like.wire.messages.producer import ServerState
+from areal_like.wire.messages.producer import ServerState, SessionPlace
 from rollout_server.leases.client import ShardedBufferClient
 from rollout_server.metrics import ServerStats
 from rollout_server.policy.client import EngineClient
@@ -57,6 +58,7 @@ from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.rewards.library.model.scorers import tell_workers
 from rollout_server.sample.lease_runner import LeaseRunner
+from rollout_server.sandbox.reaping import own_sandboxes
 from rollout_server.sessions.book import JOB_OVER, SERVER_ENDS, SessionBook
 from rollout_server.sessions.http.plane import SessionPlane, served_sessions
 from rollout_server.sources import (
@@ -81,6 +83,8 @@ async def main(runtime: Runtime) -> None:
     """Serves until `runtime.stopping`. Raises ConfigError for settings that contradict each other."""
     config = runtime.config
     tell_workers(config)
+    with runtime.waits("sandboxes: those of an earlier process"):
+        await own_sandboxes(config, server=runtime.name, paths=runtime.paths)
     tasks = make_tasks(config)
     require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
     if config.buffer.discovery == "address":
@@ -104,12 +108,22 @@ async def main(runtime: Runtime) -> None:
         vocab_size=renderer.vocab_size,
     )
     book = SessionBook()
+    servers: list[RolloutServer] = []  # that of this process, once it knows the buffers
+
+    async def find_session(id: str) -> SessionPlace | None:
+        return await servers[0].buffers.find_session(id) if servers else None
+
     teachers = TeacherPool.of(config, renderer=renderer, model=model, longest=contexts[""])
     async with (
         contextlib.nullcontext() if teachers is None else teachers,
         running_sources(config, tasks, renderer, contexts=contexts, waits=runtime.waits) as sources,
         served_sessions(
-            runtime, book, tasks=list(tasks.values()), model=model, context_tokens=context_tokens
+            runtime,
+            book,
+            tasks=list(tasks.values()),
+            model=model,
+            context_tokens=context_tokens,
+            find=find_session,
         ) as plane,
     ):
         with runtime.waits("buffer: address"):
@@ -126,6 +140,7 @@ async def main(runtime: Runtime) -> None:
             plane=plane,
             teachers=teachers,
         )
+        servers.append(server)
         try:
             await server.run()
         finally:
@@ -207,6 +222,7 @@ class RolloutServer:
             on_drain=runtime.drain,
             on_finished=runtime.finish,
             keyring=runtime.keyring,
+            session_keys=book.keys,
         )
         self._runner: LeaseRunner = LeaseRunner(
             config,
@@ -241,6 +257,10 @@ class RolloutServer:
             runtime.waits.sources.append(teachers.waits)
         runtime.metrics_pages["engine"] = self._engine_metrics
         runtime.advertise(weights=self._weights_address)
+
+    @property
+    def buffers(self) -> ShardedBufferClient:
+        return self._buffers
 
     async def run(self) -> None:
         """Serves until SIGTERM, then drains. If a part fails before that, raises its exception."""
@@ -374,6 +394,7 @@ class RolloutServer:
             settings=shared_settings(config, Role.ROLLOUT),
             http_address=runtime.http_address,
             weights_address=self._weights_address,
+            sessions_url="" if self._plane is None else self._plane.external_url,
             weights_version=self._receiver.version,
             dtype=compute_dtype(config),
             device=config.rollout.engine_device,
@@ -403,5 +424,6 @@ class RolloutServer:
             "engine_url": client.base_url if client is not None else "",
             "leases": self._buffers.lease_ids,
             "refused_samples": self._buffers.num_refused,
+            "journals": dataclasses.asdict(self._book.journals),
             "stats": self._stats.values,
         }

@@ -26,7 +26,7 @@ import yaml
 from areal_like.config import Config
 from areal_like.runtime.command_line import load_config
 from launch.audit.run import audit_run
-from rollout_server.environments.scripted import play, say
+from rollout_server.environments.scripted import call, play, say
 from rollout_server.tasks import Completion, Score, Task, make_task
 from rollout_server.tasks.tools import ToolTask
 from rollout_server.tools import Tool
@@ -185,6 +185,27 @@ def test_an_environment_has_twenty_lines_and_a_tool_five() -> None:
     functions = [node for node in ast.parse(tools).body if isinstance(node, ast.FunctionDef)]
     lengths = {node.name: num_lines(node, tools) for node in functions}
     assert lengths == {"population": 5}
+
+
+def test_a_reader_of_the_coding_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Its programs run, its environment rewards a repair, and its commands have settings that exist."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, code in modules_of("coding").items():
+        (tmp_path / f"{name}.py").write_text(code)
+    runpy.run_path(str(tmp_path / "look_at_one.py"))
+    said = capsys.readouterr().out
+    assert "FAILED (failures=1)" in said and "\nOK\n" in said and "\n1.0 {" in said
+    task = importlib.import_module("my_repairs").Repairs()
+    for content, reward in (("print(42)\n", 1.0), ("print(41)\n", 0.0)):
+        turns = [call("read", path="app.py"), call("write", path="app.py", content=content), say("done")]
+        episode = play(task.environment(task.example("train", 0)), turns)
+        assert episode.reward == reward and episode.messages[2]["content"] == "print(0 + 1)\n"
+    page = (ROOT / "docs" / "guides" / "coding.md").read_text().replace("\\\n", " ")
+    runs = re.findall(r"^areal-like run (.*)$", page, re.M)
+    assert [load_config(shlex.split(line)).task["name"] for line in runs] == ["coding", "coding"]
+    (box,) = [block for block in blocks_of("environment") if "make_sandbox" in block]
+    exec(box, {})
+    assert capsys.readouterr().out == "42\n 0 False False\nb'print(6 * 7)\\n'\n"
 
 
 def test_tests_of_the_guide_pass(guides: dict[str, ModuleType]) -> None:

@@ -53,6 +53,7 @@ from trainer.step.recipe import StepRecipe
 from trainer.step.staleness_bounds import staleness_warning
 from trainer.trackers import build_trackers
 from trainer.weights.backend import check_nccl
+from trainer.weights.senders import Senders
 from trainer.weights.snapshot import BackgroundGather, BoundaryGather, Snapshot, WeightSnapshotter
 
 log = logging.getLogger(__name__)
@@ -82,10 +83,14 @@ class Trainer:
             bucket_bytes=config.weights.bucket_bytes_on(ranks.device.type),
             dtype=compute_dtype(config),
             lora=config.weights.lora,
+            senders=config.weights.senders,
         )
         self._snapshotter.num_snapshots = config.weights.snapshots_on(
-            ranks.device.type, num_bytes=sum(bucket.num_bytes for bucket in self._snapshotter.buckets)
+            ranks.device.type,
+            num_bytes=sum(bucket.num_bytes for bucket in self._snapshotter.buckets)
+            / len(self._snapshotter.sender_ranks),
         )
+        self._senders = Senders(self._snapshotter, ranks, ports=config.weights.ports)
         self._snapshot_s = 0.0
         """Seconds that the last snapshot took."""
         self._checkpoints.open(ranks)
@@ -111,7 +116,7 @@ class Trainer:
             closed_at_end.callback(self._checkpoints.close)
             closed_at_end.callback(self._recorder.close)
             if not self._begin():
-                self._snapshotter.close()
+                self._close_pushes()
                 return
             while self._should_continue():
                 try:
@@ -167,6 +172,7 @@ class Trainer:
                     step=self._step,
                     stream=self._stream,
                     push_bytes=sum(bucket.num_bytes for bucket in snapshot.buckets),
+                    links=self._senders.links,
                     routes_shape=() if (replay := self._policy.replay) is None else replay.shape,
                     started_s=self._started_s,
                 )
@@ -217,6 +223,11 @@ class Trainer:
             self._leader.end(finished=finished, hands_over=self._hands_over and not finished)
         # The other ranks stay in the process group until rank 0 is done.
         self._ranks.meet()
+        self._close_pushes()
+
+    def _close_pushes(self) -> None:
+        """Ends the threads for pushes on all ranks. Collective."""
+        self._senders.close()
         self._snapshotter.close()
 
     def _take_snapshot(self) -> Snapshot | None:

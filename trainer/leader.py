@@ -45,6 +45,7 @@ from trainer.run_record import RunRecord
 from trainer.weights.broadcaster import Broadcaster
 from trainer.weights.checks import MERGED_HINT, NOISE, CheckReport, check_tokens
 from trainer.weights.publisher import Publisher, PushReport
+from trainer.weights.senders import SenderLink
 from trainer.weights.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
@@ -83,14 +84,16 @@ class Leader:
         step: int,
         stream: dict[str, Any],
         push_bytes: int,
+        links: Sequence[SenderLink] = (),
         routes_shape: Sequence[int] = (),
         started_s: float,
     ) -> None:
         """Sends the buffer the step at which training starts.
 
         `step`: completed steps, 0 for a new run. `stream`: the `stream_state` in the checkpoint; empty for a
-        new run. `push_bytes`: size of one push of the weights. `routes_shape`: `RoutesShape` of the
-        model with `model.router_replay`. `started_s`: start of the process, monotonic clock.
+        new run. `push_bytes`: size of one push of the weights. `links`: to the other senders.
+        `routes_shape`: `RoutesShape` of the model with `model.router_replay`. `started_s`: start of the
+        process, monotonic clock.
 
         Raises UserError if the buffer cannot continue from this step: a restart would be refused too.
         Raises RunFinishedError if the run is finished and this is its last step.
@@ -111,6 +114,7 @@ class Leader:
         self._last_push: PushReport | None = None
         self._last_checks: dict[str, CheckReport] = {}
         """Server -> its last check."""
+        self._links = links
         self._push_limit_s = 2 * config.weights.deadline_s(push_bytes)  # staging and broadcast
         start = StartTraining(
             step=step,
@@ -371,7 +375,13 @@ class Leader:
         is_checked = weights.check_interval_s is not None and self._config.sampling.temperature == 1
         is_merged = self._config.model.lora.is_on and weights.lora == "merged"
         publisher = Publisher(
-            Broadcaster(weights, device=buffer.device, keyring=buffer.runtime.keyring, waits=buffer.waits),
+            Broadcaster(
+                weights,
+                device=buffer.device,
+                keyring=buffer.runtime.keyring,
+                waits=buffer.waits,
+                links=self._links,
+            ),
             call=buffer.call_async,
             servers=lambda: buffer.directory.servers,
             on_push=on_push,

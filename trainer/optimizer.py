@@ -1,8 +1,9 @@
 """AdamW over this rank's shards.
 
 The shards are plain tensors: element-wise updates do not need DTensor, whose dispatch costs more than the
-update itself for a small model. Only the gradient's norm needs all shards. The learning rate is a pure
-function of the step (linear warm-up, then constant or linear decay), so there is no scheduler state to save.
+update itself for a small model. Only the gradient's norm needs all shards. Replicas make the same update from
+the sum of their gradients, and are compared after it. The learning rate is a pure function of the step
+(linear warm-up, then constant or linear decay), so there is no scheduler state to save.
 
 With `trainer.offload_optimizer` the moments are in (pinned) host memory between the updates. An update takes
 the shards in parts whose moments are at most `_PART_BYTES`: it copies those of a part to the device, updates
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from areal_like.config import TrainerConfig
+from areal_like.errors import ArealError
 from trainer.distributed.pinning import host_empty
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
@@ -124,7 +126,8 @@ class ShardedAdamW:
         """Divides the accumulated gradients by `divisor`, clips, updates and clears them. Collective.
 
         Returns the gradient's norm before clipping. If it is not finite, weights and moments are unchanged:
-        one broken batch must neither end the run nor be published.
+        one broken batch must neither end the run nor be published. Raises ArealError on every rank if the
+        replicas (`trainer.replicas`) differ after the update.
         """
         grads = []
         for name, param in self._params.items():
@@ -133,9 +136,11 @@ class ShardedAdamW:
             shard.grad = torch.zeros_like(shard) if param.grad is None else local(param.grad)
             param.grad = None
             grads.append(shard.grad)
+        if self._ranks.replicas is not None:
+            self._ranks.replicas.add_up(grads)
         torch._foreach_mul_(grads, 1.0 / divisor)
         squares = torch.stack(torch._foreach_norm(grads)).double().square().sum().cpu()
-        norm = math.sqrt(float(self._ranks.sum(squares)))
+        norm = math.sqrt(float(self._ranks.sum_of_shards(squares)))
         if math.isfinite(norm):
             if 0 < self._max_grad_norm < norm:
                 torch._foreach_mul_(grads, self._max_grad_norm / norm)
@@ -146,6 +151,13 @@ class ShardedAdamW:
             log.warning("gradient norm is %s: the weights stay as they are", norm)
         for shard in self.shards.values():
             shard.grad = None
+        if difference := self._ranks.difference_of_replicas(self.shards.values()):
+            raise ArealError(
+                f"{difference} after the same update: a machine or a GPU of these ranks is broken, or of "
+                "another kind. The trainer ends, so that these weights are neither pushed nor saved; the "
+                "newest checkpoint makes the replicas equal again. If it happens again, set "
+                "trainer.replicas=1 or leave that machine out"
+            )
         return norm
 
     def _update(self) -> None:

@@ -10,6 +10,10 @@ its EOS, tokens at the end of a sequence do not count, so they are left out here
 the same everywhere. Nothing is cut: a text that is too long is refused, because the score of a cut answer
 says nothing about the answer.
 
+A special token's text in a completion, or in any message, is plain text (`plain_text`): otherwise a policy
+could end its turn in the reward model's template, and write more turns. Only at the end of a completion that
+is a text may the EOS be written out, as rows of files have it.
+
 Imports neither torch nor transformers.
 """
 
@@ -19,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from areal_like.chat.messages import with_parsed_arguments
+from areal_like.chat.plain_text import encoded, has_special, mark_for, with_marks, without_marks
 from areal_like.data.row_format import Message, conversation
 from areal_like.errors import ConfigError
 
@@ -48,16 +53,21 @@ def scored_tokens(
     or fewer than two, which no model is asked to score.
     """
     if isinstance(prompt, str) and isinstance(completion, str):
-        tokens = list(tokenizer(prompt + completion)["input_ids"])
+        eos = tokenizer.eos_token
+        while eos and completion.endswith(eos):
+            completion = completion.removesuffix(eos)
+        text = prompt + completion
+        plain: Sequence[int] = range(len(prompt), len(text)) if has_special(tokenizer, text) else ()
+        tokens = encoded(tokenizer, text, plain, add_special_tokens=True)
         if tokenizer.eos_token_id is not None and tokens[-1:] != [tokenizer.eos_token_id]:
             tokens.append(tokenizer.eos_token_id)
     else:
         before = prompt if isinstance(prompt, str) else list(prompt)
         after = completion if isinstance(completion, str) else list(completion)
         messages = conversation(before, after).messages
-        text = _rendered(tokenizer, messages, tools, template_kwargs or {})
+        text, plain = _rendered(tokenizer, messages, tools, template_kwargs or {})
         # The template has written BOS and EOS itself, if it has one.
-        tokens = list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
+        tokens = encoded(tokenizer, text, plain, add_special_tokens=not tokenizer.chat_template)
     while tokens and tokens[-1] == pad_token_id:
         tokens.pop()
     if len(tokens) < 2:
@@ -74,13 +84,19 @@ def _rendered(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]],
     template_kwargs: Mapping[str, Any],
-) -> str:
+) -> tuple[str, Sequence[int]]:
+    """(the text of a conversation, the places in it where a message has a special token's text)"""
     if not tokenizer.chat_template:
-        return "\n".join(str(message["content"]) for message in messages)
+        text = "\n".join(str(message["content"]) for message in messages)
+        return text, range(len(text)) if has_special(tokenizer, text) else ()
     try:
         parsed = [with_parsed_arguments(message) for message in messages]
     except (KeyError, TypeError) as error:
         raise ConfigError(f"tool_calls: want OpenAI's format ({error!r})") from error
+    mark = ""
+    if has_special(tokenizer, parsed):
+        mark = mark_for(parsed, list(tools), template_kwargs, tokenizer.chat_template)
+        parsed = with_marks(tokenizer, parsed, mark)
     try:
         text = tokenizer.apply_chat_template(
             parsed,
@@ -92,4 +108,4 @@ def _rendered(
     except Exception as error:  # a template may raise anything
         reason = f"{type(error).__name__}: {str(error)[:_MAX_ERROR_CHARS]}"
         raise ConfigError(f"the chat template cannot render these messages ({reason})") from error
-    return str(text)
+    return without_marks(str(text), mark) if mark else (str(text), ())

@@ -9,6 +9,8 @@
     session.reward(1.0, metrics={"tool_errors": 2})
     session.end()
 
+    session = session.find(urls=[...], wait_s=60)            # its server has died: where is it now?
+
     group = claim_group("http://server:7700", wait_s=30)     # all samples of one prompt
     group.rank([best, second, worst])                        # or group.reward({session.id: 0.7, ...})
     group.end()
@@ -27,6 +29,7 @@ A server gives out only as many sessions as the job has samples to make, so agen
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import logging
@@ -65,6 +68,8 @@ _PAUSE_S = 1.0
 """Pause between two such requests."""
 _BEATS = 3
 """Heartbeats sent in each `idle_timeout_s`."""
+_MOVES_S = 60.0
+"""How long a session may take to move to another server."""
 _OF_PROXIES = (502, 503, 504)
 """Statuses of a proxy that does not reach the server; the server itself has others."""
 
@@ -78,7 +83,7 @@ class RefusedError(ClientError, ValueError):
 
 
 class SessionOverError(ClientError):
-    """The session has ended, its sample is no longer wanted, or its server was started again: claim another
+    """The session has ended, its sample is no longer wanted, or nothing could continue it: claim another
     session."""
 
 
@@ -87,8 +92,19 @@ class JobOverError(SessionOverError):
 
 
 class UnreachableError(ClientError, OSError):
-    """The server does not respond. It has ended or is starting again: claim again for a while; if no server
-    of the job comes back, the job is over."""
+    """The server does not respond. It has ended or is starting again: claim again for a while, or look for
+    the session (`ClaimedSession.find`); if no server of the job comes back, the job is over."""
+
+    is_moving = False
+    """True if the server has said that another one will continue the session."""
+
+
+class _ElsewhereError(Exception):
+    """Status 421: the session is at another server. `url`: of that server."""
+
+    def __init__(self, message: str, *, url: str) -> None:
+        super().__init__(message)
+        self.url = url
 
 
 class _BusyError(Exception):
@@ -183,20 +199,53 @@ class ClaimedSession:
             _LOG.warning("session %s is no sample: %s", self.id, problem)
         return not problem
 
+    def find(self, urls: Sequence[str] = (), *, wait_s: float = 60.0) -> ClaimedSession:
+        """Returns this session with the base URL of the server that has it now, after a request to the model
+        got no response, or status 421 or 503.
+
+        If its server dies, another one continues the session, with the same id and key. `urls`: the other
+        servers of the job, any of which says where the session is. `wait_s`: how long to look, in seconds; it
+        takes at least `buffer.lease_timeout_s` until the job gives up a server that does not end cleanly.
+        Raises SessionOverError, JobOverError, UnreachableError.
+        """
+        end_s = time.monotonic() + wait_s
+        path = self.base_url[self.base_url.index("/sessions/") :]
+        bases = dict.fromkeys([self.base_url, *(f"{url.rstrip('/')}{path}" for url in urls)])
+        while True:
+            problem: Exception | None = None
+            for base in list(bases):
+                found = dataclasses.replace(self, base_url=base)
+                try:
+                    _posted(f"{base}/heartbeat", {}, key=self.api_key, ca_file=self.ca_file)
+                    return found
+                except _ElsewhereError as elsewhere:
+                    bases = {f"{elsewhere.url}{path}": None, **bases}
+                    problem = elsewhere
+                except (UnreachableError, _BusyError) as error:
+                    problem = error
+            if time.monotonic() >= end_s:
+                raise UnreachableError(f"the session {self.id} was not found: {problem}") from problem
+            time.sleep(_PAUSE_S)
+
     def _post(self, verb: str, body: Mapping[str, Any]) -> dict[str, Any]:
         # All requests may be sent again: only the last reward counts, and ending twice does no harm.
         url = f"{self.base_url}/{verb}"
-        for left in reversed(range(_NUM_TRIES)):
+        left, end_s = _NUM_TRIES, time.monotonic() + _MOVES_S
+        while True:
+            left -= 1
             try:
                 return _posted(url, body, key=self.api_key, ca_file=self.ca_file)
+            except _ElsewhereError as elsewhere:
+                url = f"{elsewhere.url}{url[url.index('/sessions/') :]}"
+                if time.monotonic() >= end_s:
+                    raise UnreachableError(f"{url}: {elsewhere}") from None
             except _BusyError as busy:
-                if not left:
+                if left <= 0:
                     raise UnreachableError(f"{url}: too many requests of the session: {busy}") from None
-            except UnreachableError:
-                if not left:
+            except UnreachableError as error:
+                if left <= 0 and not (error.is_moving and time.monotonic() < end_s):
                     raise
             time.sleep(_RETRY_S)
-        raise AssertionError("the last attempt has raised")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,9 +483,15 @@ def _error_of(error: urllib.error.HTTPError, url: str) -> Exception:
         return _BusyError(message, code=code, wait_s=_seconds(error.headers.get("Retry-After")))
     if code == "job_over":
         return JobOverError(message)
+    if error.code == 421 and (at := error.headers.get("x-areal-server")):
+        return _ElsewhereError(message, url=str(at).rstrip("/"))
+    if code == "session_moved":
+        moving = UnreachableError(f"{url}: {error.code}: {message}")
+        moving.is_moving = True
+        return moving
     if error.code in _OF_PROXIES:
         return UnreachableError(f"{url}: {error.code}: {message}: the server has ended or is starting again")
-    # The session's key came from the server: if the server does not know it, it has been started again since.
+    # The session's key came from the job: if no server knows it, the run has been started again since.
     if error.code == 410 or (error.code == 401 and "/sessions/" in url):
         advice = "" if "claim another" in message else ": claim another session"
         return SessionOverError(f"{message}{advice}")

@@ -137,6 +137,9 @@ class BufferConfig(Section, key="buffer"):
     segment_bytes: Annotated[int, Bounds(1 << 16, 1 << 31)] = 64 << 20
     """Size at which the next segment file is started, in bytes. A segment is deleted when no record in it is
     needed any more."""
+    journals_bytes: NonNegativeInt = 4 << 30
+    """Largest size of the journals of all sessions, in bytes on disk. Sessions whose next entry would exceed
+    it do not survive their server."""
     cache_bytes: NonNegativeInt = 256 << 20
     """Size of the cache of trajectories in memory, in bytes. Other trajectories are read back from disk when
     a rank fetches them. While the disk is full, no more samples than that are taken from servers."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from areal_like.config.common import (
     Bounds,
@@ -14,6 +15,7 @@ from areal_like.config.common import (
     require,
 )
 
+_SANDBOX = re.compile(r"bwrap|rlimits|(docker|podman):\S+|e2b(:\S+)?")
 MAX_TURNS = 1024
 """Maximum number of turns, and of segments, in one record."""
 
@@ -64,6 +66,9 @@ class SessionsConfig(Section, key="sessions"):
     heartbeat_limit_s: NonNegativeFloat = 3600.0
     """Longest time for which heartbeats keep a session alive without a completion of the model, in
     seconds."""
+    journal_bytes: NonNegativeInt = 32 << 20
+    """Largest journal of one session of an external agent, in bytes: what the buffer keeps so that another
+    server can continue the session. A session that needs more does not survive its server. 0: none does."""
 
     def check(self) -> None:
         require(bool(self.host), "sessions.host is empty: give an address to bind, e.g. 127.0.0.1")
@@ -73,6 +78,14 @@ class SessionsConfig(Section, key="sessions"):
 class RewardsConfig(Section, key="rewards"):
     """Programs that tools and rewards run for the policy."""
 
-    sandbox: Literal["bwrap", "rlimits"] = "bwrap"
+    sandbox: str = "bwrap"
     """`bwrap` (bubblewrap): no network, no files but the program's own, own process space. `rlimits`: only
-    limits of time, memory and processes; the program can read what the server can read."""
+    limits of time, memory and processes; the program can read what the server can read. `docker:IMAGE` or
+    `podman:IMAGE`: containers of that image. `e2b` or `e2b:TEMPLATE`: remote sandboxes of E2B."""
+
+    def check(self) -> None:
+        require(
+            _SANDBOX.fullmatch(self.sandbox) is not None,
+            f"rewards.sandbox={self.sandbox}: choose one of bwrap, rlimits, docker:IMAGE, podman:IMAGE, e2b, "
+            "e2b:TEMPLATE",
+        )

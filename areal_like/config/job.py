@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -245,6 +246,11 @@ class Config(Section):
         )
         self._check_shards()
         require(
+            self.weights.senders <= self.trainer.world_size,
+            f"weights.senders={self.weights.senders} is above trainer.world_size={self.trainer.world_size}: "
+            "each sender is one rank; lower weights.senders",
+        )
+        require(
             self.weights.integrity == "none"
             or self.rollout.engine == "embedded"
             or self.weights.lora == "adapter",
@@ -256,6 +262,7 @@ class Config(Section):
         self._check_router_replay()
         self._check_engine_url()
         self._check_teachers()
+        self._check_reward_keys()
         for section in ("task", "objective", "advantage"):
             keys = getattr(self, section)
             require(("name" in keys) != ("_target_" in keys), f"{section}: give either `name` or `_target_`")
@@ -630,17 +637,24 @@ class Config(Section):
             f"sampling.temperature={self.sampling.temperature:g}: the servers of distill.teachers return "
             "log-probs at temperature 1: set sampling.temperature=1, or let the trainer load the teachers",
         )
-        for url in servers:
-            parts = urlsplit(url)
-            require(
-                not self.distill.api_key_file
-                or parts.scheme == "https"
-                or is_loopback(parts.hostname or "")
-                or self.security.insecure,
-                f"distill.teachers: {url} is not encrypted, and distill.api_key_file would go there: give "
-                "https://..., reach it through a tunnel (http://127.0.0.1:port), or accept the risk with "
-                "security.insecure=true",
-            )
+        for url in servers if self.distill.api_key_file else ():
+            self._require_encrypted(url, setting="distill.teachers", key="distill.api_key_file")
+
+    def _check_reward_keys(self) -> None:
+        """Refuses keys of judges and reward models in the clear."""
+        tasks = {"task": self.task, **{f"eval.sets.{name}": one.task for name, one in self.eval.sets.items()}}
+        for name, task in tasks.items():
+            for setting, url in _urls_with_keys(task, name):
+                self._require_encrypted(url, setting=f"{setting}.url", key=f"{setting}.api_key_file")
+
+    def _require_encrypted(self, url: str, *, setting: str, key: str) -> None:
+        parts = urlsplit(url)
+        require(
+            parts.scheme == "https" or is_loopback(parts.hostname or "") or self.security.insecure,
+            f"{setting}: {parts.scheme}://{parts.hostname} is not encrypted, and {key} would go there: give "
+            "https://..., reach it through a tunnel (http://127.0.0.1:port), or accept the risk with "
+            "security.insecure=true",
+        )
 
     def _check_sync_interval(self) -> None:
         interval = self.weights.sync_interval
@@ -663,6 +677,21 @@ class Config(Section):
             f"buffer.group_filter=single_version with weights.sync_interval={interval} needs whole groups "
             f"of one weight version: set weights.update_mode=drain, not {self.weights.update_mode}",
         )
+
+
+def _urls_with_keys(section: Any, name: str) -> Iterator[tuple[str, str]]:
+    """(setting, URL) of each service in a task's settings that is sent a key, at any depth."""
+    if isinstance(section, dict):
+        if section.get("api_key_file"):
+            urls = section.get("url")
+            for url in urls if isinstance(urls, list | tuple) else [urls]:
+                if isinstance(url, str) and url:
+                    yield name, url
+        for key, value in section.items():
+            yield from _urls_with_keys(value, f"{name}.{key}")
+    elif isinstance(section, list | tuple):
+        for value in section:
+            yield from _urls_with_keys(value, name)
 
 
 def _may_have_turns(task: Any) -> bool:

@@ -52,6 +52,10 @@ class KlConfig(Section, key="kl"):
         )
         require(self.gain <= 1, f"kl.gain={self.gain:g}: use a number above 0 and at most 1")
         require(
+            self.budget > 0 or self.gain == KlConfig.gain,
+            f"kl.gain={self.gain:g} has no effect without a budget: set kl.budget, or leave kl.gain out",
+        )
+        require(
             not self.budget or (self.place, self.estimator) != ("loss", "k1"),
             f"kl.budget={self.budget:g} with kl.place=loss and kl.estimator=k1: the gradient of that penalty "
             "is zero in expectation, so no weight of it keeps a budget: set kl.estimator=k2 or k3",
@@ -71,6 +75,10 @@ class TrainerConfig(Section, key="trainer"):
     """Number of ranks that compute each micro-batch together (Ulysses), which divides its activations by it:
     each has a part of the tokens, and in attention a part of the heads. It must divide `world_size` and the
     model's KV heads."""
+    replicas: PositiveInt = 1
+    """Number of replicas of the model (HSDP): the ranks of each, neighbors, shard the weights among them, and
+    the replicas exchange only the sum of a step's gradients. It must divide `world_size`. With the ranks of a
+    machine as a replica, weights are gathered within the machine."""
     num_hosts: PositiveInt = 1
     """Number of machines of the trainer. Start `python -m trainer` on each of them; it starts the ranks of
     that machine."""
@@ -164,11 +172,12 @@ class TrainerConfig(Section, key="trainer"):
     the GPU's name; a CPU, a part of a GPU (MIG) or an unknown GPU then has no `mfu`."""
 
     def check(self) -> None:
-        require(
-            self.world_size % self.context_parallel == 0,
-            f"trainer.context_parallel={self.context_parallel} does not divide "
-            f"trainer.world_size={self.world_size}: change one of them",
-        )
+        for key in ("context_parallel", "replicas"):
+            require(
+                self.world_size % getattr(self, key) == 0,
+                f"trainer.{key}={getattr(self, key)} does not divide trainer.world_size={self.world_size}: "
+                "change one of them",
+            )
         require(
             self.groups_per_step * self.context_parallel >= self.world_size,
             "trainer.groups_per_step must be at least trainer.world_size"

@@ -62,6 +62,16 @@ def device_facts(device: torch.device) -> dict[str, str]:
     }
 
 
+def address_toward(host: str, port: int) -> str:
+    """This machine's address on the route to another one. Nothing is sent. Raises OSError."""
+    infos = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+    family, kind, proto, _, target = infos[0]
+    with socket.socket(family, kind, proto) as probe:
+        probe.connect(target)
+        local: str = probe.getsockname()[0]
+    return local
+
+
 @dataclass(eq=False, kw_only=True)
 class WeightGroup:
     """One rank's end of a weight group. Rank 0 (the trainer) sends, all others receive.
@@ -212,9 +222,9 @@ class WeightGroup:
         options.timeout = timedelta(seconds=self.timeout_s if timeout_s is None else timeout_s)
         # Keeps the group alive during the wait. Otherwise, after a close() from another thread, its
         # destructor would join a worker thread that waits for a hung peer, while holding the GIL.
-        held = [self._group]
+        held: list[Any] = [self._group]
         try:
-            work = held[0].broadcast([tensor], options)
+            held.append(held[0].broadcast([tensor], options))  # the work has the group's connections too
         except RuntimeError as error:
             held.clear()
             raise self._broken(error) from None
@@ -222,9 +232,9 @@ class WeightGroup:
         def wait() -> None:
             try:
                 if self.backend == "gloo":
-                    work.wait()
+                    held[1].wait()
                 else:
-                    work.wait(options.timeout)  # NCCL ignores the timeout in the options
+                    held[1].wait(options.timeout)  # NCCL ignores the timeout in the options
                 if tensor.is_cuda:
                     # NCCL's wait only orders streams, but the caller uses the buffer as soon as we return.
                     torch.cuda.current_stream(tensor.device).synchronize()
@@ -289,14 +299,7 @@ class WeightGroup:
         Gloo would otherwise resolve this host's name, which on many machines gives 127.0.1.1 or nothing, and
         peers on other machines could not connect.
         """
-        if self.rank == 0:
-            return self.address
-        infos = socket.getaddrinfo(self.address, self.port, type=socket.SOCK_DGRAM)
-        family, kind, proto, _, target = infos[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.connect(target)
-            local: str = probe.getsockname()[0]
-        return local
+        return self.address if self.rank == 0 else address_toward(self.address, self.port)
 
 
 def _check(*, rank: int, world_size: int, backend: str) -> None:

@@ -18,7 +18,13 @@ from areal_like.data.mixture import MAX_SOURCES
 from areal_like.errors import RefusedError
 from areal_like.wire.messages.consumer import CloseAdmission, TrainerHeartbeat
 from areal_like.wire.messages.hello import Goodbye, Hello
-from areal_like.wire.messages.producer import ReturnLeases, SampleFailed, ServerHeartbeat
+from areal_like.wire.messages.producer import (
+    AppendSession,
+    FindSession,
+    ReturnLeases,
+    SampleFailed,
+    ServerHeartbeat,
+)
 
 MAX_TEXT_CHARS = 2_000
 """Characters of reasons and error texts."""
@@ -26,6 +32,8 @@ MAX_SETTINGS_CHARS = 4_000
 MAX_ADDRESS_CHARS = 300
 MAX_WORD_CHARS = 64
 """Characters of fingerprints, states, devices, and keys of statistics."""
+MAX_SESSION_CHARS = 100
+"""Characters of a session's id: three numbers of 64 bits, and the number of a try."""
 MAX_STATS = 256
 """Statistics in one message."""
 
@@ -42,6 +50,7 @@ depend on rewards."""
 _PROCESS = re.compile(r"[0-9a-f]{32}")
 _CONTENT = re.compile(r"([0-9a-f]{16})?")
 _WEIGHTS_ADDRESS = re.compile(r"(tcp://[A-Za-z0-9._\[\]:%-]+:[1-9][0-9]{0,4})?")
+_SESSIONS_URL = re.compile(r"(https?://[A-Za-z0-9._\[\]:%-]+:[1-9][0-9]{0,4})?")
 _LIMITS: dict[type, dict[str, int]] = {
     Hello: {
         "job": MAX_WORD_CHARS,
@@ -53,6 +62,7 @@ _LIMITS: dict[type, dict[str, int]] = {
         "settings": MAX_SETTINGS_CHARS,
         "http_address": MAX_ADDRESS_CHARS,
         "weights_address": MAX_ADDRESS_CHARS,
+        "sessions_url": MAX_ADDRESS_CHARS,
         "device": MAX_WORD_CHARS,
         "dtype": MAX_WORD_CHARS,
     },
@@ -60,6 +70,8 @@ _LIMITS: dict[type, dict[str, int]] = {
     ReturnLeases: {"reason": MAX_TEXT_CHARS},
     CloseAdmission: {"reason": MAX_TEXT_CHARS},
     TrainerHeartbeat: {"state": MAX_WORD_CHARS},
+    AppendSession: {"session": MAX_SESSION_CHARS},
+    FindSession: {"session": MAX_SESSION_CHARS},
 }
 """Message -> text field -> most characters."""
 _CHECKED = frozenset({*_LIMITS, ServerHeartbeat, TrainerHeartbeat, Goodbye})
@@ -103,6 +115,8 @@ def _check_hello(hello: Hello) -> None:
     if not _PROCESS.fullmatch(hello.process):
         raise RefusedError("process", "want 32 hexadecimal digits")
     # The trainer connects to it, and libzmq knows other transports and options of the source address.
+    if not _SESSIONS_URL.fullmatch(hello.sessions_url):
+        raise RefusedError("sessions_url", "want http://host:port or https://host:port")
     if not _WEIGHTS_ADDRESS.fullmatch(hello.weights_address):
         raise RefusedError("weights_address", "want tcp://host:port")
     num_sources = len(hello.source_sizes)

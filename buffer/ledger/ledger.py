@@ -8,6 +8,7 @@ hypothesis and in a simulator with a virtual clock.
     Ledger.dispatcher       LeaseDispatcher: servers, heartbeats, granting of leases
     Ledger.intake           SampleIntake: verdicts on samples, group filters
     Ledger.failed_samples   FailedSamples: retry or drop of a failed sample, quarantine of a server
+    Ledger.journals         SessionJournals: sessions that other servers can continue
     Ledger.trainer          TrainerSession: start, fetch, complete, commit, evaluations
     Ledger.operator         OperatorChanges: pause, cordon, drop, settings that change during the run
     Ledger.lifecycle        TicketLifecycle: transitions of a ticket (the state machine is in its docstring),
@@ -40,6 +41,7 @@ from buffer.ledger.lease_dispatcher import LeaseDispatcher
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.operator_changes import OperatorChanges
 from buffer.ledger.sample_intake import SampleIntake
+from buffer.ledger.session_journals import SessionJournals
 from buffer.ledger.state import LedgerState
 from buffer.ledger.trainer_session import TrainerSession
 from buffer.tables.incarnations import TRAINER
@@ -60,6 +62,7 @@ class Ledger:
         self.failed_samples = FailedSamples(state, self.lifecycle)
         self.intake = SampleIntake(state, self.lifecycle, self.failed_samples)
         self.dispatcher = LeaseDispatcher(state, self.lifecycle)
+        self.journals = SessionJournals(state, self.lifecycle)
         self.trainer = TrainerSession(state, self.lifecycle)
         self.operator = OperatorChanges(state, self.lifecycle)
 

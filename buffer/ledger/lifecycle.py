@@ -91,7 +91,15 @@ class TicketLifecycle(LedgerPart):
             greedy_indices=[index for index in indices if ticket.is_greedy(index)],
             seed=self._seed(ticket),
             eval_set=ticket.eval_set,
+            sessions=[index for index in indices if index in ticket.journals],
         )
+
+    def forget_journals(self, ticket: Ticket, sample_indices: Iterable[int]) -> None:
+        """The sessions of these samples are not to be continued."""
+        for index in sample_indices:
+            if (journal := ticket.journals.pop(index, None)) is not None:
+                self._state.num_journal_bytes -= journal.num_bytes
+                self._store.forget_journal(ticket.ticket_id, index)
 
     def _seed(self, ticket: Ticket) -> int:
         if ticket.purpose is Purpose.EVAL:
@@ -100,6 +108,7 @@ class TicketLifecycle(LedgerPart):
 
     def remove_from_lease(self, ticket: Ticket, lease_id: int, sample_index: int, *, arrived: bool) -> None:
         """Removes a sample from its lease because it arrived or failed; an empty lease ends."""
+        self.forget_journals(ticket, [sample_index])
         if self._leases.remove_sample(ticket.leases[lease_id], sample_index, arrived=arrived):
             del ticket.leases[lease_id]
 
@@ -112,7 +121,7 @@ class TicketLifecycle(LedgerPart):
             self._state.admission.add_waiting(ticket)
         if ticket.state is State.CLOSED:
             return
-        if not ticket.leases and not ticket.samples:
+        if not (ticket.leases or ticket.samples or ticket.journals):
             ticket.begin_step = ticket.close_step = -1
         state = State.LEASED if ticket.leases else State.QUEUED
         if ticket.state is not state:
@@ -161,6 +170,7 @@ class TicketLifecycle(LedgerPart):
         for lease in ticket.leases.values():
             self._leases.revoke(lease)
         ticket.leases.clear()
+        self.forget_journals(ticket, list(ticket.journals))
         self._scheduler.remove(ticket.ticket_id)
         ticket.drop = reason
         self._state.drops[reason] += 1
@@ -269,6 +279,7 @@ class TicketLifecycle(LedgerPart):
                 continue
             if index in group.samples:
                 self._counters.count_given_up_sample(group.samples[index], reason)
+            self.forget_journals(group, [index])
             self._parts.give_up(group, index)
             self._store.put_failure(group, index)
             group.unleased.discard(index)

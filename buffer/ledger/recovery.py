@@ -28,6 +28,7 @@ from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.routes import RoutesShape
 from buffer.ledger.lease_dispatcher import CONTENT
 from buffer.ledger.ledger import Ledger
+from buffer.ledger.session_journals import num_bytes_of
 from buffer.ledger.state import LedgerState
 from buffer.settings import GROUPS_PER_STEP, LedgerSettings
 from buffer.storage.base import Recovered, Store
@@ -50,13 +51,15 @@ def recover(
     ignoring: Collection[int] = (),
     generation: int = 0,
     reopen: bool = False,
+    new_secret: int = 0,
 ) -> Ledger:
     """The ledger that `store` contains; a new one if it is empty. Call it once, before the first write.
 
     `dataset`: a number that identifies the data set to which prompt indices refer. `ignoring`: tickets whose
     trajectories may be damaged. `generation`: number of earlier buffers, if the store does not know it;
-    choose it at random for a store that is not durable. `reopen`: continues a finished run. Raises
-    ConfigError if another shard wrote the store, StoreCorruptError for damaged trajectories.
+    choose it at random for a store that is not durable. `reopen`: continues a finished run. `new_secret`:
+    of the keys of sessions, for a new ledger. Raises ConfigError if another shard wrote the store,
+    StoreCorruptError for damaged trajectories.
     """
     recovered = store.recover(ignoring=ignoring)
     generation = _next_generation(recovered, generation)
@@ -73,6 +76,8 @@ def recover(
     _restore_steps(state, recovered, now_s=now_s)
     _restore_settings(state, recovered)
     _restore_evals(state, recovered)
+    state.restore_secret(recovered.scalars, new=new_secret)
+    state.num_journal_bytes = num_bytes_of(state.tickets.live.values())
     state.trainer_incarnation = recovered.scalars.get("trainer_incarnation", 0)
     if all(shape := [recovered.scalars.get(f"routes:{name}", 0) for name in RoutesShape._fields]):
         state.routes_shape = RoutesShape(*shape)

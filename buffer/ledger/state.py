@@ -7,6 +7,7 @@ rules that change the state.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from areal_like.wire.routes import RoutesShape
 from buffer.scheduling.admission import Admission
@@ -26,6 +27,10 @@ from buffer.tables.prompt_source import PromptSource
 from buffer.tables.ticket_table import TicketTable
 from buffer.tables.version_table import VersionTable
 from buffer.tickets import Drop
+
+_SECRET_PARTS = tuple(f"session_secret:{place}" for place in range(4))
+_PART_BITS = 62
+"""A scalar is a number of 63 bits."""
 
 
 class LedgerState:
@@ -97,6 +102,10 @@ class LedgerState:
         """Fingerprint of the data that prompts come from, as servers reported it; 0: not known."""
         self.recorded_settings: dict[str, int] = {}
         """The settings that recorded steps depend on, as scalars to compare at the next start."""
+        self.num_journal_bytes = 0
+        """Bytes of the journals of all sessions."""
+        self.session_secret = 0
+        """Secret of the keys of sessions, the same for all buffers of a run (`session_keys`)."""
         self.routes_shape: RoutesShape | None = None
         """What the routes of samples must be like, as the trainer has said; None: not known."""
 
@@ -110,6 +119,16 @@ class LedgerState:
         """Writes the current settings as those of all recorded steps."""
         for name, value in self.recorded_settings.items():
             self.store.put_scalar(name, value)
+
+    def restore_secret(self, scalars: Mapping[str, int], *, new: int) -> None:
+        """Takes the secret of an earlier buffer, or `new` (below 2**248) if there was none."""
+        self.session_secret = new
+        if _SECRET_PARTS[0] in scalars:
+            parts = (scalars[name] << (_PART_BITS * place) for place, name in enumerate(_SECRET_PARTS))
+            self.session_secret = sum(parts)
+            return
+        for place, name in enumerate(_SECRET_PARTS):
+            self.store.put_scalar(name, new >> (_PART_BITS * place) & ((1 << _PART_BITS) - 1))
 
     def set_trainer(self, incarnation: int) -> None:
         """Sets the incarnation of the newest trainer; requests of older trainers are refused."""

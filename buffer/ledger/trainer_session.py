@@ -431,6 +431,10 @@ class TrainerSession(TicketRules):
         for lease in leases:
             if lease.weights_step > step:
                 self._lifecycle.revoke(lease)
+        for ticket in unrecorded:
+            if begun_later := [index for index, one in ticket.journals.items() if one.oldest_step > step]:
+                self._lifecycle.forget_journals(ticket, begun_later)
+                self._lifecycle.requeue(ticket, ())
 
     def _restart_at(self, step: int, stream: dict[str, Any]) -> None:
         """Starts the stream at `step`; groups recorded from there on are cancelled."""

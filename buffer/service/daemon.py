@@ -27,6 +27,7 @@ from areal_like.errors import RefusedError, RunFinishedError, StaleIncarnationEr
 from areal_like.runtime.command_line import keep_config
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
 from areal_like.security.binding import admits_only_this_machine, require_loopback_or_keys
+from areal_like.security.session_keys import new_secret
 from areal_like.shards import Shard
 from areal_like.wire.addresses import buffer_host, buffer_port, reachable_host
 from areal_like.wire.channel import Envelope, Listener, tcp_address
@@ -132,6 +133,7 @@ class BufferDaemon:
             generation=0 if config.buffer.durability != "none" else secrets.randbits(16),
             # With `auto` a supervisor may restart the roles of a finished run: it stays finished.
             reopen=config.resume not in ("", "auto"),
+            new_secret=new_secret(),
         )
         self._ledger.hold_grants()
         self._peers = ConnectedPeers(

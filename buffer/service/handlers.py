@@ -45,6 +45,8 @@ NEEDS_DURABILITY = (
     consumer.CommitStep,
     consumer.CloseAdmission,
     consumer.FinishRun,
+    producer.AppendSession,
+    producer.ForgetSession,
     Goodbye,
 )
 """Requests whose reply waits until the ledger's rows are durable, so that a restarted buffer can honor it."""
@@ -125,7 +127,7 @@ class Handlers:
         if server.health.is_refused:
             assert server.health.quarantine is not None
             raise RefusedError("conduct", server.health.quarantine.reason)
-        return self._from_server(peer, server, message)
+        return self._from_server(peer, server, message, rid=envelope.rid)
 
     def _check_key(self, peer: Peer, envelope: Envelope) -> None:
         self._keys.check_message(peer, envelope.key)
@@ -158,7 +160,7 @@ class Handlers:
 
     # --- rollout servers ---
 
-    def _from_server(self, peer: Peer, server: Server, message: Any) -> Any:
+    def _from_server(self, peer: Peer, server: Server, message: Any, *, rid: int) -> Any:
         name = peer.hello.name
         match message:
             case producer.ServerHeartbeat():
@@ -184,6 +186,14 @@ class Handlers:
             case producer.ReturnLeases():
                 log.info("%s returned %d leases: %s", name, len(message.leases), message.reason)
                 self._ledger.dispatcher.return_leases(name, message.leases)
+            case producer.AppendSession():
+                return producer.SessionStored(refused=self._ledger.journals.append(name, message))
+            case producer.ForgetSession():
+                return producer.SessionStored(refused=self._ledger.journals.forget(name, message))
+            case producer.ReadSession():
+                self._outbox.send_journal(peer.route, self._ledger.journals.reader(name, message), rid=rid)
+            case producer.FindSession():
+                return self._place_of(message)
             case StillAlive():
                 pass  # only its arrival matters
             case Goodbye():
@@ -195,6 +205,12 @@ class Handlers:
             case _:
                 raise _not_for(peer, message)
         return None
+
+    def _place_of(self, message: producer.FindSession) -> producer.SessionPlace:
+        can_continue, server = self._ledger.journals.find(message)
+        holder = self._peers.named(server) if server else None
+        url = "" if holder is None else holder.hello.sessions_url
+        return producer.SessionPlace(is_over=not can_continue, server=server, url=url)
 
     def _samples(self, peer: Peer, samples: list[producer.SampleDone]) -> None:
         name = peer.hello.name

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from areal_like.errors import ArealError
 from areal_like.wire.channel import Listener
 from areal_like.wire.limits import shortened
@@ -28,7 +30,7 @@ from areal_like.wire.messages.hello import JobFailed, JobFinished, Role
 from areal_like.wire.records import Record
 from buffer.ledger.ledger import Ledger
 from buffer.service.peers import ConnectedPeers, Peer
-from buffer.tickets import Verdict
+from buffer.tickets import Journal, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +107,24 @@ class Outbox:
 
         if not self._is_closed:
             asyncio.get_running_loop().run_in_executor(self._reading, read).add_done_callback(send)
+
+    def send_journal(
+        self, route: bytes, read: Callable[[], tuple[Journal | None, list[bytes]]], *, rid: int
+    ) -> None:
+        """Sends a part of a session's journal, when it is durable."""
+
+        def send() -> None:
+            if self._is_closed:
+                return
+            journal, entries = read()
+            reply = producer.SessionEntries(
+                session="" if journal is None else journal.session,
+                num_entries=0 if journal is None else journal.num_entries,
+                entries=[np.frombuffer(data, np.uint8) for data in entries],
+            )
+            self.send(route, reply, rid=rid)
+
+        self._ledger.state.store.when_durable(send)
 
     def acknowledge(
         self, peer: Peer, sample: producer.SampleDone | producer.SampleFailed, verdict: Verdict

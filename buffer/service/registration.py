@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from areal_like.errors import RefusedError, StaleIncarnationError
 from areal_like.security.keys import AllowedKey
+from areal_like.security.session_keys import secret_text
 from areal_like.wire.fingerprint import as_number
 from areal_like.wire.messages.hello import AreYouAlive, Hello, JobFinished, Refused, Role, Welcome
 from buffer.ledger.ledger import Ledger
@@ -171,7 +172,7 @@ class Registration:
         self._peers.remove(name)
         self._outbox.servers_changed()
 
-    def welcome(self, incarnation: int) -> Welcome:
+    def welcome(self, incarnation: int, *, role: Role = Role.TRAINER) -> Welcome:
         """The reply to a process with this incarnation."""
         ledger = self._ledger
         return Welcome(
@@ -179,6 +180,7 @@ class Registration:
             incarnation=incarnation,
             step=ledger.state.steps.current,
             newest_version=ledger.state.versions.newest,
+            session_secret=secret_text(ledger.state.session_secret) if role is Role.ROLLOUT else "",
         )
 
     def _again(self, newcomers: Iterable[Newcomer]) -> None:
@@ -251,7 +253,7 @@ class Registration:
             self._outbox.send_directory_to(peer)
         log.info("%s registered, incarnation %d", hello.name, incarnation)
         send = self._outbox.send_when_durable if is_new else self._outbox.send
-        send(newcomer.route, self.welcome(incarnation), rid=newcomer.rid)
+        send(newcomer.route, self.welcome(incarnation, role=hello.role), rid=newcomer.rid)
 
 
 def prompt_sets(hello: Hello) -> list[PromptSet]:

@@ -16,14 +16,15 @@ Left out: expiry times of leases (a restarted buffer sets new ones).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.tickets import Drop, LeaseRecord, SampleSummary, State, Ticket
+from buffer.tickets import Drop, Journal, LeaseRecord, SampleSummary, State, Ticket
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,66 +171,102 @@ class Blocked(StrEnum):
     """A write has not returned."""
 
 
-class Store:
+def first_of(entries: Iterable[bytes], *, max_bytes: int) -> list[bytes]:
+    """The first entries of a journal, about `max_bytes` of them, at least one if there is one."""
+    found: list[bytes] = []
+    num_bytes = 0
+    for data in entries:
+        if found and num_bytes + len(data) > max_bytes:
+            break
+        found.append(data)
+        num_bytes += len(data)
+    return found
+
+
+class Store(ABC):
     """Rows and records of one ledger. Used from one event loop.
 
-    A subclass keeps the records. Rows are lost unless it writes them, too (`RowRecorder`).
+    A subclass keeps the records, and writes the rows (`RowRecorder`) or not (`MemoryStore`).
     """
 
+    @abstractmethod
     def put_ticket(self, ticket: Ticket) -> None:
         """The ticket was issued, or its state, drop reason, bound, step, position, begin or closing changed.
 
         If it was dropped, its records are released.
         """
 
+    @abstractmethod
     def put_parts(self, position: Ticket) -> None:
         """The samples in `position.parts` have entered a position; they never enter another one."""
 
+    @abstractmethod
     def put_sample(self, sample: SampleSummary, record: Record) -> None:
         """A sample was accepted, with its routes if it has some. The row of its lease need not be written
         again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def put_failure(self, ticket: Ticket, sample_index: int) -> None:
         """A sample failed; `ticket.num_failures` and `ticket.failed` have the new state."""
 
+    @abstractmethod
+    def put_entry(self, ticket_id: int, sample_index: int, *, journal: Journal, data: bytes) -> None:
+        """The next entry of a session's journal; `journal.num_entries` does not count it yet."""
+
+    @abstractmethod
+    def forget_journal(self, ticket_id: int, sample_index: int) -> None:
+        """The journal of a sample's session is not needed any more."""
+
+    @abstractmethod
+    def entries_of(self, ticket_id: int, sample_index: int, *, first: int, max_bytes: int) -> list[bytes]:
+        """The durable entries of a journal from number `first` on: about `max_bytes`, at least one if there
+        is one."""
+
+    @abstractmethod
     def put_lease(self, lease: LeaseRecord, *, server_incarnation: int) -> None:
         """A lease was granted, or a sample that was not accepted was removed from it."""
 
+    @abstractmethod
     def end_lease(self, lease_id: int) -> None:
         """A lease is finished or lost."""
 
+    @abstractmethod
     def put_row(self, row: EventRow) -> None:
         """An evaluation was requested or changed its state, a version was allocated, trained steps were
         undone, an operator did something, or a setting has another value from a step on."""
 
+    @abstractmethod
     def put_scalar(self, name: str, value: int) -> None:
         """A named number of the ledger changed: `trainer_step`, `committed_step`, `cursor`, ..."""
 
+    @abstractmethod
     def push_returned(self, prompt: Prompt) -> None:
         """A prompt was given back: it is now the last in the queue of returned prompts."""
 
+    @abstractmethod
     def pop_returned(self) -> None:
         """The first prompt in the queue of returned prompts was issued again."""
 
+    @abstractmethod
     def put_attempt(self, step: int, num_starts: int) -> None:
         """`num_starts` trainers have begun `step`; 0: the step is complete, or its data changed."""
 
+    @abstractmethod
     def put_counters(self, values: Mapping[str, float]) -> None:
         """New values of some counters; the others stay."""
 
+    @abstractmethod
     def release(self, ticket: Ticket) -> None:
         """The records of this ticket (trained, evaluated or split) are no longer needed. A position of parts
         has none of its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def records_of(self, ticket: Ticket) -> list[Record]:
         """All records of a complete ticket, in the order of `Ticket.record_keys`; those with routes on disk
         lack them (`routes_reader`).
 
         Raises StoreCorruptError if they are damaged.
         """
-        raise NotImplementedError
 
     def routes_reader(self, records: Sequence[Record]) -> Callable[[], list[Record]]:
         """A function that returns these records (of `records_of`) with their routes.
@@ -255,9 +292,9 @@ class Store:
         return Recovered()
 
     @property
+    @abstractmethod
     def num_bytes(self) -> int:
         """Bytes of records and routes held in memory."""
-        raise NotImplementedError
 
     @property
     def write_blocked_reason(self) -> str:
@@ -267,5 +304,6 @@ class Store:
         """
         return ""
 
+    @abstractmethod
     def close(self) -> None:
         """Writes pending rows and records, as far as the disk has space, and closes the files."""

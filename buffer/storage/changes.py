@@ -14,7 +14,7 @@ from typing import Any
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
 from buffer.storage.base import EventRow, Recovered, Store
-from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
+from buffer.tickets import Journal, LeaseRecord, SampleSummary, State, Ticket
 
 Row = tuple[Any, ...]
 
@@ -30,6 +30,10 @@ class Changes:
     """Accepted samples. Their rows also contain the position of the record on disk, which the writer adds."""
     failures: dict[tuple[int, int], tuple[int, bool]] = field(default_factory=dict)
     """Number of failures, and whether the sample was given up, by (ticket id, sample index)."""
+    forgotten: set[tuple[int, int]] = field(default_factory=set)
+    """Journals to delete, by (ticket id, sample index), before `entries` are written."""
+    entries: dict[tuple[int, int], list[Row]] = field(default_factory=dict)
+    """New entries of journals, by (ticket id, sample index)."""
     leases: dict[int, Row | None] = field(default_factory=dict)
     rows: list[EventRow] = field(default_factory=list)
     scalars: dict[str, int] = field(default_factory=dict)
@@ -41,6 +45,11 @@ class Changes:
     """Tickets whose records are kept but will not be fetched: they need no memory."""
     released: list[int] = field(default_factory=list)
     """Tickets whose records will no longer be fetched."""
+
+    @property
+    def num_entry_bytes(self) -> int:
+        """Bytes of new entries of journals."""
+        return sum(len(row[-1]) for entries in self.entries.values() for row in entries)
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in self.__slots__)
@@ -103,6 +112,16 @@ class RowRecorder(Store):
             ticket.num_failures[sample_index],
             sample_index in ticket.failed,
         )
+        self._changed()
+
+    def put_entry(self, ticket_id: int, sample_index: int, *, journal: Journal, data: bytes) -> None:
+        row = (ticket_id, sample_index, journal.num_entries, journal.session, journal.oldest_step, data)
+        self.changes.entries.setdefault((ticket_id, sample_index), []).append(row)
+        self._changed()
+
+    def forget_journal(self, ticket_id: int, sample_index: int) -> None:
+        self.changes.entries.pop((ticket_id, sample_index), None)
+        self.changes.forgotten.add((ticket_id, sample_index))
         self._changed()
 
     def put_lease(self, lease: LeaseRecord, *, server_incarnation: int) -> None:

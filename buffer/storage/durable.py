@@ -22,9 +22,11 @@ a second thread that would overlap the fsync of a segment with the fsync of the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
+import sqlite3
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +38,7 @@ from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.records import Record, RecordLocation, read_record, segment_path
 from buffer.storage import sql
-from buffer.storage.base import Recovered, SegmentRow, Store
+from buffer.storage.base import Recovered, SegmentRow, Store, first_of
 from buffer.storage.changes import Changes, RowRecorder
 from buffer.storage.memory import MemoryStore, MemoryWithLedger
 from buffer.storage.record_cache import RecordCache
@@ -100,6 +102,8 @@ class DurableStore(RowRecorder):
         self._in_flight: Batch | None = None
         self._hand_over_is_due = False
         self._writer: Writer | None = None
+        self._reader: sqlite3.Connection | None = None
+        """Reads journals; None before the first one."""
 
     def recover(self, *, ignoring: Collection[int] = ()) -> Recovered:
         assert self._writer is None, "recover was called twice"
@@ -148,6 +152,15 @@ class DurableStore(RowRecorder):
     def put_sample(self, sample: SampleSummary, record: Record) -> None:
         self._cache.add(record)
         super().put_sample(sample, record)
+
+    def entries_of(self, ticket_id: int, sample_index: int, *, first: int, max_bytes: int) -> list[bytes]:
+        # Not the writer's connection, which another thread uses.
+        if self._reader is None:
+            file = self._directory / "ledger.sqlite3"
+            self._reader = sqlite3.connect(f"file:{file}?mode=ro", uri=True, isolation_level=None)
+        rows = sql.read_entries(self._reader, ticket_id, sample_index, first=first)
+        with contextlib.closing(rows):
+            return first_of(rows, max_bytes=max_bytes)
 
     def records_of(self, ticket: Ticket) -> list[Record]:
         records = []
@@ -208,6 +221,8 @@ class DurableStore(RowRecorder):
         if self._writer is not None:
             self._hand_over(even_while_busy=True)
             self._writer.close()
+        if self._reader is not None:
+            self._reader.close()
         self._connection.close()
         os.close(self._lock)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
 from areal_like.errors import StoreCorruptError, UserError
 from areal_like.wire.records import Record
+from buffer.prompts.order import Prompt
 from buffer.settings import DURABILITY
 from buffer.storage import sql
-from buffer.storage.base import EventRow, SettingRow, Store
-from buffer.tickets import SampleSummary, State, Ticket
+from buffer.storage.base import EventRow, SettingRow, Store, first_of
+from buffer.tickets import Journal, LeaseRecord, SampleSummary, State, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,17 @@ class MemoryStore(Store):
     def __init__(self) -> None:
         self._records: dict[int, dict[int, Record]] = {}
         self._num_bytes = 0
+        self._journals: dict[tuple[int, int], list[bytes]] = {}
+
+    def put_entry(self, ticket_id: int, sample_index: int, *, journal: Journal, data: bytes) -> None:
+        self._journals.setdefault((ticket_id, sample_index), []).append(data)
+
+    def forget_journal(self, ticket_id: int, sample_index: int) -> None:
+        self._journals.pop((ticket_id, sample_index), None)
+
+    def entries_of(self, ticket_id: int, sample_index: int, *, first: int, max_bytes: int) -> list[bytes]:
+        entries = self._journals.get((ticket_id, sample_index), [])[first:]
+        return first_of(entries, max_bytes=max_bytes)
 
     def put_ticket(self, ticket: Ticket) -> None:
         """Releases the records of a ticket that ended untrained: those of an evaluation could not be read
@@ -47,6 +60,41 @@ class MemoryStore(Store):
     @property
     def num_bytes(self) -> int:
         return self._num_bytes
+
+    def close(self) -> None:
+        pass
+
+    # Rows are not kept.
+
+    def put_parts(self, position: Ticket) -> None:
+        pass
+
+    def put_failure(self, ticket: Ticket, sample_index: int) -> None:
+        pass
+
+    def put_lease(self, lease: LeaseRecord, *, server_incarnation: int) -> None:
+        pass
+
+    def end_lease(self, lease_id: int) -> None:
+        pass
+
+    def put_row(self, row: EventRow) -> None:
+        pass
+
+    def put_scalar(self, name: str, value: int) -> None:
+        pass
+
+    def push_returned(self, prompt: Prompt) -> None:
+        pass
+
+    def pop_returned(self) -> None:
+        pass
+
+    def put_attempt(self, step: int, num_starts: int) -> None:
+        pass
+
+    def put_counters(self, values: Mapping[str, float]) -> None:
+        pass
 
 
 class MemoryWithLedger(MemoryStore):

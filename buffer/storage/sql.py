@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,7 +36,7 @@ from buffer.storage.base import (
     VersionRow,
 )
 from buffer.storage.changes import Changes, Row
-from buffer.tickets import Drop, SampleSummary, State, Ticket
+from buffer.tickets import Drop, Journal, SampleSummary, State, Ticket
 
 _T = TypeVar("_T")
 _MAX_ROWS = 256
@@ -133,7 +133,14 @@ CREATE TABLE parts (
     PRIMARY KEY (ticket_id, sample_index)
 ) WITHOUT ROWID;
 """
-MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4, _VERSION_5)
+_VERSION_6 = """
+CREATE TABLE session_entries (
+    ticket_id INTEGER NOT NULL, sample_index INTEGER NOT NULL, number INTEGER NOT NULL,
+    session TEXT NOT NULL, oldest_step INTEGER NOT NULL, data BLOB NOT NULL,
+    PRIMARY KEY (ticket_id, sample_index, number)
+);
+"""
+MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4, _VERSION_5, _VERSION_6)
 """Script i takes a file from version i to i + 1. Never edit a released script: append another one."""
 
 
@@ -226,6 +233,14 @@ def _write(connection: sqlite3.Connection, changes: Changes, locations: Iterable
     for kind, (statement, key) in _EVENTS.items():
         rows = [(*key, *dataclasses.astuple(row)) for row in changes.rows if type(row) is kind]
         _insert(connection, statement, rows)
+    connection.executemany(
+        "DELETE FROM session_entries WHERE ticket_id = ? AND sample_index = ?", list(changes.forgotten)
+    )
+    _insert(
+        connection,
+        "INSERT INTO session_entries VALUES",
+        [row for entries in changes.entries.values() for row in entries],
+    )
     _replace(connection, "leases", "lease_id", changes.leases)
     _replace(connection, "returned_prompts", "place", changes.returned)
     attempts = {step: (step, num) if num else None for step, num in changes.attempts.items()}
@@ -347,6 +362,13 @@ def read_all(connection: sqlite3.Connection) -> Recovered:
         if given_up:
             tickets[ticket_id].failed.add(sample_index)
             tickets[ticket_id].unleased.discard(sample_index)
+    for ticket_id, sample_index, session, oldest_step, num_entries, num_bytes in query(
+        "SELECT ticket_id, sample_index, min(session), min(oldest_step), count(*), sum(length(data)) "
+        "FROM session_entries GROUP BY 1, 2"
+    ):
+        tickets[ticket_id].journals[sample_index] = Journal(
+            session=session, oldest_step=oldest_step, num_entries=num_entries, num_bytes=num_bytes
+        )
     _read_parts(connection, tickets)
     trained = [ticket for ticket in tickets.values() if ticket.state is State.TRAINED]
     return Recovered(
@@ -406,6 +428,18 @@ def _read_parts(connection: sqlite3.Connection, tickets: dict[int, Ticket]) -> N
             position.set_parts(
                 [(tickets[ticket_id], index) for _, (ticket_id, index) in sorted(parts.items())]
             )
+
+
+def read_entries(
+    connection: sqlite3.Connection, ticket_id: int, sample_index: int, *, first: int
+) -> Generator[bytes, None, None]:
+    """The entries of a journal from number `first` on."""
+    for (data,) in connection.execute(
+        "SELECT data FROM session_entries WHERE ticket_id = ? AND sample_index = ? AND number >= ? "
+        "ORDER BY number",
+        (ticket_id, sample_index, first),
+    ):
+        yield data
 
 
 def first_returned(connection: sqlite3.Connection) -> int:

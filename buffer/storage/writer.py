@@ -157,8 +157,9 @@ class Writer:
 
     def _write(self, batch: Batch, samples: list[list[bytes]]) -> list[RecordLocation]:
         sizes = [sum(map(len, parts)) for parts in samples]
-        if sizes and not (self.frees_space or batch.changes.released or batch.gone_segments):
-            self._check_free(sum(sizes))
+        num_bytes = sum(sizes) + batch.changes.num_entry_bytes
+        if num_bytes and not (self.frees_space or batch.changes.released or batch.gone_segments):
+            self._check_free(num_bytes)
         first = self._segments.segment
         try:
             locations = self._segments.write(samples)

@@ -52,11 +52,12 @@ Event = Literal[
     "samples_early",
     "samples_late",
     "held_back_s",
+    "journals_full",
 ]
 """Leases that ended with samples missing; quarantines of servers; prompts that are issued again after a drop,
 and those that are not (before the next epoch); closed groups, their samples that were complete, and those
 that arrived later; seconds in which the trainer waited for samples that are complete, in groups that are
-not."""
+not; journals of sessions that were forgotten because they were too large."""
 
 
 class StreamCounters:
@@ -220,6 +221,7 @@ class StreamCounters:
             "samples_late": self["samples_late"],
             "parts_dropped": self["num_parts_dropped"],
             "tokens_masked": self["tokens_masked"],
+            "journals_full": self["journals_full"],
             "held_back_s": round(self._values.get("held_back_s", 0.0), 3),
             "max_trained_lag": max(lags, default=0),
             "mean_trained_lag": sum(lag * count for lag, count in lags.items()) / trained if trained else 0.0,

@@ -24,7 +24,7 @@ from launch.local_job.child import python_path
 
 _KIND_OF = {"logp_S": "policy's log-probs", "advantage_S": "advantages", "weight_S": "weights of the loss"}
 _ONE_RANK = (
-    *("trainer.world_size=1", "trainer.context_parallel=1"),
+    *("trainer.world_size=1", "trainer.context_parallel=1", "trainer.replicas=1"),
     *("trainer.num_hosts=1", "trainer.host_index=0", "trainer.rendezvous="),
 )
 _SETTINGS = (*_ONE_RANK, "trainer.balance=streaming", "resume=")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 _ROUNDING = (
     "trainer.world_size",
     "trainer.context_parallel",
+    "trainer.replicas",
     "trainer.num_hosts",
     "trainer.device",
     "trainer.tokens_per_microbatch",

@@ -112,6 +112,13 @@ def _check(config: Config, nodes: int) -> None:
             f"submit: scorer.path={config.scorer.path}: no score servers are started there: start them with "
             "`areal-like score-server`, set task.reward.url to their URLs, and leave scorer.path out"
         )
+    tasks = {"task": config.task, **{f"eval.sets.{n}": one.task for n, one in config.eval.sets.items()}}
+    for name in (name for name, task in tasks.items() if _needs_own_scorers(task)):
+        raise ConfigError(
+            f"submit: {name}: the reward `model` without `url` asks score servers of the job, and none are "
+            "started there: start them with `areal-like score-server`, and give the reward their URLs "
+            "(task.reward={name: model, url: [...]})"
+        )
     world_size = config.trainer.world_size
     if nodes < 1 or world_size % nodes:
         raise ConfigError(
@@ -141,3 +148,18 @@ def _check(config: Config, nodes: int) -> None:
 
 def _absolute(directory: str) -> str:
     return str(Path(directory).expanduser().resolve()) if directory else ""
+
+
+def _needs_own_scorers(task: Any) -> bool:
+    """True if a reward of a task, or of one of a mixture, is a reward model without an address."""
+    if isinstance(task, list | tuple):
+        return any(map(_needs_own_scorers, task))
+    if not isinstance(task, dict):
+        return False
+    for name in ("reward", "gold_reward"):
+        spec = task.get(name)
+        for entry in spec if isinstance(spec, list | tuple) else [spec]:
+            of_model = entry == "model" or (isinstance(entry, dict) and entry.get("name") == "model")
+            if of_model and not (isinstance(entry, dict) and entry.get("url")):
+                return True
+    return any(_needs_own_scorers(value) for value in task.values())

@@ -69,7 +69,7 @@ def _decoder(root: Path) -> Decode:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # for a broken file, tokenizers raises plain exceptions
             raise ConfigError(
                 f"the tokenizer in {source} cannot be loaded, so no text can be shown: {first_line(error)}"
             ) from None

@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from rich.text import Text
 
 from areal_like.terminal_text import harmless, harmless_name
-from launch.samples.transcripts import Part, ShownTurn, Transcript
+from launch.samples.transcripts import Part, ShownStep, ShownTurn, Transcript
 
 _SHOWN_CHARS = 2000
 """Longest part, in characters, that is shown whole without `--full`; a longer one is cut in the middle."""
+
+_SHOWN_STEPS, _STEP_CHARS = 32, 80
+"""Rewarded steps that are shown without `--full`, and characters of each."""
 
 
 def lines_of(sample: Transcript, *, shows_all: bool) -> Iterator[Text]:
@@ -25,6 +28,11 @@ def lines_of(sample: Transcript, *, shows_all: bool) -> Iterator[Text]:
         yield from (
             Text(f"  {_turn(index, turn)}", style="dim") for index, turn in enumerate(sample.turns, 1)
         )
+    shown = len(sample.steps) if shows_all else min(len(sample.steps), _SHOWN_STEPS)
+    for index, step in enumerate(sample.steps[:shown], start=1):
+        yield Text(f"  {_step(index, step, shows_all=shows_all)}", style="dim")
+    if left_out := len(sample.steps) - shown:
+        yield Text(f"  {left_out} steps are left out: --full shows them", style="dim")
     if sample.missing:
         yield Text(f"  no text: {sample.missing}", style="yellow")
     for index, parts in enumerate(sample.segments, start=1):
@@ -85,6 +93,13 @@ def _turn(index: int, turn: ShownTurn) -> str:
     reward = "" if turn.reward is None else f", reward {turn.reward:g}"
     versions = _versions(turn.oldest_version, turn.newest_version, turn.lag)
     return f"turn {index}: {turn.num_sampled} sampled, {versions}{reward}"
+
+
+def _step(index: int, step: ShownStep, *, shows_all: bool) -> str:
+    text = harmless_name(step.text.strip())
+    if not shows_all and len(text) > _STEP_CHARS:
+        text = f"{text[:_STEP_CHARS]}..."
+    return f"step {index}: {step.num_sampled} sampled, reward {step.reward:g}: {text}"
 
 
 def _part(part: Part, *, shows_all: bool) -> Iterator[Text]:

@@ -6,7 +6,7 @@ log-probs. A character whose bytes are in two parts is shown as U+FFFD.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any
@@ -53,6 +53,16 @@ class ShownTurn:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShownStep:
+    """One rewarded step within a turn (`Score.steps`)."""
+
+    text: str
+    num_sampled: int
+    """Tokens since the step before it in its turn. 0: it ends within the last token of that step."""
+    reward: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Transcript(Row):
     """One sample. Without its record it has only the columns of the ledger's row, and `missing`."""
 
@@ -67,6 +77,7 @@ class Transcript(Row):
     generation_s: float = 0.0
     reward_s: float = 0.0
     turns: tuple[ShownTurn, ...] = ()
+    steps: tuple[ShownStep, ...] = ()
     segments: tuple[tuple[Part, ...], ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -100,6 +111,7 @@ def transcript(
         generation_s=trajectory.generation_s,
         reward_s=trajectory.reward_s,
         turns=tuple(_turns(trajectory, lag)),
+        steps=tuple(_steps(trajectory, decode)),
         segments=tuple(
             tuple(_parts(trajectory.tokens[tokens], trajectory.loss_mask[tokens], decode))
             for tokens in trajectory.segment_slices
@@ -126,6 +138,17 @@ def _turns(trajectory: Trajectory, lag: Callable[[int], int | None]) -> list[Sho
                 )
             )
     return turns
+
+
+def _steps(trajectory: Trajectory, decode: Decode) -> Iterator[ShownStep]:
+    gaps = np.flatnonzero(trajectory.loss_mask == 0) + 1
+    before = 0
+    for end, reward in trajectory.steps:
+        at = int(np.searchsorted(gaps, end, side="right"))  # the last token that was not sampled before it
+        start = max(before, int(gaps[at - 1]) if at else 0)
+        text = decode(trajectory.tokens[start:end].tolist())
+        yield ShownStep(text=text, num_sampled=end - start, reward=reward)
+        before = end
 
 
 def _parts(tokens: NDArray[np.int32], mask: NDArray[np.uint8], decode: Decode) -> list[Part]:

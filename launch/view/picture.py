@@ -15,7 +15,7 @@ from rich.text import Text
 
 from areal_like.config import Config
 from areal_like.terminal_text import harmless
-from launch.formatting import fixed, short
+from launch.formatting import fixed, rate
 from launch.observation.observer import Observation
 from launch.view.plot import curve
 from launch.view.speed import Eta, recent_mean, tokens_per_s_trained
@@ -127,8 +127,8 @@ def _lag_panel(seen: Observation, *, config: Config) -> Panel:
 def _rates(seen: Observation) -> Text:
     mfu = recent_mean(seen, "mfu")
     items = [
-        ("generated", f"{short(seen.tokens_per_s_generated)} tok/s"),
-        ("trained", f"{short(tokens_per_s_trained(seen))} tok/s"),
+        ("generated", f"{rate(seen.tokens_per_s_generated)} tok/s"),
+        ("trained", f"{rate(tokens_per_s_trained(seen))} tok/s"),
         ("MFU", "-" if mfu is None else f"{mfu:.0%}"),
         ("lag", fixed(recent_mean(seen, "lag_mean"))),
         ("ess", fixed(recent_mean(seen, "ess_ratio"))),

@@ -10,7 +10,7 @@ from rich.console import Console
 from areal_like.config import Config
 from areal_like.paths import RunPaths
 from areal_like.terminal_text import harmless
-from launch.formatting import fixed, short
+from launch.formatting import fixed, rate
 from launch.observation.observer import Observation, find_number, find_table
 from launch.run_files import read_object
 from launch.view.speed import Eta, recent_mean, tokens_per_s_trained
@@ -30,8 +30,8 @@ def plain_line(seen: Observation, config: Config, eta: Eta) -> str:
         f"reward {fixed(recent_mean(seen, 'reward_mean'))}",
         "" if seen.progress.eval_reward is None else f"held-out {seen.progress.eval_reward:.2f}",
         f"lag {fixed(recent_mean(seen, 'lag_mean'))} (max {seen.progress.lag_max:.0f})",
-        f"generated {short(seen.tokens_per_s_generated)} tok/s",
-        f"trained {short(tokens_per_s_trained(seen))} tok/s",
+        f"generated {rate(seen.tokens_per_s_generated)} tok/s",
+        f"trained {rate(tokens_per_s_trained(seen))} tok/s",
         "" if mfu is None else f"MFU {mfu:.0%}",
         f"dropped {dropped:.0f}" if dropped is not None else "",
         f"ETA {eta}",
@@ -54,7 +54,7 @@ def offline_line(seen: Observation, config: Config, eta: Eta) -> str:
         f"accuracy {fixed(recent_mean(seen, 'accuracy'))}" if "accuracy" in row else "",
         f"held-out {held_out[-1]:.4f}" if held_out else "",
         f"lr {row.get('lr', 0):.2e}",
-        f"learned {short(tokens_per_s_trained(seen))} tok/s",
+        f"learned {rate(tokens_per_s_trained(seen))} tok/s",
         f"ETA {eta}",
     ]
     return "  ".join(filter(None, parts))
@@ -67,7 +67,7 @@ def evaluation_line(seen: Observation, config: Config, eta: Eta) -> str:
     if not issued:
         return ""
     note = f" ({failed:.0f} failed)" if failed else ""
-    speed = short(seen.tokens_per_s_generated)
+    speed = rate(seen.tokens_per_s_generated)
     return f"evaluated {done + failed:.0f} of {issued:.0f} prompts{note}, {speed} tok/s"
 
 

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from launch.formatting import count, duration, fixed, short
+from launch.formatting import count, duration, fixed, rate
 from launch.observation.observer import DaemonView, Observation, find_number, find_table
 
 _NARROW = 80
@@ -76,8 +76,8 @@ def rates_line(report: Mapping[str, Any]) -> Text:
     text = Text.assemble(("last minute " if (window_s or 0) >= 59 else f"last {window_s or 0:.0f} s ", "dim"))
     items = (
         ("samples", f"{fixed(rates.get('samples_per_s'), digits=1)}/s"),
-        ("generated", f"{short(rates.get('tokens_generated_per_s'))} tok/s"),
-        ("trained", f"{short(rates.get('tokens_trained_per_s'))} tok/s"),
+        ("generated", f"{rate(rates.get('tokens_generated_per_s'))} tok/s"),
+        ("trained", f"{rate(rates.get('tokens_trained_per_s'))} tok/s"),
         ("steps", f"{fixed(rates.get('steps_per_min'), digits=1)}/min"),
         ("dropped", f"{fixed(rates.get('drops_per_min'), digits=1)}/min"),
     )
@@ -119,7 +119,7 @@ def server_table(report: Mapping[str, Any]) -> Table | None:
             "-" if each["weights_version"] is None else f"v{each['weights_version']}",
             count(each["versions_behind"]),
             duration(each["weights_age_s"]),
-            short(each["tokens_per_s"]),
+            rate(each["tokens_per_s"]),
         )
         for each in servers
     ]

@@ -14,7 +14,7 @@ from areal_like.config import Config
 from areal_like.config.evaluation import DEFAULT_SET
 from areal_like.paths import BUILT_MODELS, RunPaths
 from areal_like.promise import promise
-from launch.formatting import duration, fixed, short
+from launch.formatting import duration, fixed, rate
 from launch.offline_verbs import OfflineVerb
 from launch.run_directory.open_run import OpenRun
 from launch.run_directory.rundir import checkpoints
@@ -72,7 +72,7 @@ def summary_table(summary: dict[str, Any], *, title: str, bound: str = "") -> Ta
         table.add_row(f"generation idle{since}", f"{idle:.1%}")
     if isinstance(seconds := summary.get("wall_seconds"), (int, float)):
         generated = summary.get("tokens_per_s_generated")
-        speed = f", {short(generated)} generated tok/s" if generated is not None else ""
+        speed = f", {rate(generated)} generated tok/s" if generated is not None else ""
         table.add_row(f"wall time{since}", f"{duration(seconds)}{speed}")
     for label, text in (*_closing(summary), *_evaluations(summary.get("evaluations") or {})):
         table.add_row(label, text)

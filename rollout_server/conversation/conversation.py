@@ -189,16 +189,29 @@ class Conversation(Turns):
         reply = self._reply(
             prompt.tolist(), generation, self.finish_reason, tools=tools, keeps_malformed=keeps_malformed
         )
+        state = b""
         if turn is not None and known is not None:
             turn.messages.extend([*known, *canonical_messages([reply.message])])
-            self._states[prefix_digests(comparable(turn.messages), tools)[-1]].append(turn)
+            state = prefix_digests(comparable(turn.messages), tools)[-1]
+            self._states[state].append(turn)
         return SampledTurn(
             reply=reply,
             prompt_ids=prompt,
             token_ids=generation.output_ids,
             logprobs=generation.logprobs,
             turn=turn,
+            state=state,
         )
+
+    def restore_turn(self, sampled: SampledTurn) -> None:
+        """Adds a turn that another server has sampled for this conversation, with its tokens, log-probs and
+        versions as they were recorded. Call it in the order of sampling."""
+        assert sampled.turn is not None
+        self.restore(sampled.turn)
+        if sampled.state:
+            self._states[sampled.state].append(sampled.turn)
+        self.num_tool_calls += len(sampled.reply.tool_calls)
+        self.finish_reason = sampled.reply.finish_reason
 
     def decode(self, token_id: int) -> str:
         """Returns one token as text; part of a multi-byte character becomes a replacement character."""

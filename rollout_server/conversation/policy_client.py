@@ -62,6 +62,23 @@ class PolicyClient:
         """Maximum number of tokens in one turn."""
         return self.sampling.max_new_tokens
 
+    @property
+    def num_requests(self) -> int:
+        """Number of requests to the engine, on which the random numbers of the next one depend."""
+        return self._num_requests
+
+    @property
+    def used_s(self) -> float:
+        """Part of the time limit that has passed, in seconds; 0 before the first request."""
+        if self._deadline_s is None or self._deadline_s == math.inf:
+            return 0.0
+        return asyncio.get_running_loop().time() - (self._deadline_s - self.timeout_s)
+
+    def resume(self, *, num_requests: int, num_sampled: int, used_s: float) -> None:
+        """Continues from these numbers of another server, after the first turn."""
+        self._num_requests, self.num_sampled = num_requests, num_sampled
+        self._deadline_s = asyncio.get_running_loop().time() + self.timeout_s - used_s
+
     async def sample(
         self,
         prompt_T: NDArray[np.int32],

@@ -109,6 +109,9 @@ class SampledTurn:
     """[S] log-probs of the sampled tokens."""
     turn: Turn | None
     """None if nothing was sampled."""
+    state: bytes = b""
+    """Digest by which the conversation through this turn is recognized; empty for a prompt given as
+    tokens."""
 
 
 class Turns:
@@ -170,6 +173,11 @@ class Turns:
             self._turns.append(turn)
         return generation, turn
 
+    def restore(self, turn: Turn) -> None:
+        """Adds a turn that was sampled for this sample elsewhere. Call it in the order of sampling, and with
+        parents that were restored."""
+        self._turns.append(turn)
+
     def forget(self, turn: Turn) -> None:
         """Drops a turn that no client has read, unless another one follows it."""
         followed = {one.parent for one in self._turns} | {parent for parent, _ in self._running}
@@ -179,6 +187,10 @@ class Turns:
     def limit_time(self, seconds: float) -> None:
         """Lowers the time limit of all turns together, if it is longer. Call before the first turn."""
         self._policy.timeout_s = min(self._policy.timeout_s, seconds)
+
+    @property
+    def policy(self) -> PolicyClient:
+        return self._policy
 
     @property
     def is_sampling(self) -> bool:

@@ -25,17 +25,22 @@ from areal_like.runtime.daemon import cancelled_on_exit
 from areal_like.runtime.logs import follow_level
 from areal_like.runtime.waits import PendingWaits
 from areal_like.security.keyring import Keyring
+from areal_like.security.session_keys import SessionKeys
 from areal_like.shards import WHOLE, Shard, all_shards
 from areal_like.wire.addresses import buffer_addresses, buffer_lookup
 from areal_like.wire.buffer_connection import BufferConnection
-from areal_like.wire.limits import bounded_stats, shortened
+from areal_like.wire.limits import MAX_SESSION_CHARS, bounded_stats, shortened
 from areal_like.wire.messages.hello import Goodbye, Hello
 from areal_like.wire.messages.producer import (
     BATCH_BYTES,
     AbortLeases,
+    AppendSession,
+    FindSession,
+    ForgetSession,
     HeartbeatAck,
     Lease,
     Leases,
+    ReadSession,
     ReturnLeases,
     SampleAcks,
     SampleDone,
@@ -43,6 +48,9 @@ from areal_like.wire.messages.producer import (
     Samples,
     ServerHeartbeat,
     ServerState,
+    SessionEntries,
+    SessionPlace,
+    SessionStored,
 )
 from rollout_server.leases.held_leases import HeldLeases, Place, SampleResult
 
@@ -52,10 +60,14 @@ _HELLO_TIMEOUT_S = 5.0
 _RESEND_AFTER_S = 5.0
 """An acknowledgement takes milliseconds; after this time a small result, or its acknowledgement, is
 considered lost. `HeldLeases` gives others more time."""
+_ASK_TIMEOUT_S = 5.0
+"""A request about a session is sent again after this time."""
+_FIND_TIMEOUT_S = 5.0
 _GOODBYE_TIMEOUT_S = 2.0
 _LARGE_RISE = 0.1
 """Increase in capacity that is announced before the next heartbeat is due, as a fraction of the samples that
 may be at the engine."""
+_MAX_DIGITS = 20
 _EARLY_HEARTBEAT_S = 0.05
 """The increase is announced after this time, if it has lasted."""
 
@@ -76,10 +88,13 @@ class BufferClient(BufferConnection):
         on_drain: Callable[[], None] = lambda: None,
         on_finished: Callable[[], None] = lambda: None,
         keyring: Keyring | None = None,
+        session_keys: SessionKeys | None = None,
     ) -> None:
-        """`hello` returns the current registration; `on_abort` is called with the leases that the buffer
-        aborted, `on_drain` when an operator drains the server, `on_finished` when the run is finished."""
+        """`hello` returns the current registration; `session_keys` gets the buffer's secret; `on_abort` is
+        called with the leases that the buffer aborted, `on_drain` when an operator drains the server,
+        `on_finished` when the run is finished."""
         self._config = config
+        self._session_keys = session_keys or SessionKeys()
         self._shard = shard
         self._hello = hello
         self._held = held
@@ -182,6 +197,16 @@ class BufferClient(BufferConnection):
         num_more = self._held.capacity_samples - self._announced_samples
         return self.state is ServerState.SERVING and num_more > self._held.engine_samples * _LARGE_RISE
 
+    async def ask(self, request: Any, *, waits_for: str) -> Any:
+        """Returns the reply to a request about a session, however long the buffer takes: it may be starting
+        again. Raises ArealError if the buffer refuses this process, or the job has failed."""
+        with self._waits(f"{self._shard.name}: {waits_for}"):
+            while True:
+                try:
+                    return await self.call(request, timeout_s=_ASK_TIMEOUT_S)
+                except DeadlineError:
+                    log.debug("no reply to %s yet", type(request).__name__)
+
     def give_back(self, *, reason: str) -> list[int]:
         """Returns every lease with a missing sample to the buffer; returns the ids of these leases."""
         leases = self._held.drop_unfinished()
@@ -227,6 +252,8 @@ class BufferClient(BufferConnection):
                 if attempt.bit_count() == 1:  # log attempts 1, 2, 4, 8, ...: a buffer may be down for days
                     log.warning("no welcome from the buffer at %s yet", self.address)
         log.info("registered at %s: job %s, step %d", self.address, welcome.job, welcome.step)
+        if welcome.session_secret:
+            self._session_keys.set_secret(self._shard, welcome.session_secret)
         self.newest_version = max(self.newest_version, welcome.newest_version)
         self._outbox.clear()  # its results are also unacknowledged, so they are sent by the next line
         self._resend(shortest_s=0)
@@ -404,6 +431,48 @@ class ShardedBufferClient:
 
     def deliver(self, result: SampleResult) -> None:
         self._client_of(result.lease_id).deliver(result)
+
+    async def append_session(self, entry: AppendSession) -> str:
+        """Returns when an entry of a journal is durable; returns why it was refused, or an empty string."""
+        stored = await self._client_of(entry.lease_id).ask(entry, waits_for="entry of a session's journal")
+        assert isinstance(stored, SessionStored)
+        return stored.refused
+
+    async def forget_session(self, forgotten: ForgetSession) -> str:
+        """Returns when a journal is gone; returns why it was refused, or an empty string."""
+        client = self._client_of(forgotten.lease_id)
+        stored = await client.ask(forgotten, waits_for="end of a session's journal")
+        assert isinstance(stored, SessionStored)
+        return stored.refused
+
+    async def read_session(self, lease: Lease, sample_index: int) -> tuple[str, list[bytes]]:
+        """Returns the id of the session of a leased sample, and the entries of its journal; an empty id if
+        there is none."""
+        client = self._client_of(lease.lease_id)
+        entries: list[bytes] = []
+        while True:
+            request = ReadSession(
+                lease_id=lease.lease_id,
+                ticket_id=lease.ticket_id,
+                sample_index=sample_index,
+                first=len(entries),
+            )
+            found = await client.ask(request, waits_for="journal of a session")
+            assert isinstance(found, SessionEntries)
+            entries += [one.tobytes() for one in found.entries]
+            if not found.session or len(entries) >= found.num_entries or not found.entries:
+                return found.session, entries
+
+    async def find_session(self, id: str) -> SessionPlace | None:
+        """Returns where a session is; None if its buffer does not reply."""
+        ticket = id.partition("-")[0]
+        number = int(ticket) if ticket.isascii() and ticket.isdecimal() and len(ticket) < _MAX_DIGITS else 0
+        try:
+            request = FindSession(session=shortened(id, max_chars=MAX_SESSION_CHARS))
+            found = await self._client_of(number).call(request, timeout_s=_FIND_TIMEOUT_S)
+        except ArealError:
+            return None
+        return found if isinstance(found, SessionPlace) else None
 
     def _client_of(self, lease_id: int) -> BufferClient:
         return self._clients[Shard.of(lease_id, count=self._num_shards).index]

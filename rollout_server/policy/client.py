@@ -191,7 +191,8 @@ class EngineClient:
     # Weights
 
     async def init_weights_group(self, form: FormGroup) -> None:
-        """Joins a weight group, which rank 0 must do at the same time; returns once all have joined.
+        """Joins a weight group, or those of all senders, which the trainer must do at the same time; returns
+        once all have joined.
 
         `form.secret`: for an engine with `info.authenticates_store` only.
         """
@@ -205,6 +206,8 @@ class EngineClient:
             "timeout_s": form.timeout_s,
             **({"secret": form.secret} if form.secret else {}),
         }
+        if form.more_senders:
+            body["more_senders"] = [[sender.address, sender.port] for sender in form.more_senders]
         timeout_s = form.timeout_s + CONNECT_TIMEOUT_S
         await self._http.call("POST", "/init_weights_update_group", body, timeout_s=timeout_s)
 

@@ -6,6 +6,8 @@ sent.
 - SGLang reports no cumulative load, so the client counts generated tokens and busy time itself.
 - Each request has a cache salt, so that a sample never starts with a prefix computed under other weights.
 - Each request states how often its tokens are streamed, because an engine at a URL may run with the default.
+- With several senders of weights the engine joins one group for each, because each of SGLang's groups has one
+  source.
 - With `weights.lora=adapter` each request names the adapter that samples it from its first token to its last.
   The engine has one weight version for all requests, so the client gives the tokens the adapter's version.
 """
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from areal_like.errors import EngineError, PromptRefusedError
+from areal_like.wire.messages.weights import FormGroup, group_name_of
 from rollout_server.policy.client import EngineClient, EngineInfo
 from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.http import CONNECT_TIMEOUT_S
@@ -82,6 +85,8 @@ class SglangClient(EngineClient):
         self._salts = (f"{uuid.uuid4().hex}.{number}" for number in itertools.count())
         self.cache_salt = next(self._salts)
         self.caches_prefixes = True
+        self._num_senders = 1
+        """Groups of the session that the engine has joined."""
         self._num_retractions, self._retractions_due_s = 0, 0.0
         self.adapter: NamedAdapter | None = None
         """Samples the requests from now on; None: the engine's weights change as a whole."""
@@ -178,6 +183,28 @@ class SglangClient(EngineClient):
         with self._sampling_with(adapter, ""):
             logprobs, version = await super().score(tokens, first=first)
         return logprobs, version if adapter is None else adapter.version
+
+    async def init_weights_group(self, form: FormGroup) -> None:
+        """Joins the groups of all senders, one after the other and everywhere in the same order: SGLang's own
+        requests name one group each, whose rank 0 is the source of its broadcasts."""
+        self._num_senders = form.num_senders
+        for number in range(form.num_senders):
+            await super().init_weights_group(form.of_sender(number))
+
+    async def destroy_weights_group(self, *, group_name: str) -> None:
+        """Leaves the groups of all senders. Raises EngineError if the engine is not in one of them."""
+        first_error: EngineError | None = None
+        for number in range(self._num_senders):
+            try:
+                await super().destroy_weights_group(group_name=group_name_of(group_name, sender=number))
+            except EngineError as error:
+                first_error = first_error or error
+        if first_error is not None:
+            raise first_error
+
+    def group_of_bucket(self, group_name: str, index: int) -> str:
+        """Name of the group over which a bucket of a push comes, by its index."""
+        return group_name_of(group_name, sender=index % self._num_senders)
 
     async def set_weight_version(self, version: int) -> None:
         """Sets the version of the loaded weights, which is recorded with all tokens sampled later."""

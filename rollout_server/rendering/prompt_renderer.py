@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.config.job import ModelConfig
-from areal_like.errors import ConfigError, EpisodeError
+from areal_like.errors import ConfigError, EpisodeError, first_line
 from areal_like.registry import named_object
 from areal_like.wire.fingerprint import canonical_json
 from rollout_server.environments.base import Message
@@ -66,15 +66,15 @@ class PromptRenderer:
         `settings`: how messages are rendered; the defaults if None.
         """
         # Imported here, so that --help does not wait for transformers, which takes over a second to import.
-        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
             config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, RecursionError, StrictDataclassError) as error:
+        except Exception as error:  # for a broken file, tokenizers raises plain exceptions
             raise ConfigError(
-                f"model.path={model}: no tokenizer and config that transformers can load ({error})"
+                f"model.path={model}: no tokenizer and config that transformers can load "
+                f"({first_line(error)})"
             ) from error
         try:
             eos = GenerationConfig.from_pretrained(model).eos_token_id

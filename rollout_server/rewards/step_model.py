@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from areal_like.chat.plain_text import special_texts
 from areal_like.errors import ConfigError, RewardError
 from rollout_server.environments.base import Message
 
@@ -61,7 +62,7 @@ def score_steps(
     if not steps:
         return []
     loaded = _loaded(str(Path(model).resolve()), device, good, bad)
-    clean = [_without(step, [separator, *loaded.tokenizer.all_special_tokens]) for step in steps]
+    clean = [_without(step, [separator, *special_texts(loaded.tokenizer)]) for step in steps]
     return loaded.values(
         *loaded.text_of(prompt, clean, separator=separator, after=after, system=system, chat=chat),
         adds_special=not chat,

@@ -47,7 +47,7 @@ from rollout_server.leases.held_leases import Place
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.rewards.step_tokens import tokens_of_ends
 from rollout_server.sample.prompts import LoadedPrompt, PromptLeader
-from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.book import JOB_OVER, SessionBook
 from rollout_server.sessions.open_session import OpenSession, SessionOutcome
 from rollout_server.tasks.base import Completion, Score, Split
 from rollout_server.teachers.pool import TeacherPool
@@ -371,12 +371,15 @@ class SessionAttempt(Attempt):
             self._outcome = SessionOutcome.ENGINE
             raise
         except asyncio.CancelledError as cancelled:
-            session.close(str(cancelled.args[0]) if cancelled.args else NOT_WANTED)
+            reason = str(cancelled.args[0]) if cancelled.args else NOT_WANTED
+            session.close(reason, may_continue=reason != JOB_OVER)
             self._outcome = SessionOutcome.CANCELLED
             raise
         finally:
             is_of_sample = self.book.remove(session, self._outcome, str(problem or ""))
         if problem is not None:
+            if session.journal is not None:
+                await session.journal.forget()  # the sample is offered again in another session
             raise self._failure(problem, is_of_sample=is_of_sample)
         last, sampled = conversation.turns[-1], session.last_sampled
         return Played(

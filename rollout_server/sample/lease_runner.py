@@ -46,6 +46,7 @@ from rollout_server.sample.attempt import NOT_WANTED, Attempt
 from rollout_server.sample.maker import AttemptMaker
 from rollout_server.sample.prompts import Failure, LoadedPrompt, PromptLeader, PromptLoader, needs_leader
 from rollout_server.sessions.book import SERVER_ENDS, SessionBook
+from rollout_server.sessions.journal import UnusableJournalError
 from rollout_server.sources import SampleSources
 from rollout_server.teachers.pool import TeacherPool
 
@@ -134,6 +135,7 @@ class LeaseRunner:
                 gate=gate,
                 on_move=buffers.moved,
                 book=book,
+                journals=buffers,
                 teachers=teachers,
             )
             for name, source in sources.items()
@@ -258,11 +260,14 @@ class LeaseRunner:
         engine, started_s, end = self.engine, time.monotonic(), "cancelled"
         name, tries = f"ticket {lease.ticket_id}.{sample_index}", AgentTries(self._num_tries)
         self._began_s[lease.lease_id, sample_index] = started_s
-        begin = partial(
+        first_begin = partial(
             self._makers[lease.eval_set].begin, engine, lease, sample_index, prompt=prompt, leader=leader
         )
+        begin: Callable[[], Attempt] = first_begin
         try:
             await leader.wait_turn(sample_index)
+            if sample_index in lease.sessions:
+                begin = await self._continuing(first_begin, lease, sample_index, name=name)
             record = self._record_of(lease, sample_index, await tries.make(begin, name=name))
         except (EngineError, EpisodeError, RewardError, TeacherError) as error:
             if isinstance(error, EngineError):
@@ -280,6 +285,25 @@ class LeaseRunner:
             self._began_s.pop((lease.lease_id, sample_index), None)
             recorder.record("samples", name, start_s=started_s, end=end)
             leader.prompt_computed()
+
+    async def _continuing(
+        self, begin: partial[Attempt], lease: Lease, sample_index: int, *, name: str
+    ) -> Callable[[], Attempt]:
+        """Returns a `begin` that first continues the session of another server. It begins a new one if the
+        journal cannot be read, and after that session."""
+        left = [await self._buffers.read_session(lease, sample_index)]
+
+        def begin_next() -> Attempt:
+            if left and (recorded := left.pop())[0]:
+                try:
+                    attempt = begin(recorded=recorded)
+                    log.info("%s: the session %s continues here", name, recorded[0])
+                    return attempt
+                except UnusableJournalError as error:
+                    log.warning("%s begins again: %s", name, error)
+            return begin()
+
+        return begin_next
 
     def _fail(self, lease: Lease, sample_index: int, failure: Failure, *, attempt: Attempt | None) -> None:
         """Delivers a failure, or the tokens sampled before it with reward 0 (`buffer.on_failure`).

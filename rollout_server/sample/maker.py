@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +26,8 @@ from rollout_server.sample.attempt import (
 )
 from rollout_server.sample.prompts import SPLITS, LoadedPrompt, PromptLeader
 from rollout_server.sessions.book import SessionBook
-from rollout_server.sessions.open_session import OpenSession
+from rollout_server.sessions.journal import JournalStore, SessionJournal, read_journal
+from rollout_server.sessions.open_session import OpenSession, restore_session
 from rollout_server.sources import SampleSource
 from rollout_server.tasks.base import Example, Score
 from rollout_server.teachers.pool import TeacherPool
@@ -82,6 +82,8 @@ class AttemptMaker:
     """Called with (lease id, sample index, place) when a sample leaves the engine or comes back."""
     book: SessionBook
     """The sessions offered to agents."""
+    journals: JournalStore | None = None
+    """Keeps the journals of sessions; None: sessions end with their server."""
     teachers: TeacherPool | None = None
     """Teachers at servers, for training samples; None: there are none."""
 
@@ -93,9 +95,10 @@ class AttemptMaker:
         *,
         prompt: LoadedPrompt | None,
         leader: PromptLeader,
+        recorded: tuple[str, list[bytes]] | None = None,
     ) -> Attempt:
-        """Begins an attempt. `prompt`: None if an environment provides it. Raises EngineError without an
-        engine."""
+        """Begins an attempt. `prompt`: None if an environment provides it. `recorded`: id and journal of the
+        session to continue. Raises EngineError without an engine, UnusableJournalError."""
         if engine is None:
             raise EngineError("there is no engine")
         source, task = self.source, self.source.task
@@ -121,7 +124,9 @@ class AttemptMaker:
             teachers=None if source.settings is not None or sampling.temperature == 0 else self.teachers,
         )
         if prompt is not None and task.uses_sessions:
-            return self._begin_session(request, lease, sample_index, example=prompt.example)
+            return self._begin_session(
+                request, lease, sample_index, example=prompt.example, recorded=recorded
+            )
         if prompt is not None:
             return SingleTurn(
                 request=request,
@@ -149,14 +154,36 @@ class AttemptMaker:
         )
 
     def _begin_session(
-        self, request: SampleRequest, lease: Lease, sample_index: int, *, example: Example
+        self,
+        request: SampleRequest,
+        lease: Lease,
+        sample_index: int,
+        *,
+        example: Example,
+        recorded: tuple[str, list[bytes]] | None,
     ) -> SessionAttempt:
         is_external = self.source.environments is None
-        sessions = self.config.sessions
+        sessions, keys = self.config.sessions, self.book.keys
+        conversation = self._conversation(request.policy)
+        read = None if recorded is None else read_journal(*recorded, conversation=conversation)
+        place = f"{lease.ticket_id}-{sample_index}-{lease.lease_id}"
+        id = self._new_id(place) if read is None else read.session
+        journal = None
+        if is_external and self.journals is not None and sessions.journal_bytes:
+            journal = SessionJournal(
+                self.journals,
+                lease_id=lease.lease_id,
+                ticket_id=lease.ticket_id,
+                sample_index=sample_index,
+                session=id,
+                # An entry is one message.
+                max_bytes=min(sessions.journal_bytes, self.config.buffer.max_message_bytes // 2),
+                counts=self.book.journals,
+            )
         session = OpenSession(
-            id=self._new_id(f"{lease.ticket_id}-{sample_index}-{lease.lease_id}"),
-            api_key=secrets.token_urlsafe(32),
-            conversation=self._conversation(request.policy),
+            id=id,
+            api_key=keys.new_key(id) if read is None else keys.key_of(id, str(read.claim["nonce"])),
+            conversation=conversation,
             max_turns=self.config.episode.max_turns,
             group=lease.ticket_id,
             sample=sample_index,
@@ -167,7 +194,10 @@ class AttemptMaker:
             is_waiting=is_external,
             needs_reward=is_external and request.rewards is None,
             heartbeat_limit_s=sessions.heartbeat_limit_s,
+            journal=journal,
         )
+        if read is not None:
+            restore_session(session, read)
         return SessionAttempt(
             request=request,
             turns=session.conversation,

@@ -1,58 +1,78 @@
 """A sandbox of Linux namespaces, created by bubblewrap (`bwrap`).
 
-The program sees /usr, the interpreter's prefix and an empty /tmp, which is its home, but no network, no other
-processes and no other files. It runs as user nobody. When bwrap is killed, the kernel kills all processes of
-the namespace. bwrap needs user namespaces, which some distributions and most containers do not allow; `check`
-reports that. Versions before 0.6 have no `--size`.
+Its commands see /usr, the interpreter's prefix and a /tmp in memory, which is their home, but no network, no
+other processes and no other files. They run as user nobody. When bwrap is killed, the kernel kills all
+processes of the namespace, and its files are gone. bwrap needs user namespaces, which some distributions and
+most containers do not allow; `check` reports that. Versions before 0.6 have no `--size`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from areal_like.errors import ConfigError
-from rollout_server.sandbox import supervisor
-from rollout_server.sandbox.base import ACCEPT_RLIMITS, Limits, ProgramResult, problem_of
+from areal_like.errors import ConfigError, SandboxError
+from rollout_server.sandbox.base import (
+    ACCEPT_RLIMITS,
+    Limits,
+    OpenSandbox,
+    ProgramResult,
+    Sandbox,
+    checked_command,
+    checked_name,
+    problem_of,
+)
 from rollout_server.sandbox.process import (
+    collected,
     environment_of,
     memory_file,
-    run_bounded,
     start_supervised,
     supervisor_arguments,
+    supervisor_text,
 )
 from rollout_server.sandbox.running import RunningProgram
 
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
-_PROGRAM = "/tmp/program.py"
+_HOME = "/tmp"
+_END_TIMEOUT_S = 7.0
+"""Time for the supervisor to kill what is left of a command."""
+_MAX_WORDS_BYTES = 1 << 16
 
 
-class BwrapSandbox:
-    """Runs programs with bwrap."""
+class BwrapSandbox(Sandbox):
+    """Opens sandboxes with bwrap."""
 
-    def run(
-        self, program: str | Sequence[str], *, stdin: str = "", limits: Limits | None = None
-    ) -> ProgramResult:
-        """Runs the program in new namespaces. Raises ConfigError if bwrap is not installed."""
+    kind = "bwrap"
+
+    def open(self, *, limits: Limits | None = None) -> OpenSandbox:
+        """Starts new namespaces. Raises ConfigError if bwrap is not installed."""
         limits = limits or Limits()
-        is_source = isinstance(program, str)
-        with memory_file(program if isinstance(program, str) else "") as source:
-            options = ["--ro-bind-data", str(source.fileno()), _PROGRAM] if is_source else []
-            command = [sys.executable, "-I", "-B", "-u", _PROGRAM] if is_source else program
-            return run_bounded(
-                _isolated(command, options, limits),
-                environment=environment_of("/tmp"),
-                directory="/",
-                stdin=stdin,
-                limits=limits,
-                end_signal=signal.SIGKILL,
-                pass_fds=[source.fileno()],
-            )
+        command = _isolated([], [], limits, serves=True)
+        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                program = start_supervised(
+                    command,
+                    environment=environment_of(_HOME),
+                    directory="/",
+                    end_signal=signal.SIGKILL,
+                    control=theirs,
+                )
+            except OSError as error:
+                control.close()
+                raise SandboxError(f"bwrap cannot be started: {error}") from error
+        return _Namespaces(program, control, limits)
 
     def start(
         self,
@@ -66,7 +86,7 @@ class BwrapSandbox:
         options = [option for path in readable for option in ("--ro-bind", path, path)]
         return start_supervised(
             _isolated(command, options, limits),
-            environment=environment_of("/tmp") | dict(environment),
+            environment=environment_of(_HOME) | dict(environment),
             directory="/",
             end_signal=signal.SIGKILL,
         )
@@ -82,7 +102,114 @@ class BwrapSandbox:
             )
 
 
-def _isolated(command: Sequence[str], options: Sequence[str], limits: Limits) -> list[str]:
+class _Namespaces(OpenSandbox):
+    """The namespaces of one bwrap, and the supervisor in them that runs commands."""
+
+    home = "/tmp"
+    python = sys.executable
+
+    def __init__(self, program: RunningProgram, control: socket.socket, limits: Limits) -> None:
+        self._program = program
+        self._control = control
+        self._limits = limits
+        self._lock = threading.Lock()
+
+    def exec(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: str | bytes = "",
+        directory: str = "",
+        timeout_s: float | None = None,
+        output_bytes: int | None = None,
+    ) -> ProgramResult:
+        limits = self._limits.of_command(timeout_s=timeout_s, output_bytes=output_bytes)
+        where = f"{_HOME}/{checked_name(directory)}" if directory else _HOME
+        request = {"command": checked_command(command), "directory": where, "timeout_s": limits.timeout_s}
+        with self._lock, contextlib.ExitStack() as stack:
+            pipes = [os.pipe() for _ in range(2)]
+            readers = [stack.enter_context(os.fdopen(reader, "rb", buffering=0)) for reader, _ in pipes]
+            try:
+                with memory_file(stdin) as given:
+                    theirs = [given.fileno(), *(writer for _, writer in pipes)]
+                    socket.send_fds(self._control, [json.dumps(request).encode()], theirs)
+            except OSError as error:
+                raise SandboxError(self._how_it_ended()) from error
+            finally:
+                for _, writer in pipes:
+                    os.close(writer)
+            ending = _Command(self._control, lost=self._lost)
+            result = collected(readers[0], readers[1], ending, limits=limits)
+            return replace(result, stderr=result.stderr + ending.problem) if ending.problem else result
+
+    def close(self) -> None:
+        self._program.kill()
+        with self._lock:  # a command in another thread has now lost its sandbox
+            self._program.end()
+            self._control.close()
+
+    def _lost(self) -> SandboxError:
+        """Ends what is left of the sandbox; returns the error that says why it cannot be used."""
+        problem = self._how_it_ended()
+        self._program.kill()
+        return SandboxError(problem)
+
+    def _how_it_ended(self) -> str:
+        process = self._program.process
+        if self._control.fileno() < 0:
+            return "the sandbox is closed"
+        try:
+            process.wait(_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return "the sandbox does not answer"
+        assert process.stderr is not None
+        words = process.stderr.read(_MAX_WORDS_BYTES).decode(errors="replace").strip().splitlines()
+        if words:
+            return f"the sandbox has ended: {words[-1]:.300}"
+        if process.returncode == 0:
+            return f"the sandbox has ended: it lived for lifetime_s={self._limits.lifetime_s:g}"
+        return f"the sandbox has ended: exit code {process.returncode}"
+
+
+@dataclass
+class _Command:
+    """A command that the supervisor in the sandbox runs."""
+
+    control: socket.socket
+    lost: Callable[[], SandboxError]
+    problem: str = ""
+    """What the supervisor says about its end."""
+    exit_code: int | None = None
+
+    def wait(self, timeout_s: float) -> int:
+        if self.exit_code is None:
+            self.control.settimeout(max(timeout_s, 0.001))
+            try:
+                packet = self.control.recv(_MAX_WORDS_BYTES)
+            except TimeoutError as error:
+                raise subprocess.TimeoutExpired("", timeout_s) from error
+            except OSError:
+                packet = b""
+            if not packet:
+                raise self.lost()
+            answer = json.loads(packet)
+            self.exit_code, self.problem = answer["exit_code"], answer["problem"]
+        return self.exit_code
+
+    def end(self) -> int:
+        if self.exit_code is not None:
+            return self.exit_code
+        try:
+            self.control.settimeout(_END_TIMEOUT_S)
+            self.control.send(b"{}")
+            return self.wait(_END_TIMEOUT_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise self.lost() from error
+
+
+def _isolated(
+    command: Sequence[str], options: Sequence[str], limits: Limits, *, serves: bool = False
+) -> list[str]:
     """Returns the command line that runs a supervised command in new namespaces. `options`: more mounts."""
     executable = shutil.which("bwrap")
     if executable is None:
@@ -96,8 +223,8 @@ def _isolated(command: Sequence[str], options: Sequence[str], limits: Limits) ->
         "--remount-ro",
         "/",
         "--",
-        *(sys.executable, "-I", "-S", "-c", _supervisor_text()),
-        supervisor_arguments(limits, is_namespace=True),
+        *(sys.executable, "-I", "-S", "-c", supervisor_text()),
+        supervisor_arguments(limits, is_namespace=True, serves=serves),
         *command,
     ]
 
@@ -139,8 +266,3 @@ def _system_files() -> tuple[str, ...]:
         if prefix.is_relative_to(here):
             options += ["--ro-bind", str(prefix), str(prefix)]
     return tuple(options)
-
-
-@cache
-def _supervisor_text() -> str:
-    return Path(os.fspath(supervisor.__file__)).read_text()

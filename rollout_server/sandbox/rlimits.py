@@ -16,9 +16,18 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, SandboxError
 from rollout_server.sandbox import supervisor
-from rollout_server.sandbox.base import Limits, ProgramResult, problem_of
+from rollout_server.sandbox.base import (
+    Limits,
+    OpenSandbox,
+    ProgramResult,
+    Sandbox,
+    checked_command,
+    checked_name,
+    problem_of,
+)
+from rollout_server.sandbox.owner import Owner
 from rollout_server.sandbox.process import (
     environment_of,
     run_bounded,
@@ -28,30 +37,20 @@ from rollout_server.sandbox.process import (
 from rollout_server.sandbox.running import RunningProgram
 
 
-class RlimitsSandbox:
+class RlimitsSandbox(Sandbox):
     """Runs programs as processes of the server's user."""
 
-    def run(
-        self, program: str | Sequence[str], *, stdin: str = "", limits: Limits | None = None
-    ) -> ProgramResult:
-        """Runs the program in a temporary directory, which is removed afterwards."""
-        limits = limits or Limits()
-        directory = Path(tempfile.mkdtemp(prefix="areal-like-program-"))
-        try:
-            if isinstance(program, str):
-                path = directory / "program.py"
-                path.write_text(program, errors="replace")
-                program = [sys.executable, "-I", "-B", "-u", str(path)]
-            return run_bounded(
-                _supervised(program, limits),
-                environment=environment_of(str(directory)),
-                directory=str(directory),
-                stdin=stdin,
-                limits=limits,
-                end_signal=signal.SIGTERM,
-            )
-        finally:
+    kind = "rlimits"
+
+    def open(self, *, limits: Limits | None = None) -> OpenSandbox:
+        """Makes a temporary directory, which `close` removes."""
+        return _Directory(_new_directory(), limits or Limits())
+
+    def reap(self, owner: Owner) -> int:
+        left = list(Path(tempfile.gettempdir()).glob(f"{owner.prefix}*"))
+        for directory in left:
             shutil.rmtree(directory, ignore_errors=True)
+        return len(left)
 
     def start(
         self,
@@ -62,7 +61,7 @@ class RlimitsSandbox:
         readable: Sequence[str] = (),
     ) -> RunningProgram:
         """Starts the command in a temporary directory. It can read all that the server can."""
-        directory = tempfile.mkdtemp(prefix="areal-like-program-")
+        directory = _new_directory()
         try:
             return start_supervised(
                 _supervised(command, limits),
@@ -79,6 +78,48 @@ class RlimitsSandbox:
         problem = problem_of(self)
         if problem:
             raise ConfigError(f"rewards.sandbox=rlimits: cannot run {sys.executable} ({problem})")
+
+
+class _Directory(OpenSandbox):
+    """A temporary directory; each command has a supervisor of its own."""
+
+    python = sys.executable
+
+    def __init__(self, directory: str, limits: Limits) -> None:
+        self.home = directory
+        self._limits = limits
+
+    def exec(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: str | bytes = "",
+        directory: str = "",
+        timeout_s: float | None = None,
+        output_bytes: int | None = None,
+    ) -> ProgramResult:
+        limits = self._limits.of_command(timeout_s=timeout_s, output_bytes=output_bytes)
+        where = Path(self.home, checked_name(directory) if directory else "")
+        words = checked_command(command)
+        if not Path(self.home).is_dir():
+            raise SandboxError("the sandbox is closed")
+        if not where.is_dir():  # Popen would raise
+            words, where = ["ls", str(where)], Path(self.home)
+        return run_bounded(
+            _supervised(words, limits),
+            environment=environment_of(self.home),
+            directory=str(where),
+            stdin=stdin,
+            limits=limits,
+            end_signal=signal.SIGTERM,
+        )
+
+    def close(self) -> None:
+        shutil.rmtree(self.home, ignore_errors=True)
+
+
+def _new_directory() -> str:
+    return tempfile.mkdtemp(prefix=Owner.of_this_process().prefix)
 
 
 def _supervised(command: Sequence[str], limits: Limits) -> list[str]:

@@ -1,15 +1,27 @@
-"""Starts one program with limits, watches it, and kills all processes that it leaves behind.
+"""Starts programs with limits, watches them, and kills all processes that they leave behind.
 
     python -I -S supervisor.py '{"memory_mb": ..., ...}' COMMAND...
+    python -I -S supervisor.py '{"memory_mb": ..., "serves": true}'
 
-Its exit code is the command's, or 128 + n after signal n.
+Its exit code is the command's, or 128 + n after signal n. With `serves` it runs one command after another,
+in the same namespaces and with the same files. Its stdin is then a SOCK_SEQPACKET socket, and each packet one
+JSON object:
 
-It runs between a sandbox and the program. It imports only the standard library, because this repository does
-not exist inside bwrap, where the text of this file is passed to `python -c`. Kernel limits (rlimits) are set
-in the child before it becomes the program. RLIMIT_NPROC counts all processes of a user and is not enforced
-for root, so the processes are also counted here, 20 times a second. The sandbox gives this process a
-real-time priority if it may: among thousands of processes that fork, an ordinary one would hardly run. As a
-subreaper, this process inherits daemons whose parents have ended, and finds them among its descendants.
+    sandbox -> supervisor   {"command": [...], "directory": path, "timeout_s": s}   with the command's stdin,
+                                                                          stdout and stderr (SCM_RIGHTS)
+    sandbox -> supervisor   {}                                            the command has to end
+    supervisor -> sandbox   {"exit_code": n, "problem": text}             nothing of the command is left
+
+It ends when the socket is closed, or after `lifetime_s`.
+
+It runs between a sandbox and the program. It imports only the standard library, of Python 3.9 or later,
+because this repository does not exist inside bwrap or a container, where the text of this file is passed to
+`python -c`. Kernel limits (rlimits) are set in the child before it becomes the program. RLIMIT_NPROC counts
+all processes of a user and is not enforced for root, so the processes are also counted here, 20 times a
+second. The sandbox gives this process a real-time priority if it may: among thousands of processes that fork,
+an ordinary one would hardly run. So it reads only its descendants, and not all processes of the machine,
+where the kernel lists them. As a subreaper, it inherits daemons whose parents have ended, and finds them
+among its descendants.
 
 A system call filter (seccomp) prevents the program from escaping these limits. It forbids memory that belongs
 to no process (memfd_create, System V segments), new namespaces, in which the program could mount memory file
@@ -21,6 +33,7 @@ virtual machine (vsock) or the kernel (netlink). The program has no capabilities
 
 from __future__ import annotations
 
+import _socket  # `socket` takes 10 ms to import
 import contextlib
 import ctypes
 import errno
@@ -39,17 +52,19 @@ _PR_SET_NO_NEW_PRIVS = 38
 _PR_SET_CHILD_SUBREAPER = 36
 _WATCH_INTERVAL_S = 0.05
 _LATER_INTERVAL_S = 0.5
-"""Interval outside a namespace for a program that has run for `_LONG_S`, such as a server of tools: each
-time, all processes of the machine are read."""
+"""Interval outside a namespace for a program that has run for `_LONG_S`, such as a server of tools: a kernel
+without lists of children has all processes of the machine read each time."""
 _LONG_S = 15.0
 _KILL_TIMEOUT_S = 5.0
 _EXTRA_TIME_S = 2.0
 """The sandbox ends a program at its time limit. If the sandbox was killed, this process does so after this
-extra time."""
+extra time. (`extra_s` in the limits is another one: a container's commands are ended only from here.)"""
 _MAX_FILES = 65536
 """Limit in a namespace: an empty file takes about a KiB of kernel memory, which no other limit covers."""
 _PAGE_BYTES = resource.getpagesize()
 _MIB = 1 << 20
+_MAX_PACKET_BYTES = 1 << 18
+"""More than the kernel sends in one packet by default."""
 
 _CALLS: dict[str, tuple[int, dict[str, int]]] = {
     "x86_64": (
@@ -111,18 +126,67 @@ def main() -> None:
     prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # the program must not read this process's memory
     if limits["parent"] and os.getppid() != limits["parent"]:
         sys.exit(128 + signal.SIGTERM)  # the parent ended before prctl
+    limits["files_before"] = _num_files()  # of others, where /tmp is not the namespace's own
+    if limits["serves"]:
+        _serve(limits, signals)
+        os._exit(0)
     child = os.fork()
     if child == 0:
         _become(command, limits)
     code, problem = _watch(child, limits, signals)
     _kill_descendants(child)
     if problem:
-        os.write(2, f"\n[killed: {problem}]\n".encode())
+        os.write(2, problem.encode())
     os._exit(code)
 
 
-def _become(command: list[str], limits: dict[str, float]) -> None:
+def _serve(limits: dict[str, float], signals: set[signal.Signals]) -> None:
+    """Runs the commands that come over the socket, until its end."""
+    control = _socket.socket(fileno=os.dup(0))  # which no command inherits
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    ends_s = time.monotonic() + limits["lifetime_s"]
+    while (left_s := ends_s - time.monotonic()) > 0:
+        control.settimeout(left_s)
+        try:
+            packet, ancillary, _, _ = control.recvmsg(_MAX_PACKET_BYTES, _socket.CMSG_SPACE(12))
+        except TimeoutError:
+            return
+        if not packet:
+            return
+        descriptors = [number for _, _, data in ancillary for number in struct.unpack("@3i", data)]
+        if not descriptors:
+            continue  # the command that had to end had ended already
+        request = json.loads(packet)
+        own = limits | {"timeout_s": request["timeout_s"], "ends_s": ends_s}
+        child = os.fork()
+        if child == 0:
+            for number, descriptor in enumerate(descriptors):
+                os.dup2(descriptor, number)
+            _become(request["command"], own, directory=request["directory"])
+        for descriptor in descriptors:
+            os.close(descriptor)
+        code, problem = _watch(child, own, signals, control=control)
+        _kill_descendants(child)
+        control.settimeout(_KILL_TIMEOUT_S)
+        control.send(json.dumps({"exit_code": code, "problem": problem}).encode())
+
+
+def _has_message(control: _socket.socket) -> bool:
+    """True if the sandbox asks for the end of the command, or has ended."""
+    control.settimeout(0)
     try:
+        control.recv(_MAX_PACKET_BYTES)
+    except BlockingIOError:
+        return False
+    except OSError:  # the connection was reset
+        return True
+    return True
+
+
+def _become(command: list[str], limits: dict[str, float], *, directory: str = "") -> None:
+    try:
+        if directory:
+            os.chdir(directory)
         os.setsid()
         if os.sched_getscheduler(0) != os.SCHED_OTHER:  # some containers refuse the call that follows
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
@@ -222,10 +286,26 @@ def _filter(arch: int, numbers: dict[str, int], *, supervisor: int) -> bytes:
     return b"".join([*parts, op(give, allow)])
 
 
-def _watch(child: int, limits: dict[str, float], signals: set[signal.Signals]) -> tuple[int, str]:
-    """Waits for the child. Returns its exit code, and why it has to be killed ("" if it ended on its own)."""
+def _watch(
+    child: int,
+    limits: dict[str, float],
+    signals: set[signal.Signals],
+    *,
+    control: _socket.socket | None = None,
+) -> tuple[int, str]:
+    """Waits for the child. Returns its exit code, and a line why it has to be killed ("" if it ended on its
+    own)."""
+    code, problem = _watched(child, limits, signals, control)
+    return code, f"\n[killed: {problem}]\n" if problem else ""
+
+
+def _watched(
+    child: int, limits: dict[str, float], signals: set[signal.Signals], control: _socket.socket | None
+) -> tuple[int, str]:
     started = time.monotonic()
-    deadline = started + limits["timeout_s"] + _EXTRA_TIME_S
+    running_now = listed_descendants if _lists_children() else descendants
+    extra_s = limits.get("extra_s", _EXTRA_TIME_S)
+    deadline = min(started + limits["timeout_s"] + extra_s, limits.get("ends_s", float("inf")))
     while True:
         is_long = limits["parent"] and time.monotonic() > started + _LONG_S
         received = signal.sigtimedwait(signals, _LATER_INTERVAL_S if is_long else _WATCH_INTERVAL_S)
@@ -233,16 +313,17 @@ def _watch(child: int, limits: dict[str, float], signals: set[signal.Signals]) -
         if code is not None:
             return code, ""
         is_asked = received is not None and received.si_signo == signal.SIGTERM
+        is_asked = is_asked or (control is not None and _has_message(control))
         if is_asked or time.monotonic() > deadline:
             return 128 + signal.SIGKILL, ""
-        running = descendants(os.getpid())
+        running = running_now(os.getpid())
         num_threads = sum(threads for threads, _ in running.values())
         resident_mb = sum(resident for _, resident in running.values()) / _MIB
         if num_threads > limits["max_processes"]:
             return 128 + signal.SIGKILL, f"more than {limits['max_processes']} processes"
         if resident_mb > 2 * limits["memory_mb"]:
             return 128 + signal.SIGKILL, f"more than {2 * limits['memory_mb']} MiB in all processes"
-        if not limits["parent"] and _num_files() > _MAX_FILES:
+        if not limits["parent"] and _num_files() > limits["files_before"] + _MAX_FILES:
             return 128 + signal.SIGKILL, f"more than {_MAX_FILES} files"
 
 
@@ -304,6 +385,38 @@ def descendants(root: int) -> dict[int, tuple[int, int]]:
     return found
 
 
+def _lists_children() -> bool:
+    """True if this kernel lists a process's children (CONFIG_PROC_CHILDREN)."""
+    return os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children")  # noqa: PTH110
+
+
+def listed_descendants(root: int) -> dict[int, tuple[int, int]]:
+    """As `descendants`, by the kernel's lists of children: it reads no process that is not a descendant.
+
+    The list of a process whose children end in the meantime may lack some of them, until the next call.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    unseen = [root]
+    while unseen:
+        parent = unseen.pop()
+        for pid in _children(parent):
+            unseen.append(pid)
+            fields = _stat(pid)
+            if fields and fields[0] not in ("Z", "X"):
+                found[pid] = (int(fields[17]), int(fields[21]) * _PAGE_BYTES)
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    """Returns the children of all threads of a process; empty if it has ended."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
+            with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:  # noqa: PTH123
+                found += map(int, file.read().split())
+    return found
+
+
 def _num_threads_of_user() -> int:
     user, total = os.getuid(), 0
     for pid, fields in _processes():
@@ -317,14 +430,19 @@ def _processes() -> list[tuple[int, list[str]]]:
     """Returns (pid, fields of its stat after the name: state, ppid, ...) of all visible processes."""
     found = []
     for name in os.listdir("/proc"):  # noqa: PTH208
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:  # noqa: PTH123
-                    text = file.read().decode(errors="replace")
-            except OSError:  # it has just ended
-                continue
-            found.append((int(name), text.rpartition(")")[2].split()))
+        if name.isdigit() and (fields := _stat(int(name))):
+            found.append((int(name), fields))
     return found
+
+
+def _stat(pid: int) -> list[str]:
+    """Returns the fields of a process's stat after the name; empty if it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()
 
 
 if __name__ == "__main__":

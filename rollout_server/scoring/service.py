@@ -94,7 +94,10 @@ class ScoreService:
         self.max_length = max_length
         self.vocab_size = model.vocab_size
         self._model = model
+        self._max_waiting = max_waiting
         self._queue = BatchQueue(max_waiting=max_waiting, max_tokens=max_batch_tokens)
+        self._num_tokenizing = 0
+        """Texts that wait for the tokenizer."""
         self._loop = asyncio.get_running_loop()
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="score")
@@ -114,13 +117,11 @@ class ScoreService:
         number, began_s = self._last_number, self._loop.time()
         self._since_s[number] = began_s
         try:
-            ids = await self._loop.run_in_executor(self._tokenizing, tokens)
+            ids = await self._tokens_of(tokens)
             self._check(ids)
             text = Waiting(tokens=ids, deadline_s=began_s + timeout_s, done=self._loop.create_future())
-            if not self._queue.add(text):
-                raise RefusedTextError(
-                    Refused.FULL, f"{len(self._queue)} texts wait already: try again later"
-                )
+            is_added = self._queue.add(text)
+            assert is_added, "its place was kept while it was tokenized"
             self._has_texts.set()
             value: float = await text.done
         except UserError as error:
@@ -131,6 +132,17 @@ class ScoreService:
             del self._since_s[number]
         self._series.scored(num_tokens=len(ids), seconds=self._loop.time() - began_s)
         return Scored(value, len(ids))
+
+    async def _tokens_of(self, tokens: Callable[[], list[int]]) -> list[int]:
+        """Raises UserError, and RefusedTextError if too many texts wait for tokenizer and model."""
+        num_waiting = self._num_tokenizing + len(self._queue)
+        if num_waiting >= self._max_waiting:
+            raise RefusedTextError(Refused.FULL, f"{num_waiting} texts wait already: try again later")
+        self._num_tokenizing += 1
+        try:
+            return await self._loop.run_in_executor(self._tokenizing, tokens)
+        finally:
+            self._num_tokenizing -= 1
 
     def refused(self, error: RefusedTextError) -> RefusedTextError:
         """Counts an error; returns it."""

@@ -5,12 +5,14 @@ add -> (waiting: claimed in the order of the leases) -> remove -> remembered as 
 
 from __future__ import annotations
 
-import secrets
+import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 
 from areal_like.errors import SessionGoneError
+from areal_like.security.session_keys import SessionKeys
 from rollout_server.sessions.claimants import Claimants
+from rollout_server.sessions.journal import JournalCounts
 from rollout_server.sessions.open_session import AskedLimits, OpenSession, SessionOutcome, SessionState
 
 JOB_OVER = "the job has ended: there is nothing left to claim"
@@ -21,6 +23,11 @@ SERVER_ENDS = (
 )
 """Message to clients whose session ends with its server."""
 
+OVER = (
+    "the session is over: its sample is finished or no longer needed, or it could not be continued when its "
+    "server died: claim another session"
+)
+"""Message to clients of a session that this server never had."""
 _MAX_REMEMBERED = 10_000
 """Number of gone sessions that are remembered, so that their clients are told why."""
 WRONG_ROUTES = ("conversations", "batches", "embeddings", "other")
@@ -35,6 +42,8 @@ class SessionBook:
     """All sessions of one server. Belongs to one event loop."""
 
     def __init__(self) -> None:
+        self.keys = SessionKeys()
+        self.journals = JournalCounts()
         self.url = ""
         """URL of the sessions on this machine (`http://host:port`), once they are served."""
         self._sessions: dict[str, OpenSession] = {}
@@ -59,6 +68,8 @@ class SessionBook:
         self._untold: dict[str, list[OpenSession]] = {}
         """Sessions that were open at the end of the job and whose agents have not been told: id -> those that
         were claimed together."""
+        self._forgetting: set[asyncio.Task[None]] = set()
+        """Journals of claims that were taken back are being deleted; a new claim waits for that."""
         self._calls_of_gone = 0
         self._progress_of_gone = 0
 
@@ -92,8 +103,19 @@ class SessionBook:
 
     def add(self, session: OpenSession) -> None:
         self._sessions[session.id] = session
+        self._gone.pop(session.id, None)  # it may have come back to this server
+        if session.claim_id:
+            self._join(session)
         if session.state is SessionState.WAITING:
             self.on_waiting()
+
+    def _join(self, session: OpenSession) -> None:
+        """Puts a restored session together with those that were claimed with it."""
+        for other in self._sessions.values():
+            if other is not session and other.claim_id == session.claim_id:
+                session.members = other.members
+                session.members.append(session)
+                return
 
     @property
     def num_calls(self) -> int:
@@ -145,7 +167,8 @@ class SessionBook:
             self.num_ended[outcome] += 1
             self._calls_of_gone += session.num_calls
             self._progress_of_gone += session.num_served + session.num_heard
-            self._gone[session.id] = session.reason, session.api_key
+            if not session.moves:  # else the buffers know where it is
+                self._gone[session.id] = session.reason, session.api_key
             if session.reason == JOB_OVER and session.was_cut and not session.num_requests:
                 self._untold[session.id] = session.members
             if len(self._gone) > _MAX_REMEMBERED:
@@ -193,6 +216,17 @@ class SessionBook:
             shown = (one if one.isprintable() else "?" for one in request[:_MAX_ROUTE_CHARS])  # it is logged
             session.refused_route = "".join(shown)
 
+    def is_elsewhere(self, id: str) -> bool:
+        """True for a session that this server does not have, or has lost to another one."""
+        session = self._sessions.get(id)
+        return session.is_elsewhere if session is not None else id not in self._gone
+
+    def note_over(self, id: str, api_key: str) -> None:
+        """Records that a session of another server is over."""
+        self._gone[id] = OVER, api_key
+        if len(self._gone) > _MAX_REMEMBERED:
+            self._gone.popitem(last=False)
+
     def find(self, id: str) -> OpenSession | None:
         """Returns a session, or None if it never existed. Raises SessionGoneError if it has gone."""
         if (gone := self._gone.get(id)) is not None:
@@ -236,9 +270,13 @@ class SessionBook:
         client may have read the old one without the rest of the response."""
         session.is_offered = False
         if session.state is SessionState.WAITING:
-            session.api_key = secrets.token_urlsafe(32)
+            session.api_key = self.keys.new_key(session.id)
+            session.claim_id = ""
             session.members.remove(session)
             session.members, session.asked = [session], AskedLimits()
+            if session.journal is not None and session.journal.num_entries:
+                self._forgetting = {one for one in self._forgetting if not one.done()}
+                self._forgetting.add(asyncio.create_task(session.journal.forget()))
             self.on_waiting()
 
 

@@ -3,6 +3,7 @@
     WAITING -> claim() -> OPEN -> end() -> ENDED       the program, or the server for it, has ended it
                            |----> fail(error) -> ENDED the engine failed; the sample fails with it
        `-------------------`----> close(reason) -> GONE  the lease was cancelled, a time limit, ...
+       restore(recorded) --> OPEN or ENDED               another server had it
 
 The turns form a `Conversation`: a prompt extends an earlier turn only if it starts with exactly its tokens.
 So whatever a client sends, sampled tokens are never tokenized again, and log-probs stay correct.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,20 +26,29 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from areal_like.chat.openai import most_bytes
+from areal_like.chat.responses import ResponsesRequest
 from areal_like.errors import (
     RAISED_BY_TASKS,
+    ArealError,
     EngineError,
     EpisodeBudgetError,
     EpisodeError,
     PromptRefusedError,
     SessionGoneError,
+    SessionMovedError,
 )
 from areal_like.trajectory import LARGEST_REWARD, FinishReason
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.turns import SampledTurn, Turn
 from rollout_server.leases.held_leases import Place
 from rollout_server.sessions.claimants import Claimant
-from rollout_server.sessions.kept_responses import KeptResponses
+from rollout_server.sessions.journal import (
+    JournalState,
+    RecordedSession,
+    SessionJournal,
+    UnusableJournalError,
+)
+from rollout_server.sessions.kept_responses import KeptResponse, KeptResponses
 from rollout_server.tasks.base import Example, Split
 
 MAX_METRICS = 32
@@ -47,6 +58,8 @@ _NONE: Mapping[str, float] = MappingProxyType({})
 _CUT_S = 5.0
 """Wait after the time limit of the sample. The engine returns the tokens of a request that timed out faster
 than this."""
+_ENGINE_GRACE_S = 0.5
+"""An engine that dies fails its requests shortly before the server notices, and gives the leases back."""
 _ID_CHARS = 32
 """Length of a call's id, with which the id of its completion ends."""
 
@@ -54,9 +67,9 @@ _ID_CHARS = 32
 class Call:
     """One request to the model, and its repetitions."""
 
-    def __init__(self, task: asyncio.Task[SampledTurn], *, gone: Callable[[], str]) -> None:
-        """`gone`: returns the message to clients when the session has ended."""
-        self.id = uuid.uuid4().hex
+    def __init__(self, task: asyncio.Future[SampledTurn], *, id: str, gone: Callable[[], ArealError]) -> None:
+        """`gone`: returns the error for clients when the session has ended."""
+        self.id = id
         """The completion's id is derived from it."""
         self.task = task
         self.num_readers = 0
@@ -65,6 +78,9 @@ class Call:
         """The response body while clients are connected; equal requests get equal bodies."""
         self.is_delivered = False
         """True once the whole response was sent to a client."""
+        self.is_restored = False
+        """True if another server has sampled the turn, until a repetition of its request has joined it: the
+        client may have read the response or not."""
         self._gone = gone
 
     async def turn(self) -> SampledTurn:
@@ -75,7 +91,7 @@ class Call:
             return await asyncio.shield(self.task)
         except asyncio.CancelledError:
             if self.task.cancelled():  # before its first step: later it ends with a SessionGoneError
-                raise SessionGoneError(self._gone()) from None
+                raise self._gone() from None
             raise
         finally:
             self.num_readers -= 1
@@ -88,34 +104,50 @@ class Call:
 
     @property
     def is_lost(self) -> bool:
-        """True if its clients disconnected before they got the response."""
-        return self.num_readers == 0 and not self.is_delivered
+        """True if its clients disconnected before they got the response, or may have."""
+        return self.num_readers == 0 and not (self.is_delivered and not self.is_restored)
+
+    @property
+    def is_read(self) -> bool:
+        """True if a client has the response, or may have it."""
+        return self.is_delivered or self.is_restored
 
 
 class Calls:
     """The calls of one session. Belongs to one event loop."""
 
-    def __init__(self, *, gone: Callable[[], str]) -> None:
-        """`gone`: returns the message to clients when the session has ended."""
+    def __init__(self, *, gone: Callable[[], ArealError]) -> None:
+        """`gone`: returns the error for clients when the session has ended."""
         self._gone = gone
         self._by_digest: dict[bytes, list[Call]] = {}
         """Calls by the digest of their bodies."""
         self._by_id: dict[str, Call] = {}
 
     def begin(
-        self, digest: bytes, ask: Callable[[], Coroutine[Any, Any, SampledTurn]], *, is_repetition: bool
+        self, digest: bytes, ask: Callable[[str], Coroutine[Any, Any, SampledTurn]], *, is_repetition: bool
     ) -> Call:
-        """Returns the call for a request: a new one, or the one that it repeats (see OpenSession.begin)."""
+        """Returns the call for a request: a new one, or the one that it repeats (see OpenSession.begin).
+        `ask`: gets the id of the call."""
         usable = [call for call in self._by_digest.get(digest, ()) if not call.has_failed]
         lost = [call for call in usable if call.is_lost]
         # Equal requests that were sent and lost at the same time get one turn each.
         if joined := lost or (usable if is_repetition else []):
+            joined[-1].is_restored = False
             return joined[-1]
-        call = Call(asyncio.get_running_loop().create_task(ask()), gone=self._gone)
+        id = uuid.uuid4().hex
+        call = Call(asyncio.get_running_loop().create_task(ask(id)), id=id, gone=self._gone)
         self._by_digest.setdefault(digest, []).append(call)
         self._by_id[call.id] = call
         call.task.add_done_callback(lambda _: self._forget_failed(call, digest))
         return call
+
+    def restore(self, id: str, digest: bytes, sampled: SampledTurn) -> None:
+        """Adds a call whose turn another server has sampled."""
+        done: asyncio.Future[SampledTurn] = asyncio.get_running_loop().create_future()
+        done.set_result(sampled)
+        self._by_id[id] = call = Call(done, id=id, gone=self._gone)
+        call.is_delivered = call.is_restored = True
+        self._by_digest.setdefault(digest, []).append(call)
 
     def find(self, completion_id: str) -> Call | None:
         """Returns the call that produced a completion (`chatcmpl-...`, `resp_...`); None if there is none."""
@@ -208,11 +240,17 @@ class OpenSession:
     """True if the task has no reward of its own."""
     heartbeat_limit_s: float = math.inf
     """Longest time without a served request in which heartbeats count."""
+    journal: SessionJournal | None = None
+    """With which another server can continue it; None: the session ends with its server."""
 
     def __post_init__(self) -> None:
         self.state = SessionState.WAITING if self.is_waiting else SessionState.OPEN
         self.is_offered = False
         """True while the response that offers it to an agent is being sent."""
+        self.claim_id = ""
+        """The same for all sessions that were claimed together."""
+        self.moves = False
+        """True once another server continues it, or may do so."""
         self.claimant: Claimant | None = None
         """The external agent that it is offered to, or that claimed it."""
         self.claimed_s = 0.0
@@ -264,7 +302,7 @@ class OpenSession:
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._last_activity_s = self._served_s = self._loop.time()
-        self._calls = Calls(gone=lambda: self.gone)
+        self._calls = Calls(gone=self._gone_error)
         self._turn_rewards: dict[Turn, float] = {}
         self.kept = KeptResponses(max_bytes=most_bytes(context_length=self.conversation.max_tokens))
         """The responses that later requests may refer to."""
@@ -291,9 +329,15 @@ class OpenSession:
             self.failure = error
             self.end()
 
-    def close(self, reason: str) -> None:
-        """Closes the session: requests in progress and later ones raise SessionGoneError with `reason`."""
+    def close(self, reason: str, *, may_continue: bool = False) -> None:
+        """Closes the session: requests in progress and later ones raise SessionGoneError with `reason`.
+
+        `may_continue`: another server may get the lease of the sample. If there is a journal, requests raise
+        SessionMovedError instead.
+        """
         if self.state is not SessionState.GONE:
+            is_held = self.state is SessionState.OPEN and self.claimed_s > 0
+            self.moves = may_continue and is_held and self.journal is not None and self.journal.can_continue
             self.was_cut = self.state is SessionState.OPEN and self.claimed_s > 0
             self.reason = reason
             self._set(SessionState.GONE)
@@ -347,17 +391,106 @@ class OpenSession:
     # --- Requests ---
 
     def begin(
-        self, digest: bytes, ask: Callable[[], Coroutine[Any, Any, SampledTurn]], *, is_repetition: bool
+        self,
+        digest: bytes,
+        ask: Callable[[], Coroutine[Any, Any, SampledTurn]],
+        *,
+        is_repetition: bool,
+        response: ResponsesRequest | None = None,
     ) -> Call:
         """Returns the call for a request whose body has this digest. `ask`: `sample_turn` or
         `continue_tokens`.
 
         The request is a repetition if the clients of an earlier call with the same digest disconnected before
         they got its response, or if the client marks it as one (`is_repetition`). It then joins that call, or
-        the newest one. Any other request with the same body gets a new sample. Raises SessionGoneError.
+        the newest one. Any other request with the same body gets a new sample. `response`: the request, if
+        its response is to be kept. Raises SessionGoneError.
         """
         self.check_open()
-        return self._calls.begin(digest, ask, is_repetition=is_repetition)
+
+        async def recorded(id: str) -> SampledTurn:
+            sampled = await ask()
+            if self.journal is not None and sampled.turn is not None:
+                policy = self.conversation.policy
+                await self.journal.turn(
+                    sampled,
+                    self.conversation,
+                    call_id=id,
+                    digest=digest,
+                    response=response,
+                    created_s=int(time.time()),
+                    num_requests=policy.num_requests,
+                    used_s=policy.used_s,
+                )
+            return sampled
+
+        return self._calls.begin(digest, recorded, is_repetition=is_repetition)
+
+    async def offered(self, *, nonce: str) -> None:
+        """Records the claim that it is offered for; `nonce`: of its key. Raises SessionMovedError."""
+        if self.journal is not None and (claimant := self.claimant) is not None:
+            await self.journal.claimed(
+                nonce=nonce,
+                claim=self.claim_id,
+                claimant=[claimant.address, claimant.token, claimant.name],
+                deadline_s=self.asked.deadline_s,
+                idle_timeout_s=self.asked.idle_timeout_s,
+            )
+
+    async def post_reward(self, **posted: Any) -> None:
+        """Calls `set_reward`, and returns when that is recorded. Also raises SessionMovedError."""
+        self.set_reward(**posted)
+        if self.journal is not None:
+            await self.journal.posted(**{**posted, "turns": dict(posted.get("turns", _NONE))})
+
+    async def delete_response(self, id: str) -> None:
+        """Deletes a kept response, and returns when that is recorded. Raises SessionMovedError."""
+        self.kept.delete(id)
+        if self.journal is not None:
+            await self.journal.deleted(id)
+
+    async def end_recorded(self) -> None:
+        """Calls `end` for the agent once that is recorded. Raises SessionMovedError."""
+        if self.journal is not None and self.state is SessionState.OPEN:
+            await self.journal.ended(budget=self.budget)
+        self.end()
+
+    def restore(self, recorded: RecordedSession) -> None:
+        """Continues a session of another server, whose turns the conversation has already."""
+        claim = recorded.claim
+        address, token, name = claim["claimant"]
+        self.claimant = Claimant(address=address, token=token, name=name)
+        self.claim_id = claim["claim"]
+        self.asked = AskedLimits(deadline_s=claim["deadline_s"], idle_timeout_s=claim["idle_timeout_s"])
+        self.claim()
+        conversation, turns = self.conversation, [one.sampled for one in recorded.turns]
+        for one in recorded.turns:
+            self._calls.restore(one.call_id, one.digest, one.sampled)
+            if one.response is not None:
+                kept = KeptResponse.of(one.sampled, one.response, created_s=one.created_s)
+                self.kept.keep(one.call_id, kept)
+        for id in recorded.deleted:
+            self.kept.delete(id)
+        for posted in recorded.posted:
+            self.set_reward(**posted)
+        if turns:
+            self.num_served, self.last_sampled = len(turns), turns[-1]
+            conversation.generation_s = recorded.generation_s
+            conversation.policy.resume(
+                num_requests=recorded.num_requests,
+                num_sampled=sum(len(one.token_ids) for one in turns),
+                used_s=recorded.used_s,
+            )
+        if self.journal is not None:
+            self.journal.continues(
+                [one.turn for one in turns if one.turn is not None],
+                num_entries=recorded.num_entries,
+                num_bytes=recorded.num_bytes,
+                shared=recorded.shared,
+            )
+        if recorded.ended is not None:
+            self.budget = FinishReason[recorded.ended["budget"]] if recorded.ended["budget"] else None
+            self.end()
 
     async def sample_turn(self, messages: list[dict[str, Any]], **options: Any) -> SampledTurn:
         """Calls Conversation.sample_turn within the session's budget. Also raises SessionGoneError."""
@@ -466,7 +599,17 @@ class OpenSession:
 
     def check_open(self) -> None:
         if self.state is not SessionState.OPEN:
-            raise SessionGoneError(self.gone)
+            raise self._gone_error()
+        if self.journal is not None:
+            self.journal.check()
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """True if this server has lost its lease to another one."""
+        return self.journal is not None and self.journal.state is JournalState.MOVED
+
+    def _gone_error(self) -> ArealError:
+        return SessionMovedError(self.gone) if self.moves else SessionGoneError(self.gone)
 
     @property
     def gone(self) -> str:
@@ -482,7 +625,7 @@ class OpenSession:
                 continue
             sampled_turns[turn] = sampled
             was_cut = sampled.reply.finish_reason is FinishReason.TIMEOUT
-            if not (call.is_delivered or was_cut or turn in self._turn_rewards):
+            if not (call.is_read or was_cut or turn in self._turn_rewards):
                 self.conversation.forget(turn)
         turns = self.conversation.turns
         if turns:
@@ -506,7 +649,7 @@ class OpenSession:
                 )
             sampled = await sample()
         except asyncio.CancelledError:
-            raise SessionGoneError(self.gone) from None
+            raise self._gone_error() from None
         except EpisodeBudgetError as error:
             self.budget = error.reason
             raise
@@ -514,6 +657,7 @@ class OpenSession:
             self.refused_prompt = error
             raise
         except EngineError as error:
+            await self._engine_is_lost()
             self.fail(error)
             raise
         except EpisodeError:
@@ -534,6 +678,16 @@ class OpenSession:
         self.last_sampled = sampled
         return sampled
 
+    async def _engine_is_lost(self) -> None:
+        """Waits after a failed request. Raises SessionMovedError if the server has lost its engine meanwhile,
+        and the session continues at another server."""
+        if self.journal is None:
+            return
+        try:
+            await asyncio.sleep(_ENGINE_GRACE_S)
+        except asyncio.CancelledError:
+            raise self._gone_error() from None
+
     def _set(self, state: SessionState) -> None:
         self.state = state
         self.touch()
@@ -546,6 +700,16 @@ class OpenSession:
                 await self._changed.wait()
         except TimeoutError:
             pass
+
+
+def restore_session(session: OpenSession, recorded: RecordedSession) -> None:
+    """Calls `session.restore`. Raises UnusableJournalError."""
+    try:
+        session.restore(recorded)
+    except (ValueError, TypeError, KeyError, SessionGoneError) as error:
+        raise UnusableJournalError(
+            f"the session {session.id} cannot be restored: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _unusable(error: BaseException) -> EpisodeError:

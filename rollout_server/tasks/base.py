@@ -349,6 +349,7 @@ TASKS = Registry[Task](
         "sort": "rollout_server.tasks.sort.SortTask",
         "adding": "rollout_server.tasks.adding.AddingTask",
         "adding_agent": "rollout_server.tasks.adding_agent.AddingAgentTask",
+        "coding": "rollout_server.tasks.coding.task.CodingTask",
         "reasoning_gym": "rollout_server.tasks.reasoning_gym.ReasoningGymTask",
         "gymnasium": "rollout_server.tasks.gymnasium.GymnasiumTask",
         "textarena": "rollout_server.tasks.textarena.TextArenaTask",

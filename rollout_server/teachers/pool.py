@@ -1,7 +1,8 @@
 """The teachers at servers: asked for each training sample, after its last turn, beside its reward.
 
     sample -> its label -> the servers of its teacher -> log-probs of its sampled tokens -> its record
-                              |  fails or is late: the next server of the list, after a pause
+                              |  fails or is late: the next server of the list, after a pause; it is
+                              |  avoided for a while, so one that hangs does not delay every sample
                               `> for longer than distill.retry_s: TeacherError, the sample fails
 
 So the trainer never waits for a teacher, and a replay needs none: the log-probs are in the record. A slow
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+from collections.abc import Sequence
 from itertools import count
 from typing import Self
 
@@ -31,6 +34,8 @@ from rollout_server.teachers.server import TeacherServer
 log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
+_AVOIDED_S = 5.0
+"""Least time for which other servers of a teacher are preferred to one that has failed."""
 _LATE_S = 2.0
 """Samples that wait longer are listed among the server's waits."""
 
@@ -60,6 +65,8 @@ class TeacherPool:
         self._slots = {url: asyncio.Semaphore(settings.max_requests) for url in self._servers}
         self._checks: dict[str, asyncio.Task[None]] = {}
         """The check of each server, running or passed."""
+        self._failed_s: dict[str, float] = {}
+        """When each server failed that has not responded since."""
         self._numbers, self._turns = count(), count()
         self._since_s: dict[int, tuple[float, str]] = {}
         """When each sample that is not scored was submitted, and the key of its teacher; oldest first."""
@@ -152,14 +159,17 @@ class TeacherPool:
         """Asks the servers of one teacher in turn until one responds, or `distill.retry_s` has passed."""
         urls, until_s = self._settings.servers[key], self._loop.time() + self._settings.retry_s
         for attempt in count(next(self._turns)):  # begins at another server each time
-            url = urls[attempt % len(urls)]
+            url = self._preferred(urls, attempt)
             try:
                 async with self._slots[url]:
+                    if url != self._preferred(urls, attempt):  # it has failed while this request waited
+                        continue
                     await self._check(url)
                     started_s = self._loop.time()
                     scores = await self._servers[url].logprobs(tokens, first=first)
             except (EngineError, ConfigError) as error:
                 self.num_failures += 1
+                self._failed_s[url] = self._loop.time()
                 self._last_error[key] = str(error)[:200]
                 pause_s = self._pause_s(until_s)
                 if self._loop.time() + pause_s > until_s:
@@ -169,8 +179,18 @@ class TeacherPool:
                 self.num_requests += 1
                 self.seconds_total += self._loop.time() - started_s
                 self._last_error.pop(key, None)
+                self._failed_s.pop(url, None)
                 return scores
         raise AssertionError
+
+    def _preferred(self, urls: Sequence[str], attempt: int) -> str:
+        """The next server in turn that has not failed a short while ago; if all have, the next one.
+
+        One that hangs is asked again after as long as it has kept its requests waiting.
+        """
+        in_turn = [urls[(attempt + at) % len(urls)] for at in range(len(urls))]
+        since_s = self._loop.time() - max(_AVOIDED_S, self._settings.timeout_s)
+        return min(in_turn, key=lambda url: self._failed_s.get(url, -math.inf) > since_s)
 
     def _pause_s(self, until_s: float) -> float:
         """Doubles with the time that has passed since the first request."""

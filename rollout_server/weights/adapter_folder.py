@@ -105,6 +105,7 @@ class SglangAdapterUpdate:
             backend=request.backend,
             timeout_s=request.timeout_s,
             secret=request.secret,
+            more_senders=[(sender.address, sender.port) for sender in request.more_senders],
         )
 
     async def leave_group(self, client: EngineClient, group_name: str) -> None:
@@ -140,7 +141,7 @@ class SglangAdapterUpdate:
         layers = linear_layers(self.shapes.trained(push.manifest.untrained))
         shapes = adapter_shapes(header, layers)
         check_names(push.manifest.tensors, shapes)
-        group, integrity = self._groups.find(push.request.group_name), push.request.integrity
+        groups, integrity = self._groups.find(push.request.group_name), push.request.integrity
         dtype = getattr(torch, self.dtype)
         named = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         facts = AdapterFacts.of(named, dtype=dtype, device=_CPU)
@@ -148,7 +149,7 @@ class SglangAdapterUpdate:
 
         def work() -> BucketSums:
             return receiver.receive(
-                group, push.manifest.buckets, timeout_s=push.left_s(), integrity=integrity
+                groups, push.manifest.buckets, timeout_s=push.left_s(), integrity=integrity
             )
 
         push.ready()

@@ -21,6 +21,8 @@ MAX_WORLD_SIZE = 1 << 14
 """Maximum number of ranks in a weight group."""
 MAX_SCORED, MAX_SCORE_CONTEXT = 256, 8192
 """Maximum number of scored tokens, and of all tokens, in one ScoreTokens."""
+MAX_SENDERS = 256
+"""Maximum number of senders of a push, each with a group of its own."""
 _HOST = re.compile(r"[A-Za-z0-9.:%_-]{1,255}")
 _SECRET = re.compile(r"([0-9a-f]{64})?")
 _UPDATE_MODES = ("recompute", "keep", "abort_resume", "drain")
@@ -46,6 +48,19 @@ def check_form_group(request: FormGroup, *, host: str, num_ranks: int) -> None:
     Raises WeightSyncError.
     """
     _check_common(request)
+    _require(request.num_senders <= MAX_SENDERS, f"{request.num_senders} senders: want at most {MAX_SENDERS}")
+    for number in range(request.num_senders):
+        _check_store(request.of_sender(number), host=host)
+    _require(2 <= request.world_size <= MAX_WORLD_SIZE, f"world_size {request.world_size}")
+    _require(
+        1 <= request.rank <= request.world_size - num_ranks,
+        f"rank {request.rank} of {request.world_size}, and this engine has {num_ranks}",
+    )
+    _require(request.backend in ("gloo", "nccl"), "backend: want gloo or nccl")
+    _require(_SECRET.fullmatch(request.secret) is not None, "secret: want 64 hexadecimal digits or nothing")
+
+
+def _check_store(request: FormGroup, *, host: str) -> None:
     _require(1 <= request.master_port <= 65535, f"master_port {request.master_port}")
     _require(
         _HOST.fullmatch(request.master_address) is not None, "master_address: want a host name or address"
@@ -55,13 +70,6 @@ def check_form_group(request: FormGroup, *, host: str, num_ranks: int) -> None:
         f"master_address {request.master_address} is on another machine, and this server listens on {host}: "
         "set rollout.host, or weights.host to a loopback address",
     )
-    _require(2 <= request.world_size <= MAX_WORLD_SIZE, f"world_size {request.world_size}")
-    _require(
-        1 <= request.rank <= request.world_size - num_ranks,
-        f"rank {request.rank} of {request.world_size}, and this engine has {num_ranks}",
-    )
-    _require(request.backend in ("gloo", "nccl"), "backend: want gloo or nccl")
-    _require(_SECRET.fullmatch(request.secret) is not None, "secret: want 64 hexadecimal digits or nothing")
 
 
 def check_push(request: PushWeights, *, integrity: str) -> None:

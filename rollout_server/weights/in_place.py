@@ -116,9 +116,10 @@ class SglangWeightUpdate(EngineReceives):
                     await client.synchronize(timeout_s=push.left_s())
                 await client.begin_weight_update()
                 push.ready()
-                for bucket in push.manifest.buckets:
+                for index, bucket in enumerate(push.manifest.buckets):
+                    group_name = client.group_of_bucket(request.group_name, index)
                     await client.update_weights_from_distributed(
-                        bucket, group_name=request.group_name, timeout_s=push.left_s()
+                        bucket, group_name=group_name, timeout_s=push.left_s()
                     )
                 # Here and not in the digest below, because over NCCL this waits for the other ranks.
                 await client.synchronize(timeout_s=push.left_s())

@@ -215,6 +215,14 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["rollout.engine=sglang", "rollout.sglang.url=gpu0"], "https://host:port"),
         (["rollout.engine=sglang", "rollout.sglang.url=http://gpu0:30000"], "is not encrypted"),
         (["rollout.engine=sglang", "rollout.sglang.url=https://gpu0:30000"], "api_key_file"),
+        (
+            ["task={name: data, reward: [{name: judge, url: 'http://u:pw@far:1/v1', api_key_file: k}]}"],
+            r"task\.reward\.url: http://far is not encrypted, and task\.reward\.api_key_file would go there",
+        ),
+        (
+            ["eval.sets={a: {task: {name: x, reward: {name: model, url: [http://far], api_key_file: k}}}}"],
+            r"eval\.sets\.a\.reward\.url: http://far is not encrypted",
+        ),
         (["rollout.engine=sglang", "rollout.sglang.args=--api-key=x"], "remove --api-key"),
         (["rollout.engine=sglang", "rollout.sglang.args=--tp 1 --host 0.0.0.0"], "remove --host"),
         (["rollout.engine=sglang", "rollout.sglang.args=--tp 2"], r"rollout\.gpus_per_engine=1 contradict"),

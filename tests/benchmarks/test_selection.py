@@ -288,6 +288,7 @@ def test_table_has_means_over_seeds() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_trial_at_fixed_age(tmp_path: Path) -> None:
     trial = replace(
         trial_of("default", "token TIS, band", lag=2, factor=1, seed=3),

@@ -19,7 +19,7 @@ from areal_like.config import from_mapping
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import save_config
 from areal_like.terminal_text import harmless, harmless_name
-from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+from areal_like.trajectory import NOT_SAMPLED, STEP_ENDS, STEP_REWARDS, FinishReason, Trajectory
 from areal_like.wire.records import Record
 from buffer.storage import sql
 from buffer.storage.segments import SegmentWriter
@@ -207,6 +207,29 @@ def test_a_conversation_has_lags_by_turn(run: Path, capsys: pytest.CaptureFixtur
         assert line in shown
     (evaluated, _) = samples(run, capsys, "--set", "aime")
     assert (evaluated["lag"], evaluated["step"], evaluated["newest_version"]) == (None, 3, 4)
+
+
+def test_steps_with_rewards_are_listed(
+    run: Path, ledger: LedgerOnDisk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pieces = [("1=", NOT_SAMPLED), ("ab\ncd", 3), ("tool", NOT_SAMPLED), ("e" * 90, 4)]
+    ends, rewards = np.array([4, 7, 7, 101], np.int32), np.array([0.5, -1, 0, 0.25], np.float32)
+    arrays = {STEP_ENDS: ends, STEP_REWARDS: rewards}
+    ledger.group(6, trajectory(*pieces, reward=-0.25, arrays=arrays), step=4, position=2)
+    (found,) = samples(run, capsys, "--ticket", "6")
+    texts, counts = ["ab", "\ncd", "", "e" * 90], [2, 3, 0, 90]
+    assert found["steps"] == [
+        {"text": text, "num_sampled": count, "reward": reward}
+        for text, count, reward in zip(texts, counts, rewards.tolist(), strict=True)
+    ]
+    assert main(["samples", str(run), "--ticket", "6"]) == 0
+    shown = capsys.readouterr().out
+    for line in (
+        "  step 1: 2 sampled, reward 0.5: ab\n",
+        "  step 2: 3 sampled, reward -1: cd\n",
+        f"  step 4: 90 sampled, reward 0.25: {'e' * 80}...\n",
+    ):
+        assert line in shown
 
 
 @pytest.mark.usefixtures("ledger")

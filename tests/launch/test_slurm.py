@@ -144,6 +144,14 @@ def test_score_servers_are_not_submitted() -> None:
         ConfigError, match=r"^submit: scorer\.path=rm: .* set task\.reward\.url to their URLs"
     ):
         settings_for_nodes(["name=x", "scorer.path=rm", "security.insecure=true"], trainer_nodes=1)
+    for reward in ("model", "{name: model, chat: true}", "[exact, {name: model, weight: 2}]"):
+        tasks = [f"task={{name: data, train: t, reward: {reward}}}"]
+        tasks.append(f"task={{name: mixture, tasks: {{a: {{name: data, gold_reward: {reward}}}}}}}")
+        for task in tasks if not reward.startswith("[") else tasks[:1]:
+            with pytest.raises(ConfigError, match=r"^submit: task: the reward `model` without `url`"):
+                settings_for_nodes(["name=x", task, "security.insecure=true"], trainer_nodes=1)
+    asks = "task={name: data, train: t, reward: {name: model, url: 'http://a'}}"
+    settings_for_nodes(["name=x", asks, "security.insecure=true"], trainer_nodes=1)
 
 
 def test_waiting_servers_go_first_and_then_the_newest() -> None:

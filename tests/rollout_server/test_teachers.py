@@ -134,6 +134,36 @@ def test_the_next_server_is_asked(renderer: PromptRenderer, caplog: pytest.LogCa
         asyncio.run(body())
 
 
+def test_a_hanging_server_is_avoided_for_a_while(renderer: PromptRenderer) -> None:
+    """By the requests that wait for a slot at it, too."""
+
+    async def body() -> None:
+        async with PlayedTeacher().running() as hanging, PlayedTeacher().running() as other:
+            urls = [hanging.url, other.url]
+            async with pool_of(renderer, {"default": urls}, max_requests=1, retry_s=500.0) as pool:
+                hanging.released.clear()
+                asked = [asyncio.create_task(pool.logprobs(samples()[0])) for _ in range(6)]
+                await hanging.asked.wait()
+                while sum(task.done() for task in asked) < 3:
+                    await asyncio.sleep(0.001)
+                advance(61)
+                while pool.num_failures < 1:
+                    await asyncio.sleep(0.001)
+                advance(11)  # the pause before the failed one asks again
+                await asyncio.wait_for(asyncio.gather(*asked), HANG_LIMIT_S)
+                for _ in range(4):
+                    await asyncio.wait_for(pool.logprobs(samples()[0]), HANG_LIMIT_S)
+                assert pool.num_failures == 1 and pool.num_requests == 10
+                hanging.released.set()
+                advance(61)
+                before = len(hanging.bodies)
+                for _ in range(2):
+                    await pool.logprobs(samples()[0])
+                assert len(hanging.bodies) == before + 1, "it is used again"
+
+    moved_clock.run(body())
+
+
 def test_a_dead_teacher_delays_and_fails_its_samples(renderer: PromptRenderer) -> None:
     """It is named among the waits meanwhile. Another teacher's samples are not affected."""
 

@@ -24,13 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from areal_like.config import Config
 from areal_like.trajectory import Trajectory
 from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
 from areal_like.wire.messages.consumer import Fetch, Group, StartTraining
 from rollout_server.rendering.jinja import JinjaRenderer
 from tests.support.buffer_harness import FakeTrainer, connected, running_buffer, trainer_hello
 from tests.support.chat_models import APPENDING, chat_tokenizer, jinja_renderer
-from tests.support.rollout_harness import serving
+from tests.support.rollout_harness import ServerProcess, serving
 from tests.support.saying_engine import saying_engine
 from tests.support.scripted_policy import save_chat_model
 from tests.support.session_server import SayingPolicy
@@ -55,6 +56,9 @@ class AgentJob:
     """Of the rollout server."""
     fetch_position: Callable[[int], Group]
     """Waits for the group at a position of the step."""
+    config: Config
+    server: ServerProcess
+    """rollout-0."""
     num_fetched: int = 0
 
     @property
@@ -88,8 +92,9 @@ class AgentJob:
 
 
 @contextlib.contextmanager
-def running_agent_job(directory: Path) -> Iterator[AgentJob]:
-    """A job in this directory, ready for claims; its processes are killed at the end."""
+def running_agent_job(directory: Path, *, max_episodes: int = 0) -> Iterator[AgentJob]:
+    """A job in this directory, ready for claims; its processes are killed at the end. `max_episodes`: the
+    most samples of one server; 0: the default."""
     model = save_chat_model(directory / "model", context=CONTEXT)
     chat_tokenizer(APPENDING).save_pretrained(model)
     policy = SayingPolicy(jinja_renderer(APPENDING))
@@ -98,7 +103,9 @@ def running_agent_job(directory: Path) -> Iterator[AgentJob]:
         resources = contextlib.AsyncExitStack()
         stack.callback(lambda: run(resources.aclose()))
         engine = run(resources.enter_async_context(saying_engine(policy)))
-        buffer = stack.enter_context(running_buffer(directory, **_settings(model, engine=engine)))
+        buffer = stack.enter_context(
+            running_buffer(directory, **_settings(model, engine=engine, max_episodes=max_episodes))
+        )
         port = int(buffer.address.rsplit(":", 1)[1])
         config = dataclasses.replace(
             buffer.config, buffer=dataclasses.replace(buffer.config.buffer, port=port)
@@ -110,20 +117,33 @@ def running_agent_job(directory: Path) -> Iterator[AgentJob]:
         trainer = FakeTrainer(config, run(resources.enter_async_context(connected(buffer, hello))))
         run(trainer.call(StartTraining(step=0)))
         file = server.paths.endpoints / "rollout-0.json"
-        server.wait_until(
-            lambda: file.exists() and "sessions" in json.loads(file.read_text()),
-            what="the address of sessions",
-        )
+        url = sessions_url(server, "rollout-0")
         endpoint = json.loads(file.read_text())
         yield AgentJob(
-            url=endpoint["sessions"],
+            url=url,
+            config=config,
+            server=server,
             policy=policy,
             metrics_url=f"http://{endpoint['http']}/metrics",
             fetch_position=lambda position: run(trainer.call(Fetch(step=0, position=position))),
         )
 
 
-def _settings(model: Path, *, engine: str) -> dict[str, Any]:
+def sessions_url(server: ServerProcess, name: str) -> str:
+    """Waits for the address of a server's sessions."""
+    file = server.paths.endpoints / f"{name}.json"
+    server.wait_until(
+        lambda: (
+            file.exists()
+            and (found := json.loads(file.read_text()))["pid"] == server.process.pid
+            and "sessions" in found
+        ),
+        what="the address of sessions",
+    )
+    return str(json.loads(file.read_text())["sessions"])
+
+
+def _settings(model: Path, *, engine: str, max_episodes: int) -> dict[str, Any]:
     return {
         "model": {"path": str(model)},
         "task": {"name": "external"},
@@ -137,6 +157,7 @@ def _settings(model: Path, *, engine: str) -> dict[str, Any]:
             "max_context": CONTEXT,
             "max_running": 4,
             "queue_samples": 4,
+            **({"max_episodes": max_episodes} if max_episodes else {}),
         },
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from trainer.batching.packing import collate
 from trainer.batching.training_sample import TrainingSample
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
-from trainer.distributed.sharding import RowShard, gather, local, shards_of
+from trainer.distributed.sharding import gather, local, shards_of
 from trainer.models import packed_model
 from trainer.models.policy import Policy
 from trainer.step.runner import StepRunner
@@ -112,7 +113,7 @@ def _measure(policy: Policy, ranks: Ranks, out_dir: Path, step: int) -> None:
     logp_S.sum().backward()  # type: ignore[no-untyped-call]
     params = dict(policy.named_parameters())
     grads = [
-        RowShard(name=shard.name, rows=local(grad), shape=shard.shape)
+        replace(shard, rows=local(grad))
         for shard in shards_of(policy)
         if (grad := params[f"model.{shard.name}"].grad) is not None
     ]

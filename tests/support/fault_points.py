@@ -1,7 +1,7 @@
 """Objectives whose trainer is killed at given points, or slow, for tests of resumption.
 
 Set `objective._target_=tests.support.fault_points.KilledTrainer` and `objective.deaths`, for instance
-`"update:5 push:6 save:7 commit:11"`. Each death happens once, by SIGKILL, and leaves a file in
+`"update:5 push:6 sender:7 save:7 commit:11"`. Each death happens once, by SIGKILL, and leaves a file in
 `objective.folder`, so that neither the next trainer nor a replay with the same settings is killed there
 again. A death waits for the checkpoint in flight, because a step may be quicker than the writing of a
 checkpoint; without the wait, the step from which the next trainer resumes would vary. `poison:3` kills every
@@ -28,7 +28,7 @@ from trainer.weights.broadcaster import Broadcaster
 from trainer.weights.snapshot import GatheredBucket, Snapshot
 
 _MID_PUSH = 2
-"""Bucket that is read after the first one has been broadcast, and before the second one is."""
+"""Bucket of a sender that is read after its first one has been broadcast, and before its second one is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,12 @@ class KilledTrainer(TruncatedIS):
             return await push(broadcaster, snapshot, step=step, **rest)
 
         def read_or_die(snapshot: Snapshot, index: int) -> GatheredBucket:
-            if index == _MID_PUSH:  # an earlier bucket has arrived at the engines
-                points.at("push", points.pushed_step)
+            snapshotter = snapshot._snapshotter
+            if index == snapshotter.share[_MID_PUSH]:  # an earlier bucket has arrived at the engines
+                if snapshotter.is_helper:  # of a run that starts at step 0 and pushes after every step
+                    points.at("sender", snapshot.number - 1)
+                else:
+                    points.at("push", points.pushed_step)
             return read(snapshot, index)
 
         StepRunner.run = run_or_die  # type: ignore[method-assign]

@@ -5,6 +5,8 @@ The trainer itself never holds all weights: it gathers one bucket at a time.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from trainer.distributed.sharding import RowShard, gather, shards_of
@@ -13,7 +15,7 @@ from trainer.models.packed_model import PackedModel
 
 def copy_shards(model: PackedModel) -> list[RowShard]:
     """A copy of this rank's shards of the weights; the model may change afterwards."""
-    return [RowShard(name=s.name, rows=s.rows.clone(), shape=s.shape) for s in shards_of(model)]
+    return [replace(shard, rows=shard.rows.clone()) for shard in shards_of(model)]
 
 
 def gather_full_state(model: PackedModel) -> list[tuple[str, Tensor]]:

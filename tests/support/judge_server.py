@@ -44,6 +44,8 @@ class JudgeServer:
     headers: list[dict[str, str]] = field(default_factory=list)
     most_at_once: int = 0
     """Requests that were open at the same time."""
+    pages: dict[str, Any] = field(default_factory=dict)
+    """Path -> its JSON, for GET; every other path has status 404."""
 
 
 def completion(text: str) -> bytes:
@@ -82,6 +84,11 @@ def judge_server(*answers: Answer, reply: Callable[[str], str] | None = None) ->
             finally:
                 with lock:
                     num_open -= 1
+
+        def do_GET(self) -> None:
+            page = server.pages.get(self.path)
+            body = json.dumps(page).encode()
+            self._send(Answer(body=body, status=404 if page is None else 200), "")
 
         def _send(self, answer: Answer, text: str) -> None:
             content = completion(text) if answer.body is None else answer.body

@@ -35,10 +35,7 @@ METHODS = {
 def adapter_shards(model: nn.Module) -> list[RowShard]:
     """This rank's rows of a transformers model's adapter under PEFT's names, sharing memory."""
     params = dict(model.named_parameters())
-    return [
-        RowShard(name=tensor.name, rows=local(params[tensor.param].detach()), shape=torch.Size(tensor.shape))
-        for tensor in adapter_tensors(model)
-    ]
+    return [RowShard.of(tensor.name, params[tensor.param]) for tensor in adapter_tensors(model)]
 
 
 def adapter_of(policy: Policy) -> dict[str, Tensor]:
@@ -107,7 +104,7 @@ def narrow(ranks: Ranks, out_dir: Path, path: str) -> None:
             assert (param.grad is not None) == param.requires_grad, name
             if param.grad is not None:
                 assert param.dtype == param.grad.dtype == torch.float32
-                gradients.append(RowShard(name=name, rows=local(param.grad), shape=param.shape))
+                gradients.append(RowShard.of(name, param, local(param.grad)))
         found = dict(gather(gradients))
         if ranks.rank == 0:
             save_file({k: v.contiguous() for k, v in found.items()}, out_dir / f"{dtype}.safetensors")

@@ -27,7 +27,8 @@ from trainer.step.runner import StepRunner
 def memory(ranks: Ranks, out_dir: Path, settings: str) -> None:
     """Writes the measured and the traced peak of a rank, in bytes, to `rank-N.json`."""
     config, shape = with_local_model(from_mapping(json.loads(settings)))
-    ranks = Ranks(context_parallel=config.trainer.context_parallel)
+    trainer = config.trainer
+    ranks = Ranks(context_parallel=trainer.context_parallel, replicas=trainer.replicas)
     lengths = lengths_of(config, max_positions=shape.max_positions)
     # Once before: libraries, threads and work buffers stay.
     run_steps(build_runner(config, ranks), config, lengths, ranks, microbatches=[1])

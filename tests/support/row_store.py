@@ -9,7 +9,7 @@ from typing import Self
 
 from areal_like.wire.records import Record, RecordLocation
 from buffer.storage import sql
-from buffer.storage.base import Recovered
+from buffer.storage.base import Recovered, first_of
 from buffer.storage.changes import Changes, RowRecorder
 from buffer.tickets import SampleSummary, State, Ticket
 
@@ -49,6 +49,11 @@ class RowStore(RowRecorder):
     def put_sample(self, sample: SampleSummary, record: Record) -> None:
         super().put_sample(sample, record)
         self.records.setdefault(record.ticket_id, {})[record.sample_index] = record
+
+    def entries_of(self, ticket_id: int, sample_index: int, *, first: int, max_bytes: int) -> list[bytes]:
+        self._flush()
+        rows = sql.read_entries(self.connection, ticket_id, sample_index, first=first)
+        return first_of(list(rows), max_bytes=max_bytes)
 
     def release(self, ticket: Ticket) -> None:
         super().release(ticket)

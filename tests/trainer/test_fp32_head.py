@@ -23,6 +23,8 @@ from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.policy import Policy
+from trainer.models.reward_model import RewardModel
+from trainer.models.value_model import ValueModel
 
 LENGTH = 24
 
@@ -262,3 +264,24 @@ def test_a_fast_cpu_splits_large_products() -> None:
         assert float((found.double() - exact).norm() / exact.norm()) < 2.0**-8
     assert fp32_operand(torch.zeros(1 << 15, 128, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert fp32_operand(torch.zeros(100, 96, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("cls", [RewardModel, ValueModel])
+def test_scores_and_values_of_a_bfloat16_model_are_float32(
+    cls: type[RewardModel] | type[ValueModel], tmp_path: Path
+) -> None:
+    path = write_model(tmp_path, "qwen3", dtype=torch.bfloat16)
+    model = cls.load(path, Ranks.alone(), dtype="bfloat16")
+    head: Any = model.model.get_submodule("score" if cls is RewardModel else "lm_head")
+    with torch.no_grad():
+        local(head.weight).normal_(generator=torch.Generator().manual_seed(0))
+    seen: list[Tensor] = []
+    head.register_forward_hook(lambda _, inputs, out: seen.extend((inputs[0].detach(), out.detach())))
+    value_S = model(batch_of(0))
+    hidden_SD, out_S1 = seen
+    weight_1D = local(head.weight).detach().bfloat16().float()
+    assert hidden_SD.dtype == torch.bfloat16 and out_S1.dtype == torch.float32
+    assert torch.allclose(out_S1, hidden_SD.float() @ weight_1D.T, rtol=1e-5, atol=1e-6)
+    assert (value_S.bfloat16().float() != value_S).any()
+    value_S.sum().backward()
+    assert local(head.weight.grad).abs().sum() > 0

@@ -18,8 +18,8 @@ from areal_like.errors import ConfigError
 from areal_like.runtime.metrics import Metrics
 from areal_like.trajectory import Trajectory
 from benchmarks.staleness_cell import Sampler
-from tests.support.critic_ranks import SETTINGS
 from tests.support.full_state import gather_full_state
+from tests.support.second_model_ranks import CRITIC as SETTINGS
 from tests.support.trainer_helpers import random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import last_gradient, make_runner
 from trainer.advantages import ADVANTAGES, FloatArray
@@ -35,6 +35,8 @@ from trainer.models.policy import build_policy
 from trainer.models.tiny import build_tiny_model
 from trainer.step.build import build_step_runner
 from trainer.step.runner import StepRunner
+
+RANKS = "tests.support.second_model_ranks"
 
 PLAIN = {"advantage": {"name": "gae"}}
 
@@ -260,7 +262,7 @@ def test_missing_critic_or_greedy_setting_is_refused(tmp_path: Path, ranks: Rank
 
 def test_cuts_and_ranks_do_not_change_gae_gradients(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model", "qwen2")
-    run_ranks("gradients", str(tmp_path), path, world_size=2, module="tests.support.critic_ranks")
+    run_ranks("gradients", str(tmp_path), path, "critic", world_size=2, module=RANKS)
     runner = make_runner(path, ranks, beta1=0.0, settings=SETTINGS, budget_tokens=1000)
     for step in range(2):
         metrics = runner.run(random_groups(8, seed=step), step=step)
@@ -299,7 +301,7 @@ def test_critic_checkpoint_loads_at_any_world_size(
     checkpoints.save(1, runner.policy, runner.optimizer, ranks, extra={})  # of a run without a critic
     checkpoints.save(2, runner.policy, runner.optimizer, ranks, critic=runner.critic, extra={})
     checkpoints.wait()
-    run_ranks("resume", str(tmp_path), path, world_size=2, module="tests.support.critic_ranks")
+    run_ranks("resume", str(tmp_path), path, "critic", world_size=2, module=RANKS)
     runner.run(random_groups(4, seed=2), step=2)
 
     again = make_runner(path, ranks, settings=SETTINGS)

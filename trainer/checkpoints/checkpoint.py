@@ -5,8 +5,9 @@
                   rows/                                        masters, moments, random state (`writing`)
                   trainer_state.json                           format, step, `extra`
 
-Each rank writes and reads its own rows, so no rank ever holds the whole state. The weights' files have the
-dtype of `model.dtype`. If that is the masters' dtype, they hold the masters, which are not written twice.
+Each rank of replica 0 writes its rows, and every rank reads its own, so no rank ever holds the whole state.
+The weights' files have the dtype of `model.dtype`. If that is the masters' dtype, they hold the masters,
+which are not written twice.
 
 With an adapter neither weights nor config.json of the base are written, only its digest.
 
@@ -192,7 +193,7 @@ class Checkpoints:
         self.open(ranks)
         self.saved_step, self._saved_s = step, time.monotonic()
         assert self._peers is not None
-        models = _models(policy, optimizer, critic, prm, proximal)
+        models = _models(policy, optimizer, critic, prm, proximal) if ranks.replica == 0 else {}
         files = {name: self._files_of(name, model, adam, ranks) for name, (model, adam) in models.items()}
         for each in files.values():
             each.take()
@@ -280,7 +281,7 @@ class Checkpoints:
 
         If the checkpoint has no critic or reward model, `critic` or `prm` gets its initial weights, and if
         it has no proximal policy, `proximal` gets the policy's, with a warning. Raises ConfigError if there
-        is no such checkpoint, it cannot be read, or it is of another model.
+        is no such checkpoint, it cannot be read, or it is of another model, or if the replicas differ.
         """
         path = self.path(step)
         if step not in self.steps():
@@ -299,13 +300,15 @@ class Checkpoints:
                     f"{path}: written by another version (format {state['format']}, this is {FORMAT})"
                 )
             extra: dict[str, Any] = state["extra"]
-            reader = StateReader(path, ranks)
-            self._read(reader, state, path, _models(policy, optimizer, critic, prm, proximal))
+            reader, models = StateReader(path, ranks), _models(policy, optimizer, critic, prm, proximal)
+            self._read(reader, state, path, models)
             if state["format"] == FORMAT and not policy.has_adapter:
                 _check_untouched(path, policy)
         except (OSError, KeyError, TypeError, WeightSyncError) as error:
             raise ConfigError(f"{path} cannot be read ({error!r}): resume from another step") from error
         ranks.any(True)  # waits until every rank has found and read it
+        for model, state_of_model in models.values():
+            model.check_replicas(state_of_model.shards.values())
         self.saved_step, self._saved_s = step, time.monotonic()
         return extra
 

@@ -64,7 +64,7 @@ class StateReader:
 
     def __init__(self, path: Path, ranks: Ranks) -> None:
         self._path = path
-        self._rank, self._world_size = ranks.rank, ranks.world_size
+        self._rank, self._world_size = ranks.shard_rank, ranks.num_shards
 
     def models(self) -> dict[str, ModelRows]:
         """Reads the index of a checkpoint with rows: kind of model -> its row files."""

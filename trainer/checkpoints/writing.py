@@ -111,7 +111,7 @@ class ModelFiles:
         """`name`: beginning of the row files' names. `dtype`: dtype of the weights' files; None: there are
         none."""
         self._optimizer = optimizer
-        self._rank, self._world_size = ranks.rank, ranks.world_size
+        self._rank, self._world_size = ranks.shard_rank, ranks.num_shards
         world_size = self._world_size
         self._copy = HostCopy(optimizer)
         self._weights: HfFiles | None = None

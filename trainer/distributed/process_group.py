@@ -115,6 +115,7 @@ def joined_ranks(
             device=device,
             control_timeout_s=control_timeout_s,
             context_parallel=config.trainer.context_parallel,
+            replicas=config.trainer.replicas,
             collective_timeout_s=config.trainer.collective_timeout_s,
         )
         if config.trainer.groups_per_step < ranks.num_data:
@@ -128,6 +129,8 @@ def joined_ranks(
                 ranks.context.size,
                 ranks.num_data,
             )
+        if ranks.replicas is not None:
+            log.info("%d replicas of %d ranks each", ranks.num_replicas, ranks.num_shards)
         connections = RankConnections()
         connections.end_when_dead()
         members = watch_members(ranks, meeting, timeout_s=config.trainer.collective_timeout_s)

@@ -12,7 +12,8 @@ still fetching, while no rank should be late in the collectives of a forward.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from time import monotonic
@@ -24,7 +25,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from areal_like.errors import ArealError, ConfigError
+from areal_like.weights.buckets import checksum
 from trainer.distributed.context import ContextGroup
+from trainer.distributed.replicas import Replicas
 
 _ABANDONED = 2
 """Vote of a rank that abandons the step; 0: it has no micro-batch left, 1: it has one."""
@@ -87,11 +90,15 @@ class Ranks:
     """Every method is collective: all ranks call it in the same order.
 
     With `trainer.context_parallel` the ranks are a mesh of data ranks x ranks of a context group
-    (`context.py`). The model is sharded over all of them.
+    (`context.py`). The model is sharded over all of them, or with `trainer.replicas` over those of a replica
+    (`replicas.py`). Neither depends on the other: a context group may be a part of a replica, or have ranks
+    of several.
     """
 
     context: ContextGroup | None = None
     """The ranks that compute micro-batches together with this one; None: it is alone."""
+    replicas: Replicas | None = None
+    """The replicas of the model; None: there is one."""
 
     def __init__(
         self,
@@ -99,24 +106,31 @@ class Ranks:
         device: torch.device | str = "cpu",
         control_timeout_s: float | None = None,
         context_parallel: int = 1,
+        replicas: int = 1,
         collective_timeout_s: float | None = None,
     ) -> None:
         """Needs the default process group.
 
         `control_timeout_s`: time limit of a control collective; None: the default group's.
-        `context_parallel`: `trainer.context_parallel`. `collective_timeout_s`: time limit of a collective of
-        a context group; None: torch's. Raises ConfigError if the ranks cannot be divided into such groups.
+        `context_parallel`, `replicas`: the settings of these names. `collective_timeout_s`: time limit of a
+        collective of a context group or of replicas; None: torch's. Raises ConfigError if the ranks cannot be
+        divided in this way.
         """
         self.device = torch.device(device)
         self.place = RankPhase()
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self.mesh = init_device_mesh(self.device.type, (self.world_size,))
-        if self.world_size % context_parallel:
-            raise ConfigError(
-                f"trainer.context_parallel={context_parallel} does not divide the number of ranks, "
-                f"{self.world_size}: change trainer.world_size or trainer.context_parallel"
-            )
+        for key, num in (("trainer.context_parallel", context_parallel), ("trainer.replicas", replicas)):
+            if self.world_size % num:
+                raise ConfigError(
+                    f"{key}={num} does not divide the number of ranks, {self.world_size}: change "
+                    f"trainer.world_size or {key}"
+                )
+        if replicas > 1:
+            self.replicas = Replicas(replicas, device_type=self.device.type, timeout_s=collective_timeout_s)
+            self.mesh = self.replicas.mesh["shard"]
+        else:
+            self.mesh = init_device_mesh(self.device.type, (self.world_size,))
         if context_parallel > 1:
             self.context = ContextGroup(context_parallel, timeout_s=collective_timeout_s)
         self._control: dist.ProcessGroup | None = None
@@ -140,6 +154,26 @@ class Ranks:
     def context_parallel(self) -> int:
         """Number of ranks of a context group; 1: every rank computes micro-batches of its own."""
         return 1 if self.context is None else self.context.size
+
+    @property
+    def num_replicas(self) -> int:
+        """Number of replicas of the model (`trainer.replicas`)."""
+        return 1 if self.replicas is None else self.replicas.num
+
+    @property
+    def replica(self) -> int:
+        """Number of this rank's replica. Replica 0 saves and pushes."""
+        return 0 if self.replicas is None else self.replicas.number
+
+    @property
+    def num_shards(self) -> int:
+        """Number of ranks over which the model is sharded: those of a replica."""
+        return self.world_size // self.num_replicas
+
+    @property
+    def shard_rank(self) -> int:
+        """Number of this rank in its replica, which determines its rows."""
+        return self.rank % self.num_shards
 
     @property
     def num_data(self) -> int:
@@ -207,6 +241,24 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(values, group=self._control)
         return values
+
+    def sum_of_shards(self, values: Tensor) -> Tensor:
+        """Element-wise sum over the ranks of one replica of a CPU tensor, in place: the same bits on every
+        rank."""
+        return self.sum(values if self.replica == 0 else values.zero_())
+
+    def difference_of_replicas(self, rows: Iterable[Tensor]) -> str:
+        """Which ranks hold other rows than the ranks of their number in replica 0, and that they do, for a
+        message; empty if the replicas are equal, to the last bit. `rows`: this rank's, in the same order on
+        all ranks."""
+        if self.replicas is None:
+            return ""
+        own = 0
+        for each in rows:
+            own = zlib.crc32(checksum(each.contiguous().view(-1).view(torch.uint8)).to_bytes(4, "big"), own)
+        sums_RS = self.stack(torch.tensor([own])).view(self.num_replicas, self.num_shards)
+        others = (sums_RS != sums_RS[0]).flatten().nonzero()[:, 0].tolist()
+        return f"ranks {', '.join(map(str, others))} hold other weights than replica 0" if others else ""
 
     def stack(self, vector: Tensor) -> Tensor:
         """[world size, length]: the CPU vectors of all ranks, of equal length, in rank order."""

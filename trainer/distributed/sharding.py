@@ -1,14 +1,15 @@
 """This rank's rows of a model's parameters, and their exchange with whole tensors and gradients.
 
-FSDP2 shards rows: of M ranks, rank r holds ceil(rows / M) rows from r * ceil(rows / M) on. Gathering uses
-plain padded tensors instead of DTensors, so that it also works for copies of the shards. Names and order are
-those of the Hugging Face model; tied weights appear once.
+FSDP2 shards rows: of the M ranks of a replica, rank r holds ceil(rows / M) rows from r * ceil(rows / M) on.
+Gathering uses plain padded tensors instead of DTensors, so that it also works for copies of the shards. Names
+and order are those of the Hugging Face model; tied weights appear once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -71,6 +72,28 @@ class RowShard:
     rows: Tensor
     shape: torch.Size
     """Shape of the whole tensor."""
+    group: Any
+    """The ranks that hold the rows together (a replica); None: this rank alone."""
+
+    @classmethod
+    def of(cls, name: str, param: Tensor, rows: Tensor | None = None) -> Self:
+        """This rank's rows of a parameter, sharing memory, or `rows` in their place."""
+        return cls(
+            name=name,
+            rows=local(param.detach()) if rows is None else rows,
+            shape=param.shape,
+            group=param.device_mesh.get_group() if isinstance(param, DTensor) else None,
+        )
+
+    @property
+    def num_ranks(self) -> int:
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    def padded(self) -> Tensor:
+        """The rows, and zeros up to the number of rows of the first rank."""
+        padded = self.rows.new_zeros((rows_per_rank(self.shape, self.num_ranks), *self.shape[1:]))
+        padded[: len(self.rows)] = self.rows
+        return padded
 
 
 def shards_of(model: nn.Module, shards: Mapping[str, Tensor] | None = None) -> list[RowShard]:
@@ -79,32 +102,27 @@ def shards_of(model: nn.Module, shards: Mapping[str, Tensor] | None = None) -> l
     `shards`: by the model's own names, only these, which may be copies; None: the model's parameters.
     """
     return [
-        RowShard(
-            name=name.removeprefix(MODEL_PREFIX),
-            rows=local(param.detach()) if shards is None else shards[name].detach(),
-            shape=param.shape,
-        )
+        RowShard.of(name.removeprefix(MODEL_PREFIX), param, None if shards is None else shards[name].detach())
         for name, param in model.named_parameters()
         if shards is None or name in shards
     ]
 
 
 def gather(shards: list[RowShard]) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, whole tensor on the CPU) on rank 0, one at a time, and nothing on other ranks.
+    """Yields (name, whole tensor on the CPU) on the first rank of each replica, one at a time, and nothing on
+    other ranks.
 
     Collective: every rank has to exhaust the iterator. With one rank the tensors share memory with shards on
     the CPU.
     """
-    world_size, rank = dist.get_world_size(), dist.get_rank()
     for shard in shards:
-        if world_size == 1:
+        if shard.num_ranks == 1:
             yield shard.name, shard.rows.cpu()
             continue
-        num_rows = rows_per_rank(shard.shape, world_size)
-        padded = shard.rows.new_zeros((num_rows, *shard.shape[1:]))
-        padded[: len(shard.rows)] = shard.rows
-        parts = [torch.empty_like(padded) for _ in range(world_size)] if rank == 0 else None
-        dist.gather(padded, parts, dst=0)
+        padded = shard.padded()
+        is_first = dist.get_rank(shard.group) == 0
+        parts = [torch.empty_like(padded) for _ in range(shard.num_ranks)] if is_first else None
+        dist.gather(padded, parts, group=shard.group, group_dst=0)
         if parts is not None:
             yield shard.name, torch.cat(parts)[: shard.shape[0]].cpu()
 
@@ -114,17 +132,13 @@ def gather_everywhere(shards: list[RowShard]) -> dict[str, Tensor]:
 
     With one rank the tensors share memory with the shards.
     """
-    world_size = dist.get_world_size()
-    if world_size == 1 or not shards:
+    num_ranks = shards[0].num_ranks if shards else 1
+    if num_ranks == 1:
         return {shard.name: shard.rows for shard in shards}
-    padded = []
-    for shard in shards:
-        rows = shard.rows.new_zeros((rows_per_rank(shard.shape, world_size), *shard.shape[1:]))
-        rows[: len(shard.rows)] = shard.rows
-        padded.append(rows)
+    padded = [shard.padded() for shard in shards]
     own = torch.cat([rows.flatten() for rows in padded])
-    gathered = own.new_empty(world_size * len(own))
-    dist.all_gather_into_tensor(gathered, own)
+    gathered = own.new_empty(num_ranks * len(own))
+    dist.all_gather_into_tensor(gathered, own, group=shards[0].group)
     sizes = [rows.numel() for rows in padded]
     of_ranks = [torch.split(part, sizes) for part in torch.split(gathered, len(own))]
     return {

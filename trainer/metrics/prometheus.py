@@ -187,6 +187,7 @@ class TrainerSeries:
             "trainer_pushes", "Weight pushes by outcome", label="outcome", values=("ok", "failed")
         )
         self._push_bytes = metrics.counter("trainer_push_bytes", "Bytes of weights broadcast")
+        self._push_senders = metrics.gauge("trainer_push_senders", "Trainer ranks that sent the last push")
         self._push_histograms = {
             name: metrics.histogram(f"trainer_push_{name}", doc, buckets=_PUSH_BUCKETS)
             for name, doc in _PUSH_HISTOGRAMS.items()
@@ -276,6 +277,7 @@ class TrainerSeries:
     def pushed(self, report: PushReport) -> None:
         self._pushes.labels("ok" if report.num_activated else "failed").inc()
         self._push_bytes.inc(report.num_bytes)
+        self._push_senders.set(report.num_senders)
         for name, histogram in self._push_histograms.items():
             histogram.observe(getattr(report, name))
         if report.recovery_seconds:

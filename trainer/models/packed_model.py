@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -230,7 +230,7 @@ class PackedModel(nn.Module):
             fully_shard(module, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=reshards)
         fully_shard(self, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=frozen)
         for module in self.modules():
-            if isinstance(module, FSDPModule) and ranks.world_size > 1:
+            if isinstance(module, FSDPModule) and ranks.num_shards > 1:
                 module.set_gradient_divide_factor(1.0)
                 # gloo supports only a plain sum, which is exact.
                 module.set_force_sum_reduction_for_comms(True)
@@ -285,18 +285,32 @@ class PackedModel(nn.Module):
         """Reads this rank's rows of the model that `build` named, and of the adapter of `model.lora.path`.
 
         Parameters that they lack become zero, a new adapter `lora.initialize`. Returns itself. Raises
-        ConfigError if the files do not fit the model.
+        ConfigError if the files do not fit the model, or are others on machines of other replicas.
+        Collective.
         """
         self.read_base()
-        if not self._lora.is_on:
-            return self
         assert self._ranks is not None
-        place = {"rank": self._ranks.rank, "world_size": self._ranks.world_size}
-        if self._lora.path:
+        place = {"rank": self._ranks.shard_rank, "world_size": self._ranks.num_shards}
+        if self._lora.is_on and self._lora.path:
             peft_folder.read_adapter(self.model, self._lora, base=self.adapter_header.base, **place)
-        else:
+        elif self._lora.is_on:
             lora.initialize(self.model, seed=self._seed, **place)
+        self.check_replicas()
         return self
+
+    def check_replicas(self, others: Iterable[Tensor] = ()) -> None:
+        """Raises ConfigError on every rank if the replicas have read different weights. Collective.
+
+        `others`: more rows that were read.
+        """
+        assert self._ranks is not None, "shard() first"
+        rows = [local(param.detach()) for param in self.parameters()]
+        buffers = [buffer for _, buffer in persistent_buffers(self.model)]
+        if difference := self._ranks.difference_of_replicas([*rows, *buffers, *others]):
+            raise ConfigError(
+                f"trainer.replicas={self._ranks.num_replicas}: {difference}, after reading {self._path} or a "
+                "checkpoint: every machine of the trainer needs the same files there"
+            )
 
     @property
     def has_adapter(self) -> bool:
@@ -331,8 +345,8 @@ class PackedModel(nn.Module):
             SafetensorsRows.of_model(self._path),
             self._stored.tensors,
             self._stored.names,
-            rank=self._ranks.rank,
-            world_size=self._ranks.world_size,
+            rank=self._ranks.shard_rank,
+            world_size=self._ranks.num_shards,
         )
         self._read_buffers()
 

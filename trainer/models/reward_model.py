@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from areal_like.automatic_settings import compute_dtype, recomputation, router_dtype
 from areal_like.config import Config
 from areal_like.errors import ConfigError
-from areal_like.precision import RouterDtype
+from areal_like.precision import Fp32Head, RouterDtype
 from areal_like.weights.untrained import is_wrapped
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
@@ -41,6 +41,8 @@ class RewardModel(PackedModel):
         if not _is_reward_model(model.config):
             self._fresh |= {f"{_HEAD}.{name}" for name, _ in model.get_submodule(_HEAD).named_parameters()}
         model.config.architectures = [type(model).__name__]
+        # Scores in bfloat16 would have 8 bits: a score of 5 would be a multiple of 1/32.
+        model.get_submodule(_HEAD).__class__ = Fp32Head
 
     @classmethod
     def skeleton(cls, path: str, *, dtype: torch.dtype) -> Any:

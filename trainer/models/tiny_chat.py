@@ -7,8 +7,8 @@ longer conversation begins with the tokens of the shorter one. The warm start re
 it, and learns the tokens inside the template's `generation` blocks: the assistant's turns.
 
 Copying a number from far back is a skill that a Transformer acquires abruptly, after many steps with hardly
-any progress. Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) on the matrices, wider
-initial weights and a rotary base for short contexts shorten that time from minutes to half a minute.
+any progress. Muon on the matrices, wider initial weights and a rotary base for short contexts shorten that
+time from minutes to half a minute.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from areal_like.adding import TOOL, noisy_demonstration
 from areal_like.chat.learned_tokens import ConversationTokens
 from areal_like.chat.token_row import TokenRow
 from areal_like.data import RowFormat
+from trainer.models.muon import Muon
 from trainer.models.tiny import character_tokenizer, untrained_model
 from trainer.models.warm_start import packed, warm_start
 
@@ -49,9 +50,9 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<assistant>' }}{% endif -%}
 """
-MATRIX_LR = 1e-2
+MATRIX_LR = 4e-3
 """Learning rate of Muon."""
-OTHER_LR = 5e-3
+OTHER_LR = 2e-3
 """Learning rate of AdamW: embedding and norms."""
 NUM_ROWS, ROW_LENGTH = 4, 256
 """Tokens of one step; the longest conversation has about 200."""
@@ -106,6 +107,6 @@ def _optimizers(model: Any) -> list[torch.optim.Optimizer]:
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=MATRIX_LR, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=MATRIX_LR),
         torch.optim.AdamW(others, lr=OTHER_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]

@@ -1,6 +1,7 @@
 """The critic's value model: a causal language model with a scalar head in place of the vocabulary's.
 
 The head's weight and bias start at zero, so every value is 0 until the critic has learned, whatever the seed.
+Of a model in bfloat16 the head's product is float32 (`Fp32Head`): values in bfloat16 would have 8 bits.
 
 Shape suffixes: S sampled tokens, C those whose values this rank computes.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from areal_like.precision import Fp32Head
 from areal_like.weights.untrained import text_config
 from trainer.batching.packing import PackedBatch
 from trainer.models.packed_model import PackedModel
@@ -23,7 +25,7 @@ class ValueModel(PackedModel):
     def __init__(self, model: Any) -> None:
         """Takes over a transformers causal LM and replaces its head."""
         config = text_config(model.config)
-        head = nn.Linear(config.hidden_size, 1, dtype=model.dtype, device=model.device)
+        head = Fp32Head(config.hidden_size, 1, dtype=model.dtype, device=model.device)
         model.config.tie_word_embeddings = config.tie_word_embeddings = False
         model.set_output_embeddings(head)
         super().__init__(model)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.attention.linear import LinearAttention, linear_layers
-from trainer.distributed.sharding import RowShard, gather_everywhere, local
+from trainer.distributed.sharding import RowShard, gather_everywhere
 from trainer.models.row_loading import stored_names
 from trainer.models.safetensors_rows import INDEX_FILE, SINGLE_FILE, SafetensorsRows, find_file
 
@@ -83,10 +83,7 @@ class WideVectors:
     @torch.no_grad()
     def gather(self) -> None:
         """Collective."""
-        shards = [
-            RowShard(name=name, rows=local(param.detach()), shape=param.shape)
-            for name, param in self._params.items()
-        ]
+        shards = [RowShard.of(name, param) for name, param in self._params.items()]
         whole: Mapping[str, Tensor] = gather_everywhere(shards)
         for name, (layer, path) in self._places.items():
             layer.exact[path] = whole[name]

@@ -159,8 +159,12 @@ class OfflineRun:
     def _train(self) -> None:
         step = self._step
         rows = self._plan.rows(step)
-        self._loss.begin(self._rows, rows, step=step)
-        metrics: dict[str, Any] = dict(self._runner.train(self._units(self._rows, rows), step=step))
+
+        def prepare() -> None:
+            self._loss.begin(self._rows, rows, step=step)
+
+        units = self._units(self._rows, rows)
+        metrics: dict[str, Any] = dict(self._runner.train(units, step=step, prepare=prepare))
         self._step = step + 1
         is_last = self.is_finished
         if is_last or self._step % self._settings.eval_interval == 0:

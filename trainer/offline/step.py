@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -110,9 +110,11 @@ class OfflineStep:
         self._budget_tokens = budget_tokens
         self._speed = StepSpeed(self.model, ranks, others=loss.others, peak_tflops=peak_tflops)
 
-    def train(self, units: Iterable[Unit], *, step: int) -> dict[str, float]:
+    def train(
+        self, units: Iterable[Unit], *, step: int, prepare: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         """Runs one optimizer step after `step` completed steps; returns its metrics, equal on all ranks
-        except for times.
+        except for times. `prepare`: called first, the loss's `begin`; its time counts as `compute_s`.
 
         Metrics: those of the loss, grad_norm, lr, num_tokens, tokens_trained (num_tokens, unless the loss
         says otherwise), shared_share, num_sequences, num_microbatches, wait_s (for the units), compute_s,
@@ -120,6 +122,8 @@ class OfflineStep:
         rank, the gradient is zero, and momentum and weight decay still move the weights.
         """
         timer = self._speed.begin(step)
+        with timer.span("compute_s"):
+            prepare()
         sums = self._sums()
         with self._dropout(step):
             for microbatch, live in self._microbatches(timer.timed("wait_s", units)):

@@ -68,6 +68,12 @@ def _at_most(plan: Plan, key: str, most: int) -> _Changed | None:
     return _trainer(plan, key, min(most, getattr(plan.config.trainer, key)))
 
 
+def _fewer_replicas(plan: Plan) -> _Changed | None:
+    """One replica for every two: each rank has half of the rows."""
+    replicas = plan.config.trainer.replicas
+    return _trainer(plan, "replicas", replicas // 2 if replicas % 2 == 0 else 1)
+
+
 def _offloaded(plan: Plan) -> _Changed | None:
     """The inputs of recomputed layers in host memory."""
     if not plan.config.trainer.gradient_checkpointing:
@@ -127,6 +133,7 @@ _CANDIDATES: tuple[_Candidate, ...] = (
     lambda plan: _trainer(plan, "gradient_checkpointing", True),
     lambda plan: _at_most(plan, "tokens_per_microbatch", plan.lengths.context),
     lambda plan: _at_most(plan, "logprob_chunk_tokens", _SMALL_CHUNK),
+    *[_fewer_replicas] * 3,
     _offloaded,
     lambda plan: _trainer(plan, "offload_optimizer", True),
     _one_snapshot,

@@ -156,7 +156,8 @@ def _generate(job: PlannedJob, engine: EngineMemory, formulas: list[str]) -> tup
     cached_bytes = context * engine.kv_per_token + 2 * engine.state
     read_bytes = weights + engine.adapters + running * cached_bytes
     read_s = read_bytes / (gpu.memory_bytes_per_s * ASSUMED.decode_bandwidth)
-    flops = (2.0 * job.trace.num_params + 4.0 * context * job.shape.attention_size) * running / parallel
+    of_position = job.shape.decode_flops_per_position(engine=config.rollout.engine)
+    flops = (2.0 * job.trace.num_params + context * of_position) * running / parallel
     decode_s = ASSUMED.decode_overhead_s + max(read_s, flops / flops_per_s)
     adapters = "all slots of adapters + " if engine.adapters else ""
     formulas.append(
@@ -198,21 +199,24 @@ def _train(job: PlannedJob, formulas: list[str]) -> tuple[float, float]:
     useful = tokens * of_weights + tokens * mean * 6.0 * job.shape.attention_size
     compute_s = executed / (trace.world_size * job.peak * ASSUMED.trainer_efficiency)
     microbatches = math.ceil(tokens / trace.num_data / job.config.trainer.tokens_per_microbatch)
-    is_one_host = job.placement.trainer_gpus <= GPUS_PER_HOST
+    # The ranks of a replica are neighbors, so a replica is on one host if hosts hold whole ones.
+    is_one_host = job.placement.trainer_gpus <= GPUS_PER_HOST or GPUS_PER_HOST % trace.num_shards == 0
     rate = _nvlink(job) if is_one_host else ASSUMED.network_bytes_per_s
     gathered = 2.0 * job.param_bytes * (trace.num_params + trace.num_adapter)
-    moved = (gathered + 4.0 * trace.num_trained) * (1 - 1 / trace.world_size)
+    moved = (gathered + 4.0 * trace.num_trained) * (1 - 1 / trace.num_shards)
     communicate_s = microbatches * moved / rate
     exchange_s = _exchange_seconds(job, formulas, tokens=tokens)
+    replicas_s = _replicas_seconds(job, formulas)
     offload_s = _offload_seconds(job, formulas, microbatches=microbatches)
-    train_s = max(compute_s, communicate_s) + exchange_s + offload_s
+    apart_s = exchange_s + replicas_s + offload_s
+    train_s = max(compute_s, communicate_s) + apart_s
     if job.config.trainer.kernels == "auto" and job.config.model.dtype == "bfloat16":
         trainer = job.config.trainer
         has_fa3 = job.placement.gpu.name in ("H100", "H200") and trainer.attention != "rectangles"
         liger = 0.0 if trainer.compile else ASSUMED.liger_saving
         share = tokens * mean * attention / executed if has_fa3 else 0.0
         saved = liger + share * (1 - ASSUMED.fa3_attention)
-        faster_s = max(compute_s * (1 - saved), communicate_s) + exchange_s + offload_s
+        faster_s = max(compute_s * (1 - saved), communicate_s) + apart_s
         formulas.append(
             f"training = {faster_s:.1f} s instead of {train_s:.1f} s with trainer.kernels=auto, if the "
             f"packages are installed. UNPROVEN: assumes that Liger saves {liger:.0%} of the computation and "
@@ -223,6 +227,7 @@ def _train(job: PlannedJob, formulas: list[str]) -> tuple[float, float]:
     formulas += [
         f"training = max(compute {compute_s:.1f} s, FSDP2 {communicate_s:.1f} s)"
         + (f" + context groups {exchange_s:.1f} s" if exchange_s else "")
+        + (f" + replicas {replicas_s:.1f} s" if replicas_s else "")
         + (f" + copies to the host and back {offload_s:.1f} s" if offload_s else "")
         + f" = {train_s:.1f} s for {tokens:.0f} tokens",
         f"compute = traced FLOPs {executed:.3g} (with recomputation; attention at the mean length) / "
@@ -249,6 +254,22 @@ def _exchange_seconds(job: PlannedJob, formulas: list[str], *, tokens: float) ->
     formulas.append(
         f"context groups = {moved / 1e9:.1f} GB of queries, keys, values and outputs from each rank "
         f"({size} ranks a group, {passes} passes) / {rate / 1e9:.0f} GB/s = {moved / rate:.1f} s"
+    )
+    return moved / rate
+
+
+def _replicas_seconds(job: PlannedJob, formulas: list[str]) -> float:
+    """Time of the sum of a step's gradients over the replicas, which is not overlapped with compute."""
+    trace = job.trace
+    if trace.replicas == 1:
+        return 0.0
+    moved = 4.0 * trace.num_trained / trace.num_shards * 2 * (1 - 1 / trace.replicas)
+    is_one_host = job.placement.trainer_gpus <= GPUS_PER_HOST
+    rate = _nvlink(job) if is_one_host else ASSUMED.network_bytes_per_s
+    formulas.append(
+        f"replicas = {moved / 1e9:.1f} GB of a step's gradients (float32) from each rank, summed over "
+        f"{trace.replicas} replicas of {trace.num_shards} ranks / {rate / 1e9:.0f} GB/s = "
+        f"{moved / rate:.1f} s"
     )
     return moved / rate
 

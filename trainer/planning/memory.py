@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from trainer.planning.engines import EngineMemory, engine_memory
 from trainer.planning.gpus import GIB, GPUS_PER_HOST
 from trainer.planning.trace import PlannedJob
+from trainer.weights.shares import sender_ranks
 
 CONTEXT_BYTES = 1.5 * GIB
 """Assumed on each trainer GPU: CUDA context, cuBLAS workspaces, NCCL's buffers."""
@@ -23,7 +24,8 @@ HOST_PROCESS_BYTES = 4 * GIB
 _SENT_BUCKETS = 2
 """Buckets on rank 0's GPU during a push: the one that is sent, and the next."""
 PROCESSES = "trainer processes"
-SNAPSHOTS = "copies of what is pushed (rank 0)"
+SNAPSHOTS = "copies of what is pushed (senders)"
+ROWS = "rows of a checkpoint that is being written"
 ROUTES = "routes of two steps (trainer)"
 KV_ROUTES = "routes of the tokens in KV caches"
 _FETCHED_STEPS = 2
@@ -133,7 +135,8 @@ def plan_memory(job: PlannedJob) -> MemoryPlan:
     largest = trace.largest_tensor_bytes / 4 * job.param_bytes
     bucket = min(max(float(job.config.weights.bucket_bytes_on("cuda")), largest), job.pushed_bytes)
     engine = engine_memory(job, trainer_bytes=trace.resident + CONTEXT_BYTES if placement.is_shared else 0.0)
-    snapshots = job.config.weights.snapshots_on(job.config.trainer.device, num_bytes=job.pushed_bytes)
+    weights = job.config.weights
+    snapshots = weights.snapshots_on(job.config.trainer.device, num_bytes=job.pushed_bytes / weights.senders)
     rank_host = _of_rank_0(job, snapshots=snapshots)
     return MemoryPlan(
         trainer={
@@ -154,12 +157,13 @@ def plan_memory(job: PlannedJob) -> MemoryPlan:
 
 
 def _of_rank_0(job: PlannedJob, *, snapshots: int) -> dict[str, float]:
-    """What rank 0 has in host memory. The other ranks have the same, without the copies of what is pushed."""
+    """What rank 0 has in host memory. The other ranks have the same, but only senders have copies of what is
+    pushed."""
     trace = job.trace
     return {
         PROCESSES: HOST_PROCESS_BYTES,
-        SNAPSHOTS: snapshots * job.pushed_bytes,
-        "rows of a checkpoint that is being written": 12.0 * trace.num_trained / trace.world_size,
+        SNAPSHOTS: snapshots * job.pushed_bytes / job.config.weights.senders,
+        ROWS: 12.0 * trace.num_trained / trace.num_shards,
         **{name: float(size) for name, size in trace.on_host_bytes.items()},
         ROUTES: _FETCHED_STEPS * job.routes_bytes / trace.world_size,
     }
@@ -169,7 +173,13 @@ def _host(job: PlannedJob, engine: EngineMemory, rank: dict[str, float]) -> dict
     """The host of rank 0, which needs the most."""
     ranks = min(job.placement.trainer_gpus, GPUS_PER_HOST)
     engines = job.config.rollout.num_servers if job.placement.is_one_host else 0
-    found = {name: size * (1 if name == SNAPSHOTS else ranks) for name, size in rank.items()}
+    # Only the ranks of replica 0 write, and senders are among them.
+    senders = sender_ranks(job.config.weights.senders, num_ranks=job.trace.num_shards)
+    num_ranks = {
+        SNAPSHOTS: sum(rank < ranks for rank in senders),
+        ROWS: min(ranks, job.trace.num_shards),
+    }
+    found = {name: size * num_ranks.get(name, ranks) for name, size in rank.items()}
     found |= {
         "engine processes": engines * HOST_PROCESS_BYTES,
         KV_ROUTES: engines * _engine_routes(job, engine),

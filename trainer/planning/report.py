@@ -108,7 +108,8 @@ def _job_lines(plan: Plan) -> list[str]:
         f"logprob_chunk_tokens={config.trainer.logprob_chunk_tokens}"
         + (", offload_activations" if config.trainer.offload_activations else "")
         + (", offload_optimizer" if config.trainer.offload_optimizer else "")
-        + (f", context_parallel={plan.trace.context_parallel}" if plan.trace.context_parallel > 1 else ""),
+        + (f", context_parallel={plan.trace.context_parallel}" if plan.trace.context_parallel > 1 else "")
+        + (f", replicas={plan.trace.replicas}" if plan.trace.replicas > 1 else ""),
         f"sequences  up to {lengths.context} tokens; assumed means: prompt {lengths.prompt:.0f}, response "
         f"{lengths.response:.0f} (--prompt-tokens, --response-tokens)",
         f"objective  {plan.objective_choice or as_setting(plan.config.objective)}",

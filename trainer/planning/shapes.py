@@ -65,9 +65,28 @@ class ModelShape:
             size = max(1, self.num_kv_heads // num_gpus) * (self.head_dim + self.value_dim)
         return self.num_attention_layers * size
 
+    def decode_flops_per_position(self, *, engine: str) -> int:
+        """FLOPs of a sampled token's attention for each position of its context, over all layers.
+
+        With multi-head latent attention SGLang multiplies queries and probabilities by the latents themselves
+        (the up-projections are absorbed into those of queries and outputs; DeepSeek-V2, arXiv 2405.04434,
+        section 2.1.2). The embedded engine expands the latents of the whole context for each token, as
+        transformers does.
+        """
+        if self.latents is None:
+            return 4 * self.attention_size
+        latent, key_part = self.latents
+        if engine == "sglang":
+            per_head = 2 * (latent + key_part) + 2 * latent
+        else:
+            expanded = self.head_dim - key_part + self.value_dim
+            per_head = 2 * (self.head_dim + self.value_dim) + 2 * latent * expanded
+        return self.num_attention_layers * self.num_heads * per_head
+
     @property
     def attention_size(self) -> int:
-        """Layers times query heads times mean head size: FLOPs of attention are proportional to it."""
+        """Layers times query heads times mean head size: FLOPs of the trainer's attention, and of the
+        engine's without latents, are proportional to it."""
         return self.num_attention_layers * self.num_heads * (self.head_dim + self.value_dim) // 2
 
 

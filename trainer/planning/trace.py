@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,6 +124,13 @@ class StepTrace:
     """FLOPs of attention by phase, for each squared token of a sequence: times the sum of squared lengths."""
     context_parallel: int = 1
     """Ranks that compute the micro-batch together. FLOPs are those of all of them, memory is that of one."""
+    replicas: int = 1
+    """Replicas of the model."""
+
+    @property
+    def num_shards(self) -> int:
+        """Number of ranks of a replica."""
+        return self.world_size // self.replicas
 
     @property
     def num_data(self) -> int:
@@ -274,6 +281,7 @@ def _step_trace(config: Config, shape: ModelShape, lengths: tuple[int, ...], tra
         linear_flops={phase: float(context * flops[phase]) for phase in phases},
         attention_flops={phase: context * flops[phase + ATTENTION] / squares for phase in phases},
         context_parallel=context,
+        replicas=config.trainer.replicas,
     )
 
 
@@ -291,10 +299,14 @@ def _fake_group(world_size: int) -> Iterator[None]:
 
 
 class _FakeRanks(Ranks):
-    """Rank 0. Sums over ranks are read as numbers, which a fake tensor does not have: all are 1."""
+    """Rank 0. Sums over ranks and checksums are read as numbers, which a fake tensor does not have: all sums
+    are 1."""
 
     def sum(self, values: Tensor) -> Tensor:
         return np.ones(values.shape)  # type: ignore[return-value]
+
+    def difference_of_replicas(self, rows: Iterable[Tensor]) -> str:
+        return ""
 
 
 class _Trace:
@@ -313,7 +325,8 @@ class _Trace:
         self._lengths = lengths
         self._max_response = max_response
         self._memory = TensorMemory(vocab_size=shape.vocab_size)
-        self._ranks = _FakeRanks(context_parallel=config.trainer.context_parallel)
+        trainer = config.trainer
+        self._ranks = _FakeRanks(context_parallel=trainer.context_parallel, replicas=trainer.replicas)
 
     def run(self) -> Traced:
         # Built outside the mode: rotary frequencies are real tensors, which `allow_non_fake_inputs` permits.

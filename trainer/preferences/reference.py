@@ -34,6 +34,7 @@ from areal_like.config import Config
 from areal_like.data.cache import remembered_hash
 from areal_like.errors import ConfigError, first_line
 from areal_like.paths import cache_dir, model_path, replacing
+from areal_like.vocabulary import check_vocabulary
 from trainer.batching.segments import values_of_targets
 from trainer.distributed.ranks import Ranks, share_of
 from trainer.models.policy import Policy, build_policy
@@ -180,7 +181,8 @@ class Reference:
 
 
 def _check_vocabulary(path: str, own: str) -> None:
-    """Raises ConfigError if the model of `path` has fewer tokens than that of `own`."""
+    """Raises ConfigError if the model of `path` has fewer tokens than that of `own`, or other ones. A
+    directory without a tokenizer has only their number."""
     of_own, of_reference = (
         int(AutoConfig.from_pretrained(each, trust_remote_code=False).get_text_config().vocab_size)
         for each in (own, path)
@@ -190,6 +192,8 @@ def _check_vocabulary(path: str, own: str) -> None:
             f"its vocabulary has {of_reference} tokens and that of {own} {of_own}: the reference must have "
             "the same tokenizer"
         )
+    if find_file(path, "tokenizer_config.json") is not None:
+        check_vocabulary(path, own)
 
 
 def stored_logps(path: Path, num: int) -> NDArray[np.float64] | None:

@@ -5,7 +5,8 @@ completions (KTO) takes labelled ones, and of other rows the best completions as
 undesirable ones; those between them are left out.
 
 KTO estimates a KL from mismatched completions: those of a row after the prompt of the next row of its step.
-Their tokens are joined, not their texts, as in TRL.
+Their tokens are joined, not their texts, as in TRL. A step of a single row, such as the last one of a run may
+be, has none: its KL counts as 0. (TRL takes the row's own completion, whose KL is its implicit reward.)
 
 Shape suffixes: N rows of the data set, Q positions in the sequence of all epochs' rows.
 """
@@ -126,18 +127,23 @@ class OptimizationRows(PreferenceRows):
             return
         usable = [int(index) for index in np.flatnonzero(self.num_tokens_N)]
         steps = [usable] if plan is None else [plan.rows(step) for step in range(plan.num_steps)]
-        pairs_Q = np.array([pair for rows in steps for pair in _mismatched_pairs(rows)])
+        of_steps = [_mismatched_pairs(rows) for rows in steps]
+        pairs_Q = np.array([pair for pairs in of_steps for pair in pairs], dtype=np.int64).reshape(-1, 2)
         counts_Q = counts_N[pairs_Q[:, 1]]
-        flat = reference.logps(
-            counts_Q,
-            lambda at: self.mismatched(int(pairs_Q[at, 0]), int(pairs_Q[at, 1])),
-            content=hashlib.sha256(
-                f"{digest} {self._longest} ".encode() + pairs_Q.astype("<i8").tobytes()
-            ).hexdigest(),
-            what=f"mismatched completions of {self._key}",
-        )
+        flat = np.zeros(0)
+        if len(pairs_Q):
+            flat = reference.logps(
+                counts_Q,
+                lambda at: self.mismatched(int(pairs_Q[at, 0]), int(pairs_Q[at, 1])),
+                content=hashlib.sha256(
+                    f"{digest} {self._longest} ".encode() + pairs_Q.astype("<i8").tobytes()
+                ).hexdigest(),
+                what=f"mismatched completions of {self._key}",
+            )
         by_position = iter(np.split(flat, np.cumsum(counts_Q)[:-1]))
-        self._mismatched_ref = [np.concatenate([next(by_position) for _ in rows]) for rows in steps]
+        self._mismatched_ref = [
+            np.concatenate([np.zeros(0), *(next(by_position) for _ in pairs)]) for pairs in of_steps
+        ]
 
     def mismatched_share(
         self, indices: Sequence[int], *, step: int | None, ranks: Ranks
@@ -200,7 +206,10 @@ def used_completions(row: PreferenceRow, *, of_pairs: bool) -> list[tuple[int, f
 
 
 def _mismatched_pairs(rows: Sequence[int]) -> list[tuple[int, int]]:
-    """(row of the prompt, row of the completions) for each row of a step."""
+    """(row of the prompt, row of the completions) for each row of a step; a row alone has no other's
+    completions."""
+    if len(rows) == 1:
+        return []
     return [(rows[at], rows[other]) for at, other in enumerate(rotated(len(rows)))]
 
 

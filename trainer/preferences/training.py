@@ -57,6 +57,8 @@ class PreferenceTraining(OfflineTraining):
         if self._reference is None:
             at_one = replace(config, sampling=replace(config.sampling, temperature=1.0))
             self._reference = Reference(at_one, ranks, path=settings.reference)
+        if is_kto and plan is not None and ranks.rank == 0:
+            warn_of_single_rows(plan)
         rows.read_reference(self._reference, plan, with_mismatched=is_kto)
         return rows
 
@@ -72,6 +74,18 @@ class PreferenceTraining(OfflineTraining):
             budget_tokens = config.trainer.tokens_per_microbatch
             return KtoLoss(model, ranks, method=method, budget_tokens=budget_tokens)
         return PairLoss(model, method=method)
+
+
+def warn_of_single_rows(plan: StepPlan) -> None:
+    """Warns of KTO's steps of one row, whose KL cannot be estimated."""
+    num_single = sum(len(plan.rows(step)) == 1 for step in range(plan.num_steps))
+    if num_single:
+        log.warning(
+            "preferences: %d of %d steps have one row, so no completions of others from which KTO's KL is "
+            "estimated: it counts as 0 there (preferences.batch_rows, preferences.batch_tokens)",
+            num_single,
+            plan.num_steps,
+        )
 
 
 def warn_of_weights(method: Kto, counts: OptimizationCounts) -> None:

@@ -14,7 +14,12 @@ from trainer.objectives import Need
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.step.proximal import ProximalPolicy
-from trainer.step.recipe import StepRecipe, warn_of_ignored_settings, warn_of_products
+from trainer.step.recipe import (
+    StepRecipe,
+    warn_of_ignored_settings,
+    warn_of_products,
+    warn_of_unused_weights,
+)
 from trainer.step.runner import StepRunner
 from trainer.step.teachers import Teachers
 
@@ -58,6 +63,7 @@ def build_step_runner(
     normalizer = Normalizer(name=trainer.normalizer, max_tokens=config.sampling.max_new_tokens)
     warn_of_ignored_settings(objective, recipe.advantage, normalizer)
     warn_of_products(config, objective)
+    warn_of_unused_weights(config)
     return StepRunner(
         policy,
         ShardedAdamW.of(trainer, policy, ranks, lr=trainer.lr),

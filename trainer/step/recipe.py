@@ -176,6 +176,20 @@ def warn_of_ignored_settings(objective: Objective, advantage: Estimator, normali
             )
 
 
+def warn_of_unused_weights(config: Config) -> None:
+    """Logs which settings of importance weights have no effect, because the teachers' loss has no weights."""
+    own = config.resolved_objective
+    counts_all = own.get("denominator", "original") == "original"
+    if own.get("name") == "distill" and config.distill.loss == "full" and counts_all:
+        for name in ("level", "mode", "cap", "low", "high", "normalize"):
+            if name in own:
+                log.warning(
+                    "objective.%s=%s is ignored: with distill.loss=full the loss has no importance weight",
+                    name,
+                    own[name],
+                )
+
+
 def warn_of_products(config: Config, objective: Objective) -> None:
     """Logs that an objective with products of ratios is of little use for answers as long as the job's."""
     longest, limit = config.longest_answer

@@ -19,32 +19,39 @@ log = logging.getLogger(__name__)
 _VERSIONS_DIFFER = "NCCL versions differ"
 
 
-def choose_backend(wanted: str, *, ours: dict[str, str], engines: Sequence[Alive]) -> tuple[str, str]:
+def choose_backend(
+    wanted: str, *, ours: dict[str, str], engines: Sequence[Alive], others: Sequence[dict[str, str]] = ()
+) -> tuple[str, str]:
     """Returns (`nccl` or `gloo`, reason why gloo replaces a wanted NCCL; empty if it does not).
 
-    `wanted`: `auto`, `nccl` or `gloo`. `ours`: `device_facts` of the trainer.
+    `wanted`: `auto`, `nccl` or `gloo`. `ours`: `device_facts` of rank 0; `others`: of the other senders.
     """
     if wanted == "gloo":
         return "gloo", ""
-    devices = (ours["device"], *(engine.device for engine in engines))
+    senders = (ours, *others)
+    devices = (*(sender["device"] for sender in senders), *(engine.device for engine in engines))
     if not all(device.startswith("cuda") for device in devices):
         return "gloo", "trainer and engines are not all on GPUs" if wanted == "nccl" else ""
     # Empty values are unknown and not compared: SGLang reports no UUID, and at a URL no NCCL version either.
-    versions = {v for v in (ours["nccl_version"], *(engine.nccl_version for engine in engines)) if v}
+    ours_and_theirs = (*(s["nccl_version"] for s in senders), *(engine.nccl_version for engine in engines))
+    versions = {version for version in ours_and_theirs if version}
     if len(versions) > 1:
         return "gloo", f"{_VERSIONS_DIFFER}: {', '.join(sorted(versions))}"
-    uuids = [uuid for uuid in (ours["device_uuid"], *(engine.device_uuid for engine in engines)) if uuid]
+    all_uuids = (*(s["device_uuid"] for s in senders), *(engine.device_uuid for engine in engines))
+    uuids = [uuid for uuid in all_uuids if uuid]
     if len(set(uuids)) < len(uuids):
         return "gloo", "two of trainer and engines share a GPU"
     return "nccl", ""
 
 
-def refuse_mixed_nccl(wanted: str, *, ours: dict[str, str], engines: Sequence[Alive]) -> None:
+def refuse_mixed_nccl(
+    wanted: str, *, ours: dict[str, str], engines: Sequence[Alive], others: Sequence[dict[str, str]] = ()
+) -> None:
     """Raises ConfigError if only different versions of NCCL keep the first push from NCCL.
 
     Otherwise a run on GPUs would push over gloo, through the memory of the hosts, with one line in its log.
     """
-    backend, reason = choose_backend(wanted, ours=ours, engines=engines)
+    backend, reason = choose_backend(wanted, ours=ours, engines=engines, others=others)
     if wanted != "gloo" and backend == "gloo" and reason.startswith(_VERSIONS_DIFFER):
         raise ConfigError(f"trainer and engines: {reason}: {NCCL_REMEDY}")
 

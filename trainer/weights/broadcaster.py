@@ -2,7 +2,11 @@
 
     Broadcaster          which servers share a process group, and what a failure means for the next push
     WeightGroupSession   one process group (NCCL or gloo): its rendezvous, its pushes, its end
-    BucketSender         the buckets of one push, in threads: the blocking part
+    SendingEnd           the buckets of one push, in threads: the blocking part (senders.py, bucket_sender.py)
+
+With `weights.senders` above 1 a session has one process group for each sender, all with the same engines, and
+each sender broadcasts a share of the buckets. They are formed, used and left together: if one breaks, all of
+them have failed.
 
 `weights.topology` decides which servers share a process group. `shared`: all servers are in one group. One
 broadcast serves all of them, and if one server breaks it, the push fails for all of them. `per_engine`: each
@@ -37,15 +41,13 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch import device as Device
 
 from areal_like.config import WeightsConfig
 from areal_like.errors import ConfigError, WeightSyncError
@@ -77,9 +79,12 @@ from trainer.weights.receivers import (
     receiver_id,
     split_groups,
 )
-from trainer.weights.snapshot import GatheredBucket, Snapshot
+from trainer.weights.senders import OwnEnd, RemoteEnd, SenderLink, SendingEnd
+from trainer.weights.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _FORM_S = 15.0
 """Longest rendezvous of servers that have just replied to AskAlive."""
@@ -128,8 +133,13 @@ class Broadcaster:
         device: str,
         keyring: Keyring | None = None,
         waits: PendingWaits | None = None,
+        links: Sequence[SenderLink] = (),
     ) -> None:
-        """`device`, `keyring`: the trainer's. `waits`: lists the servers that have not replied."""
+        """`device`, `keyring`: the trainer's. `waits`: lists the servers that have not replied. `links`: to
+        the other senders, in the order of their numbers."""
+        self._links = links
+        self.num_senders = 1 + len(links)
+        """Trainer ranks that send, each with a group of its own in every session."""
         self._waits = waits
         self._config = config
         self._keyring = keyring
@@ -269,7 +279,10 @@ class Broadcaster:
         if not receivers:
             return None
         try:
-            session = self._new_session(receivers, [alive[receiver.id] for receiver in receivers])
+            session = await self._new_session(receivers, [alive[receiver.id] for receiver in receivers])
+        except _SenderLostError as error:  # no server is at fault
+            outcome.failed["broadcast"] = str(error)
+            return None
         except WeightSyncError as error:
             if self.num_sessions == 1:
                 raise ConfigError(str(error)) from None
@@ -281,16 +294,24 @@ class Broadcaster:
             await session.dissolve(is_broken=False)
             return None
         names = [receiver.entry.name for receiver in receivers]
-        log.info("weight session %d: %s over %s", session.number, names, session.group.backend)
+        log.info(
+            "weight session %d: %s over %s, from %s",
+            session.number,
+            names,
+            session.group.backend,
+            f"{session.num_senders} senders" if session.num_senders > 1 else "one sender",
+        )
         self._sessions[session.receiver_ids] = session
         return session
 
-    def _new_session(self, receivers: list[Receiver], alive: list[Alive]) -> WeightGroupSession:
+    async def _new_session(self, receivers: list[Receiver], alive: list[Alive]) -> WeightGroupSession:
         self.num_sessions += 1
+        number = self.num_sessions
         facts = device_facts(self._device)
-        if self.num_sessions == 1:
-            refuse_mixed_nccl(self._nccl.wanted, ours=facts, engines=alive)
-        backend, warning = choose_backend(self._nccl.wanted, ours=facts, engines=alive)
+        others = await self._in_senders(lambda link: link.facts)
+        if number == 1:
+            refuse_mixed_nccl(self._nccl.wanted, ours=facts, engines=alive, others=others)
+        backend, warning = choose_backend(self._nccl.wanted, ours=facts, engines=alive, others=others)
         if warning and warning != self._last_warning:
             log.warning("weights travel over gloo: %s", warning)
         self._last_warning = warning
@@ -300,19 +321,53 @@ class Broadcaster:
             host=self._config.host,
             ports=self._config.ports,
             world_size=world_size,
-            group_name=f"{self._group_prefix}-{self.num_sessions}",
+            group_name=f"{self._group_prefix}-{number}",
             backend=backend,
             timeout_s=min(self._config.push_deadline_s, _FORM_S),
             secret=secrets.token_hex(32) if is_authenticated else "",
         )
+        own = OwnEnd(
+            group,
+            device=self._device,
+            name=f"weight-session-{number}",
+            num_senders=self.num_senders,
+        )
+
+        def open_end(link: SenderLink) -> RemoteEnd:
+            return RemoteEnd(
+                link,
+                session=number,
+                timeout_s=group.timeout_s,
+                toward=[group.address, group.port],
+                world_size=world_size,
+                group_name=group.group_name,
+                backend=backend,
+                secret=group.secret,
+            )
+
+        try:
+            remote = await self._in_senders(open_end)
+        except WeightSyncError:
+            own.leave()
+            own.forget()
+            raise
         return WeightGroupSession(
-            number=self.num_sessions,
+            number=number,
             group=group,
+            ends=[own, *remote],
             receivers=receivers,
             first_ranks=first_ranks,
-            device=self._device,
             loads_in_place=any(engine.loads_in_place for engine in alive),
         )
+
+    async def _in_senders(self, work: Callable[[SenderLink], T]) -> list[T]:
+        """Does something at every other sender. Raises _SenderLostError."""
+        try:
+            return await asyncio.gather(
+                *(in_thread(partial(work, link), name=f"sender-{link.rank}") for link in self._links)
+            )
+        except WeightSyncError as error:
+            raise _SenderLostError(str(error)) from None
 
     def _record_replies(
         self,
@@ -388,8 +443,6 @@ class Broadcaster:
         await session.dissolve(is_broken=is_broken)
 
 
-T = TypeVar("T")
-
 ALIVE_S = 2.0
 """Time in which a healthy control socket replies. Also the grace period for survivors of a broken broadcast,
 and for a broadcast after a receiver has failed, and the interval at which a receiver that is not ready yet is
@@ -438,18 +491,24 @@ class WeightGroupSession:
         *,
         number: int,
         group: WeightGroup,
+        ends: Sequence[SendingEnd],
         receivers: Sequence[Receiver],
         first_ranks: Sequence[int],
-        device: Device,
         loads_in_place: bool = False,
     ) -> None:
-        """`loads_in_place`: one of the engines does not decode while it receives, so `stage` comes first."""
+        """`group`: rank 0's. `ends`: those of all senders, in the order of their numbers. `loads_in_place`:
+        one of the engines does not decode while it receives, so `stage` comes first."""
         self.number = number
         self.loads_in_place = loads_in_place
         self.group = group
         self.receivers = list(receivers)
         self._first_ranks = first_ranks
-        self._sender = BucketSender(group, device=device, name=f"weight-session-{number}")
+        self._ends = ends
+
+    @property
+    def num_senders(self) -> int:
+        """Number of process groups, each with its own sender."""
+        return len(self._ends)
 
     @property
     def receiver_ids(self) -> frozenset[ReceiverId]:
@@ -468,7 +527,7 @@ class WeightGroupSession:
             )
             for receiver, rank in zip(self.receivers, self._first_ranks, strict=True)
         ]
-        connecting = in_thread(self.group.connect, name=f"weight-session-{self.number}")
+        connecting = self._at_all_ends(lambda end: end.connect())
         not_at_fault: set[ReceiverId] = set()
         broken_reason = ""
         try:
@@ -492,8 +551,7 @@ class WeightGroupSession:
             for receiver, reply in zip(self.receivers, await asyncio.gather(*requests), strict=True)
         ]
         if not broken_reason and all(isinstance(reply, WeightsOk) for reply in replies):
-            closing = in_thread(self.group.close_store, name=f"weight-session-{self.number}-store")
-            await asyncio.wait([closing], timeout=ALIVE_S)
+            await asyncio.wait([self._at_all_ends(lambda end: end.close_store())], timeout=ALIVE_S)
         return GroupOutcome(replies=replies, not_at_fault=not_at_fault, broken_reason=broken_reason)
 
     async def stage(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> None:
@@ -501,9 +559,7 @@ class WeightGroupSession:
 
         Raises WeightSyncError if it fails or takes longer than `timeout_s`.
         """
-        staging = in_thread(
-            lambda: snapshot.stage(integrity=integrity), name=f"weight-session-{self.number}-stage"
-        )
+        staging = self._at_all_ends(lambda end: end.stage(snapshot, integrity=integrity, timeout_s=timeout_s))
         await _wait_unless_refused(staging, (), limit=_Limit.of(timeout_s))
 
     async def push(self, request: PushWeights, snapshot: Snapshot) -> GroupOutcome:
@@ -527,22 +583,22 @@ class WeightGroupSession:
         waiting = [
             asyncio.create_task(_wait_until_ready(receiver, request.version)) for receiver in self.receivers
         ]
-        sending = in_thread(
-            lambda: self._sender.send(
+        sending = self._at_all_ends(
+            lambda end: end.send(
                 snapshot,
                 integrity=request.integrity,
                 timeout_s=request.timeout_s,
                 may_begin=may_begin,
-            ),
-            name=f"weight-session-{self.number}",
+            )
         )
         try:
-            await _wait_unless_refused(asyncio.gather(*waiting), requests, limit=limit)
+            ready = asyncio.gather(*waiting)
+            await _wait_unless_refused(ready, requests, limit=limit, failing=sending)
             may_begin.set()
             has_begun = True
             # A receiver that failed may still take part in the broadcast, or may have received all of it
             # already. The broadcast may then succeed for the other receivers, hence the grace period.
-            sums = await _wait_unless_refused(sending, requests, limit=limit, grace_s=ALIVE_S)
+            shares = await _wait_unless_refused(sending, requests, limit=limit, grace_s=ALIVE_S)
         except WeightSyncError as error:
             broken_reason = str(error)
             await self._leave_group()
@@ -555,6 +611,7 @@ class WeightGroupSession:
             )
         else:
             broadcast_s = time.monotonic() - started_s
+            sums = interleaved(shares)
             sent = PushChecksums(version=request.version, checksums=sums.checksums, digests=sums.digests)
             for receiver in self.receivers:
                 receiver.link.send(sent)
@@ -587,12 +644,18 @@ class WeightGroupSession:
         if not is_broken:
             await self._ask_all_to_leave()
         await self._leave_group()
-        self._sender.close()
+        for end in self._ends:
+            end.forget()
 
     async def _leave_group(self) -> None:
-        # In a thread: NCCL's abort, and the broadcast that it ends, may wait for a receiver that hangs.
-        leaving = in_thread(self.group.close, name=f"weight-session-{self.number}-close")
+        # In threads: NCCL's abort, and the broadcast that it ends, may wait for a receiver that hangs.
+        leaving = self._at_all_ends(lambda end: end.leave())
         await asyncio.wait([leaving], timeout=ALIVE_S)
+
+    def _at_all_ends(self, work: Callable[[SendingEnd], T]) -> asyncio.Future[list[T]]:
+        """Does something at every sender, each in a thread; the first error is that of the future."""
+        name = f"weight-session-{self.number}"
+        return asyncio.gather(*(in_thread(partial(work, end), name=name) for end in self._ends))
 
     def _form_group(self, rank: int) -> FormGroup:
         return FormGroup(
@@ -607,6 +670,7 @@ class WeightGroupSession:
             # yet, while a receiver that refused has.
             timeout_s=self.group.timeout_s + ALIVE_S,
             secret=self.group.secret,
+            more_senders=[end.store for end in self._ends[1:]],
         )
 
     async def _ask_all_to_leave(self) -> dict[str, float]:
@@ -622,6 +686,20 @@ class WeightGroupSession:
 
         await asyncio.gather(*map(ask_to_leave, self.receivers))
         return left_after_s
+
+
+class _SenderLostError(WeightSyncError):
+    """Another rank of the trainer cannot send: no server is at fault."""
+
+
+def interleaved(shares: Sequence[BucketSums]) -> BucketSums:
+    """The sums of all buckets in their order. `shares`: those of each sender, which has every M-th bucket."""
+    num_buckets = sum(len(share.checksums) for share in shares)
+    places = [divmod(index, len(shares)) for index in range(num_buckets)]
+    return BucketSums(
+        checksums=[shares[sender].checksums[position] for position, sender in places],
+        digests=[shares[sender].digests[position] for position, sender in places if shares[sender].digests],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -661,20 +739,29 @@ async def _wait_unless_refused(
     *,
     limit: _Limit,
     grace_s: float = 0.0,
+    failing: asyncio.Future[Any] | None = None,
 ) -> T:
     """Waits for a part of a session's work and returns its result.
 
-    Raises WeightSyncError at the limit, or `grace_s` after a receiver has replied WeightsFailed.
+    `failing`: a later part that has begun already. Raises WeightSyncError at the limit, the error of
+    `failing` if it fails, and `grace_s` after a receiver has replied WeightsFailed.
     """
     loop = asyncio.get_running_loop()
     end_s, reason = limit.end_s, f"rank 0 was not done within {limit.timeout_s:.4g} s"
     pending: set[asyncio.Future[Any]] = set(requests)
+    others = set() if failing is None else {failing}
     while not work.done() and (left_s := end_s - loop.time()) > 0:
-        done, _ = await asyncio.wait({work, *pending}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(
+            {work, *pending, *others}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED
+        )
         for request in pending & done:
             if isinstance(refusal := request.result(), WeightsFailed):
                 end_s, reason = min(end_s, loop.time() + grace_s), f"a receiver failed: {refusal.reason}"
+        if failing is not None and failing in done and (error := failing.exception()) is not None:
+            work.cancel()
+            raise error
         pending -= done
+        others -= done
     if not work.done():
         work.cancel()
         raise WeightSyncError(reason)
@@ -705,79 +792,3 @@ async def _wait_for_replies_while_alive(
             }
         for task in done:
             del pending[task]
-
-
-class BucketSender:
-    """Sends snapshots through one group. `close` it when the group is dissolved."""
-
-    def __init__(self, group: WeightGroup, *, device: torch.device, name: str) -> None:
-        """`device`: the trainer's. `name`: the name of the threads."""
-        self._group = group
-        self._device = device
-        # Separate streams: on the default stream training would wait for the whole broadcast, and the
-        # broadcast for everything that training has queued.
-        self._stream: torch.cuda.Stream | None = None
-        self._copy_stream: torch.cuda.Stream | None = None
-        if group.backend == "nccl":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._reader = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix=f"{name}-read", initializer=self._choose_device
-        )
-
-    def send(
-        self, snapshot: Snapshot, *, integrity: str, timeout_s: float, may_begin: threading.Event
-    ) -> BucketSums:
-        """Broadcasts every bucket and returns their sums. Blocks.
-
-        `timeout_s`: time limit of each broadcast. `may_begin`: the first broadcast waits for it. Raises
-        WeightSyncError; the group is then broken.
-        """
-        self._choose_device()
-        with torch.cuda.stream(self._stream):
-            return self._send(snapshot, integrity=integrity, timeout_s=timeout_s, may_begin=may_begin)
-
-    def close(self) -> None:
-        """Ends the reading thread, without waiting for it."""
-        self._reader.shutdown(wait=False)
-
-    def _choose_device(self) -> None:
-        """Sets the thread's GPU. Otherwise it is GPU 0, and leaving a stream's context would set that GPU
-        again; since CUDA 12 this creates a context there, half a gigabyte on a GPU that may be an
-        engine's."""
-        if self._stream is not None:
-            torch.cuda.set_device(self._device)
-
-    def _send(
-        self, snapshot: Snapshot, *, integrity: str, timeout_s: float, may_begin: threading.Event
-    ) -> BucketSums:
-        sums = BucketSums(checksums=[], digests=[])
-        next_read = self._reader.submit(self._read, snapshot, 0)
-        for index in range(len(snapshot.buckets)):
-            bucket, on_wire = next_read.result()
-            if index + 1 < len(snapshot.buckets):
-                next_read = self._reader.submit(self._read, snapshot, index + 1)
-            summing = self._reader.submit(bucket.sums, integrity=integrity)
-            if not may_begin.wait(timeout_s):
-                raise WeightSyncError(f"the receivers were not ready within {timeout_s:.4g} s")
-            self._group.broadcast(on_wire, timeout_s=timeout_s)
-            found, digest = summing.result()
-            sums.checksums.append(found)
-            sums.digests.extend([digest] if digest else [])
-        return sums
-
-    def _read(self, snapshot: Snapshot, index: int) -> tuple[GatheredBucket, Tensor]:
-        """Returns a bucket, and its bytes on the device that the group sends from. Runs in the reader's
-        thread."""
-        bucket = snapshot.read(index)
-        if self._copy_stream is None:
-            return bucket, bucket.data
-        try:
-            with torch.cuda.stream(self._copy_stream):
-                on_wire = bucket.data.to(self._device, non_blocking=True)
-            self._copy_stream.synchronize()
-        except RuntimeError as error:  # the GPU's memory is full: a later push may succeed
-            raise WeightSyncError(
-                f"could not copy a bucket of {len(bucket.data)} bytes to {self._device}: {error}"
-            ) from None
-        return bucket, on_wire

@@ -47,6 +47,8 @@ class PushReport:
     """The part from the request to the engines to the end of the last broadcast, for the slowest group."""
     stall_seconds: float
     """Longest time that one engine decoded nothing because of the push."""
+    num_senders: int
+    """Trainer ranks that sent, or tried to."""
     recovery_seconds: float
     """Longest time that a survivor needed to leave a broken broadcast; 0 if none broke."""
 
@@ -205,6 +207,7 @@ class Publisher:
             staging_seconds=outcome.staging_s,
             broadcast_seconds=outcome.broadcast_s,
             stall_seconds=max((reply.stall_seconds for reply in outcome.activated.values()), default=0.0),
+            num_senders=self._broadcaster.num_senders,
             recovery_seconds=max(outcome.recovery_s.values(), default=0.0),
         )
         for name, reason in outcome.failed.items():

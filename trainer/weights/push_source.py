@@ -95,10 +95,7 @@ class MergedWeights:
 
     def begin(self) -> None:
         """Gathers A of all layers on every rank."""
-        shards = [
-            RowShard(name=weight, rows=self._rows[a], shape=self._params[a].shape)
-            for weight, (a, _, _) in self._layers.items()
-        ]
+        shards = [RowShard.of(weight, self._params[a]) for weight, (a, _, _) in self._layers.items()]
         self._whole = gather_everywhere(shards)
         self._counts = torch.zeros(2, dtype=torch.float64, device=self._ranks.device)
 

@@ -1,14 +1,18 @@
 """Copies the weights for a push between two optimizer steps, so that training can continue during the push.
 
     snapshotter.take_snapshot()   on every rank, between two steps; training waits for it
-    snapshot.stage()              on rank 0, in any thread: every bucket and its sums are ready to be sent
-    snapshot.read(i)              on rank 0, in any thread: bucket i
+    snapshot.stage()              on a sender, in any thread: its buckets and their sums are ready to be sent
+    snapshot.read(i)              on a sender, in any thread: bucket i, one of its own
+
+A sender is a rank that sends buckets to the engines: rank 0, or with `weights.senders` M ranks. Sender j has
+the buckets j, j + M, j + 2 M, ...
 
 There are two ways to gather the rows of all ranks. `BackgroundGather`, on CPUs: training waits only for a
-copy of each rank's own rows, and rank 0 gathers them later, bucket by bucket, over a separate gloo group.
-`BoundaryGather`, on GPUs: the ranks gather before training continues, over the training's own NCCL group,
-because a second NCCL communicator must not run concurrently without an order between the two. Both send the
-parts of a bucket that `PushLayout` describes.
+copy of each rank's own rows, and the senders gather them later, bucket by bucket, each over a gloo group of
+its own. `BoundaryGather`, on GPUs: the ranks gather before training continues, over the training's own NCCL
+group, because a second NCCL communicator must not run concurrently without an order between the two. Both
+send the parts of a bucket that `PushLayout` describes. Of several replicas (`trainer.replicas`) only the
+ranks of replica 0, which has the senders, copy and gather; `MergedWeights` exchanges matrices in each.
 
 At most two snapshots exist: the one that is being pushed and the newest. A new snapshot reuses the memory of
 the newest one unless that is being pushed, so memory use does not grow during a run. With
@@ -25,7 +29,7 @@ from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -42,6 +46,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import row_range
 from trainer.models.policy import Policy
 from trainer.weights.push_source import PushSource, push_source
+from trainer.weights.shares import sender_ranks, share_of_sender
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +83,11 @@ class GatheredBucket:
 
 
 class Snapshot:
-    """The weights at the end of one optimizer step: one rank's share, and on rank 0 the data to push.
+    """The weights at the end of one optimizer step: one rank's share, and on a sender its buckets to push.
 
     NEWEST -> acquire() -> being pushed -> release() -> NEWEST -> replaced by a newer one: acquire() is False
 
-    At most one is acquired at a time.
+    At most one is acquired at a time, by rank 0, which keeps it on all ranks.
     """
 
     def __init__(self, snapshotter: WeightSnapshotter, *, number: int, buffers: list[Tensor]) -> None:
@@ -111,19 +116,20 @@ class Snapshot:
             self._snapshotter.lock.notify_all()
 
     def stage(self, *, integrity: str) -> None:
-        """Makes every bucket and its sums ready, so that `read` returns at once: for engines that are paused
-        during the broadcast. From any thread, while acquired; may be repeated. Raises WeightSyncError.
+        """Makes every bucket of this sender and its sums ready, so that `read` returns at once: for engines
+        that are paused during the broadcast. From any thread, while acquired; may be repeated. Raises
+        WeightSyncError.
 
         `integrity`: `sha256` computes the digests too.
         """
         self._snapshotter.stages = True
-        for index in range(len(self.buckets)):
+        for index in self._snapshotter.share:
             self.read(index).sums(integrity=integrity)
 
     def read(self, index: int) -> GatheredBucket:
-        """Returns one bucket. From any thread, while acquired. Raises WeightSyncError."""
-        if not self.is_acquired:
-            raise WeightSyncError("the push of these weights is over")
+        """Returns one of this sender's buckets. From any thread, while acquired. Raises WeightSyncError."""
+        if self.is_freed or not (self.is_acquired or self._snapshotter.is_helper):
+            raise _push_is_over()
         return self._snapshotter.gathered(self, index)
 
 
@@ -131,9 +137,17 @@ class WeightSnapshotter(ABC):
     """Takes the snapshots of one rank. Create and `close` it on all ranks at the same time."""
 
     def __init__(
-        self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str, lora: str = "merged"
+        self,
+        policy: Policy,
+        ranks: Ranks,
+        *,
+        bucket_bytes: int,
+        dtype: str,
+        lora: str = "merged",
+        senders: int = 1,
     ) -> None:
-        """`dtype`: dtype of floating-point weights on the wire. `lora`: `weights.lora`. Collective."""
+        """`dtype`: dtype of floating-point weights on the wire. `lora`: `weights.lora`. `senders`:
+        `weights.senders`. Collective. Raises ConfigError if there are more senders than ranks."""
         self._ranks = ranks
         self._source = push_source(policy, ranks, dtype=dtype, lora=lora)
         self.adapter = self._source.adapter
@@ -144,14 +158,25 @@ class WeightSnapshotter(ABC):
         self._layout = PushLayout(
             policy.model,
             source=self._source,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            rank=ranks.shard_rank,
+            world_size=ranks.num_shards,
             bucket_bytes=bucket_bytes,
             dtype=dtype,
             float32_names=policy.float32_names,
         )
         self.buckets = tuple(parts.bucket for parts in self._layout.buckets)
         """The buckets of every snapshot, without checksums."""
+        self.sender_ranks = sender_ranks(senders, num_ranks=ranks.num_shards, num_buckets=len(self.buckets))
+        """The ranks that send, in the order of their numbers."""
+        self.share = range(0)
+        """Indices of the buckets that this rank sends."""
+        if ranks.rank in self.sender_ranks:
+            number = self.sender_ranks.index(ranks.rank)
+            self.share = share_of_sender(
+                number, num_senders=len(self.sender_ranks), num_buckets=len(self.buckets)
+            )
+        self.is_helper = ranks.rank > 0
+        """True if not this rank but rank 0 decides how long a snapshot is kept."""
         self.lock = threading.Condition()
         """Guards the states of the snapshots."""
         self.stages = False
@@ -177,9 +202,12 @@ class WeightSnapshotter(ABC):
         while len(self._snapshots) == self.num_snapshots:
             self._wait_for_release()
             self._free_superseded()
-        buffers = self._free_buffers.pop() if self._free_buffers else self._new_buffers()
+        is_copied = self._ranks.replica == 0
+        new_buffers = self._new_buffers if is_copied else list
+        buffers = self._free_buffers.pop() if self._free_buffers else new_buffers()
         self._source.begin()
-        self._copy_weights(buffers, number=self._num_taken + 1)
+        if is_copied:
+            self._copy_weights(buffers, number=self._num_taken + 1)
         self.metrics = self._source.end()
         with self.lock:
             self._num_taken += 1
@@ -187,6 +215,19 @@ class WeightSnapshotter(ABC):
             self._snapshots.append(snapshot)
             self.lock.notify_all()
         return snapshot if self._ranks.rank == 0 else None
+
+    def find(self, number: int) -> Snapshot:
+        """The snapshot that rank 0 is pushing, on another sender. From any thread.
+
+        Waits until this rank has taken it, without a time limit: rank 0 bounds its own wait. Raises
+        WeightSyncError if it was freed.
+        """
+        with self.lock:
+            self.lock.wait_for(lambda: self._num_taken >= number)
+            for snapshot in self._snapshots:
+                if snapshot.number == number:
+                    return snapshot
+        raise _push_is_over()
 
     @abstractmethod
     def close(self) -> None:
@@ -202,7 +243,7 @@ class WeightSnapshotter(ABC):
 
     @abstractmethod
     def gathered(self, snapshot: Snapshot, index: int) -> GatheredBucket:
-        """A bucket of an acquired snapshot. On rank 0, from any thread. Raises WeightSyncError."""
+        """One of this sender's buckets of an acquired snapshot. From any thread. Raises WeightSyncError."""
 
     def _free_superseded(self) -> None:
         """Frees every snapshot except the acquired one. Collective, because only rank 0 knows which is
@@ -235,54 +276,79 @@ class WeightSnapshotter(ABC):
         self._snapshots = [each for each in self._snapshots if each.number == number]
 
 
+def _push_is_over() -> WeightSyncError:
+    return WeightSyncError("the push of these weights is over")
+
+
 def empty_buffer(num_bytes: int, device: torch.device) -> Tensor:
     """uint8[num_bytes] on the CPU, pinned if `device` is a GPU, so that copies run at the bus' full rate."""
     return host_empty((num_bytes,), torch.uint8, pinned=device.type == "cuda")
 
 
 _MAX_GATHERED = 2
-"""Most gathered buckets that rank 0 keeps, so that groups of engines in concurrent pushes share them."""
+"""Most gathered buckets that a sender keeps, so that groups of engines in concurrent pushes share them."""
 _GROUP_TIMEOUT = timedelta(days=30)
-"""Timeout of the gathering group: longest time between two pushes."""
+"""Timeout of a gathering group: longest time between two pushes."""
 _GATHER_TIMEOUT = timedelta(seconds=120)
-"""Longest time that rank 0 waits for all ranks' rows of one bucket. Rows that arrive later are discarded."""
+"""Longest time that a sender waits for all ranks' rows of a bucket. Rows that arrive later are discarded."""
 _CLOSE = -1
-"""Broadcast by rank 0 instead of a snapshot's number to end the other ranks' threads."""
+"""Broadcast by a sender instead of a snapshot's number to end the other ranks' threads."""
 
 
 class BackgroundGather(WeightSnapshotter):
     """A `WeightSnapshotter` whose buffers hold this rank's rows of each bucket.
 
-    Training waits only until every rank has copied its own rows. Rank 0 reads one bucket at a time: it keeps
-    at most `_MAX_GATHERED` buckets and the parts of one more. If a push is staged it keeps all of them, in
-    memory that later pushes reuse.
+    Training waits only until every rank has copied its own rows. A sender reads one bucket at a time: it
+    keeps at most `_MAX_GATHERED` buckets and the parts of one more. If a push is staged it keeps all of its
+    own, in memory that later pushes reuse.
 
-    With one rank the rows are the whole tensors: its copies are the buckets, and gathering is not needed. The
-    other ranks gather in a thread that waits for rank 0's requests without a time limit: a run may not push
-    for hours, and if a rank dies the group breaks at once.
+    With one rank the rows are the whole tensors: its copies are the buckets, and gathering is not needed.
+    Each sender has a gloo group of all ranks, so that all ranks make the collectives of one group in the
+    order of its sender's requests, and the senders need no order among one another. The other ranks gather in
+    a thread for each sender that waits for its requests without a time limit: a run may not push for hours,
+    and if a rank dies the group breaks at once.
     """
 
     def __init__(
-        self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str, lora: str = "merged"
+        self,
+        policy: Policy,
+        ranks: Ranks,
+        *,
+        bucket_bytes: int,
+        dtype: str,
+        lora: str = "merged",
+        senders: int = 1,
     ) -> None:
         """The arguments are those of WeightSnapshotter."""
-        super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype, lora=lora)
+        super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype, lora=lora, senders=senders)
         self._gather_lock = threading.Lock()
         self._gathered: OrderedDict[int, tuple[int, GatheredBucket]] = OrderedDict()
-        """Index of a bucket -> (number of the snapshot, bucket), on rank 0, oldest first."""
-        is_alone = ranks.world_size == 1
-        self._group = None if is_alone else dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
-        self._thread = NamedThread(self._serve_gathers, name="gather")
-        if ranks.rank > 0:
-            self._thread.start()
+        """Index of a bucket -> (number of the snapshot, bucket), on a sender, oldest first."""
+        self._groups: dict[int, dist.ProcessGroup] = {}
+        """Rank of a sender -> the group over which it gathers; empty if there is one rank, or on the ranks of
+        other replicas."""
+        if ranks.num_shards > 1:
+            of_replica_0 = list(range(ranks.num_shards))
+            groups = {
+                rank: dist.new_group(of_replica_0, backend="gloo", timeout=_GROUP_TIMEOUT)
+                for rank in self.sender_ranks
+            }
+            self._groups = groups if ranks.replica == 0 else {}
+        self._threads = [
+            NamedThread(partial(self._serve_gathers, sender), name="gather")
+            for sender in self._groups
+            if sender != ranks.rank
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
-        """Ends the other ranks' threads."""
-        if self._ranks.rank > 0:
-            self._thread.join()
-        elif self._group is not None:
+        """Ends the threads of all ranks."""
+        if (group := self._groups.get(self._ranks.rank)) is not None:
             with self._gather_lock:
-                dist.broadcast(torch.tensor([_CLOSE, 0]), group=self._group, group_src=0)
+                dist.broadcast(torch.tensor([_CLOSE, 0]), group=group, group_src=self._ranks.rank)
+        for thread in self._threads:
+            thread.join()
 
     def _new_buffers(self) -> list[Tensor]:
         return [empty_buffer(part.num_bytes, self._ranks.device) for part in self._layout.own]
@@ -306,13 +372,14 @@ class BackgroundGather(WeightSnapshotter):
             return bucket
 
     def _gather(self, snapshot: Snapshot, index: int, *, into: Tensor | None) -> Tensor:
-        """On rank 0: bucket `index` with the rows of all ranks, uint8[num_bytes]; in `into` if given."""
+        """On a sender: bucket `index` with the rows of all ranks, uint8[num_bytes]; in `into` if given."""
         parts, num_bytes = self._layout.buckets[index], self.buckets[index].num_bytes
-        if self._group is None:
+        if not self._groups:
             return snapshot.buffers[index][:num_bytes]
+        rank, group = self._ranks.rank, self._groups[self._ranks.rank]
         try:
-            dist.broadcast(torch.tensor([snapshot.number, index]), group=self._group, group_src=0)
-            gathered, work = parts.begin_gather(snapshot.buffers[index], to_rank=0, group=self._group)
+            dist.broadcast(torch.tensor([snapshot.number, index]), group=group, group_src=rank)
+            gathered, work = parts.begin_gather(snapshot.buffers[index], to_rank=rank, group=group)
             work.wait(_GATHER_TIMEOUT)
         except RuntimeError as error:
             raise WeightSyncError(
@@ -322,47 +389,51 @@ class BackgroundGather(WeightSnapshotter):
         parts.assemble(gathered, into=flat)
         return flat
 
-    def _serve_gathers(self) -> None:
-        """The other ranks' thread: sends the rows that rank 0 requests until rank 0 closes or is gone."""
-        request = torch.empty(2, dtype=torch.int64)
+    def _serve_gathers(self, sender: int) -> None:
+        """A thread of the other ranks: sends the rows that a sender requests until it closes or is gone.
+
+        `sender`: its rank.
+        """
+        group, request = self._groups[sender], torch.empty(2, dtype=torch.int64)
         try:
             while True:
-                dist.broadcast(request, group=self._group, group_src=0)
+                dist.broadcast(request, group=group, group_src=sender)
                 number, index = map(int, request)
                 if number == _CLOSE:
                     return
                 rows = self._rows_of(number, index)
-                _, work = self._layout.buckets[index].begin_gather(rows, to_rank=0, group=self._group)
+                _, work = self._layout.buckets[index].begin_gather(rows, to_rank=sender, group=group)
                 work.wait()
-        except RuntimeError as error:  # rank 0 has ended; the training thread fails by itself
+        except RuntimeError as error:  # the sender has ended; the training thread fails by itself
             log.info("this rank has stopped gathering weights: %s", error)
 
     def _rows_of(self, number: int, index: int) -> Tensor:
         with self.lock:
-            # Rank 0 may request a snapshot that this rank has not taken yet. No timeout is needed: rank 0
+            # A sender may request a snapshot that this rank has not taken yet. No timeout is needed: it
             # bounds its own wait, and if this rank's training thread fails first, the process ends.
             self.lock.wait_for(lambda: self._num_taken >= number)
             for snapshot in self._snapshots:
                 if snapshot.number == number:
                     return snapshot.buffers[index]
-        # Freed after a broken push. Rank 0 still waits for this number of bytes, and discards them.
+        # Freed after a broken push. The sender still waits for this number of bytes, and discards them.
         return torch.empty(self._layout.own[index].num_bytes, dtype=torch.uint8)
 
 
 _MAX_COPYING = 2
-"""Most buckets on rank 0's device that are being copied to the host or wait for the copy."""
+"""Most buckets on a sender's device that are being copied to the host or wait for the copy."""
 
 
 class BoundaryGather(WeightSnapshotter):
-    """A `WeightSnapshotter` whose buffers hold whole buckets, on rank 0 only.
+    """A `WeightSnapshotter` whose buffers hold whole buckets, those of a sender on that sender only.
 
     Bucket by bucket, every rank casts its rows to the dtype on the wire on its own device and sends them to
-    rank 0, which puts them in order on its device, computes the checksum there, and copies the bucket into
-    pinned host memory. Gathering bucket i + 1 overlaps copying bucket i. All ranks issue these collectives at
-    the same place of the training loop, so that the order on the communicator is the same everywhere.
+    the bucket's sender, which puts them in order on its device, computes the checksum there, and copies the
+    bucket into pinned host memory. Gathering bucket i + 1 overlaps copying bucket i. All ranks issue these
+    collectives at the same place of the training loop, so that the order on the communicator is the same
+    everywhere.
 
-    Rank 0 holds all buckets of up to two snapshots in host memory; the other ranks hold none. Rank 0's device
-    needs room for `_MAX_COPYING` + 1 buckets, and every device for its own part of one. There are no
+    A sender holds all its buckets of up to two snapshots in host memory; the other ranks hold none. Its
+    device needs room for `_MAX_COPYING` + 1 buckets, and every device for its own part of one. There are no
     activations at that time, so this does not raise the peak of a step.
 
     Left out: overlap with the next step's forward. The copy to the host takes most of the time, and a forward
@@ -371,37 +442,45 @@ class BoundaryGather(WeightSnapshotter):
     """
 
     def __init__(
-        self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str, lora: str = "merged"
+        self,
+        policy: Policy,
+        ranks: Ranks,
+        *,
+        bucket_bytes: int,
+        dtype: str,
+        lora: str = "merged",
+        senders: int = 1,
     ) -> None:
         """The arguments are those of WeightSnapshotter."""
-        super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype, lora=lora)
-        self._gathered: dict[int, list[GatheredBucket]] = {}
-        """Number of a snapshot -> its buckets, on rank 0."""
+        super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype, lora=lora, senders=senders)
+        self._gathered: dict[int, dict[int, GatheredBucket]] = {}
+        """Number of a snapshot -> the buckets that this rank sends, by index."""
         self._copier = _HostCopier(ranks.device)
 
     def close(self) -> None:
         """Does nothing: there are no threads to end."""
 
     def _new_buffers(self) -> list[Tensor]:
-        if self._ranks.rank > 0:
-            return []
-        return [empty_buffer(bucket.num_bytes, self._ranks.device) for bucket in self.buckets]
+        return [empty_buffer(self.buckets[index].num_bytes, self._ranks.device) for index in self.share]
 
     def _copy_weights(self, buffers: list[Tensor], *, number: int) -> None:
-        gathered: list[GatheredBucket] = []
+        gathered: dict[int, GatheredBucket] = {}
+        into = dict(zip(self.share, buffers, strict=True))
         for index, parts in enumerate(self._layout.buckets):
             part = _empty(self._layout.own[index].num_bytes, self._ranks.device)
             self._layout.copy_own(index, part)
             all_parts = part
-            if self._ranks.world_size > 1:
-                all_parts, work = parts.begin_gather(part, to_rank=0, group=self._ranks.mesh.get_group())
+            if self._ranks.num_shards > 1:
+                sender = self.sender_ranks[index % len(self.sender_ranks)]
+                group = self._ranks.mesh.get_group()
+                all_parts, work = parts.begin_gather(part, to_rank=sender, group=group)
                 work.wait()
-            if self._ranks.rank == 0:
+            if index in into:
                 self._copier.wait_for_room()
                 whole = _empty(parts.bucket.num_bytes, self._ranks.device)
                 parts.assemble(all_parts, into=whole)
-                gathered.append(GatheredBucket(buffers[index], known_checksum=checksum(whole)))
-                self._copier.copy(whole, into=buffers[index])
+                gathered[index] = GatheredBucket(into[index], known_checksum=checksum(whole))
+                self._copier.copy(whole, into=into[index])
         self._copier.finish()
         with self.lock:
             kept = {each.number: self._gathered[each.number] for each in self._snapshots}
@@ -410,7 +489,9 @@ class BoundaryGather(WeightSnapshotter):
     def gathered(self, snapshot: Snapshot, index: int) -> GatheredBucket:
         """Returns the bucket that was gathered when the snapshot was taken."""
         with self.lock:
-            return self._gathered[snapshot.number][index]
+            if (buckets := self._gathered.get(snapshot.number)) is None:
+                raise _push_is_over()
+            return buckets[index]
 
 
 class _HostCopier:

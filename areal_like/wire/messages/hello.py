@@ -64,6 +64,8 @@ class Hello:
     """tcp://host:port of a rollout server's socket for weight pushes."""
     weights_version: int = 0
     """Version of the peer's weights."""
+    sessions_url: str = ""
+    """URL of a rollout server's sessions for external agents; empty: it has none."""
     dtype: str = ""
     """Dtype of the weights in the engine, or in the trainer's forward; empty: not known."""
     device: str = "cpu"
@@ -95,6 +97,9 @@ class Welcome:
     """Optimizer steps completed so far (absolute)."""
     newest_version: int
     """Newest allocated weights version."""
+    session_secret: str = ""
+    """To a rollout server: the secret of the keys of all sessions of this buffer's tickets
+    (`areal_like.security.session_keys`), in hexadecimal digits."""
 
 
 @dataclass(frozen=True, kw_only=True)

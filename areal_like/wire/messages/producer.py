@@ -2,6 +2,9 @@
 
 The server keeps each sample until `SampleAcks` names it, and sends it again after a reconnect; the buffer
 deduplicates by (ticket, sample index).
+
+The buffer keeps a journal of each session that an external agent has claimed, so that another server can
+continue it. The server writes an entry (`AppendSession`) before a client gets a response, and may repeat it.
 """
 
 from __future__ import annotations
@@ -10,6 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from areal_like.failures import FailureKind
 from areal_like.spans.recorder import unix_now
@@ -118,6 +124,9 @@ class Lease:
     """Sampling seed of the ticket; sample i uses seed + i if the engine supports seeds."""
     eval_set: str = ""
     """Name of the set in `eval.sets` (`eval` without any) of an eval lease; empty for training."""
+    sessions: list[int] = field(default_factory=list)
+    """The indices in `sample_indices` of samples whose session another server has begun: the buffer has its
+    journal (`ReadSession`)."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for an eval lease without a set, or a set in another lease."""
@@ -137,7 +146,9 @@ class Leases:
         for batch in _batches(
             leases,
             max_bytes=_BATCH_HEADER_BYTES,
-            size_of=lambda lease: 180 + 5 * (len(lease.sample_indices) + len(lease.greedy_indices)),
+            size_of=lambda lease: (
+                190 + 5 * (len(lease.sample_indices) + len(lease.greedy_indices) + len(lease.sessions))
+            ),
         ):
             yield cls(leases=batch)
 
@@ -261,6 +272,96 @@ class AbortLeases:
             yield cls(leases=batch, reason=reason)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AppendSession:
+    """Server -> buffer: the next entry of a session's journal. Reply: `SessionStored`, once it is durable.
+
+    It is accepted only under the live lease of the sample, so a server that has lost the lease cannot add
+    anything. An entry that is there already is confirmed again.
+    """
+
+    lease_id: int
+    ticket_id: int
+    sample_index: int
+    session: str
+    """Id of the session. Entry 0 with another id begins a new journal, which replaces the old one."""
+    number: int
+    """Position in the journal, from 0."""
+    data: NDArray[np.uint8]
+    """The entry, which only servers read."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a negative number."""
+        if self.number < 0:
+            raise ValueError(f"number={self.number}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionStored:
+    """Buffer -> server: the outcome of `AppendSession` or `ForgetSession`."""
+
+    refused: str = ""
+    """Empty: it is durable. `lease`: the server does not hold the sample (any more). `full`: a journal, or
+    all together, would be too large; the buffer has forgotten this one. `gap`: an earlier entry is missing,
+    and the buffer has forgotten the journal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetSession:
+    """Server -> buffer: the session must not be continued. Reply: `SessionStored`."""
+
+    lease_id: int
+    ticket_id: int
+    sample_index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadSession:
+    """Server -> buffer: requests the journal of a leased sample. Reply: `SessionEntries`."""
+
+    lease_id: int
+    ticket_id: int
+    sample_index: int
+    first: int
+    """Number of the first entry."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a negative number."""
+        if self.first < 0:
+            raise ValueError(f"first={self.first}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionEntries:
+    """Buffer -> server: a part of a journal."""
+
+    session: str
+    """Empty: there is no journal, or the server does not hold the sample (any more)."""
+    num_entries: int
+    """Entries of the whole journal."""
+    entries: list[NDArray[np.uint8]]
+    """Those from `ReadSession.first` on: about `BATCH_BYTES`, at least one if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindSession:
+    """Server -> buffer: where is a session that this server does not have? Reply: `SessionPlace`."""
+
+    session: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionPlace:
+    """Buffer -> server: where a session is."""
+
+    is_over: bool = False
+    """True if it cannot be continued anywhere: its sample is finished or not needed, or it has no journal."""
+    server: str = ""
+    """The server that has leased its sample; empty: it will be leased again."""
+    url: str = ""
+    """That server's `Hello.sessions_url`."""
+
+
 def _batches(
     items: Iterable[_Item], *, max_bytes: int, size_of: Callable[[_Item], int]
 ) -> Iterator[list[_Item]]:
@@ -278,8 +379,11 @@ def _batches(
         yield batch
 
 
-TO_BUFFER = (ServerHeartbeat, Samples, SampleFailed, ReturnLeases)
+TO_BUFFER = (
+    ServerHeartbeat, Samples, SampleFailed, ReturnLeases, AppendSession, ForgetSession, ReadSession,
+    FindSession,
+)  # fmt: skip
 """The messages that servers send."""
-TO_SERVER = (HeartbeatAck, Leases, SampleAcks, AbortLeases)
+TO_SERVER = (HeartbeatAck, Leases, SampleAcks, AbortLeases, SessionStored, SessionEntries, SessionPlace)
 """The messages that a buffer sends to servers."""
 MESSAGES = (*TO_BUFFER, *TO_SERVER)

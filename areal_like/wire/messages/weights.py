@@ -8,7 +8,8 @@ One push, in order:
        rank 0                 with an engine that loads in place: every bucket is gathered and summed up first
     4. rank 0 -> each server  PushWeights: version, update mode, names, shapes and buckets of the tensors
     5. server -> rank 0       ReadyToReceive: its engine is paused if it has to be, and takes part now
-    6. rank 0 -> engines      when all are ready: every bucket, by torch.distributed over the weight group
+    6. senders -> engines     when all are ready: every bucket, by torch.distributed over the weight group;
+                              with several senders over the group of the bucket's sender
     7. rank 0 -> each server  PushChecksums: checksums (and digests) of the buckets that were sent
     8. server -> rank 0       received, checksums compared, swapped in: WeightsOk, the reply to PushWeights
 
@@ -24,7 +25,7 @@ missing reply at the deadline counts as a failure.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 
@@ -58,10 +59,21 @@ class Alive:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SenderAddress:
+    """Where the store of one sender's weight group listens."""
+
+    address: str
+    port: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class FormGroup:
-    """Rank 0 -> server: join the weight group.
+    """Rank 0 -> server: join the weight group, or with several senders the group of each of them.
 
     The reply follows once the server has joined; all members join at the same time.
+
+    With M senders (`weights.senders`) there are M groups: sender j is rank 0 of group j and sends the buckets
+    j, j + M, j + 2 M, ...; the engines have the same ranks in all of them.
     """
 
     epoch: int
@@ -70,7 +82,7 @@ class FormGroup:
     master_address: str
     master_port: int
     rank: int
-    """Rank of the engine's first rank in the group, the others follow it; the trainer is rank 0."""
+    """Rank of the engine's first rank in the group, the others follow it; the sender is rank 0."""
     world_size: int
     backend: str
     """`gloo` | `nccl`."""
@@ -78,6 +90,31 @@ class FormGroup:
     secret: str = field(repr=False)
     """Key of the values in the rendezvous store, 32 bytes in hexadecimal; empty: values are not
     authenticated."""
+    more_senders: list[SenderAddress] = field(default_factory=list)
+    """The stores of senders 1, 2, ...; that of sender 0 is at `master_address`."""
+
+    @property
+    def num_senders(self) -> int:
+        """Number of groups to join."""
+        return 1 + len(self.more_senders)
+
+    def of_sender(self, number: int) -> FormGroup:
+        """The group of one sender, numbered from 0, as a request for that group alone."""
+        if number == 0:
+            return replace(self, more_senders=[])
+        sender = self.more_senders[number - 1]
+        return replace(
+            self,
+            group_name=group_name_of(self.group_name, sender=number),
+            master_address=sender.address,
+            master_port=sender.port,
+            more_senders=[],
+        )
+
+
+def group_name_of(group_name: str, *, sender: int) -> str:
+    """Name of a sender's group in a session whose first group is `group_name`."""
+    return f"{group_name}.{sender}" if sender else group_name
 
 
 @dataclass(frozen=True, kw_only=True)

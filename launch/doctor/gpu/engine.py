@@ -47,7 +47,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.policy import Policy, build_policy
 from trainer.weights.backend import choose_backend
-from trainer.weights.broadcaster import BucketSender
+from trainer.weights.bucket_sender import BucketSender
 from trainer.weights.snapshot import BackgroundGather, BoundaryGather, Snapshot
 
 LIMITS = {"float32": {"sd": 1e-3, "largest": 1e-2}, "bfloat16": {"sd": 0.1, "largest": 1.0}}

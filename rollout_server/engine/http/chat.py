@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 
 from areal_like.chat import openai
 from areal_like.chat.openai import ChatRequest, ChatRules, chat_choice, chat_delta, chat_head
-from areal_like.errors import ArealError, ConfigError, EngineError, EpisodeError, UserError
+from areal_like.errors import ArealError, ConfigError, EngineError, EpisodeError, UserError, first_line
 from areal_like.http.bodies import ParamError, integer, parse_bounded_object
 from areal_like.http.streams import END_OF_EVENTS, encode_event
 from areal_like.trajectory import FinishReason
@@ -252,8 +252,10 @@ class ChatRoutes:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(self._model_path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{self._model_path} has no tokenizer: {error}") from error
+        except Exception as error:  # for a broken file, tokenizers raises plain exceptions
+            raise ConfigError(
+                f"{self._model_path} has no tokenizer that transformers can load ({first_line(error)})"
+            ) from error
         return JinjaRenderer(
             tokenizer,
             stop_token_ids=self._limits.eos_token_ids,

@@ -1,6 +1,6 @@
 """The endpoints for weight updates. WeightUpdater documents the order in which they must be called.
 
-    /init_weights_update_group          join a weight group
+    /init_weights_update_group          join a weight group, with `more_senders` one for each sender
     /begin_weight_update                open an update
     /update_weights_from_distributed    receive one bucket into it (repeated)
     /receive_weights                    open an update and receive all its buckets
@@ -55,6 +55,7 @@ class WeightRoutes:
             backend=text(body, "backend", "nccl"),
             timeout_s=_timeout(body, self._default_timeout_s),
             secret=_secret(body),
+            more_senders=_more_senders(body),
         )
         return success("joined the weight group")
 
@@ -157,6 +158,15 @@ def _secret(body: Mapping[str, Any]) -> str:
         # The message omits the value, to keep it out of logs.
         raise ParamError("secret must be 64 hexadecimal digits", param="secret")
     return value
+
+
+def _more_senders(body: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Returns `more_senders`, pairs of address and port; empty if the body has none."""
+    value = body.get("more_senders", [])
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise ParamError("more_senders must be a list of [address, port]", param="more_senders")
+    pairs = [{"address": address, "port": port} for address, port in value]
+    return [(text(pair, "address"), required_integer(pair, "port", high=65535)) for pair in pairs]
 
 
 def _running(body: Mapping[str, Any]) -> Running:

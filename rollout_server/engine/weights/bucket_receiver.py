@@ -8,8 +8,10 @@ one is verified: checksum, names, shapes, all values finite.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import WeightSyncError
+from areal_like.runtime.threads import NamedThread
 from areal_like.weights.buckets import (
     Bucket,
     TensorSpec,
@@ -50,6 +53,24 @@ class AdapterFacts:
         """The facts of tensors that an adapter is received into."""
         shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
         return cls(parameter_shapes=shapes, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Receiving:
+    """A bucket whose broadcast has begun."""
+
+    bucket: Bucket
+    flat: Tensor
+    """uint8[bucket.num_bytes], which the broadcast writes to."""
+    buffer: Tensor | None
+    """The receive buffer that `flat` is a part of; None if it is a part of the shadow weights."""
+    wait: Callable[[], None]
+    """Waits for the end of the broadcast. Raises WeightSyncError."""
+
+    def wait_quietly(self) -> None:
+        """Waits for the end of the broadcast, whether it succeeds or not."""
+        with contextlib.suppress(WeightSyncError):
+            self.wait()
 
 
 class BucketReceiver:
@@ -89,42 +110,65 @@ class BucketReceiver:
             return work()
 
     def receive(
-        self, group: WeightGroup, buckets: Iterable[Bucket], *, timeout_s: float, integrity: str = "none"
+        self,
+        groups: Sequence[WeightGroup],
+        buckets: Iterable[Bucket],
+        *,
+        timeout_s: float,
+        integrity: str = "none",
     ) -> BucketSums:
         """Receives and verifies flattened buckets; returns their sums.
 
-        `integrity`: with `sha256` the sums include digests of exactly the bytes that were received. An error
-        in a bucket's content is recorded in `error`, and the remaining buckets are still received, so that
-        neither the sender nor the other engines hang. Raises WeightSyncError if the group breaks.
-        `timeout_s`: for all buckets together.
+        `groups`: one for each of M senders; bucket i comes over group i mod M, and one bucket of each sender
+        is received at a time. Receives begin in the order of the buckets on every engine, because concurrent
+        NCCL communicators that are used in different orders may wait for one another. `integrity`: with
+        `sha256` the sums include digests of exactly the bytes that were received. An error in a bucket's
+        content is recorded in `error`, and the remaining buckets are still received, so that neither the
+        senders nor the other engines hang. Raises WeightSyncError if a group breaks. `timeout_s`: for all
+        buckets together.
         """
-        device = self._receive_device(group)
+        device = self._receive_device(groups[0])
         end_s = time.monotonic() + timeout_s
         sums = BucketSums(checksums=[], digests=[])
-        previous: tuple[Bucket, Tensor, Tensor | None] | None = None
+        receiving: deque[_Receiving] = deque()
+        """Oldest first; at most one of each group."""
 
-        def verify(bucket: Bucket, flat: Tensor, buffer: Tensor | None) -> None:
+        def verify(received: _Receiving) -> None:
             if integrity == "sha256":
-                sums.digests.append(sha256(flat))
-            sums.checksums.append(self._verify(bucket, flat, buffer))
+                sums.digests.append(sha256(received.flat))
+            sums.checksums.append(self._verify(received.bucket, received.flat, received.buffer))
 
-        for bucket in buckets:
-            flat, buffer = self._shadow_slice(bucket, device), None
-            if flat is None:
-                buffer = self._take_buffer(bucket.num_bytes, device)
-                flat = buffer[: bucket.num_bytes]
-            wait = group.begin_broadcast(flat, timeout_s=max(_MIN_TIMEOUT_S, end_s - time.monotonic()))
+        def finish_oldest() -> _Receiving:
+            oldest = receiving.popleft()
             has_ended = False
             try:
-                if previous is not None:
-                    verify(*previous)
-                wait()
+                oldest.wait()
                 has_ended = True
             finally:
-                self.is_tainted |= buffer is None and not has_ended
-            previous = bucket, flat, buffer
-        if previous is not None:
-            verify(*previous)
+                self.is_tainted |= oldest.buffer is None and not has_ended
+            return oldest
+
+        try:
+            for index, bucket in enumerate(buckets):
+                received = finish_oldest() if len(receiving) == len(groups) else None
+                flat, buffer = self._shadow_slice(bucket, device), None
+                if flat is None:
+                    buffer = self._take_buffer(bucket.num_bytes, device)
+                    flat = buffer[: bucket.num_bytes]
+                wait = groups[index % len(groups)].begin_broadcast(
+                    flat, timeout_s=max(_MIN_TIMEOUT_S, end_s - time.monotonic())
+                )
+                receiving.append(_Receiving(bucket=bucket, flat=flat, buffer=buffer, wait=wait))
+                if received is not None:
+                    verify(received)
+            while receiving:
+                verify(finish_oldest())
+        finally:
+            self.is_tainted |= any(left.buffer is None for left in receiving)
+            # A receive that still runs over another group needs an owner until it ends: whoever drops the
+            # last reference to a gloo group waits for it, and holds the GIL meanwhile.
+            for left in receiving:
+                NamedThread(left.wait_quietly, name="weights").start()
         return sums
 
     def receive_tensors(self, group: WeightGroup, bucket: Bucket, *, timeout_s: float) -> None:
@@ -195,7 +239,8 @@ class BucketReceiver:
         for index, buffer in enumerate(self.buffers):
             if buffer.numel() >= num_bytes and buffer.device == device:
                 return self.buffers.pop(index)
-        # Two buffers at most: one is being verified, and this one replaces the free one, which is too small.
+        # At most one buffer for each bucket that is being received, and one for the bucket that is being
+        # verified: this one replaces a free one, which is too small.
         del self.buffers[:1]
         return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from areal_like.errors import WeightSyncError
 from areal_like.runtime.threads import in_thread
 from areal_like.weights.weight_group import WeightGroup
+from areal_like.wire.messages.weights import group_name_of
 
 T = TypeVar("T")
 _MAX_JOINS = 8
@@ -77,19 +79,19 @@ class JoinedGroups:
         self.threads = AbandonableThreads()
         """Run the joining and leaving of groups, and everything that receives."""
         self._device = device
-        self._groups: dict[str, WeightGroup] = {}
-        """By name; more than one only while one is being left."""
+        self._groups: dict[str, tuple[WeightGroup, ...]] = {}
+        """By name, the groups of all senders; more than one name only while one is being left."""
         self._join: _Join | None = None
         """The join that is waiting for the other ranks."""
         self._join_slots = threading.BoundedSemaphore(_MAX_JOINS)
 
-    def find(self, group_name: str) -> WeightGroup:
-        """Returns a group that was joined. Raises WeightSyncError."""
-        if (group := self._groups.get(group_name)) is None:
+    def find(self, group_name: str) -> tuple[WeightGroup, ...]:
+        """Returns what was joined under a name: one group for each sender. Raises WeightSyncError."""
+        if (groups := self._groups.get(group_name)) is None:
             raise WeightSyncError(
                 f"weight group {group_name!r} does not exist: call /init_weights_update_group first"
             )
-        return group
+        return groups
 
     async def join(
         self,
@@ -102,11 +104,14 @@ class JoinedGroups:
         backend: str,
         timeout_s: float,
         secret: str = "",
+        more_senders: Sequence[tuple[str, int]] = (),
     ) -> None:
         """Joins a weight group; first leaves any other group and abandons a pending join.
 
-        Raises WeightSyncError, also when torch does not return within `timeout_s` (it waits without a time
-        limit for a store that accepts the connection and never responds).
+        `more_senders`: address and port of the stores of senders 1, 2, ...: their groups are joined after the
+        first one, in this order, and belong to the same name. Raises WeightSyncError, also when torch does
+        not return within `timeout_s` (it waits without a time limit for a store that accepts the connection
+        and never responds).
         """
         if backend == "nccl" and self._device.type != "cuda":
             raise WeightSyncError(
@@ -121,28 +126,34 @@ class JoinedGroups:
         self._abandon_join()
         join = self._join = _Join(group_name)
 
-        def work() -> WeightGroup:
+        def work() -> tuple[WeightGroup, ...]:
+            joined: list[WeightGroup] = []
             try:
-                group = WeightGroup.join(
-                    master_address=master_address,
-                    master_port=master_port,
-                    rank=rank,
-                    world_size=world_size,
-                    group_name=group_name,
-                    backend=backend,
-                    timeout_s=timeout_s,
-                    secret=secret,
-                )
+                for number, (address, port) in enumerate([(master_address, master_port), *more_senders]):
+                    joined.append(
+                        WeightGroup.join(
+                            master_address=address,
+                            master_port=port,
+                            rank=rank,
+                            world_size=world_size,
+                            group_name=group_name_of(group_name, sender=number),
+                            backend=backend,
+                            timeout_s=timeout_s,
+                            secret=secret,
+                        )
+                    )
+                    if join.is_abandoned:
+                        raise _left_while_joining(group_name)
+            except WeightSyncError:
+                _close(joined)
+                raise
             finally:
                 self._join_slots.release()
-            if join.is_abandoned:
-                group.close()
-                raise WeightSyncError(f"weight group {group_name}: this engine has left it while joining")
-            return group
+            return tuple(joined)
 
         try:
             async with asyncio.timeout(timeout_s + _JOIN_GRACE_S):
-                group = await self.threads.run(work)
+                groups = await self.threads.run(work)
         except TimeoutError:
             join.is_abandoned = True
             raise WeightSyncError(
@@ -152,29 +163,38 @@ class JoinedGroups:
             if self._join is join:
                 self._join = None
         if join.is_abandoned:
-            in_thread(group.close, name="weights")
-            raise WeightSyncError(f"weight group {group_name}: this engine has left it while joining")
-        self._groups[group_name] = group
+            in_thread(partial(_close, groups), name="weights")
+            raise _left_while_joining(group_name)
+        self._groups[group_name] = groups
 
     async def leave(self, group_name: str) -> None:
         """Leaves a group. Raises WeightSyncError if no group has that name."""
-        group = self._groups.pop(group_name, None)
-        if group is None and self._join is not None and self._join.group_name == group_name:
+        groups = self._groups.pop(group_name, None)
+        if groups is None and self._join is not None and self._join.group_name == group_name:
             self._abandon_join()
             return
-        if group is None:
+        if groups is None:
             raise WeightSyncError(f"weight group {group_name!r} does not exist")
         # In a thread: NCCL's abort may wait for a peer that hangs.
-        await self.threads.run(group.close)
+        await self.threads.run(partial(_close, groups))
 
     def close(self) -> None:
         """Fails everything that runs in a thread, and leaves all groups without waiting."""
         self.threads.abandon("the engine is shutting down")
-        for group in self._groups.values():
-            in_thread(group.close, name="weights")
+        for groups in self._groups.values():
+            in_thread(partial(_close, groups), name="weights")
         self._groups.clear()
 
     def _abandon_join(self) -> None:
         if self._join is not None:
             self._join.is_abandoned = True
             self._join = None
+
+
+def _close(groups: Sequence[WeightGroup]) -> None:
+    for group in groups:
+        group.close()
+
+
+def _left_while_joining(group_name: str) -> WeightSyncError:
+    return WeightSyncError(f"weight group {group_name}: this engine has left it while joining")

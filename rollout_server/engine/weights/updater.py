@@ -74,7 +74,8 @@ class WeightUpdater:
         """The weight groups of this engine."""
         self._update: _OpenUpdate | None = None
         self._buffers: list[Tensor] = []
-        """Receive buffers for buckets that cannot be received in place, at most two. They are kept between
+        """Receive buffers for buckets that cannot be received in place, at most one for each sender and one
+        more. They are kept between
         updates, because receiving into memory that the kernel has to map first takes twice as long."""
         self.num_updates = 0
         """Updates activated."""
@@ -125,12 +126,12 @@ class WeightUpdater:
         """
         update = self._open_update()
         receiver = update.receiver
-        group = self.groups.find(group_name)
+        groups = self.groups.find(group_name)
 
         def work() -> BucketSums:
             if flattened:
-                return receiver.receive(group, buckets, timeout_s=timeout_s, integrity=integrity)
-            receiver.receive_tensors(group, buckets[0], timeout_s=timeout_s)
+                return receiver.receive(groups, buckets, timeout_s=timeout_s, integrity=integrity)
+            receiver.receive_tensors(groups[0], buckets[0], timeout_s=timeout_s)
             return BucketSums(checksums=[], digests=[])
 
         update.num_receiving += 1

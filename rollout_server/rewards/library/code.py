@@ -13,16 +13,14 @@ import contextvars
 import functools
 import json
 import re
-import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from areal_like.errors import ConfigError, RewardError
-from rollout_server.rewards.library import program_harness
 from rollout_server.rewards.library.base import RewardFunction, place_of
 from rollout_server.rewards.library.function import row_of
+from rollout_server.rewards.library.program_calls import HarnessRun
 from rollout_server.rewards.library.program_tests import (
     ProgramTests,
     is_same_output,
@@ -125,17 +123,16 @@ class Code(RewardFunction):
 
     def _run_harness(self, source: str, tests: ProgramTests) -> tuple[int, int]:
         """Returns the same as `_run_with_stdin`, from one program that runs all tests."""
-        nonce = secrets.token_hex(16)
-        setup: dict[str, Any] = {"source": source, "nonce": nonce, "statements": tests.statements}
-        if tests.function:
-            setup |= {"function": tests.function, "calls": tests.inputs}
+        harness = HarnessRun(
+            source=source, function=tests.function, calls=tests.inputs, statements=tests.statements
+        )
         expected_bytes = len(json.dumps(tests.outputs))
         result = self._run(
-            _harness_text(), stdin=json.dumps(setup), output_bytes=_OUTPUT_BYTES + 2 * expected_bytes
+            harness.program, stdin=harness.stdin, output_bytes=_OUTPUT_BYTES + 2 * expected_bytes
         )
         if result is None:
             return 0, 1
-        values = _values(result.stdout, nonce)
+        values = harness.values(result.stdout)
         passed = [number for number in range(tests.num) if number in values]
         if tests.function:
             passed = [
@@ -162,25 +159,7 @@ def program_in(completion: str, *, needs_fence: bool) -> str | None:
     return None if needs_fence or "```" in completion or not completion.strip() else str(completion)
 
 
-def _values(stdout: str, nonce: str) -> dict[int, Any]:
-    """Parses the lines of the harness into test number -> value."""
-    values: dict[int, Any] = {}
-    for line in stdout.splitlines():
-        fields = line.split(" ", 2)
-        if len(fields) == 3 and fields[0] == nonce and fields[1].isdecimal():
-            try:
-                values[int(fields[1])] = json.loads(fields[2])
-            except (ValueError, RecursionError):
-                continue
-    return values
-
-
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
     """Returns the executor with a thread for each running program; threads are created on use."""
     return ThreadPoolExecutor(max_workers=_MAX_THREADS, thread_name_prefix="programs")
-
-
-@functools.cache
-def _harness_text() -> str:
-    return Path(str(program_harness.__file__)).read_text()

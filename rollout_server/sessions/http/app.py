@@ -83,10 +83,12 @@ def session_app(
     sample_timeout_s: float | None = None,
     advertise_host: str = "",
     keep_alive_s: float = KEEP_ALIVE_S,
+    elsewhere: Callable[[ASGIApp], ASGIApp] | None = None,
 ) -> ASGIApp:
     """Builds the application. `model`: the model's name in responses. `max_context`: longest sequence in
     tokens. `sample_timeout_s`, `idle_timeout_s`: time limits of a session, told to external agents.
-    `advertise_host`: host in their base URL; empty: the one by which they reached the server."""
+    `advertise_host`: host in their base URL; empty: the one by which they reached the server. `elsewhere`:
+    wraps the application to respond for sessions that this server does not have; None: there are none."""
     claims = ClaimRoutes(
         book=book,
         advertise_host=advertise_host,
@@ -136,7 +138,7 @@ def session_app(
         routes=routes, exception_handlers={ArealError: _failed, HTTPException: refused, Exception: _broken}
     )
     app.router.redirect_slashes = False  # a redirect would not have the error format
-    return _counted(app, book)
+    return _counted(app if elsewhere is None else elsewhere(app), book)
 
 
 def _counted(app: ASGIApp, book: SessionBook) -> ASGIApp:
@@ -200,7 +202,7 @@ class _SessionRoutes:
 
     async def delete_response(self, request: Request) -> Response:
         session, id, _ = self._kept_response(request)
-        session.kept.delete(id)
+        await session.delete_response(id)
         return JSONResponse({"id": f"resp_{id}", "object": "response", "deleted": True})
 
     async def input_items(self, request: Request) -> Response:
@@ -266,8 +268,9 @@ class _SessionRoutes:
             return write_failure(parsed, id=call.id, created_s=int(time.time()), error=error)
 
         content = await request.body()
+        kept = parsed if isinstance(parsed, ResponsesRequest) and parsed.is_stored else None
         return CallResponse(
-            call=begin_call(request, session, content, lambda: sample(session, parsed)),
+            call=begin_call(request, session, content, lambda: sample(session, parsed), response=kept),
             write=body_of,
             write_failure=failure_of,
             is_stream=parsed.options.stream,
@@ -291,7 +294,7 @@ class _SessionRoutes:
         session = session_of(request, self.book)
         posted = parse_reward(parse_bounded_object(await request.body()))
         try:
-            session.set_reward(**posted)
+            await session.post_reward(**posted)
         except ValueError as error:
             param = "completion_id" if posted["completion_id"] else "reward"
             raise ParamError(str(error), param=param) from None
@@ -310,7 +313,7 @@ class _SessionRoutes:
         session = session_of(request, self.book)
         parse_bounded_object(await request.body())
         problem = session.problem
-        session.end()
+        await session.end_recorded()
         return JSONResponse({"id": session.id, "ended": True, "problem": problem or None})
 
 

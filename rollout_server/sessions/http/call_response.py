@@ -19,6 +19,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
+from areal_like.chat.responses import ResponsesRequest
 from areal_like.http.streams import EVENTS, disconnected
 from rollout_server.conversation.turns import SampledTurn
 from rollout_server.sessions.book import SessionBook
@@ -52,8 +53,11 @@ def begin_call(
     session: OpenSession,
     content: bytes,
     ask: Callable[[], Coroutine[Any, Any, SampledTurn]],
+    *,
+    response: ResponsesRequest | None = None,
 ) -> Call:
     """Returns the call for a request with this body; `ask`: the session's `sample_turn` or `continue_tokens`.
+    `response`: the request, if its response is to be kept.
 
     A repetition joins the call of the request that it repeats. Raises SessionGoneError.
     """
@@ -64,7 +68,7 @@ def begin_call(
     ).digest()
     count = headers.get("x-stainless-retry-count", "0")
     is_repetition = bool(key) or (count.isdecimal() and count.strip("0") != "")
-    return session.begin(digest, ask, is_repetition=is_repetition)
+    return session.begin(digest, ask, is_repetition=is_repetition, response=response)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -87,7 +91,8 @@ class CallResponse:
         try:
             while not call.task.done() and not gone.done():
                 timeout_s = self.keep_alive_s if self.is_stream else None
-                await asyncio.wait({call.task, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+                waited: set[asyncio.Future[Any]] = {call.task, gone}
+                await asyncio.wait(waited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
                 if self.is_stream and not call.task.done() and not gone.done():
                     await self._send_part(send, _COMMENT)
             if gone.done():

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import math
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -23,9 +24,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from areal_like.errors import SessionMovedError
 from areal_like.http.access import bearer_token
 from areal_like.http.bodies import ParamError, flag, number, parse_bounded_object, text
 from areal_like.http.streams import disconnected
+from areal_like.security.session_keys import nonce_of
 from rollout_server.sessions.book import JOB_OVER, SessionBook
 from rollout_server.sessions.claimants import Claimant
 from rollout_server.sessions.http.call_response import drained
@@ -94,10 +97,18 @@ class ClaimRoutes:
         if (held := self._held(claimant)) is not None:  # its other sessions failed while it waited
             self._take_back(sessions)
             return held
+        claim_id = secrets.token_hex(8)
         for session in sessions:
-            session.claimant, session.asked = claimant, asked
+            session.claimant, session.asked, session.claim_id = claimant, asked, claim_id
         try:
+            # Before the client learns of it: from then on another server could continue it.
+            await asyncio.gather(*(one.offered(nonce=nonce_of(one.api_key)) for one in sessions))
+            if any(one.state is not SessionState.WAITING for one in sessions):
+                raise SessionMovedError("the session was lost while it was offered: claim another")
             return _Claimed(sessions, self._described(request, sessions, is_group=is_group), self.book)
+        except SessionMovedError:
+            self._take_back(sessions)
+            return _none("the session was lost while it was offered")
         except BaseException:
             self._take_back(sessions)
             raise

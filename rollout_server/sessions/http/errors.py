@@ -2,7 +2,9 @@
 /v1/messages (and /messages) that of Anthropic's Messages, for all else OpenAI's.
 
     400 a request that cannot be served | 404 no such session or response | 410 the session has ended
-    429 no session waits (Retry-After)    | 500 the engine failed, and the sample with it
+    421 the session is at another server (`x-areal-server`)
+    429 no session waits (Retry-After)  | 500 the engine failed, and the sample with it
+    503 the session will continue at another server (Retry-After)
 
 An SDK repeats a request after status 408, 409, 429 or 5xx, unless `x-should-retry` forbids it.
 """
@@ -23,6 +25,7 @@ from areal_like.errors import (
     EpisodeError,
     PromptRefusedError,
     SessionGoneError,
+    SessionMovedError,
     UserError,
 )
 from areal_like.http.bodies import ParamError
@@ -31,6 +34,8 @@ from rollout_server.sessions.book import JOB_OVER
 
 CONTEXT_LENGTH = "context_length_exceeded"
 TURN_LIMIT = "turn_limit_exceeded"
+MOVED, ELSEWHERE = "session_moved", "session_elsewhere"
+RETRY_SOON: Mapping[str, str] = {"retry-after": "1"}
 _ANTHROPIC = "/v1/messages"
 _RESPONSES = "/v1/responses"
 
@@ -67,10 +72,10 @@ def error_response(
     path: str = "",
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """Returns the response for an error. Except for 429, it tells SDKs not to retry. `path`: of the
+    """Returns the response for an error. Except for 429 and 503, it tells SDKs not to retry. `path`: of the
     request."""
     content = error_content(path, status, message, code=code, param=param)
-    fixed = {} if status == 429 else {"x-should-retry": "false"}
+    fixed = RETRY_SOON if status == 503 else {} if status == 429 else {"x-should-retry": "false"}
     return Response(content, status, headers={**fixed, **(headers or {})}, media_type="application/json")
 
 
@@ -86,6 +91,8 @@ def described(error: BaseException) -> dict[str, Any]:
     match error:
         case SessionGoneError():
             return {"status": 410, "message": message, "code": gone_code(message)}
+        case SessionMovedError():
+            return {"status": 503, "message": message, "code": MOVED}
         case NoSessionError():
             return {"status": 404, "message": message, "code": "session_not_found"}
         case UnknownResponseError():

@@ -6,6 +6,7 @@ session that was claimed alone is a group of one.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -38,8 +39,7 @@ class GroupRoutes:
                 "reward all of them",
                 param="ranking" if body.get("rewards") is None else "rewards",
             )
-        for one in members:
-            one.set_reward(rewards[one.id])
+        await asyncio.gather(*(one.post_reward(value=rewards[one.id]) for one in members))
         session.hear()
         given = {one.id: rewards[one.id] for one in members}
         over = [one.id for one in session.members if one.id not in given]
@@ -59,8 +59,7 @@ class GroupRoutes:
         session = session_of(request, self.book)
         session.check_open()
         problems = {one.id: one.problem for one in session.members if one.problem}
-        for one in _open(session):
-            one.end()
+        await asyncio.gather(*(one.end_recorded() for one in _open(session)))
         return JSONResponse({"group": session.group, "ended": True, "problems": problems})
 
 

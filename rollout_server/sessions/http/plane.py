@@ -38,6 +38,7 @@ from rollout_server.policy.engines.sglang.process import server_index
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.http.claims import MAX_WAITING
+from rollout_server.sessions.http.elsewhere import Elsewhere, Find
 from rollout_server.sessions.http.rules import SessionRules, error_of_refusal, most_bytes_of_body
 from rollout_server.tasks.base import Task
 
@@ -61,10 +62,16 @@ _LARGEST_PORT = 65535
 
 @contextlib.asynccontextmanager
 async def served_sessions(
-    runtime: Runtime, book: SessionBook, *, tasks: Sequence[Task], model: str, context_tokens: int
+    runtime: Runtime,
+    book: SessionBook,
+    *,
+    tasks: Sequence[Task],
+    model: str,
+    context_tokens: int,
+    find: Find,
 ) -> AsyncIterator[SessionPlane | None]:
-    """Yields the running HTTP servers; None if no task uses sessions. Raises ConfigError like
-    SessionPlane."""
+    """Yields the running HTTP servers; None if no task uses sessions. `find`: asks the buffers for a session
+    that this server does not have. Raises ConfigError like SessionPlane."""
     if not any(task.uses_sessions for task in tasks):
         yield None
         return
@@ -76,6 +83,7 @@ async def served_sessions(
         idle_timeout_s=config.sessions.idle_timeout_s,
         sample_timeout_s=config.rollout.sample_timeout_s or None,
         advertise_host=config.sessions.advertise_host,
+        elsewhere=lambda app: Elsewhere(app=app, book=book, name=runtime.name, find=find),
     )
     plane = SessionPlane(
         config=config,

@@ -5,8 +5,8 @@
     everything else     as /sessions, and then 404
 
 A wrong key and an unknown id get the same response, 401, so that a client without a key cannot learn ids or
-the state of sessions. So a client of a session that this server does not know (any more) is told that its key
-is wrong, instead of 404.
+the state of sessions. The key of an external agent's session is valid at every server of the run
+(`areal_like.security.session_keys`): one that does not have the session says where it is (elsewhere.py).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class SessionRules:
         if refusal is not None:
             return refusal
         token = bearer_token(scope["headers"])
-        if not (id := _session_id(scope["path"])):
+        if not (id := session_id(scope["path"])):
             return self._claim_refusal(token)
         # Programs that use Anthropic's API send the key in one header or the other, or another key besides.
         return self._session_refusal(id, token, header_key(scope["headers"], b"x-api-key"))
@@ -69,7 +69,7 @@ class SessionRules:
         """Context in which an accepted request is read and handled; yields a refusal if its session has too
         many. Otherwise a client with a single key could use all connections, and memory for as many
         bodies."""
-        session = self.book.find(_session_id(scope["path"]))
+        session = self.book.find(session_id(scope["path"]))
         if session is None:
             yield None
         elif session.num_requests >= self.most_requests:
@@ -86,11 +86,12 @@ class SessionRules:
         key = self.book.key_of(id)
         wanted_key = (key or _NO_KEY).encode()
         is_key = any(hmac.compare_digest(token.encode(), wanted_key) for token in tokens)
+        if not key and self.takes_claims and any(self.book.keys.is_key(id, token) for token in tokens):
+            return None  # another server has the session, or had it
         if not (is_key and key):
             wanted = (
-                "no session of this server has this id and this key: send the api_key of the session "
-                "(Authorization: Bearer API_KEY, or x-api-key). If you do, the server was started again: "
-                "claim another"
+                "no session of this run has this id and this key: send the api_key of the session "
+                "(Authorization: Bearer API_KEY, or x-api-key)"
             )
             role_of = self.role_of
             if role_of is not None and any(role_of(token) is not None for token in tokens):
@@ -135,7 +136,7 @@ def error_of_refusal(refusal: Refusal, scope: Mapping[str, Any]) -> tuple[bytes,
     return content, _RETRY.get(refusal.reason, [(b"x-should-retry", b"false")])
 
 
-def _session_id(path: str) -> str:
+def session_id(path: str) -> str:
     """Returns ID of /sessions/ID/...; empty for other paths."""
     parts = path.split("/", 3)
     return parts[2] if len(parts) == 4 and parts[:2] == ["", "sessions"] else ""

@@ -16,8 +16,10 @@ from functools import lru_cache
 from typing import Any
 
 import jsonschema
+import jsonschema_specifications
 import referencing
 from jsonschema.validators import extend, validator_for
+from referencing.jsonschema import specification_with
 
 from areal_like.errors import ToolError, ToolServerError
 
@@ -39,12 +41,18 @@ class ArgumentCheck:
         draft = validator_for(
             {"$schema": named} if isinstance(named, str) else {}, jsonschema.Draft202012Validator
         )
+        # jsonschema's own check of a schema compares each two objects of a list that wants different values.
+        checker = extend(draft, {"uniqueItems": _unique_items})(
+            _plain(draft.META_SCHEMA),
+            format_checker=jsonschema.FormatChecker(formats=()),
+            registry=_metaschemas(),
+        )
         try:
-            draft.check_schema(schema, format_checker=jsonschema.FormatChecker(formats=()))
-        except jsonschema.SchemaError as error:
-            raise ToolServerError(f"is no JSON schema: {_shown(error)}") from None
+            wrong = next(checker.iter_errors(schema), None)
         except RecursionError:
             raise ToolServerError("is nested too deep") from None
+        if wrong is not None:
+            raise ToolServerError(f"is no JSON schema: {_shown(wrong)}")
         if schema.get("type") != "object":
             raise ToolServerError('has no "type": "object"')
         self._work_left = 0
@@ -79,6 +87,28 @@ class ArgumentCheck:
             yield from check(validator, value, instance, schema) or ()
 
         return counted
+
+
+@lru_cache(maxsize=1)
+def _metaschemas() -> referencing.Registry[Any]:
+    """The schemas of schemas without `$schema`, with which a validator takes jsonschema's own class."""
+    known = ((uri, resource.contents) for uri, resource in jsonschema_specifications.REGISTRY.items())
+    resources = (
+        (uri, specification_with(meta["$schema"]).create_resource(_plain(meta))) for uri, meta in known
+    )
+    # Crawled, because anchors are found in the registry, where those of jsonschema's own would stay.
+    return referencing.Registry().with_resources(resources).crawl()
+
+
+def _plain(metaschema: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metaschema.items() if name != "$schema"}
+
+
+def _unique_items(_: Any, is_wanted: Any, instance: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
+    """`uniqueItems` in linear time, except that 1 and 1.0 differ."""
+    values = instance if is_wanted and isinstance(instance, list) else []
+    if len({json.dumps(one, sort_keys=True) for one in values}) < len(values):
+        yield jsonschema.ValidationError("a list has the same value twice")
 
 
 class _TooMuchWorkError(Exception):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.formatting import duration, labels, short, ticks
+from launch.formatting import duration, labels, rate, short, ticks
 from launch.report.columns import MAX_COLUMNS, NUM_BUCKETS, Columns, filled_back, read_columns, reduced
 
 
@@ -120,6 +120,11 @@ def test_ticks_are_round_and_few(low: float, width: float, count: int) -> None:
     margin = 1e-6 * (high - low)
     assert all(low - margin <= value <= high + margin for value in found)
     assert len(labels(found)) == len(found)
+
+
+def test_rates_that_are_almost_zero() -> None:
+    shown = [rate(value) for value in (8.61e-06, 0.0049, 0.005, 0, 12.3456, None)]
+    assert shown == ["<0.01", "<0.01", "0.005", "0", "12.35", "-"]
 
 
 def test_numbers_are_short() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from pathlib import Path
@@ -54,7 +55,7 @@ def receive(
             ) as group,
         ):  # fmt: skip
             try:
-                return receiver.receive(group, buckets, timeout_s=HANG_LIMIT_S, integrity="sha256")
+                return receiver.receive([group], buckets, timeout_s=HANG_LIMIT_S, integrity="sha256")
             finally:
                 sending.join()
 
@@ -156,3 +157,82 @@ def test_a_float32_tensor_among_narrow_ones(held: torch.dtype) -> None:
     assert not receiver.error
     for name, tensor in named.items():
         assert torch.equal(tensor, sent[name].to(tensor.dtype)), name
+
+
+@pytest.mark.parametrize(("dtype", "is_in_place"), [("float32", True), ("bfloat16", False)])
+def test_buckets_of_several_senders_arrive_whatever_their_pace(
+    dtype: str, is_in_place: bool, tmp_path: Path
+) -> None:
+    """Bucket i comes over group i mod 3. The last sender begins after the others; buffers are bounded by the
+    number of senders."""
+    path = save_model(tmp_path / "llama", "llama")
+    model, tensors = loaded(path), weights_of(path)
+    buckets = cut_buckets(
+        [spec_of(n, t, dtype=dtype) for n, t in tensors.items()], bucket_bytes=BUCKET_BYTES // 4
+    )
+    assert len(buckets) > 9
+    flats = [flatten(bucket, tensors) for bucket in buckets]
+    receiver = BucketReceiver(model.new_weights(), model.facts, [])
+    sums = receive_from_senders(receiver, buckets, [flats[sender::3] for sender in range(3)])
+    assert sums.checksums == [checksum(flat) for flat in flats]
+    assert [spec for bucket in buckets for spec in bucket.tensors] == receiver.received
+    assert not receiver.error and not receiver.is_tainted
+    assert (len(receiver.buffers) == 0) == is_in_place and len(receiver.buffers) <= 4
+    for name, tensor in tensors.items():
+        want = tensor.to(getattr(torch, dtype)).float()
+        assert torch.equal(receiver.weights.named[name].float(), want)
+
+
+def test_one_of_several_senders_that_leaves_fails_the_push(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "llama", "llama")
+    model, tensors = loaded(path), weights_of(path)
+    buckets = cut_buckets([spec_of(n, t) for n, t in tensors.items()], bucket_bytes=BUCKET_BYTES // 4)
+    flats = [flatten(bucket, tensors) for bucket in buckets]
+    receiver = BucketReceiver(model.new_weights(), model.facts, [])
+    shares = [flats[sender::3] for sender in range(3)]
+    with pytest.raises(WeightSyncError, match=r"weight group g1: broadcast failed"):
+        receive_from_senders(receiver, buckets, [shares[0], shares[1][:1], shares[2]])
+    assert receiver.is_tainted, "the shadow weights may still be written to"
+
+
+def receive_from_senders(
+    receiver: BucketReceiver, buckets: tuple[Bucket, ...], shares: list[list[torch.Tensor]]
+) -> BucketSums:
+    """Pushes each share over a group of its own; a sender leaves when it has sent its share."""
+    senders = [
+        WeightGroup.create(world_size=2, group_name=f"g{number}", timeout_s=HANG_LIMIT_S)
+        for number in range(len(shares))
+    ]
+
+    def send(group: WeightGroup, share: list[torch.Tensor]) -> None:
+        group.connect()
+        if group is senders[-1]:
+            first_is_sent.wait()
+        with contextlib.suppress(WeightSyncError):  # the engine has left
+            for flat in share:
+                group.broadcast(flat)
+                first_is_sent.set()
+        group.close()
+
+    first_is_sent = threading.Event()
+    sending = [
+        threading.Thread(target=send, args=(group, share))
+        for group, share in zip(senders, shares, strict=True)
+    ]
+    for thread in sending:
+        thread.start()
+    groups = [
+        WeightGroup.join(
+            master_address=sender.address, master_port=sender.port, rank=1, world_size=2,
+            group_name=sender.group_name, timeout_s=HANG_LIMIT_S,
+        )
+        for sender in senders
+    ]  # fmt: skip
+    try:
+        with torch.inference_mode():
+            return receiver.receive(groups, buckets, timeout_s=HANG_LIMIT_S)
+    finally:
+        for group in groups:
+            group.close()
+        for thread in sending:
+            thread.join()

@@ -185,6 +185,9 @@ def test_a_model_without_a_template_is_refused(tmp_path: Path, path: Path) -> No
                 assert response.status == 200
             status, answered = await post(engine, {"messages": HELLO})
             assert status == 400 and "has no tokenizer" in answered["error"]["message"]
+            (bare / "tokenizer.json").write_text('{"added_tokens": []}')
+            status, answered = await post(engine, {"messages": HELLO})
+            assert status == 400 and "has no tokenizer that" in answered["error"]["message"]
 
         asyncio.run(body())
 

@@ -138,3 +138,6 @@ def test_template_kwargs_reach_prompts_of_one_turn(tmp_path: Any) -> None:
     assert texts == [start, start + "<think>\n\n</think>\n\n"]
     with pytest.raises(ValueError, match="cannot render these messages"):
         renderer.encode(Example(prompt=[], answer=None))
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": []}')
+    with pytest.raises(ConfigError, match="no tokenizer and config that transformers can load"):
+        PromptRenderer(str(tmp_path))

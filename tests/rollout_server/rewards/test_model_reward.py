@@ -149,6 +149,28 @@ def test_responses_that_are_no_scores(path: str, body: bytes, says: str) -> None
         assert (says in said and said.startswith(f"scorer {url}")) or "returned 2 numbers" in said
 
 
+def test_a_server_that_tells_nothing_about_its_model_still_scores(path: str) -> None:
+    """Its model has no name; with one of the routes that tell it, the name does not depend on which."""
+    answer = Answer(body=b'{"embedding": [0.5], "meta_info": {"weight_version": "default"}}')
+    with judge_server(answer) as other:
+        asked = {"url": other.url.removesuffix("/v1"), "api": "classify", "tokenizer": path}
+        unnamed = one_score(**asked)
+        assert unnamed.value == 0.5 and unnamed.metrics["model/scorer/unknown"] == 1
+        names = set()
+        for where, told in (
+            ("/model_info", {"model_path": "/rm"}),
+            ("/get_model_info", {"model_path": "/rm", "weight_version": "default"}),
+            ("/v1/models", {"data": [{"id": "/rm", "root": "/rm"}]}),
+        ):
+            other.pages = {where: told}
+            names |= {name for name in one_score(**asked).metrics if "scorer/" in name}
+        (name,) = names
+        assert name != "model/scorer/unknown"
+        for broken in ({"data": []}, {"data": [1]}, []):
+            other.pages = {"/v1/models": broken}
+            assert one_score(**asked).metrics["model/scorer/unknown"] == 1
+
+
 def test_a_text_that_is_too_long_fails_at_once(server: ScoreServer) -> None:
     before = server.number("scorer_refused_total", reason="too_long")
     failed, right = scored("2" * CONTEXT, "2", url=server.url)

@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from areal_like.errors import ConfigError
-from rollout_server.sandbox import BwrapSandbox, Limits, RlimitsSandbox, Sandbox, make_sandbox
+from rollout_server.sandbox import BwrapSandbox, Limits, RlimitsSandbox, Sandbox, make_sandbox, supervisor
 from rollout_server.sandbox import bwrap as module
 from rollout_server.sandbox.supervisor import _CALLS
 
@@ -113,6 +114,35 @@ def test_daemons_are_killed(sandbox: Sandbox) -> None:
     result = sandbox.run([sys.executable, "-c", daemon], limits=Limits(timeout_s=600))
     assert result.stdout == "started\n"
     wait_until_gone(mark)
+
+
+def test_only_descendants_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children of other threads and grandchildren, too; a process that has ended is none."""
+    if not supervisor._lists_children():
+        pytest.skip("this kernel lists no children")
+    grandchildren = f"{sys.executable} -c 'input()' & {sys.executable} -c 'input()' & wait"
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def begin() -> None:
+        begun.append(subprocess.Popen(["sh", "-c", f"cat | ({grandchildren})"], stdin=subprocess.PIPE))
+
+    threads = [threading.Thread(target=begin) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    ended = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    try:
+        while len(listed := supervisor.listed_descendants(os.getpid())) < 2 * 5:
+            time.sleep(0.01)
+        assert listed.keys() == supervisor.descendants(os.getpid()).keys() and ended.pid not in listed
+        monkeypatch.setattr(supervisor, "_processes", None)
+        assert supervisor.listed_descendants(os.getpid()).keys() == listed.keys()
+        assert all(num_threads >= 1 and resident >= 0 for num_threads, resident in listed.values())
+    finally:
+        for process in begun:
+            process.communicate(b"")
+        ended.wait()
 
 
 def test_fork_bomb(sandbox: Sandbox) -> None:
@@ -387,7 +417,8 @@ def test_sandbox_that_does_not_work_is_refused(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_unknown_sandbox_and_bad_limits() -> None:
-    with pytest.raises(ConfigError, match="choose one of bwrap, rlimits"):
-        make_sandbox("docker")
+    for kind in ("docker", "podman:", "bwrap:x", "gvisor", ""):
+        with pytest.raises(ConfigError, match="choose one of bwrap, rlimits, docker:IMAGE"):
+            make_sandbox(kind)
     with pytest.raises(ConfigError, match="sandbox limit timeout_s=0: must be above 0"):
         Limits(timeout_s=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,10 +16,13 @@ from transformers import AutoModelForSequenceClassification
 
 from areal_like.chat.scored_text import scored_tokens
 from areal_like.errors import ConfigError
+from areal_like.runtime.metrics import Metrics
 from areal_like.security.keys import KeyRole
 from rollout_server.scoring.model import RewardModel
+from rollout_server.scoring.service import RefusedTextError, ScoreService
 from tests.support.keys import keyring, make_keys
 from tests.support.reward_models import CONTEXT, ScoreServer, StuckModel, loaded, write_reward_model
+from tests.support.waiting import HANG_LIMIT_S
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +136,29 @@ def test_bodies_that_are_no_requests(server: ScoreServer) -> None:
     assert server.request("GET", "/score")[0] == 405 and server.request("GET", "/nothing")[0] == 404
     status, _ = server.request("POST", "/score", {"prompt": "1", "completion": "2"})
     assert status == 200
+
+
+def test_texts_that_wait_for_the_tokenizer_count(model: RewardModel) -> None:
+    async def body() -> None:
+        limits = {"max_length": 9, "max_batch_tokens": 9, "max_waiting": 1}
+        stuck = StuckModel(model)
+        service = ScoreService(stuck, Metrics(), identity="abc", **limits)
+        may_go_on = threading.Event()
+        first = asyncio.create_task(service.score(lambda: [3][: may_go_on.wait()], timeout_s=60))
+        await asyncio.sleep(0)
+        try:
+            second = service.score(lambda: [3], timeout_s=60)
+            with pytest.raises(RefusedTextError, match="1 texts wait already"):
+                await asyncio.wait_for(second, HANG_LIMIT_S)
+        finally:
+            may_go_on.set()
+            stuck.may_go_on.set()
+        running = asyncio.create_task(service.run())
+        assert await first == (1.0, 1)
+        running.cancel()
+        await service.close()
+
+    asyncio.run(body())
 
 
 def test_a_full_queue_and_late_texts(model: RewardModel) -> None:

@@ -100,3 +100,26 @@ def test_refused_schemas(schema: Any, problem: str) -> None:
     with pytest.raises(ToolServerError) as refused:
         accepted(schema, max_bytes=16384, max_depth=16)
     assert problem in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("draft", "keyword", "is_allowed"),
+    [
+        ("http://json-schema.org/draft-03/schema#", "enum", True),
+        ("http://json-schema.org/draft-04/schema#", "enum", True),
+        (DRAFT_7, "type", False),
+        ("https://json-schema.org/draft/2019-09/schema", "type", False),
+        ("https://json-schema.org/draft/2020-12/schema", "type", False),
+    ],
+)
+def test_long_lists_of_objects_in_a_schema_take_linear_time(
+    draft: str, keyword: str, is_allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """jsonschema compares each two objects of a list whose values are to differ."""
+    monkeypatch.setattr("jsonschema._keywords.uniq", None)  # not called at all
+    schema = {"$schema": draft, **of(a={keyword: [{"a": number} for number in range(1000)]})}
+    if is_allowed:
+        accepted(schema, max_bytes=1 << 20, max_depth=16)
+        schema = {"$schema": draft, **of(a={keyword: [{"b": 1}, {"b": 1}]})}
+    with pytest.raises(ToolServerError, match=rf"is no JSON schema: \$\.properties\.a\.{keyword}: "):
+        accepted(schema, max_bytes=1 << 20, max_depth=16)

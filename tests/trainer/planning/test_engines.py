@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from areal_like.config import Config
 from areal_like.runtime.command_line import load_config
@@ -50,6 +51,27 @@ def test_sglang_keeps_latents_whole(tmp_path: Path) -> None:
     for num_gpus in (1, 8):
         assert 2 * shape.kv_values_per_token(engine="sglang", num_gpus=num_gpus) == 2 * 61 * (512 + 64)
     assert shape.attention_size == 61 * 128 * (128 + 64 + 128) / 2
+
+
+def test_flops_of_decoding_with_latents(tmp_path: Path) -> None:
+    """DeepSeek-V3: 278,528 FLOPs a layer and position with absorbed projections, 3.4 times those of its
+    heads. Without, the latents are expanded for each token, as torch counts it."""
+    AutoConfig.for_model("deepseek_v3").save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path))
+    assert shape.decode_flops_per_position(engine="sglang") == 61 * 278_528 == 61 * 128 * 2 * (576 + 512)
+    path = write_family("deepseek_v3", tmp_path)
+    small = shape_of(path)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    flops = []
+    for length in (8, 9):
+        with torch.no_grad():
+            cache = model(torch.zeros(1, length, dtype=torch.long), use_cache=True).past_key_values
+            with FlopCounterMode(display=False) as counter:
+                model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+        flops.append(counter.get_total_flops())
+    assert flops[1] - flops[0] == small.decode_flops_per_position(engine="embedded")
+    plain = shape_of(write_family("qwen3_moe", tmp_path))
+    assert plain.decode_flops_per_position(engine="sglang") == 4 * plain.attention_size
 
 
 @pytest.mark.parametrize("family", WRAPPED)

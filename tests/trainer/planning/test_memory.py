@@ -26,17 +26,18 @@ SHAPE = Qwen3Config(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "checkpointing", "lora_rank", "context"),
+    ("world_size", "checkpointing", "lora_rank", "shape"),
     [
-        (1, False, 0, 1),
-        pytest.param(1, True, 0, 1, marks=pytest.mark.chaos),
-        pytest.param(2, False, 0, 1, marks=pytest.mark.chaos),
-        pytest.param(2, False, 8, 1, marks=pytest.mark.chaos),
-        pytest.param(2, False, 0, 2, marks=pytest.mark.chaos),
+        (1, False, 0, {}),
+        pytest.param(1, True, 0, {}, marks=pytest.mark.chaos),
+        pytest.param(2, False, 0, {}, marks=pytest.mark.chaos),
+        pytest.param(2, False, 8, {}, marks=pytest.mark.chaos),
+        pytest.param(2, False, 0, {"context_parallel": 2}, marks=pytest.mark.chaos),
+        pytest.param(2, False, 0, {"replicas": 2}, marks=pytest.mark.chaos),
     ],
 )
 def test_trace_is_measured_memory(
-    world_size: int, checkpointing: bool, lora_rank: int, context: int, tmp_path: Path
+    world_size: int, checkpointing: bool, lora_rank: int, shape: dict[str, int], tmp_path: Path
 ) -> None:
     """Long, because ranks train while their memory is measured."""
     if lora_rank:  # the base is read
@@ -51,7 +52,7 @@ def test_trace_is_measured_memory(
         "task": {"name": "sort", "max_prompt_tokens": 32},
         "trainer": {
             "world_size": world_size,
-            "context_parallel": context,
+            **shape,
             "tokens_per_microbatch": 256,
             "logprob_chunk_tokens": 64,
             "gradient_checkpointing": checkpointing,

@@ -268,6 +268,32 @@ def test_a_context_divides_activations(model: str) -> None:
     assert any("context groups = " in formula for formula in four.estimate.formulas)
 
 
+def test_replicas_hold_more_and_send_less(model: str) -> None:
+    """Sixteen ranks: the rows of eight, gathered on one host, and a sum of gradients over two hosts."""
+    ranks = ("trainer.world_size=16", "trainer.tokens_per_microbatch=512", "trainer.logprob_chunk_tokens=256")
+    one, two = (small(model, *ranks, f"trainer.replicas={n}", gpus="1+16xH100") for n in (1, 2))
+    parts_1, parts_2 = one.trace.peak_bytes, two.trace.peak_bytes
+    for part in ("gradients", "Adam's moments", "weights (float32 masters)"):
+        assert parts_2[part] == pytest.approx(2 * parts_1[part], rel=0.01)
+    assert parts_2["activations"] == pytest.approx(parts_1["activations"], rel=0.05)
+    assert one.trace.linear_flops == two.trace.linear_flops
+    written = (
+        "rows of a checkpoint that is being written"  # by the eight ranks of each host's half, or by all
+    )
+    assert two.memory.host[written] == pytest.approx(2 * one.memory.host[written])
+    assert "replicas=2" in text_of(two, [], explain=False)
+    assert one.estimate is not None and two.estimate is not None
+    gathering = [
+        next(formula for formula in each.formulas if formula.startswith("FSDP2"))
+        for each in (one.estimate, two.estimate)
+    ]
+    assert "/ 40 GB/s" in gathering[0] and "/ 40 GB/s" not in gathering[1]
+    (summed,) = [f for f in two.estimate.formulas if f.startswith("replicas = ")]
+    assert "over 2 replicas of 8 ranks / 40 GB/s" in summed
+    tight = on_card(two, memory_bytes=two.memory.trainer_total - 1e6)
+    assert [change.text for change in changes_until_it_fits(tight)] == ["trainer.replicas=1"]
+
+
 def test_kept_and_offloaded_activations_are_part_of_the_plan(tmp_path: Path) -> None:
     """A layer's input is 2 bytes x hidden size x tokens; selective keeps attention's output, k, o and up."""
     model = model_of_layers(tmp_path, 12)

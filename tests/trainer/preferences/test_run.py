@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from trainer.offline.plan import StepPlan
 from trainer.offline.run import OfflineRun
 from trainer.preferences.losses import mismatched_kl
 from trainer.preferences.methods import Completions, Kto, build_method
+from trainer.preferences.step import KtoLoss
 from trainer.preferences.training import PreferenceTraining
 
 METHODS = ("dpo", "ipo", "kto", "simpo", "orpo")
@@ -197,6 +199,32 @@ def test_weights_of_labels_are_recommended(root: Path, caplog: pytest.LogCapture
     assert "weigh" not in caplog.text
 
 
+def test_a_row_alone_has_no_mismatched_completion(
+    root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a loss prepares is a part of the step's time."""
+    write_rows(
+        root / "labels.jsonl", [{"prompt": "1=", "completion": str(i), "label": i < 2} for i in range(3)]
+    )
+    write_rows(root / "eval.jsonl", [{"prompt": "1=", "completion": "1", "label": True}])
+    moved_s = [0.0]
+    real, own = time.perf_counter, KtoLoss.begin
+
+    def begin(*args: Any, **kwargs: Any) -> None:
+        own(*args, **kwargs)
+        moved_s[0] += 1000
+
+    monkeypatch.setattr(KtoLoss, "begin", begin)
+    monkeypatch.setattr("trainer.metrics.speed.time.perf_counter", lambda: real() + moved_s[0])
+    settings = {"method": "kto", "batch_rows": 2, "num_epochs": 1, "reference": str(root / "reference")}
+    paths = run(config_of(root, "alone", **settings))
+    rows = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    assert [row["num_rows"] for row in rows] == [2, 1] and rows[1]["kl"] == 0
+    assert "1 of 2 steps have one row" in caplog.text
+    for row in rows:
+        assert 1000 < row["compute_s"] < row["step_s"] < 2000
+
+
 def test_an_adapter_has_its_base_as_reference(root: Path) -> None:
     config = config_of(root, "lora", num_epochs=1)
     config = replace(config, model=replace(config.model, lora=LoraConfig(rank=4, alpha=8.0)))
@@ -208,6 +236,13 @@ def test_an_adapter_has_its_base_as_reference(root: Path) -> None:
 
 
 def test_a_reference_that_does_not_fit_is_refused(root: Path) -> None:
+    for file in (root / "model").glob("*token*"):
+        swapped = (
+            file.read_text().replace('"1": ', '"@": ').replace('"2": ', '"1": ').replace('"@": ', '"2": ')
+        )
+        (root / "reference" / file.name).write_text(swapped)
+    with pytest.raises(ConfigError, match=r"preferences\.reference=.*: its tokenizer is not the policy's"):
+        run(config_of(root, "other", reference=str(root / "reference")))
     facts = json.loads((root / "reference" / "config.json").read_text())
     (root / "reference" / "config.json").write_text(json.dumps({**facts, "vocab_size": 5}))
     for name, message in (("reference", "its vocabulary has 5 tokens and"), ("absent", "cannot be found")):

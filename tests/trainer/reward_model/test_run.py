@@ -30,7 +30,9 @@ from trainer.offline.rows import training_sample
 from trainer.offline.run import OfflineRun
 from trainer.reward_model.training import RewardTraining
 
-NUM_STEPS = 55
+NUM_STEPS = 80
+"""Enough for one layer that its bounds hold for every seed tried, however sums are rounded; two layers need
+more."""
 
 
 def config_of(root: Path, name: str, *, model: str = "model", **settings: Any) -> Config:
@@ -44,7 +46,7 @@ def config_of(root: Path, name: str, *, model: str = "model", **settings: Any) -
                 "eval": str(root / "eval.jsonl"),
                 "batch_rows": 48,
                 "num_steps": NUM_STEPS,
-                "eval_interval": 20,
+                "eval_interval": 40,
                 **settings,
             },
             "trainer": {"lr": 4e-3, "warmup_steps": 5, "checkpoint_interval": 10, "keep_checkpoints": 9},
@@ -57,7 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an untrained language model and pairs of answers to the sorting task."""
     folder = tmp_path_factory.mktemp("reward_model")
     tokenizer = character_tokenizer()
-    untrained_model(tokenizer, seed=0, hidden_size=64, num_layers=2).save_pretrained(folder / "model")
+    untrained_model(tokenizer, seed=0, hidden_size=64, num_layers=1).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     write_rows(folder / "train.jsonl", sorting_pairs(48 * NUM_STEPS, seed=1))
     write_rows(folder / "eval.jsonl", sorting_pairs(150, seed=1, split=Split.HELD_OUT))
@@ -90,9 +92,8 @@ def test_it_learns_which_answers_are_sorted(trained: RunPaths) -> None:
     assert summary["eval_accuracy_before"] == 0.5 and summary["eval_loss_before"] == pytest.approx(
         0.6931, abs=1e-4
     )
-    # Far from chance, whatever rounding does to so few steps; benchmarks/reward_model.py trains to .97.
-    assert summary["eval_accuracy_after"] > 0.62 and summary["eval_margin_after"] > 0.1
-    assert 0 <= summary["eval_ece_after"] < 0.38
+    assert summary["eval_accuracy_after"] > 0.85 and summary["eval_margin_after"] > 1
+    assert summary["eval_ece_after"] < 0.2
     assert sum(each["num_pairs"] for each in summary["eval_reliability"]) == 150
     row = metrics_of(trained)[-1]
     assert {"accuracy", "margin", "score_mean", "score_std", "num_pairs", "eval_ece"} <= row.keys()
@@ -131,8 +132,7 @@ def test_a_resumed_run_is_the_run_itself(root: Path, trained: RunPaths) -> None:
     """From a checkpoint in the middle, as if the run had ended after it."""
     config = config_of(root, "stopped")
     shutil.copytree(trained.root, RunPaths.of(config).root)
-    for step in (50, NUM_STEPS):
-        shutil.rmtree(RunPaths.of(config).checkpoints / checkpoint_name(step))
+    shutil.rmtree(RunPaths.of(config).checkpoints / checkpoint_name(NUM_STEPS))
     resumed = run(config, resume="auto")
     assert metrics_of(resumed) == metrics_of(trained)
     assert files_of(newest(resumed)) == files_of(newest(trained))

@@ -17,6 +17,9 @@ _IDENTITY_CHARS = 16
 _MAX_IDENTITY_CHARS = 64
 UNKNOWN = "unknown"
 """The identity, if the server does not tell one."""
+_MODELS_PATH = "/v1/models"
+_INFO_PATHS = ("/model_info", "/get_model_info", _MODELS_PATH)
+"""Of SGLang, of SGLang before 0.5.6, and of other servers with /classify."""
 
 
 class Response(NamedTuple):
@@ -108,12 +111,30 @@ class ClassifyFormat:
         """A hash of the path and the version that the server tells: it has no hash of its weights."""
         if self._info is None or had_failures:
             try:
-                info = _parsed(await service.get("/get_model_info"))
+                self._info = await _model_info(service)
             except (TryAgainError, TimeoutError):
                 return UNKNOWN
-            self._info = info if isinstance(info, dict) else {}
+        if not self._info:
+            return UNKNOWN
         told = [self._info.get("model_path"), response.version or self._info.get("weight_version")]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:_IDENTITY_CHARS]
+
+
+async def _model_info(service: ServiceClient) -> Mapping[str, Any]:
+    """What a server tells about its model; empty if it has none of the routes. Raises TryAgainError and
+    TimeoutError."""
+    for path in _INFO_PATHS:
+        try:
+            info = _parsed(await service.get(path))
+        except RewardError:  # it has no such route, or keeps it to itself
+            continue
+        if path == _MODELS_PATH:  # OpenAI's list of models, of which it has one
+            models = info.get("data") if isinstance(info, dict) else None
+            first = models[0] if isinstance(models, list) and models else None
+            info = {"model_path": first.get("root") or first.get("id")} if isinstance(first, dict) else None
+        if isinstance(info, dict) and isinstance(info.get("model_path"), str):
+            return info
+    return {}
 
 
 def _parsed(content: bytes) -> Any:
