@@ -54,7 +54,7 @@ def test_a_killed_sender_costs_only_that_push(tmp_path: Path, cache: dict[str, s
         assert [process.returncode for process in (second, server, buffer)] == [0, 0, 0]
 
     assert "PushWeights failed: " in (run / "logs" / "rollout-0.log").read_text()
-    assert "from 2 senders" in (run / "logs" / "trainer.log").read_text()
+    assert "from 2 senders" in (run / "logs" / "trainer-0.log").read_text()
     audit = audit_run(run)
     assert audit.is_clean, "\n".join(audit.lines())
     assert audit.tickets["trained"] == NUM_STEPS * GROUPS_PER_STEP
