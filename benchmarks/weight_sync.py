@@ -100,7 +100,7 @@ async def receive(model: Path, *, in_place: bool, host: str = "127.0.0.1") -> No
             "runs_dir": str(model.parent),
             "name": "run",
             "model": {"path": str(model)},
-            "rollout": {"max_running": 1},
+            "rollout": {"max_running": 1, "start_timeout_s": 900.0},
         }
     )
     engine = EmbeddedProcess(
@@ -194,8 +194,8 @@ async def push_once(
         snapshot, version=version, step=version, servers=[entry_of(port, host=host)]
     )
     snapshot.release()
-    if outcome.failed:
-        raise RuntimeError(f"{outcome.failed}")
+    if outcome.failed or not outcome.activated:
+        raise RuntimeError(f"not activated: {outcome.failed}")
     return outcome
 
 

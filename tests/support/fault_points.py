@@ -67,7 +67,8 @@ class KilledTrainer(TruncatedIS):
 
         def read_or_die(snapshot: Snapshot, index: int) -> GatheredBucket:
             snapshotter = snapshot._snapshotter
-            if index == snapshotter.share[_MID_PUSH]:  # an earlier bucket has arrived at the engines
+            # An earlier bucket has arrived at the engines. A small push has fewer buckets.
+            if index in snapshotter.share[_MID_PUSH : _MID_PUSH + 1]:
                 if snapshotter.is_helper:  # of a run that starts at step 0 and pushes after every step
                     points.at("sender", snapshot.number - 1)
                 else:
