@@ -108,6 +108,7 @@ async def main(runtime: Runtime) -> None:
         vocab_size=renderer.vocab_size,
     )
     book = SessionBook()
+    book.keys.num_expected = config.buffer.num_shards
     servers: list[RolloutServer] = []  # that of this process, once it knows the buffers
 
     async def find_session(id: str) -> SessionPlace | None:

@@ -52,6 +52,8 @@ class Reason(StrEnum):
     """The request is for a session that has ended."""
     BUSY = "busy"
     """Too many requests of the session are in progress."""
+    STARTING = "starting"
+    """The server has just started, and cannot check the keys of other servers' sessions yet."""
 
 
 @dataclass(frozen=True)

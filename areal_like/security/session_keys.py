@@ -38,8 +38,15 @@ class SessionKeys:
     def __init__(self) -> None:
         self._by_shard: dict[int, bytes] = {}
         self._num_shards = 1
+        self.num_expected = 0
+        """Number of buffers whose secrets have to be known before any key is said to be wrong."""
         self._own = secrets.token_bytes(_SECRET_BYTES)
         """Used until a buffer has sent its secret."""
+
+    @property
+    def are_known(self) -> bool:
+        """False while a key may be right although `is_key` returns False."""
+        return len(self._by_shard) >= self.num_expected
 
     def set_secret(self, shard: Shard, text: str) -> None:
         """Sets the secret of a buffer. Raises ValueError if `text` is not hexadecimal."""

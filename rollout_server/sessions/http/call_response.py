@@ -88,11 +88,11 @@ class CallResponse:
         call = self.call
         call.num_readers += 1  # before the first await: an equal request now is not a repetition
         gone = asyncio.ensure_future(disconnected(receive))
+        either: set[asyncio.Future[Any]] = {call.task, gone}
         try:
             while not call.task.done() and not gone.done():
                 timeout_s = self.keep_alive_s if self.is_stream else None
-                waited: set[asyncio.Future[Any]] = {call.task, gone}
-                await asyncio.wait(waited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
                 if self.is_stream and not call.task.done() and not gone.done():
                     await self._send_part(send, _COMMENT)
             if gone.done():

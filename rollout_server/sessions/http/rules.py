@@ -23,7 +23,7 @@ from areal_like.http.access import AccessRules, Reason, Refusal, RoleOfToken, be
 from areal_like.http.guard import Headers
 from areal_like.security.keys import KeyRole
 from rollout_server.sessions.book import SessionBook
-from rollout_server.sessions.http.errors import error_content, gone_code
+from rollout_server.sessions.http.errors import MOVED, error_content, gone_code
 
 _PROMPTS = (
     "/completions", "/generate", "/responses", "/responses/input_tokens", "/messages",
@@ -32,8 +32,9 @@ _PROMPTS = (
 """Ends of the paths of requests that have a prompt."""
 _CLAIMING_ROLES = (KeyRole.AGENT, KeyRole.OPERATOR)
 _SMALL_BODY_BYTES = 1 << 16
-_CODES = {Reason.TOKEN: "invalid_api_key", Reason.BUSY: "too_many_requests"}
-_RETRY: Mapping[Reason, Headers] = {Reason.SLOW: [], Reason.BUSY: [(b"retry-after", b"1")]}
+_CODES = {Reason.TOKEN: "invalid_api_key", Reason.BUSY: "too_many_requests", Reason.STARTING: MOVED}
+_SOON: Headers = [(b"retry-after", b"1")]
+_RETRY: Mapping[Reason, Headers] = {Reason.SLOW: [], Reason.BUSY: _SOON, Reason.STARTING: _SOON}
 """Headers of refusals after which a request may be repeated."""
 _NO_KEY = secrets.token_urlsafe(32)
 """Compared with the key in a request to an unknown session, so that the check takes the same time."""
@@ -88,6 +89,9 @@ class SessionRules:
         is_key = any(hmac.compare_digest(token.encode(), wanted_key) for token in tokens)
         if not key and self.takes_claims and any(self.book.keys.is_key(id, token) for token in tokens):
             return None  # another server has the session, or had it
+        if not key and self.takes_claims and not self.book.keys.are_known:
+            message = "the server has just started, and does not know yet where sessions are: ask again"
+            return Refusal(503, Reason.STARTING, message)
         if not (is_key and key):
             wanted = (
                 "no session of this run has this id and this key: send the api_key of the session "

@@ -16,7 +16,8 @@ from tests.support.agent_job import running_agent_job, sessions_url
 from tests.support.rollout_harness import ServerProcess
 from tests.support.waiting import HANG_LIMIT_S
 
-NUM_KILLS = 4
+REPLIES = ("one", "two", "three", "four")
+"""Of one turn before each kill."""
 
 
 def asked(session: ClaimedSession, messages: list[dict[str, Any]], *, is_again: bool = False) -> str:
@@ -61,8 +62,8 @@ def test_a_session_survives_kills_of_its_server(tmp_path: Path) -> None:
         assert status_of(session, urls["rollout-1"], key=other.api_key) == 401
         messages = [{"role": "user", "content": "go"}]
         texts: list[str] = []
-        for turn in range(NUM_KILLS):
-            job.policy.texts = [f"reply {turn}"]
+        for turn, reply in enumerate(REPLIES):
+            job.policy.texts = [reply]
             texts.append(asked(session, messages))
             holder = next(name for name, url in urls.items() if session.base_url.startswith(url))
             servers[holder].process.kill()
@@ -78,10 +79,10 @@ def test_a_session_survives_kills_of_its_server(tmp_path: Path) -> None:
                 {"role": "assistant", "content": texts[-1]},
                 {"role": "user", "content": f"tool {turn}"},
             ]
-        assert texts == [f"reply {turn}" for turn in range(NUM_KILLS)]
+        assert texts == list(REPLIES)
         session.reward(0.25)
         assert session.end()
         trajectory = job.fetch(session.group)
-        assert trajectory.num_turns == NUM_KILLS and not trajectory.segments and trajectory.reward == 0.25
+        assert trajectory.num_turns == len(REPLIES) and not trajectory.segments and trajectory.reward == 0.25
         with pytest.raises(SessionOverError):
             session.find(list(urls.values()))

@@ -27,6 +27,9 @@ def test_a_client_hears_where_its_session_is() -> None:
         return places[id]
 
     with PlaneServer(find=find).serving() as server:
+        server.book.keys.num_expected = 1
+        starting = server.ask("GET", "/sessions/7-0-1/v1/models", headers={"Authorization": "Bearer x"})
+        assert (starting[0], starting[1]["error"]["code"]) == (503, "session_moved"), "the key may be right"
         server.call(lambda: server.book.keys.set_secret(WHOLE, SECRET))
         keys = {id: server.book.keys.new_key(id) for id in places}
 
