@@ -1,7 +1,7 @@
 """Wrong answers of the sorting task that are made on purpose, beside those that a model gives.
 
-A reward model that has read only one model's answers knows only that model's mistakes. The warm-started model
-of the default job puts the right digits into a wrong order; these also have other digits, too many or too few.
+A reward model that has read only one model's answers knows only that model's mistakes. The initial model of
+the default job puts the right digits into a wrong order; these also have other digits, too many or too few.
 """
 
 from __future__ import annotations
