@@ -34,8 +34,9 @@ LR = 3e-4
 
 
 @torch.no_grad()
-def greedy_reward(model_dir: str, *, seed: int) -> float:
-    """Mean reward of greedy answers to held-out prompts."""
+def held_out_reward(model_dir: str, *, seed: int, do_sample: bool = False) -> float:
+    """Mean reward of answers to held-out prompts, greedy or sampled at temperature 1."""
+    torch.manual_seed(seed)
     task = SortTask(seed=seed)
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
@@ -43,7 +44,7 @@ def greedy_reward(model_dir: str, *, seed: int) -> float:
     for begin in range(0, NUM_PROMPTS, BATCH):
         examples = [task.example("eval", begin + at) for at in range(BATCH)]
         inputs = tokenizer([example.prompt for example in examples], return_tensors="pt", padding=True)
-        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        tokens = model.generate(**inputs, do_sample=do_sample, max_new_tokens=MAX_NEW_TOKENS)
         texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         total += sum(task.reward(example, text) for example, text in zip(examples, texts, strict=True))
     return total / NUM_PROMPTS
@@ -55,7 +56,7 @@ def measured(seed: int, *, num_steps: int, folder: Path) -> list[dict[str, Any]]
     for name, split, num in (("train", "train", NUM_TRAIN), ("eval", "eval", NUM_HELD_OUT)):
         rows = pairs(built, split, num, seed=seed)  # type: ignore[arg-type]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    before = greedy_reward(built, seed=seed)
+    before = held_out_reward(built, seed=seed)
     results = []
     for method in METHODS:
         settings = [
@@ -78,7 +79,7 @@ def measured(seed: int, *, num_steps: int, folder: Path) -> list[dict[str, Any]]
                 "num_steps": num_steps,
                 "num_pairs": NUM_TRAIN,
                 "reward_before": before,
-                "reward_after": greedy_reward(summary["model"], seed=seed),
+                "reward_after": held_out_reward(summary["model"], seed=seed),
                 "accuracy_after": summary["eval_accuracy_after"],
                 "margin_after": summary["eval_margin_after"],
             }

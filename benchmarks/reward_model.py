@@ -24,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from areal_like.runtime.command_line import load_config
+from benchmarks.made_answers import made_pairs
 from benchmarks.report import table, write
 from rollout_server.tasks.base import Split
 from rollout_server.tasks.sort import SortTask
@@ -59,25 +60,37 @@ def pairs(model_dir: str, split: Split, num_pairs: int, *, seed: int) -> Iterato
                 yield {"prompt": example.prompt, "chosen": right[0], "rejected": draw.choice(wrong)}
 
 
-def measured(seed: int, *, num_steps: int, folder: Path) -> dict[str, Any]:
-    """One training; returns its result."""
+def measured(
+    seed: int, *, num_steps: int, folder: Path, name: str = "rm", num_made: int = 0
+) -> dict[str, Any]:
+    """One training, of the run `name`; returns its result.
+
+    `num_made`: number of pairs with a made wrong answer (`benchmarks.made_answers`), beside those of the
+    model's answers. Pairs that are in `folder` are used again.
+    """
     built = prepare_model(load_config([f"seed={seed}"]), out_dir=folder / "model")
-    for name, split, num in (("train", "train", NUM_TRAIN), ("eval", "eval", NUM_HELD_OUT)):
-        rows = pairs(built, split, num, seed=seed)  # type: ignore[arg-type]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes: tuple[tuple[Split, int], ...] = (("train", NUM_TRAIN), ("eval", NUM_HELD_OUT))
+    for split, num in sizes:
+        if not (file := folder / f"{split}.jsonl").exists():
+            file.write_text("".join(json.dumps(row) + "\n" for row in pairs(built, split, num, seed=seed)))
+    sources = [f"{folder}/train.jsonl"]
+    if num_made:
+        sources.append(f"{folder}/made.jsonl")
+        rows = made_pairs("train", num_made, seed=seed)
+        Path(sources[-1]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = [
         f"model.path={built}",
         f"runs_dir={folder}/runs",
         f"seed={seed}",
-        f"reward_model={{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl}}",
+        f"reward_model={{train: [{', '.join(sources)}], eval: {folder}/eval.jsonl}}",
         f"reward_model.num_steps={num_steps}",
         "reward_model.batch_rows=64",
         "reward_model.num_epochs=99",
         "trainer={lr: 0.001, warmup_steps: 10, checkpoint_interval: 1000}",
     ]
-    subprocess.run([sys.executable, "-m", "launch", "reward-model", "name=rm", *settings], check=True)
-    summary = json.loads((folder / "runs" / "rm" / "summary.json").read_text())
-    kept = {f"{name}_{when}": summary[f"eval_{name}_{when}"] for name in KEPT for when in ("before", "after")}
+    subprocess.run([sys.executable, "-m", "launch", "reward-model", f"name={name}", *settings], check=True)
+    summary = json.loads((folder / "runs" / name / "summary.json").read_text())
+    kept = {f"{key}_{when}": summary[f"eval_{key}_{when}"] for key in KEPT for when in ("before", "after")}
     counts = {"num_steps": num_steps, "num_pairs": NUM_TRAIN, "num_held_out": NUM_HELD_OUT}
     return {"seed": seed, **counts, **kept, "reliability": summary["eval_reliability"]}
 

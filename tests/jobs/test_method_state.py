@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from launch.audit.run import audit_run
 from tests.support.launching import (
     TEST_LIMIT_S,
     areal_like,
@@ -43,6 +44,12 @@ MEASURED = ("objective=vcpo", "objective.norms=proxy", "objective.rho_ref=measur
 
 
 TAUGHT = ("objective=distill", "trainer.lr=1e-3")
+IMPLICIT = (
+    "advantage=prime",
+    "advantage.beta=0.5",
+    "task._target_=tests.support.rollout_tasks.Stepped",
+    "sampling.group_size=4",
+)
 
 
 def killed_and_replayed(
@@ -99,3 +106,12 @@ def test_a_killed_trainer_has_the_same_teacher(tmp_path: Path, cache: dict[str, 
     assert all(row["teacher_share"] == 1 for row in rows)
     # The last one may be below 0: it is an estimate from the sampled tokens.
     assert rows[-1]["reverse_kl"] < rows[0]["reverse_kl"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_a_killed_trainer_keeps_its_process_reward_model(tmp_path: Path, cache: dict[str, str]) -> None:
+    checkpoint, rows = killed_and_replayed(tmp_path, cache, *IMPLICIT)
+    assert (checkpoint / "rows" / "prm-00000-of-00001.safetensors").exists()
+    assert rows[0]["prm_reward_mean"] == 0 and all(row["prm_reward_mean"] != 0 for row in rows[1:])
+    assert audit_run(tmp_path / "runs" / "x").is_clean
