@@ -88,8 +88,7 @@ class TrainerConfig(Section, key="trainer"):
     """With `num_hosts` above 1: `HOST:PORT` of the ranks' rendezvous, an address of machine 0 that the other
     machines can reach."""
     device: str = "cpu"
-    """`cpu`, `cuda` or `cuda:N`. With `cuda:N` the first rank on a machine uses GPU N, the second GPU N + 1,
-    and so on; `cuda` means `cuda:0`."""
+    """`cpu`, `cuda` or `cuda:N`: the ranks of a machine use its GPUs from N on; `cuda` means `cuda:0`."""
     groups_per_step: PositiveInt = 16
     """Number of groups (prompts) in one optimizer step."""
     tokens_per_microbatch: PositiveInt = 4096

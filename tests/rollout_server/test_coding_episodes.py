@@ -49,7 +49,7 @@ def turn(tool: str, **arguments: str) -> str:
     return f"{tool}({json.dumps(arguments)})"
 
 
-def test_a_repair_of_many_turns_is_one_record_in_a_context_of_32k() -> None:
+def test_many_turns_are_one_record_in_a_context_of_32k() -> None:
     given = repository()
     script = [
         turn("run_tests"),
@@ -87,7 +87,7 @@ def test_an_episode_that_runs_out_of_turns_has_no_reward() -> None:
     asyncio.run(body())
 
 
-def test_nothing_is_left_when_the_workers_are_killed_during_a_command() -> None:
+def test_nothing_is_left_when_workers_are_killed() -> None:
     """The sample is made again; what its sandbox ran is dead before that."""
     mark = uuid.uuid4().hex
     hang = f"import subprocess\nsubprocess.run(['sh', '-c', 'sleep 3600; : {mark}'])\n"

@@ -453,7 +453,7 @@ def test_bad_rewards_are_reported_and_children_die_with_server(model: Path, tmp_
     [
         (
             {"task": {"name": "sortt"}},
-            "choose one of adding, adding_agent, data, external, gymnasium, mixture, ",
+            "choose one of adding, adding_agent, coding, data, external, gymnasium, mixture, ",
         ),
         ({"model": {"path": "/no/such/model"}}, "/no/such/model"),
         ({"eval": {"num_prompts": 5000}}, "task.num_eval"),

@@ -100,7 +100,7 @@ def test_own_task_takes_its_settings() -> None:
     [
         (
             {"name": "sorted"},
-            "choose one of adding, adding_agent, data, external, gymnasium, mixture",
+            "choose one of adding, adding_agent, coding, data, external, gymnasium, mixture",
         ),
         ({"name": "sort", "num_trian": 5}, "did you mean num_train"),
         ({"name": "sort", "zzz": 5}, "its settings are seed, num_train"),

@@ -149,7 +149,7 @@ def test_responses_that_are_no_scores(path: str, body: bytes, says: str) -> None
         assert (says in said and said.startswith(f"scorer {url}")) or "returned 2 numbers" in said
 
 
-def test_a_server_that_tells_nothing_about_its_model_still_scores(path: str) -> None:
+def test_a_server_without_an_identity_still_scores(path: str) -> None:
     """Its model has no name; with one of the routes that tell it, the name does not depend on which."""
     answer = Answer(body=b'{"embedding": [0.5], "meta_info": {"weight_version": "default"}}')
     with judge_server(answer) as other:

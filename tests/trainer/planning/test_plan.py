@@ -156,7 +156,7 @@ def test_presets_are_jobs() -> None:
         check_gpus_are_separate(config)  # the shared GPU is meant
         again = load_config(["--config", f"configs/scale/{name}.yaml", "trainer.num_steps=3"])
         assert again == config
-    with pytest.raises(ConfigError, match="known choices are 1xh100"):
+    with pytest.raises(ConfigError, match="known choices are 16x8h100_235b, 1xh100"):
         load_config(["scale=9xh100"])
     with pytest.raises(ConfigError, match="give one of them"):
         load_config(["scale=8xh100_8b", "--config", "configs/scale/8xh100_8b.yaml"])
