@@ -167,7 +167,8 @@ def inside(
 async def first_push(push: Callable[[], Awaitable[Any]]) -> None:
     """A push that forms the group and does not count.
 
-    It is repeated: an engine that has just started on a busy machine may reply too late, and then backs off.
+    It is repeated: the engine is in the group of another number of senders, or has just started on a busy
+    machine, replies too late and backs off.
     """
     for _ in range(9):
         try:
@@ -180,7 +181,8 @@ async def first_push(push: Callable[[], Awaitable[Any]]) -> None:
 
 
 def push_from(store: str, rank: int, model: str, rounds: int, *, numbers: Sequence[int], port: int) -> None:
-    """One rank: pushes from each number of senders in every round; rank 0 prints the seconds of each."""
+    """One rank: pushes from each number of senders in every round, the first time to form its group and a
+    second time to measure; rank 0 prints the seconds of each."""
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, WORLD_SIZE),
@@ -203,22 +205,21 @@ def push_from(store: str, rank: int, model: str, rounds: int, *, numbers: Sequen
             number: Broadcaster(config, device="cpu", links=each.links) for number, each in senders.items()
         }
         version = 0
-        for _ in range(rounds + 1):
+        for _ in range(rounds):
             for number, way in ways.items():
-                version += 1
-                snapshot = way.take_snapshot()
-                ranks.meet()
-                if snapshot is not None:
-                    push = partial(
-                        push_once, snapshot, broadcasters[number], port=port, version=version, host=ENGINE
-                    )
-                    if version <= len(ways):
-                        runner.run(first_push(push))
-                    else:
+                for is_timed in (False, True):
+                    version += 1
+                    snapshot = way.take_snapshot()
+                    ranks.meet()
+                    if snapshot is not None:
+                        push = partial(
+                            push_once, snapshot, broadcasters[number], port=port, version=version, host=ENGINE
+                        )
                         started_s = time.perf_counter()
-                        runner.run(push())
-                        seconds[number].append(time.perf_counter() - started_s)
-                ranks.meet()
+                        runner.run(push() if is_timed else first_push(push))
+                        if is_timed:
+                            seconds[number].append(time.perf_counter() - started_s)
+                    ranks.meet()
         if rank == 0:
             for broadcaster in broadcasters.values():
                 runner.run(broadcaster.close())
