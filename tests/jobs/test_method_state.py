@@ -60,7 +60,8 @@ def killed_and_replayed(
     Returns (the last checkpoint, the rows of the steps).
     """
     root = tmp_path / "runs" / "x"
-    with launcher(*SETTINGS, *method, cwd=tmp_path, environment=cache) as process:
+    settings = {word.split("=")[0]: word for word in (*SETTINGS, *method)}  # those of the method win
+    with launcher(*settings.values(), cwd=tmp_path, environment=cache) as process:
         wait_for_steps(5, root, process=process)
         os.kill(
             next(pid for pid, words in processes_of(root).items() if "-m trainer" in words), signal.SIGKILL
