@@ -1,6 +1,6 @@
 """Runs the tool job with several seeds, with the calculator and without it: held-out scores and curves.
 
-    python -m benchmarks.tool_job [key=value ...] [--seeds 0 1 2] [--again]
+    python -m benchmarks.tool_job [key=value ...] [--seeds 0 1 2 3 4] [--again]
 
 Each run is kept as benchmarks/results/tool_job/<variant>-<seed>.json, and a run whose file exists is not
 repeated (`--again` repeats all). Writes docs/tool_job.png, and prints the tables of docs/results.md.
@@ -36,7 +36,7 @@ COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
 def main() -> None:
     """Makes the missing runs, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--again", action="store_true")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
