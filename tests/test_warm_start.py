@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support import warm_start
+from tests.support.waiting import is_alive
 
 REPORT = """
 import json, os, resource, signal, sys
@@ -126,13 +127,5 @@ def test_forks_and_nurseries_end_with_their_parent(tmp_path: Path) -> None:
     assert child in below and len(below) == 2, "the child, and the nursery from which it was forked"
     parent.kill()
     parent.communicate()
-    while any(is_running(pid) for pid in below):
+    while any(is_alive(pid) for pid in below):
         time.sleep(0.01)
-
-
-def is_running(pid: int) -> bool:
-    """False for zombies too."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

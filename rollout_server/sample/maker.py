@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,6 +34,8 @@ from rollout_server.sources import SampleSource
 from rollout_server.tasks.base import Example, Score
 from rollout_server.teachers.pool import TeacherPool
 
+_LONGEST_START_S = 10.0
+"""After this long without a request the next agent starts: some prepare for minutes, mostly waiting."""
 _MAX_SEED = 1 << 31
 
 
@@ -219,13 +223,21 @@ class AttemptMaker:
 
     async def _run_agent(self, session: OpenSession, request: SampleRequest) -> Score | None:
         assert self.source.environments is not None
-        process = await self.source.environments.open(
-            split=request.split, index=request.index, seed=request.seed
-        )
-        try:
-            return await process.run_agent(f"{self.book.url}/sessions/{session.id}/v1", session.api_key)
-        finally:
-            process.kill()
+        starts = self.book.agent_starts
+        session.wait_for_agent()
+        with contextlib.ExitStack() as turn:
+            await starts.acquire()
+            turn.callback(starts.release)
+            process = await self.source.environments.open(
+                split=request.split, index=request.index, seed=request.seed
+            )
+            session.agent_starts(on_call=turn.close)
+            timer = asyncio.get_running_loop().call_later(_LONGEST_START_S, turn.close)
+            try:
+                return await process.run_agent(f"{self.book.url}/sessions/{session.id}/v1", session.api_key)
+            finally:
+                timer.cancel()
+                process.kill()
 
 
 def _seed_of(lease: Lease, sample_index: int) -> int:

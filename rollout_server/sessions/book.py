@@ -6,6 +6,7 @@ add -> (waiting: claimed in the order of the leases) -> remove -> remembered as 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 
@@ -34,6 +35,7 @@ WRONG_ROUTES = ("conversations", "batches", "embeddings", "other")
 """Last path components of other APIs' routes, which clients try in order to find out what this server
 supports."""
 _MAX_ROUTE_CHARS = 60
+_AGENT_STARTS_PER_CORE = 2
 _LONG_S = 1.0
 """Longer waits are listed in the server's status."""
 
@@ -70,6 +72,9 @@ class SessionBook:
         were claimed together."""
         self._forgetting: set[asyncio.Task[None]] = set()
         """Journals of claims that were taken back are being deleted; a new claim waits for that."""
+        self.agent_starts = asyncio.Semaphore(_AGENT_STARTS_PER_CORE * len(os.sched_getaffinity(0)))
+        """Held by an agent of the task until its first request: an agent imports its client's modules, and if
+        hundreds do so at once, all of them come late."""
         self._calls_of_gone = 0
         self._progress_of_gone = 0
 

@@ -299,6 +299,8 @@ class OpenSession:
         """True if a request was refused since the last served one."""
         self.num_heard = 0
         """Number of heartbeats, and other requests that are not to the model."""
+        self._waits_for_agent = False
+        self._on_call: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._last_activity_s = self._served_s = self._loop.time()
@@ -317,6 +319,16 @@ class OpenSession:
         if self.asked.deadline_s < math.inf:
             self.conversation.limit_time(self.asked.deadline_s)
         self._set(SessionState.OPEN)
+
+    def wait_for_agent(self) -> None:
+        """Stops the idle time until `agent_starts`: the server has no process for its agent yet."""
+        self._waits_for_agent = True
+
+    def agent_starts(self, *, on_call: Callable[[], None]) -> None:
+        """Begins the idle time. `on_call`: called at each request to the model."""
+        self._waits_for_agent, self._on_call = False, on_call
+        self.touch()
+        self._changed.set()
 
     def end(self) -> None:
         """Ends the session: accepts no more requests, and cancels those in progress. May be called again."""
@@ -379,9 +391,11 @@ class OpenSession:
 
     @property
     def _is_busy(self) -> bool:
-        """True while a request is pending. After a refusal only requests at the engine count, because a
-        client that repeats a large, refused request may have one in preparation at any time."""
-        return self.conversation.is_sampling or (self.num_pending > 0 and not self._was_refused)
+        """True while a request is pending, or while its agent waits for a process. After a refusal only
+        requests at the engine count, because a client that repeats a large, refused request may have one in
+        preparation at any time."""
+        is_calling = self.num_pending > 0 and not self._was_refused
+        return self._waits_for_agent or self.conversation.is_sampling or is_calling
 
     @property
     def idle_s(self) -> float:
@@ -641,6 +655,8 @@ class OpenSession:
         if self.num_pending == 0:
             self.on_move(Place.ENGINE)
         self.num_pending += 1
+        if self._on_call is not None:
+            self._on_call()
         try:
             if len(self.conversation.turn_lengths) + self.num_pending > self.max_turns:
                 raise EpisodeBudgetError(

@@ -29,7 +29,8 @@ from benchmarks.real_model_tools import Calculations
 from launch.samples.reading import Row
 from rollout_server.environments.scripted import call, play, say
 from tests.support.launching import ROOT
-from tests.support.rollout_harness import is_alive, wait_until
+from tests.support.rollout_harness import wait_until
+from tests.support.waiting import is_alive
 
 NAMES = [data.name for data in DATA]
 

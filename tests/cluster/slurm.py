@@ -155,11 +155,3 @@ def _parent_of_batch(pid: int) -> int:
         if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
             return parent
     return 0
-
-
-def is_alive(pid: int) -> bool:
-    """False also for a process that nobody has waited for yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

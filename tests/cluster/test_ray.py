@@ -20,9 +20,9 @@ import pytest
 import yaml
 
 from areal_like.paths import RunPaths
-from tests.cluster.slurm import is_alive
 from tests.support.keys import new_keys
 from tests.support.launching import ROOT, areal_like, num_steps_done
+from tests.support.waiting import is_alive
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 pytest.importorskip("ray", reason="Ray is not installed")

@@ -16,9 +16,10 @@ import yaml
 
 from areal_like.paths import RunPaths
 from tests.cluster.prometheus import Prometheus, running_prometheus
-from tests.cluster.slurm import MISSING, Lab, is_alive, running_slurm
+from tests.cluster.slurm import MISSING, Lab, running_slurm
 from tests.support.keys import new_keys
 from tests.support.launching import num_steps_done
+from tests.support.waiting import is_alive
 
 pytestmark = [
     pytest.mark.cluster,

@@ -39,13 +39,12 @@ from tests.support.adapters import make_adapter
 from tests.support.rollout_harness import (
     PlayedBuffer,
     ServerProcess,
-    is_alive,
     job,
     serving,
     wait_until,
 )
 from tests.support.snapshots import Held
-from tests.support.waiting import descendants
+from tests.support.waiting import descendants, is_alive
 from trainer.models.tiny import build_tiny_model, character_tokenizer
 from trainer.weights.broadcaster import Broadcaster, PushOutcome
 

@@ -16,8 +16,8 @@ from areal_like.wire.messages.producer import Purpose, ReturnLeases, SampleDone,
 from rollout_server.tasks.sort import SortTask
 from tests.rollout_server.test_server import logprobs_under, perturbed, push
 from tests.sglang.conftest import START_S
-from tests.support.rollout_harness import PlayedBuffer, is_alive, job, serving, wait_until
-from tests.support.waiting import descendants
+from tests.support.rollout_harness import PlayedBuffer, job, serving, wait_until
+from tests.support.waiting import descendants, is_alive
 from trainer.models.tiny import build_tiny_model, character_tokenizer
 from trainer.weights.broadcaster import PushOutcome
 

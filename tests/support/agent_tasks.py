@@ -42,6 +42,7 @@ SCRIPTS = (
     "wrong turns",
     "one answer",
     "incomplete",
+    "prepares",
 )
 """What the agent of example `index % len(SCRIPTS)` does."""
 
@@ -115,6 +116,8 @@ class AgentTask(Task):
             case "block":
                 chat(messages)
                 time.sleep(3600)
+            case "prepares":
+                await asyncio.sleep(3600)
             case "nan":
                 chat(messages)
                 return math.nan

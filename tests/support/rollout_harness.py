@@ -227,14 +227,6 @@ def serving(config: Config) -> Iterator[ServerProcess]:
         server.close()
 
 
-def is_alive(pid: int) -> bool:
-    """True if a process exists and is not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def wait_until(accept: Callable[[], bool], *, timeout_s: float = HANG_LIMIT_S) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not accept():

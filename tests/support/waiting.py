@@ -44,6 +44,17 @@ def wait_until_ready(
         time.sleep(_POLL_S)
 
 
+def is_alive(pid: int) -> bool:
+    """False also for a process that has ended and that nobody has waited for yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (
+        FileNotFoundError,
+        ProcessLookupError,
+    ):  # the second: it ended while it was read
+        return False
+
+
 def descendants(pid: int) -> list[int]:
     """Process ids below `pid`."""
     found: list[int] = []

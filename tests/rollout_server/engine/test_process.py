@@ -24,6 +24,7 @@ from tests.support import moved_clock, warm_start
 from tests.support.engine_conformance import until_running
 from tests.support.engine_harness import API_KEY, Models, engine_process, form_group, key_file, sample
 from tests.support.moved_clock import advance
+from tests.support.waiting import is_alive
 
 PROMPT = conformance.PROMPT
 
@@ -129,7 +130,7 @@ def test_engine_dies_with_its_parent(models: Models, tmp_path: Path) -> None:
         time.sleep(0.05)
     parent.kill()
     parent.communicate()
-    while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+    while is_alive(pid):
         time.sleep(0.05)
 
 

@@ -23,8 +23,7 @@ from rollout_server.workers import host as host_module
 from rollout_server.workers.environment_pool import EnvironmentPool, EnvironmentSession
 from tests.support import moved_clock
 from tests.support.moved_clock import advance
-from tests.support.rollout_harness import is_alive
-from tests.support.waiting import HANG_LIMIT_S
+from tests.support.waiting import HANG_LIMIT_S, is_alive
 from tests.support.workers import environment_pool
 
 LIMIT_S = 100

@@ -32,7 +32,7 @@ from tests.support.agent_tasks import index_of
 from tests.support.line_chat import LineChat
 from tests.support.moved_clock import advance
 from tests.support.reported import Reported
-from tests.support.waiting import HANG_LIMIT_S
+from tests.support.waiting import HANG_LIMIT_S, is_alive
 from tests.support.workers import environment_pool
 
 TASK = {"_target_": "tests.support.agent_tasks.AgentTask"}
@@ -234,6 +234,36 @@ def test_a_failed_agent_fails_its_sample_only() -> None:
     moved_clock.run(body())
 
 
+def test_an_agent_that_waits_for_its_start_is_not_idle() -> None:
+    """On a busy machine hundreds of agents wait for their processes longer than an agent may be idle."""
+
+    async def body() -> None:
+        settings = {"sessions": {"idle_timeout_s": 100.0}}
+        async with agents() as pool, job(pool, **settings) as running:
+            running.book.agent_starts = asyncio.Semaphore(1)
+            await running.book.agent_starts.acquire()
+            running.grant("three turns")
+            await running.until(lambda: len(running.book.open) == 1)
+            advance(1000.0)
+            await asyncio.sleep(0.05)
+            assert not running.results and not pool.num_open
+            running.book.agent_starts.release()
+            await running.until(lambda: bool(running.results))
+            assert isinstance(running.results[0], SampleDone), running.results
+            # The first of these prepares for an hour without a request; the other gets its turn meanwhile.
+            running.grant("prepares", lease_id=2)
+            running.grant("three turns", lease_id=3)
+            await running.until(lambda: pool.num_open == 1)
+            advance(10.0)
+            await running.until(lambda: len(running.results) == 2)
+            assert isinstance(running.results[1], SampleDone) and running.results[1].lease_id == 3
+            advance(100.0)
+            await running.until(lambda: len(running.results) == 3)
+            assert "idle_timeout_s=100" in running.results[2].error  # type: ignore[union-attr]
+
+    moved_clock.run(body())
+
+
 def test_each_budget_ends_a_session_as_a_truncated_sample() -> None:
     cases: list[tuple[dict[str, Any], FinishReason, int]] = [
         ({"episode": {"max_turns": 2}}, FinishReason.TURNS, 8),
@@ -270,7 +300,7 @@ def test_what_an_agent_leaves_behind_is_killed() -> None:
             result = await running.result("child")
             assert isinstance(result, SampleDone), result
             child = int(result.record.reward)
-            await running.until(lambda: not is_running(child))
+            await running.until(lambda: not is_alive(child))
             running.results.clear()
             assert isinstance(await running.result("thread", lease_id=2), SampleDone)
             await running.until(lambda: not pool._host._workers)
@@ -292,10 +322,3 @@ def test_a_cancelled_lease_kills_its_agents() -> None:
             assert not running.results and not pool.num_restarts
 
     asyncio.run(body())
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
