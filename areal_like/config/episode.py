@@ -61,8 +61,9 @@ class SessionsConfig(Section, key="sessions"):
     idle_timeout_s: PositiveFloat = 120.0
     """Longest time that a session may be without a request, in seconds: before the first request, between two
     requests, and after the last one. For the task's own `agent()` it begins when that has a process. A
-    heartbeat counts as a request; a refused request to the model does not. Then the session's sample counts as failed (`buffer.on_failure.environment`). The sample of an
-    external agent is first given to other agents, up to `buffer.max_sample_retries` times."""
+    heartbeat counts as a request; a refused request to the model does not. Then the session's sample counts
+    as failed (`buffer.on_failure.environment`). The sample of an external agent is first given to other
+    agents, up to `buffer.max_sample_retries` times."""
     heartbeat_limit_s: NonNegativeFloat = 3600.0
     """Longest time for which heartbeats keep a session alive without a completion of the model, in
     seconds."""
