@@ -20,7 +20,7 @@ GROUPS = 4
 JOB = (
     *("--config", str(ROOT / "configs" / "jobs" / "tools.yaml")),
     "name=x",
-    "model.warm_start_steps=30",
+    "model.warm_start_steps=75",
     f"trainer.groups_per_step={GROUPS}",
     "sampling.group_size=4",
     "eval.num_prompts=4",
