@@ -57,6 +57,7 @@ def test_the_page_has_a_script_and_a_job_for_each() -> None:
     assert jobs == ["trl_job.yaml", "trl_job.yaml", "verl_job.yaml", "verl_job.yaml"]
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize(
     ("number", "rewards"), [(1, {"correct", "digits"}), (3, {"compute_score"})], ids=["trl", "verl"]
 )

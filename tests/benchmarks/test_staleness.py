@@ -92,6 +92,7 @@ def test_cell_is_deterministic_and_ages_are_as_planned(tmp_path: Path) -> None:
     assert [step for step, _ in old.curve] == list(range(11))
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 def test_stopped_grid_resumes(tmp_path: Path) -> None:
     """Long, because a whole job runs first."""

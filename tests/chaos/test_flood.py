@@ -105,6 +105,7 @@ def flood(directory: Path, *, num_frames: int) -> None:
     )
 
 
+@pytest.mark.chaos
 def test_eight_flooding_peers_do_not_stop_a_job(tmp_path: Path) -> None:
     """Long, because the buffer reads 150,000 frames while a job goes on."""
     flood(tmp_path, num_frames=150_000)

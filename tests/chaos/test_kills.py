@@ -167,6 +167,7 @@ def stop_trainer(directory: Path, *, stopped_s: float) -> None:
         check_audit(job, num_steps=num_steps)
 
 
+@pytest.mark.chaos
 def test_a_stopped_trainer_stops_the_producers(tmp_path: Path) -> None:
     stop_trainer(tmp_path, stopped_s=3.0)
 

@@ -196,6 +196,7 @@ def run(folder: Path, *, seeds: range) -> None:
     print(f"{len(generations)} generations, {num_broken} of {len(seeds)} pushes broken")
 
 
+@pytest.mark.chaos
 def test_killed_engines_serve_no_partial_update(tmp_path: Path) -> None:
     """Long, because engines are killed and started again."""
     run(tmp_path, seeds=range(2))

@@ -63,6 +63,7 @@ def test_rewards_that_fail_for_held_out_prompts_end_no_job(tmp_path: Path, cache
     assert audit_run(root).is_clean
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_an_evaluation_survives_the_buffer(tmp_path: Path) -> None:
     model = tmp_path / "model"

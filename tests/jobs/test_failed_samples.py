@@ -49,6 +49,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_answers_that_hang_the_verifier_get_reward_0(tmp_path: Path) -> None:
     """Long, because a sixth of all rewards takes its whole time limit, and its worker is then replaced."""

@@ -239,6 +239,7 @@ def test_a_contradiction_names_both_keys(settings: list[str], parts: list[str]) 
 # --- with the real daemons ---
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_a_trainer_refuses_oapl_on_groups_of_mixed_versions(tmp_path: Path) -> None:
     buffer = BufferProcess(

@@ -42,6 +42,7 @@ def log_of(run: Path, daemon: str) -> str:
     return (run / "logs" / f"{daemon}.log").read_text()
 
 
+@pytest.mark.long
 def test_a_keyed_job_with_renewed_and_revoked_keys(tmp_path: Path, cache: dict[str, str]) -> None:
     """Long, because a server joins, changes its key and is shut out of a job that goes on."""
     keys = new_keys(tmp_path / "keys")

@@ -32,6 +32,7 @@ SMALL = (
 )
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_the_commands_of_the_guide_run(tmp_path: Path, cache: dict[str, str]) -> None:

@@ -166,6 +166,7 @@ def test_a_replay_gives_the_weights_of_the_broken_run(broken_run: BrokenRun) -> 
     assert compared["compared"]["moments"] == 2 and compared["compared_means"]["loss"] == NUM_STEPS
 
 
+@pytest.mark.chaos
 def test_a_replay_with_another_objective_gives_other_weights(broken_run: BrokenRun) -> None:
     """Long, because all steps of a run are trained again."""
     words = ("name=y", "objective=ppo", "buffer.cache_bytes=0")
@@ -181,6 +182,7 @@ def test_a_replay_with_another_objective_gives_other_weights(broken_run: BrokenR
     ]
 
 
+@pytest.mark.chaos
 def test_a_replay_needs_whole_steps(broken_run: BrokenRun) -> None:
     recording = Recording(broken_run.root)
     config = load_config(["--config", str(broken_run.root / "config.yaml")])

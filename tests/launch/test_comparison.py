@@ -80,6 +80,7 @@ def test_a_changed_sample_is_named_with_its_step(
     assert "log-probs: group" not in out, "they are as they were"
 
 
+@pytest.mark.long
 def test_the_step_that_differs_is_trained_again(
     copy: Path, replayed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +165,7 @@ def test_another_learning_rate_is_the_cause(recorded: Path, replayed: Path) -> N
     assert "loss" not in [one.kind for one in result.differences], "it is that of the same weights"
 
 
+@pytest.mark.chaos
 def test_one_and_two_ranks_are_equal_to_rounding(
     recorded: Path, replayed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,6 +78,7 @@ def test_a_shell_that_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert "name a shell (bash, zsh, fish)" in capsys.readouterr().err
 
 
+@pytest.mark.chaos
 @pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed")
 def test_completion_in_a_real_bash(place: Path) -> None:
     command = place / "bin" / "areal-like"

@@ -29,6 +29,7 @@ SMALL = (
 STEP_PARTS = {"wait", "compute", "reduce", "update", "forward", "head", "objective", "backward", "optimizer"}
 
 
+@pytest.mark.chaos
 def test_two_ranks_of_a_running_job_record_the_same_steps(tmp_path: Path) -> None:
     make_keys(tmp_path / "keys")
     root, out = tmp_path / "runs" / "x", tmp_path / "out"

@@ -53,6 +53,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
     assert not left, "processes of the run are left"
 
 
+@pytest.mark.long
 def test_a_run_survives_its_launcher_and_a_server(tmp_path: Path, root: Path, cache: dict[str, str]) -> None:
     """Half a minute: two starts of a whole job, the first as a user's, and forty steps."""
     settings = (

@@ -248,6 +248,7 @@ def test_a_killed_buffer_and_trainer_are_started_again(workplace: Path) -> None:
     assert out.count("ended (killed by SIGKILL): starting it again") == 4
 
 
+@pytest.mark.long
 def test_any_role_is_restarted_on_request(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -326,6 +327,7 @@ def test_a_directory_that_existed_before_stays(workplace: Path) -> None:
     assert notes.exists() and (notes.parent / "logs").exists()
 
 
+@pytest.mark.chaos
 def test_a_daemon_that_never_gets_ready_is_named(workplace: Path) -> None:
     code, _, err = run(workplace, "rollout.start_timeout_s=6", script={"rollout-0": "never ready"})
     assert code == 1

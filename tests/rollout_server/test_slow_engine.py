@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from aiohttp import web
 
 from areal_like.wire.messages.producer import ReturnLeases, SampleDone, SampleFailed
@@ -94,6 +95,7 @@ class SlowSglang:
         return response
 
 
+@pytest.mark.chaos
 def test_a_slow_engine_is_kept_and_a_still_one_replaced(tmp_path: Path) -> None:
     build_tiny_model(tmp_path / "model", seed=0, warm_start_steps=0, swap_prob=0.5)
     with SlowSglang().running() as engine, PlayedBuffer() as buffer:

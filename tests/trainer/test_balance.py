@@ -277,6 +277,7 @@ def test_samples_that_were_not_planned_are_refused() -> None:
             receive([[4, each]])
 
 
+@pytest.mark.chaos
 def test_three_ranks_give_the_gradient_of_streaming(tmp_path: Path) -> None:
     """With segments, groups without advantages and a rank without work; abandoned; the same step twice.
 

@@ -222,7 +222,16 @@ def test_a_group_serves_many_pushes_until_a_server_joins() -> None:
     run(body)
 
 
-@pytest.mark.parametrize("how", ["reject", "die", "refuse", "mute", "vanish", "expire"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "reject",
+        "die",
+        "refuse",
+        "vanish",
+        *(pytest.param(how, marks=pytest.mark.long) for how in ("mute", "expire")),
+    ],
+)
 def test_a_faulty_server_costs_the_others_one_push(how: str) -> None:
     async def body(broadcaster: Broadcaster) -> None:
         good, bad = FakeServer("good"), FakeServer("bad")

@@ -142,6 +142,7 @@ def test_samples_longer_than_a_microbatch(paths: dict[str, str], ranks: Ranks, l
     assert_equal(gradients[0], gradients[1])
 
 
+@pytest.mark.chaos
 def test_two_ranks_give_the_gradient_of_one(paths: dict[str, str], ranks: Ranks, tmp_path: Path) -> None:
     """Also where one rank has no sample of a teacher, or none at all, and where samples change ranks."""
     cases = [

@@ -56,6 +56,7 @@ def engine_logps(path: str, tokens_T: Tensor, *, fp32_head: bool, fast: bool) ->
     return torch.stack(logps)
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("fast", [True, False], ids=["llama", "generic"])
 def test_mismatch_in_bfloat16_is_smaller_with_it(tmp_path: Path, fast: bool) -> None:
     path = write_model(tmp_path, "qwen3", dtype=torch.bfloat16)

@@ -260,6 +260,7 @@ def test_missing_critic_or_greedy_setting_is_refused(tmp_path: Path, ranks: Rank
             build_step_runner(config, build_policy(config, path, ranks), ranks)
 
 
+@pytest.mark.chaos
 def test_cuts_and_ranks_do_not_change_gae_gradients(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model", "qwen2")
     run_ranks("gradients", str(tmp_path), path, "critic", world_size=2, module=RANKS)

@@ -437,6 +437,7 @@ def test_exact_norms_of_single_sequences(paths: dict[str, str], ranks: Ranks) ->
     assert metrics["grad_norm"] > 0 and metrics["shared_share"] == 0.0
 
 
+@pytest.mark.chaos
 def test_compilation_and_liger_leave_it_out(
     paths: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

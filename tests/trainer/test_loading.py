@@ -214,6 +214,7 @@ def test_the_critic_reads_a_tied_model_without_its_head(tmp_path: Path) -> None:
     assert local(critic.lm_head.weight).shape == (1, 32) and not local(critic.lm_head.weight).any()
 
 
+@pytest.mark.long
 def test_four_ranks_hold_a_share_and_one_tensor(tmp_path: Path) -> None:
     large, small, out = tmp_path / "large", tmp_path / "small", tmp_path / "out"
     out.mkdir()

@@ -166,6 +166,7 @@ def test_updates_that_rounding_undoes_are_counted(base: str, ranks: Ranks) -> No
     assert 0.3 < shares[2] < 1
 
 
+@pytest.mark.long
 def test_two_ranks_train_push_and_score_as_one(base: str, tmp_path: Path) -> None:
     for world_size in (1, 2):
         (tmp_path / str(world_size)).mkdir()

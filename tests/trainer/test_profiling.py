@@ -41,6 +41,7 @@ def parts_of_trace(path: Path) -> set[str]:
     }
 
 
+@pytest.mark.chaos
 def test_a_profile_records_its_steps_and_changes_nothing(
     tmp_path: Path, ranks: Ranks, recorder: StepRecorder
 ) -> None:

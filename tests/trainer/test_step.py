@@ -66,6 +66,7 @@ def assert_same_gradient(got: dict[str, Tensor], want: dict[str, Tensor], *, rel
         assert error < relative, f"{name}: relative error {error:.2e}"
 
 
+@pytest.mark.long
 def test_two_ranks_match_one_padded_batch(tmp_path: Path) -> None:
     paths = {dtype: write_model(tmp_path / dtype, MODELS[dtype]) for dtype in DTYPES}
     run_ranks("gradients", str(tmp_path), *paths.values(), world_size=2)

@@ -125,6 +125,7 @@ def test_a_tracker_that_comes_later_gets_all_rows(tmp_path: Path) -> None:
         assert set(scalars(folder)["train/reward_mean"]) == set(range(6))
 
 
+@pytest.mark.chaos
 def test_wandb_offline_has_one_whole_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
 

@@ -199,6 +199,7 @@ def test_vcpo_has_one_term_for_each_sample(path: str, ranks: Ranks, settings: di
         assert metrics["lr_scale"] == pytest.approx(metrics["ess_ratio"] ** 0.5, rel=1e-8)
 
 
+@pytest.mark.chaos
 def test_two_ranks_give_the_gradient_of_samples(tmp_path: Path, path: str) -> None:
     """Divided evenly, all on one rank, and by the balancer, in several micro-batches and with cut samples."""
     cases: list[tuple[dict[str, Any], str]] = [

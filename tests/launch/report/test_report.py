@@ -167,6 +167,7 @@ def test_a_supervised_run_has_losses_and_no_rewards(tmp_path: Path) -> None:
     assert "Reward" not in page.text and "generates no samples" in page.text
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 def test_a_long_run_makes_a_small_page_quickly(tmp_path: Path) -> None:
     wide = {f"finish_reasons.{at}": 0.1 for at in range(4)} | {"grad_norm": 1.0, "memory_peak_gb": 2.0}

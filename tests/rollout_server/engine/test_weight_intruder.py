@@ -154,7 +154,10 @@ async def check_weights(client: EngineClient, path: Path, *, version: int) -> No
 
 @pytest.mark.parametrize(
     ("attack", "reason"),
-    [(overwrite, "changed its rendezvous"), (delete, "could not connect|was not done within 5 s")],
+    [
+        (overwrite, "changed its rendezvous"),
+        pytest.param(delete, "could not connect|was not done within 5 s", marks=pytest.mark.chaos),
+    ],
 )
 def test_an_intruder_in_the_store_at_worst_fails_a_push(
     engine: Engine, models: Models, attack: Callable[[Any, list[str]], None], reason: str

@@ -191,6 +191,7 @@ async def closed(pool: EnvironmentPool) -> None:
         await asyncio.sleep(0.01)
 
 
+@pytest.mark.chaos
 def test_servers_of_one_episode_and_kept_ones() -> None:
     """Workers are used again, and only a kept server's state reaches later episodes."""
     kept = hostile_settings(keep=True, prefix="kept_")
@@ -225,6 +226,7 @@ async def episodes(servers: list[dict[str, Any]], *texts: str) -> tuple[list[lis
         return contents, idle, pool.num_restarts
 
 
+@pytest.mark.chaos
 def test_a_job_whose_server_does_not_start_is_refused() -> None:
     with pytest.raises(ConfigError, match="MCP server hostile: it ended with exit code 1: no license found"):
         asyncio.run(episodes([hostile_settings("cannot start")]))

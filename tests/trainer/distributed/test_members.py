@@ -97,7 +97,7 @@ def test_a_failed_block_keeps_its_phase() -> None:
     assert str(place) == "step 4, micro-batch 1, wait"
 
 
-@pytest.mark.parametrize("how", ["stop", "raise"])
+@pytest.mark.parametrize("how", [pytest.param("stop", marks=pytest.mark.long), "raise"])
 def test_the_other_ranks_name_the_one_that_failed(tmp_path: Path, how: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.support.lost_rank", str(tmp_path), "3", how]

@@ -169,6 +169,7 @@ def test_cuts_do_not_change_the_gradient(tmp_path: Path, ranks: Ranks, variant: 
             assert metrics.get(name, 0.0) == pytest.approx(whole.get(name, 0.0), rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.long
 def test_two_ranks_give_the_gradient_of_one(tmp_path: Path, ranks: Ranks) -> None:
     """Long, because every variant is trained on two ranks in two shares, and on one."""
     path = write_model(tmp_path / "model", "gpt2")

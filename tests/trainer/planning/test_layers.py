@@ -50,9 +50,15 @@ LONG = (
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
-        (4, (*LONG, "trainer.gradient_checkpointing=true", "kl.coef=0.1")),
+        pytest.param(
+            4, (*LONG, "trainer.gradient_checkpointing=true", "kl.coef=0.1"), marks=pytest.mark.long
+        ),
         (4, (*LONG, "trainer.gradient_checkpointing=selective", "trainer.offload_activations=true")),
-        (2, (*SHORT, "model.lora.rank=4", "kl.coef=0.1", "distill.teachers.default=tiny", "objective=tis")),
+        pytest.param(
+            2,
+            (*SHORT, "model.lora.rank=4", "kl.coef=0.1", "distill.teachers.default=tiny", "objective=tis"),
+            marks=pytest.mark.chaos,
+        ),
         pytest.param(
             1,
             (
@@ -79,6 +85,7 @@ def test_few_layers_are_as_exact_as_all(ranks: int, settings: tuple[str, ...], t
     assert_few_are_enough(make_plan(config, gpus=f"1+{ranks}xH100"))
 
 
+@pytest.mark.chaos
 def test_the_peak_may_be_at_another_stage(tmp_path: Path) -> None:
     """With three and four layers it is the gradient of the large embedding, with eight that of the head."""
     config = load_config([model_setting(tmp_path, vocab_size=100_000), *SHORT, "model.dtype=float32"])
@@ -97,6 +104,7 @@ def test_layers_are_sharded_as_in_the_whole_model(tmp_path: Path) -> None:
     assert_few_are_enough(make_plan(load_config([model, *SHORT]), gpus="1+2xH100"))
 
 
+@pytest.mark.chaos
 def test_unequal_layers_are_all_traced(tmp_path: Path) -> None:
     kinds = ["sliding_attention", "full_attention"] * 4
     model = model_setting(tmp_path, num_hidden_layers=8, layer_types=kinds, use_sliding_window=True)
@@ -105,6 +113,7 @@ def test_unequal_layers_are_all_traced(tmp_path: Path) -> None:
     assert plan.trace.num_params > 8 * 3 * 256 * 768
 
 
+@pytest.mark.chaos
 def test_adapters_of_mixtures_are_merged_in_the_trace(tmp_path: Path) -> None:
     settings = (f"model.path={write_family('qwen3_moe', tmp_path)}", *SHORT, "model.lora.rank=4")
     merged, apart = (

@@ -49,6 +49,7 @@ def test_states_take_the_memory_of_the_cache(tmp_path: Path) -> None:
     assert engine.num_sequences(100.0) == engine.kv_at_least / (100 * engine.kv_per_token + state)
 
 
+@pytest.mark.chaos
 def test_the_kernels_keep_less_than_torch(tmp_path: Path) -> None:
     """On a CPU, and in rectangles, transformers' own functions are traced; else on a GPU the stand-ins."""
     kept_all = (small(tmp_path), "trainer.gradient_checkpointing=false")

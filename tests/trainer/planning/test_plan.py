@@ -75,10 +75,13 @@ def small(model: str, *settings: str, gpus: str = "1+1xH100") -> Plan:
 
 
 LARGE = ("8x8h100_70b", "16x8h100_235b")
+ALWAYS = ("1xh100_1.7b", "8xh100_8b")
+"""The trace of another takes longer."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name in LARGE else name for name in PARAMETERS]
+    "name",
+    [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.chaos) for name in PARAMETERS],
 )
 def test_preset_fits(name: str) -> None:
     plan = make_plan(load_config([f"scale={name}"]))
@@ -245,6 +248,7 @@ def on_card(plan: Plan, *, memory_bytes: float) -> Plan:
     return planned_again(plan, plan.config, placement)
 
 
+@pytest.mark.chaos
 def test_gradients_are_part_of_the_trace(model: str) -> None:
     one, four = small(model), small(model, gpus="1+4xH100")
     parts_1, parts_4 = one.trace.peak_bytes, four.trace.peak_bytes
@@ -257,6 +261,7 @@ def test_gradients_are_part_of_the_trace(model: str) -> None:
     assert 5 * multiplied < per_token < 8.1 * multiplied
 
 
+@pytest.mark.long
 def test_a_context_divides_activations(model: str) -> None:
     ranks = ("trainer.world_size=4", "trainer.tokens_per_microbatch=65536")
     one, four = (small(model, *ranks, f"trainer.context_parallel={size}", gpus="1+4xH100") for size in (1, 4))
@@ -273,6 +278,7 @@ def test_a_context_divides_activations(model: str) -> None:
     assert any("context groups = " in formula for formula in four.estimate.formulas)
 
 
+@pytest.mark.long
 def test_replicas_hold_more_and_send_less(model: str) -> None:
     """Sixteen ranks: the rows of eight, gathered on one host, and a sum of gradients over two hosts."""
     ranks = ("trainer.world_size=16", "trainer.tokens_per_microbatch=512", "trainer.logprob_chunk_tokens=256")
@@ -299,6 +305,7 @@ def test_replicas_hold_more_and_send_less(model: str) -> None:
     assert [change.text for change in changes_until_it_fits(tight)] == ["trainer.replicas=1"]
 
 
+@pytest.mark.chaos
 def test_kept_and_offloaded_activations_are_part_of_the_plan(tmp_path: Path) -> None:
     """A layer's input is 2 bytes x hidden size x tokens; selective keeps attention's output, k, o and up."""
     model = model_of_layers(tmp_path, 12)
@@ -365,6 +372,7 @@ def test_the_host_of_rank_0_is_judged(model: str) -> None:
     assert memory.host_total - change.plan.memory.host_total == pytest.approx(pushed)
 
 
+@pytest.mark.chaos
 def test_lora_is_part_of_the_plan(model: str) -> None:
     settings = ("trainer.gradient_checkpointing=false", "kl.coef=0.1")
     full = small(model, *settings)
@@ -394,6 +402,7 @@ def test_lora_is_part_of_the_plan(model: str) -> None:
     assert json_of(merged, [])["model"]["num_trained"] == merged.trace.num_trained
 
 
+@pytest.mark.chaos
 def test_teachers_are_part_of_the_plan(model: str, tmp_path: Path) -> None:
     """Of two teachers both are in memory, and the larger one's FLOPs are counted."""
     large = model.partition("=")[2]
@@ -420,6 +429,7 @@ def test_teachers_are_part_of_the_plan(model: str, tmp_path: Path) -> None:
     assert more >= 4 * 32_000 * 448  # at least the sampled tokens of one sequence
 
 
+@pytest.mark.chaos
 def test_a_push_of_the_adapter_alone(model: str) -> None:
     lengths = ("sampling.max_new_tokens=4096", "rollout.max_context=8192")  # of the test's model
     settings = (model, "scale=2xh100_8b_lora", "max_staleness=4", *lengths)
