@@ -129,7 +129,7 @@ def test_the_dpo_job_has_the_values_of_the_script(tmp_path: Path) -> None:
     assert [name for name in theirs if f"`{name}`" not in table] == []
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_the_dpo_job_runs(tmp_path: Path, cache: dict[str, str]) -> None:
     """With the tiny model, on rows of the shape that the script reads."""

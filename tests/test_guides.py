@@ -114,10 +114,8 @@ def test_the_agent_of_the_guide_runs_without_a_model(tmp_path: Path, cache: dict
 
 
 @pytest.mark.timeout(TEST_LIMIT_S)
-@pytest.mark.parametrize(
-    "attempt",
-    [pytest.param(1, marks=pytest.mark.long), *(pytest.param(n, marks=pytest.mark.chaos) for n in (2, 3))],
-)
+@pytest.mark.chaos
+@pytest.mark.parametrize("attempt", [1, 2, 3])
 def test_a_reader_of_the_guide_trains_an_agent(tmp_path: Path, attempt: int) -> None:
     """What the guide says, in a shell in an empty directory of a machine without caches, beside two programs
     that need a core each. The goal is the first trained samples within ten minutes."""

@@ -94,7 +94,7 @@ def test_difference_is_divided_by_steps() -> None:
     assert "| all |  | 102.0 | 12.75 | 1020.00 |" in as_table(result)
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.slow
 def test_a_job_is_measured_by_role(tmp_path: Path) -> None:
     result = measured(["trainer.groups_per_step=2"], warm_up=2, num_steps=30, runs_dir=tmp_path)

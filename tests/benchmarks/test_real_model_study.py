@@ -38,7 +38,7 @@ def result_of(study: Study, name: str) -> dict[str, object]:
     return found
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_a_killed_cell_continues_and_is_reported(tmp_path: Path) -> None:
     study = tiny_study(tmp_path)
@@ -106,7 +106,7 @@ def test_a_killed_cell_continues_and_is_reported(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_the_calculator_is_learned_by_the_same_way(tmp_path: Path) -> None:
     study = tiny_study(tmp_path)

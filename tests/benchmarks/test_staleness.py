@@ -78,7 +78,7 @@ def test_grid_starts_with_one_seed_at_lag_16() -> None:
     assert {own["objective"]["name"] for own in FULL_METHODS.values()} | taught == set(OBJECTIVES.names())
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_cell_is_deterministic_and_ages_are_as_planned(tmp_path: Path) -> None:
     build_model(tmp_path, seed=TINY.seed, warm_start_steps=TINY.warm_start_steps)
     try:

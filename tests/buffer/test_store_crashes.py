@@ -128,7 +128,7 @@ def kills(directory: Path, *, num_kills: int, seed: int) -> None:
     assert len(list((directory / "segments").glob("*.seg"))) < 6, "released trajectories were not deleted"
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_sigkill_loses_nothing_acknowledged(tmp_path: Path) -> None:
     """Long, because writers are killed at many moments."""
     kills(tmp_path / "ledger", num_kills=NUM_KILLS, seed=1)

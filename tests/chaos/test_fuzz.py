@@ -107,7 +107,7 @@ def fuzz_buffer(directory: Path, *, num_frames: int, steps_of_frames: int) -> No
     )
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_mutated_messages_do_not_harm_a_buffer(tmp_path: Path) -> None:
     """Long, because a job goes on between the messages, and must."""
     fuzz_buffer(tmp_path, num_frames=6_000, steps_of_frames=100)

@@ -16,7 +16,7 @@ from tests.support.roles import started_roles
 NUM_STEPS, GROUPS_PER_STEP = 6, 4
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.timeout(TEST_LIMIT_S)
 @pytest.mark.parametrize("lora", ["adapter", "merged"])

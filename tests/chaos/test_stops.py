@@ -116,7 +116,7 @@ def stop_each_role(directory: Path, *, stopped_s: float, num_rounds: int = 1) ->
     assert not {reason for reason, count in audit.drops.items() if count} - {"stale"}, audit.drops
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_each_role_is_stopped_longer_than_a_lease(tmp_path: Path) -> None:
     stop_each_role(tmp_path, stopped_s=12.0)
 

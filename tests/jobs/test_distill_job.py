@@ -72,7 +72,7 @@ def test_the_commands_of_the_guide_run(tmp_path: Path, cache: dict[str, str]) ->
     assert "reverse_kl" not in rows_of(tmp_path / "runs" / "teacher")[0]
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 @pytest.mark.parametrize(("loss", "most"), [("full", 0.6), ("sampled", 0.8)])
 def test_a_student_approaches_its_teacher(
@@ -122,7 +122,7 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_a_dead_teacher_delays_the_job(tmp_path: Path, cache: dict[str, str]) -> None:
     """Its server is killed: the job names it and waits. With the server it goes on; a replay needs none."""

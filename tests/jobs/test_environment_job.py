@@ -68,7 +68,7 @@ def environment_processes(pid: int) -> list[int]:
     return found
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_environments_are_killed_and_no_sample_is_lost(tmp_path: Path) -> None:
     model = tmp_path / "model"

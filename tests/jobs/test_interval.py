@@ -276,7 +276,7 @@ def run_job(
     return rows, json.loads((root / "summary.json").read_text())
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_oapl_runs_by_its_name_alone(tmp_path: Path, cache: dict[str, str]) -> None:

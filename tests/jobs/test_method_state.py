@@ -89,7 +89,7 @@ def test_a_killed_trainer_keeps_what_it_remembers(tmp_path: Path, cache: dict[st
     assert max(row["clipped_fraction"] for row in rows) > 0, "the clip acts around the averaged policy"
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_a_killed_trainer_keeps_its_measured_reference(tmp_path: Path, cache: dict[str, str]) -> None:
     checkpoint, rows = killed_and_replayed(tmp_path, cache, *MEASURED)
@@ -98,7 +98,7 @@ def test_a_killed_trainer_keeps_its_measured_reference(tmp_path: Path, cache: di
     assert all(0.99 < row["rho_ref"] <= 1 for row in rows), "engine and trainer hardly differ in float32"
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_a_killed_trainer_has_the_same_teacher(tmp_path: Path, cache: dict[str, str]) -> None:
     build_tiny_model(tmp_path / "teacher", seed=1, warm_start_steps=0, swap_prob=0.0)
@@ -109,7 +109,7 @@ def test_a_killed_trainer_has_the_same_teacher(tmp_path: Path, cache: dict[str, 
     assert rows[-1]["reverse_kl"] < rows[0]["reverse_kl"]
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_a_killed_trainer_keeps_its_process_reward_model(tmp_path: Path, cache: dict[str, str]) -> None:
     checkpoint, rows = killed_and_replayed(tmp_path, cache, *IMPLICIT)

@@ -67,7 +67,7 @@ def records_of(directory: Path) -> list[Record]:
     ]
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_prime_is_resumed_and_replayed(tmp_path: Path, cache: dict[str, str]) -> None:
     small = (*SMALL, "advantage=prime", "advantage.beta=0.5")

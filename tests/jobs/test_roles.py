@@ -81,7 +81,7 @@ def test_roles_started_by_hand_and_a_replaced_trainer(roles: Roles) -> None:
     assert summary["tickets"]["trained"] == 4 * len(rows) and summary["weights_version"] > 0
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_a_finished_fleet_ends_by_itself(roles: Roles) -> None:
     """No launcher: the buffer tells each role. Signals for logs disturb none of them."""
     run, short = roles.run, "trainer.num_steps=25"

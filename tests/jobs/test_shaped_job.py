@@ -39,7 +39,7 @@ def rank_of(root: Path, rank: int) -> int:
     raise AssertionError(f"rank {rank} does not run")
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_a_job_with_context_groups_and_replicas(tmp_path: Path, cache: dict[str, str]) -> None:
     """Two replicas whose ranks are a context of two, then two data ranks with contexts, then one rank."""

@@ -80,7 +80,7 @@ def test_a_changed_sample_is_named_with_its_step(
     assert "log-probs: group" not in out, "they are as they were"
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_the_step_that_differs_is_trained_again(
     copy: Path, replayed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -362,7 +362,7 @@ def test_the_settings_of_steps_on_gpus(scratch: Path) -> None:
         assert config.model.dtype == dtype and config.trainer.gradient_checkpointing is True
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_the_plan_of_the_step_on_an_h100(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is traced as on the machine with the GPU, and fits there."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")

@@ -248,7 +248,7 @@ def test_a_killed_buffer_and_trainer_are_started_again(workplace: Path) -> None:
     assert out.count("ended (killed by SIGKILL): starting it again") == 4
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_any_role_is_restarted_on_request(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -193,10 +193,7 @@ TWENTY_STEPS = {
 
 @pytest.mark.parametrize(
     "shape",
-    [
-        pytest.param(shape, marks=pytest.mark.long if shape is BOTH else pytest.mark.chaos, id=name)
-        for name, shape in TWENTY_STEPS.items()
-    ],
+    [pytest.param(shape, marks=pytest.mark.chaos, id=name) for name, shape in TWENTY_STEPS.items()],
 )
 def test_twenty_steps_are_those_of_one_rank(
     tmp_path: Path, ranks: Ranks, path: str, shape: dict[str, int]
@@ -209,7 +206,7 @@ def test_twenty_steps_are_those_of_one_rank(
     check_cases(tmp_path, ranks, cases, **shape)
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_four_ranks_of_a_context_are_one(tmp_path: Path, ranks: Ranks, path: str) -> None:
     every = (*KINDS.values(), *WHOLE_STEP.values(), *with_models(tmp_path).values())
     cases = [{"path": path, **case} for case in every]
@@ -228,7 +225,7 @@ def test_two_replicas_of_two_ranks_are_one(tmp_path: Path, ranks: Ranks, path: s
     check_cases(tmp_path, ranks, cases, world_size=4, replicas=2)
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_two_data_ranks_with_contexts_are_one(tmp_path: Path, ranks: Ranks, path: str, replicas: int) -> None:
     every = (*KINDS.values(), *WHOLE_STEP.values(), *with_models(tmp_path).values())
@@ -253,8 +250,8 @@ OTHERS = ("of_texts", "of_scores", "dpo", "kto")
     ("shape", "names", "num_rows"),
     [
         pytest.param({"world_size": 2, "size": 2}, PREFERENCES, 5, id="preferences"),
-        pytest.param({"world_size": 2, "size": 2}, OTHERS, 13, marks=pytest.mark.long, id="context"),
-        pytest.param(BOTH, OTHERS, 13, marks=pytest.mark.long, id="context and replicas"),
+        pytest.param({"world_size": 2, "size": 2}, OTHERS, 13, marks=pytest.mark.chaos, id="context"),
+        pytest.param(BOTH, OTHERS, 13, marks=pytest.mark.chaos, id="context and replicas"),
     ],
 )
 def test_offline_training_in_a_shape(
@@ -334,7 +331,7 @@ def test_families_in_a_shape(tmp_path: Path, ranks: Ranks, shape: dict[str, int]
     check_cases(tmp_path, ranks, cases, **shape)
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.parametrize("size", [2, 4])
 def test_linear_attention_in_a_context(tmp_path: Path, ranks: Ranks, size: int) -> None:
     """Channels of the convolution and heads of the recurrence are divided; each sequence has its state."""

@@ -79,7 +79,7 @@ def test_products_of_the_delta_rule() -> None:
     assert all(each.grad is not None for each in (query, key, value, gate, beta))
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.parametrize(
     ("name", "parameters", "gpus"),
     [

@@ -114,7 +114,7 @@ def test_preset_fits(name: str) -> None:
     assert all(formula.split()[0] in text for formula in expected.formulas)
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.parametrize(
     ("name", "num_params"), [("Qwen/Qwen3-30B-A3B", 30.53e9), ("zai-org/GLM-4.5-Air", 106.85e9)]
 )
@@ -261,7 +261,7 @@ def test_gradients_are_part_of_the_trace(model: str) -> None:
     assert 5 * multiplied < per_token < 8.1 * multiplied
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_a_context_divides_activations(model: str) -> None:
     ranks = ("trainer.world_size=4", "trainer.tokens_per_microbatch=65536")
     one, four = (small(model, *ranks, f"trainer.context_parallel={size}", gpus="1+4xH100") for size in (1, 4))
@@ -278,7 +278,7 @@ def test_a_context_divides_activations(model: str) -> None:
     assert any("context groups = " in formula for formula in four.estimate.formulas)
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_replicas_hold_more_and_send_less(model: str) -> None:
     """Sixteen ranks: the rows of eight, gathered on one host, and a sum of gradients over two hosts."""
     ranks = ("trainer.world_size=16", "trainer.tokens_per_microbatch=512", "trainer.logprob_chunk_tokens=256")

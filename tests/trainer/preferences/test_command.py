@@ -41,7 +41,7 @@ def settings(tmp_path: Path) -> tuple[str, ...]:
     )
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_a_killed_run_continues_to_the_last_bit(
@@ -75,7 +75,7 @@ def test_a_killed_run_continues_to_the_last_bit(
     assert done.stdout.splitlines()[-1] == f"model.path={paths[1].checkpoints / last}"
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 @pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
 def test_two_ranks_learn_what_one_does(
