@@ -45,6 +45,7 @@ assert torch.zeros(1).item() == 0
 """
 
 
+@pytest.mark.chaos
 def test_tokenizer_is_the_same_without_torch(tmp_path: Path) -> None:
     build_tiny_model(tmp_path, seed=0, warm_start_steps=0, swap_prob=0.0)
     model = str(tmp_path)

@@ -177,6 +177,7 @@ def test_a_trainer_stopped_for_a_minute(tmp_path: Path) -> None:
     stop_trainer(tmp_path, stopped_s=60.0)
 
 
+@pytest.mark.long
 def test_a_buffer_that_drains_under_load_is_unready_at_once(tmp_path: Path) -> None:
     with running_job(tmp_path, **settings(1000)) as job:
         producers = [job.produce(name) for name in ("rollout-0", "rollout-1")]

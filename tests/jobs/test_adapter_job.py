@@ -14,6 +14,7 @@ from tests.support.launching import TEST_LIMIT_S, areal_like
 LORA = ("model.lora.rank=8", "weights.lora=adapter", "weights.integrity=sha256", "weights.update_mode=drain")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_a_job_pushes_its_adapter_alone(tmp_path: Path, cache: dict[str, str]) -> None:

@@ -18,7 +18,7 @@ NUM_ROWS = 60
 KINDS = (EASY, MIDDLE, IMPOSSIBLE)
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_goldilocks_issues_fewer_hopeless_rows(tmp_path: Path) -> None:
     rows = [

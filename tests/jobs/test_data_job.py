@@ -11,6 +11,7 @@ from launch.audit.run import audit_run
 from tests.support.launching import TEST_LIMIT_S, areal_like
 
 
+@pytest.mark.long
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_rows_of_a_file_are_trained_on(tmp_path: Path, cache: dict[str, str]) -> None:
     rows = [{"question": f"{row:03}=", "answer": f"{row:03}"} for row in range(40)]

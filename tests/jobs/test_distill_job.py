@@ -56,7 +56,7 @@ def words_of(command: list[str]) -> list[str]:
     return [word.replace("step_000600", "step_000004") for word in command]
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_the_commands_of_the_guide_run(tmp_path: Path, cache: dict[str, str]) -> None:
     teacher, student, both, served = COMMANDS

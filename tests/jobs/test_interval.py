@@ -286,7 +286,7 @@ def test_oapl_runs_by_its_name_alone(tmp_path: Path, cache: dict[str, str]) -> N
     assert summary["drops"] == dict.fromkeys(Drop, 0)
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_an_automatic_bound_moves_and_survives_a_resume(tmp_path: Path, cache: dict[str, str]) -> None:

@@ -46,7 +46,7 @@ def machines() -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "delete", namespace], check=False, capture_output=True)
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_the_default_job_across_two_addresses(
     tmp_path: Path, machines: tuple[str, str], cache: dict[str, str]
 ) -> None:

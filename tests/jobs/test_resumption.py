@@ -153,6 +153,7 @@ def test_a_trainer_killed_at_each_point_loses_nothing(broken_run: BrokenRun) -> 
     assert query(root, "SELECT * FROM leases") == [] and query(root, "SELECT * FROM attempts") == []
 
 
+@pytest.mark.chaos
 def test_a_replay_gives_the_weights_of_the_broken_run(broken_run: BrokenRun) -> None:
     """Long, because all steps of a run are trained again."""
     out = command("replay", "x", cwd=broken_run.folder)
@@ -193,7 +194,7 @@ def test_a_replay_needs_whole_steps(broken_run: BrokenRun) -> None:
     assert "has not recorded a complete step of 8 groups" in wider.stderr
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_a_run_continues_without_checkpoints_on_a_full_disk(
     tmp_path: Path, root: Path, cache: dict[str, str]
 ) -> None:

@@ -173,7 +173,7 @@ SMALL = (
 )
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.slow
 def test_a_whole_run_survives_a_killed_shard(tmp_path: Path, cache: dict[str, str]) -> None:
     root = tmp_path / "runs" / "x"

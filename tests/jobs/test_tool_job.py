@@ -54,7 +54,7 @@ def trajectories(root: Path, *, num_steps: int) -> list[Trajectory]:
     return [trajectory for group in groups for trajectory in group.trajectories]
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_conversations_with_the_calculator_are_trained_on(tmp_path: Path, cache: dict[str, str]) -> None:
     root = run(tmp_path, cache, num_steps=2)
     summary = json.loads((root / "summary.json").read_text())

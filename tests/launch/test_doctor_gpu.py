@@ -68,6 +68,7 @@ def test_the_limits_of_all_stages_add_up_to_ten_minutes() -> None:
     assert sum(stage.limit_s for stage in STAGES.values()) <= TOTAL_S == 600
 
 
+@pytest.mark.long
 def test_every_stage_runs_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from tests.support.launching import TEST_LIMIT_S
 pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
 
 
+@pytest.mark.long
 def test_dropped_tickets_leave_their_places_to_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -182,6 +182,7 @@ def test_the_launcher_reopens_its_log_and_shows_its_stacks(workplace: Path) -> N
     assert "was stopped by a user" not in out and (root / "logs").stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.long
 def test_a_run_whose_terminal_goes_away_drains(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     ours, theirs = os.openpty()
@@ -295,6 +296,7 @@ def test_any_role_is_restarted_on_request(
     assert load_config(["--config", str(root / "config.yaml")]).trainer.lr == 3e-5, "a resume has it too"
 
 
+@pytest.mark.chaos
 def test_a_trainer_without_progress_is_not_restarted_for_ever(workplace: Path) -> None:
     code, out, err = run(workplace, script={"trainer": "fail", "trainer-0": "fail"})
     assert code == 1

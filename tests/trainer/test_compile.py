@@ -22,7 +22,7 @@ from trainer.step.recipe import StepRecipe
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @needs_compiler
 def test_compiled_layers_change_nothing_but_rounding(tmp_path: Path) -> None:
     from torch._dynamo.utils import counters

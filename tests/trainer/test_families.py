@@ -17,10 +17,10 @@ from tests.support.family_ranks import NUM_STEPS, measured
 from tests.support.trainer_helpers import run_ranks
 
 FAMILIES = (
-    "qwen3_5_text",
-    *(pytest.param(name, marks=pytest.mark.long) for name in ("qwen3_next", "qwen3_moe")),
+    pytest.param("qwen3_5_text", marks=pytest.mark.long),
+    *(pytest.param(name, marks=pytest.mark.chaos) for name in ("qwen3_next", "qwen3_moe")),
 )
-"""Quick tests of the others' packed forward are in `test_linear_attention.py` and `test_moe.py`."""
+"""Quick tests of their packed forward are in `test_linear_attention.py` and `test_moe.py`."""
 
 
 def unpacked(model: Any, trajectories: list[Trajectory]) -> Tensor:

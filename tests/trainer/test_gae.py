@@ -289,6 +289,7 @@ def test_cuts_and_ranks_do_not_change_gae_gradients(tmp_path: Path, ranks: Ranks
             assert row[key] == pytest.approx(metrics[key], rel=1e-7), (share, key)
 
 
+@pytest.mark.chaos
 def test_critic_checkpoint_loads_at_any_world_size(
     tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -166,6 +166,7 @@ def check_cases(folder: Path, ranks: Ranks, cases: list[Case], **shape: int) -> 
             compare(found, metrics, weights_of(runner), want)
 
 
+@pytest.mark.long
 def test_two_ranks_of_a_context_are_one(tmp_path: Path, ranks: Ranks, path: str) -> None:
     """One objective of each kind, with segments, shared prefixes, and a sample that is too long to pack."""
     further = with_models(tmp_path)

@@ -51,7 +51,7 @@ peft = lazily("peft")
 CPU = torch.device("cpu")
 F32 = torch.float32
 QUICK = ("glm4_moe", "qwen3_5")
-ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in PARTLY_TRAINED]
+ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.chaos) for name in PARTLY_TRAINED]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(models: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """What two ranks wrote after two steps, in a folder for each family that is tested."""
     out = tmp_path_factory.mktemp("trained")
-    has_long = any(item.get_closest_marker("long") for item in request.session.items)
-    paths = [str(models / name) for name in (PARTLY_TRAINED if has_long else QUICK)]
+    has_all = any(item.get_closest_marker("chaos") for item in request.session.items)
+    paths = [str(models / name) for name in (PARTLY_TRAINED if has_all else QUICK)]
     run_ranks("steps", str(out), *paths, world_size=2, module="tests.support.untrained_ranks")
     return out
 
@@ -381,7 +381,7 @@ def test_float32_vectors_under_the_wrapper(models: Path, tmp_path: Path) -> None
     assert float((logprobs_S - exact_S).abs().max()) < 0.1
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", pytest.param("glm4_moe", marks=pytest.mark.long)])
+@pytest.mark.parametrize("family", ["qwen3_5", pytest.param("glm4_moe", marks=pytest.mark.chaos)])
 def test_plan_counts_what_is_trained(family: str, models: Path, tmp_path: Path) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()  # of another test; a trace has its own

@@ -53,7 +53,11 @@ LONG = (
         pytest.param(
             4, (*LONG, "trainer.gradient_checkpointing=true", "kl.coef=0.1"), marks=pytest.mark.long
         ),
-        (4, (*LONG, "trainer.gradient_checkpointing=selective", "trainer.offload_activations=true")),
+        pytest.param(
+            4,
+            (*LONG, "trainer.gradient_checkpointing=selective", "trainer.offload_activations=true"),
+            marks=pytest.mark.chaos,
+        ),
         pytest.param(
             2,
             (*SHORT, "model.lora.rank=4", "kl.coef=0.1", "distill.teachers.default=tiny", "objective=tis"),

@@ -40,6 +40,7 @@ def small(directory: Path, **changes: Any) -> str:
     return str(directory)
 
 
+@pytest.mark.chaos
 def test_states_take_the_memory_of_the_cache(tmp_path: Path) -> None:
     plan = planned(small(tmp_path))
     state = 4 * 3 * 4 * 64 * 64
