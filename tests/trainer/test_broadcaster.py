@@ -14,6 +14,7 @@ import torch
 
 from areal_like.config import WeightsConfig
 from areal_like.errors import ArealError, ConfigError, WeightSyncError
+from areal_like.runtime.waits import PendingWaits
 from areal_like.security.administration import init_keys, revoke_key
 from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyDirectory, KeyRole
@@ -36,8 +37,9 @@ from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.weights.backend import NcclTrial, choose_backend, refuse_mixed_nccl
 from trainer.weights.broadcaster import ALIVE_S, Broadcaster, assign_ranks
-from trainer.weights.publisher import Publisher, PushReport
+from trainer.weights.publisher import OWN_FAILURE, Publisher, PushReport
 from trainer.weights.receivers import Receiver, ReceiverBackoff, ReceiverId, receiver_id, split_groups
+from trainer.weights.senders import SenderLink
 from trainer.weights.snapshot import GatheredBucket
 
 
@@ -337,10 +339,126 @@ def test_a_slow_server_is_retried_and_costs_no_versions(
         while not reports:
             await asyncio.sleep(0.05)
         slow.misbehave = ""  # its directory entry has not changed
-        assert (await publisher.wait_until_active(1), failures) == (2, [])
+        assert (await publisher.wait_until_active(1), failures) == (1, []), "it never saw version 1 before"
         await publisher.close()
         slow.close()
 
+    run(body)
+
+
+class SilentSender:
+    """The channel to a rank that is there, and gone when `die` is set: its end of a socket, without gloo."""
+
+    def __init__(self) -> None:
+        self.die = threading.Event()
+        self.num_requests = 0
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.num_requests += 1
+
+    def receive(self) -> dict[str, Any]:
+        self.die.wait()
+        raise RuntimeError("Connection closed by peer")
+
+
+def test_a_lost_sender_costs_no_versions_and_is_asked_ever_more_rarely(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither weights of newer steps nor changes of servers end the back-off."""
+    versions, delays_s = iter(range(1, 100)), list[float]()
+    slept = asyncio.Event()
+    channel, waits = SilentSender(), PendingWaits()
+    channel.die.set()
+    link = SenderLink(channel, rank=3)  # type: ignore[arg-type]
+
+    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
+        return VersionGranted(version=next(versions))
+
+    async def sleep(delay_s: float) -> None:
+        delays_s.append(delay_s)
+        assert list(waits.durations()) == [OWN_FAILURE]
+        publisher.directory_changed()
+        if len(delays_s) == 12:
+            publisher.offer(2, snapshot(2))
+            slept.set()
+            await asyncio.Event().wait()
+
+    async def body() -> None:
+        nonlocal publisher
+        server, reports, failures = FakeServer("one"), list[PushReport](), list[ArealError]()
+        broadcaster = Broadcaster(WeightsConfig(), device="cpu", links=[link])
+        publisher = Publisher(
+            broadcaster,
+            call=granted,
+            servers=lambda: [server.entry],
+            on_push=reports.append,
+            on_failure=failures.append,
+            waits=waits,
+        )
+        monkeypatch.setattr("trainer.weights.publisher.asyncio.sleep", sleep)
+        publisher.offer(1, snapshot(1))
+        async with asyncio.timeout(HANG_LIMIT_S):
+            await slept.wait()
+        assert [report.version for report in reports] == [1] * 12 and not failures
+        assert all("trainer rank 3" in report.failed["broadcast"] for report in reports)
+        assert broadcaster.eligible([server.entry]), "no server is at fault"
+        await publisher.close()
+        assert not waits.durations()
+        server.close()
+
+    publisher: Publisher
+    asyncio.run(body())
+    assert delays_s == [0.5, 1, 2, 4, 8, 16, *[30.0] * 6]
+
+
+def test_a_version_is_used_again_only_for_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A push fails in the trainer before a server has seen the version; the next one of the same snapshot has
+    it, one of other weights and one after a server has seen it do not."""
+    monkeypatch.setattr("trainer.weights.publisher._RETRY_S", 0.01)
+    versions = iter(range(1, 100))
+
+    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
+        return VersionGranted(version=next(versions))
+
+    class Failing(Held):
+        def stage(self, *, integrity: str) -> None:
+            self.num_stages = getattr(self, "num_stages", 0) + 1
+            if self.num_stages < 3:
+                raise WeightSyncError("a rank of the trainer was lost")
+            if self.num_stages == 3:
+                server.misbehave = "decline"
+
+    async def body(broadcaster: Broadcaster) -> None:
+        nonlocal server
+        server, reports, failures = FakeServer("one"), list[PushReport](), list[ArealError]()
+        server.loads_in_place = True
+        publisher = Publisher(
+            broadcaster,
+            call=granted,
+            servers=lambda: [server.entry],
+            on_push=reports.append,
+            on_failure=failures.append,
+        )
+        publisher.offer(1, Failing({"a": torch.zeros(300)}, bucket_bytes=1024))
+        while len(reports) < 3:
+            await asyncio.sleep(0.01)
+        assert [report.version for report in reports] == [1, 1, 1] and server.version == 0
+        server.misbehave = ""
+        server.incarnation += 1  # its back-off ends
+        publisher.directory_changed()
+        assert await publisher.wait_until_active(1) == 2
+        other = Failing({"a": torch.ones(300)}, bucket_bytes=1024)
+        other.num_stages = 1
+        publisher.offer(2, other)
+        while len(reports) < 5:
+            await asyncio.sleep(0.01)
+        publisher.offer(3, snapshot(3))
+        assert await publisher.wait_until_active(3) == 4
+        assert [report.version for report in reports] == [1, 1, 1, 2, 3, 4] and not failures
+        await publisher.close()
+        server.close()
+
+    server: FakeServer
     run(body)
 
 

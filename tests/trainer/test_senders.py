@@ -137,8 +137,20 @@ def test_senders_are_at_equal_distances() -> None:
         ConfigError, match=r"weights\.senders=3 is above the number of trainer ranks \(of a replica\), 2"
     ):
         sender_ranks(3, num_ranks=2, num_buckets=99)
-    with pytest.raises(ConfigError, match=r"weights\.senders=2 is above trainer\.world_size=1"):
-        from_mapping({"weights": {"senders": 2}})
+
+
+@pytest.mark.parametrize(("ranks", "replicas", "num", "ok"), [(1, 1, 2, 1), (8, 2, 5, 4), (8, 8, 2, 1)])
+def test_more_senders_than_ranks_of_a_replica_are_refused_at_load(
+    ranks: int, replicas: int, num: int, ok: int
+) -> None:
+    trainer = {"world_size": ranks, "replicas": replicas, "groups_per_step": 8}
+    from_mapping({"trainer": trainer, "weights": {"senders": ok}})
+    with pytest.raises(
+        ConfigError,
+        match=rf"weights\.senders={num} is above the number of ranks of a replica, {ok} "
+        rf"\(trainer\.world_size={ranks}, trainer\.replicas={replicas}\)",
+    ):
+        from_mapping({"trainer": trainer, "weights": {"senders": num}})
 
 
 @pytest.mark.parametrize(

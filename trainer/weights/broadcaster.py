@@ -110,6 +110,10 @@ class PushOutcome:
     """Time until every bucket was ready, before engines that load in place were asked to receive."""
     broadcast_s: float = 0.0
     """Longest time from the request to the end of the last broadcast, over the groups."""
+    is_requested: bool = False
+    """True if a server was asked to activate the version."""
+    own_failure: str = ""
+    """Why the trainer itself could not send, so that no server is at fault; empty if it could."""
 
 
 class Broadcaster:
@@ -235,7 +239,7 @@ class Broadcaster:
             try:
                 await session.stage(snapshot, integrity=integrity, timeout_s=limit_s)
             except WeightSyncError as error:  # no engine has been asked for anything yet
-                outcome.failed["broadcast"] = str(error)
+                outcome.failed["broadcast"] = outcome.own_failure = str(error)
                 return
             outcome.staging_s = max(outcome.staging_s, time.monotonic() - started_s)
         request = PushWeights(
@@ -249,6 +253,7 @@ class Broadcaster:
             integrity=integrity,
             timeout_s=limit_s,
         )
+        outcome.is_requested = True
         pushed = await session.push(request, snapshot)
         if session.group.backend == "nccl" and pushed.has_begun:
             self._nccl.report(broken_reason=pushed.broken_reason, members=session.receiver_ids)
@@ -281,7 +286,7 @@ class Broadcaster:
         try:
             session = await self._new_session(receivers, [alive[receiver.id] for receiver in receivers])
         except _SenderLostError as error:  # no server is at fault
-            outcome.failed["broadcast"] = str(error)
+            outcome.failed["broadcast"] = outcome.own_failure = str(error)
             return None
         except WeightSyncError as error:
             if self.num_sessions == 1:
