@@ -107,7 +107,8 @@ def joined_ranks(
 
     When the block fails, except with a `quiet` error, a line in the log names the phase of this rank, and the
     ranks that are gone or failed first; torch's record of its last collectives goes into the run's `traces/`.
-    One of several ranks then has to end its process: it stays in the group. Raises ConfigError if a step has fewer groups than there are data ranks.
+    One of several ranks then has to end its process: it stays in the group. Raises ConfigError if a step has
+    fewer groups than there are data ranks.
     """
     meeting = join_ranks(config, device)
     has_failed = True
