@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import queue
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -37,7 +38,7 @@ from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.weights.backend import NcclTrial, choose_backend, refuse_mixed_nccl
 from trainer.weights.broadcaster import ALIVE_S, Broadcaster, assign_ranks
-from trainer.weights.publisher import OWN_FAILURE, Publisher, PushReport
+from trainer.weights.publisher import OWN_FAILURE, Publisher, PushReport, retry_delay_s
 from trainer.weights.receivers import Receiver, ReceiverBackoff, ReceiverId, receiver_id, split_groups
 from trainer.weights.senders import SenderLink
 from trainer.weights.snapshot import GatheredBucket
@@ -346,45 +347,73 @@ def test_a_slow_server_is_retried_and_costs_no_versions(
     run(body)
 
 
-class SilentSender:
-    """The channel to a rank that is there, and gone when `die` is set: its end of a socket, without gloo."""
+class PlayedSender:
+    """The channel to another sender, which is dead, or refuses one kind of request."""
 
-    def __init__(self) -> None:
-        self.die = threading.Event()
-        self.num_requests = 0
+    def __init__(self, *, is_dead: bool = False, refuses: str = "") -> None:
+        self.requests: list[tuple[str, int]] = []
+        """What was requested, and for which session."""
+        self._is_dead, self._refuses = is_dead, refuses
+        self._replies: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
 
     def send(self, message: dict[str, Any]) -> None:
-        self.num_requests += 1
+        do = message["do"]
+        self.requests.append((do, message.get("session", 0)))
+        reply: dict[str, Any] = {"id": message["id"], "address": "127.0.0.1", "port": 1}
+        if do == "facts":
+            reply |= {"device": "cpu", "device_uuid": "", "nccl_version": ""}
+        if do == self._refuses:
+            reply["error"] = "every port is taken"
+        self._replies.put(reply | ({"closed": True} if do == "close" else {}))
 
     def receive(self) -> dict[str, Any]:
-        self.die.wait()
-        raise RuntimeError("Connection closed by peer")
+        if self._is_dead:
+            raise RuntimeError("Connection closed by peer")
+        return self._replies.get()
+
+
+def link_to(channel: PlayedSender, *, rank: int) -> SenderLink:
+    return SenderLink(channel, rank=rank)  # type: ignore[arg-type]
+
+
+def test_a_session_that_one_sender_cannot_open_is_forgotten_by_the_others() -> None:
+    """Otherwise each try would leave a store behind, and a port of `weights.port_range`."""
+    channels = [PlayedSender(), PlayedSender(refuses="open"), PlayedSender()]
+    links = [link_to(channel, rank=rank) for rank, channel in enumerate(channels, start=1)]
+
+    async def body() -> None:
+        server = FakeServer("one")
+        broadcaster = Broadcaster(WeightsConfig(), device="cpu", links=links)
+        for version in (1, 2):
+            outcome = await broadcaster.push(snapshot(1), version=version, step=1, servers=[server.entry])
+            assert "trainer rank 2: every port is taken" in outcome.own_failure
+            assert not outcome.is_requested
+        await broadcaster.close()
+        server.close()
+
+    asyncio.run(body())
+    for link in links:
+        link.close()
+    for channel in (channels[0], channels[2]):
+        assert channel.requests == [
+            *(("facts", 0), ("open", 1), ("forget", 1), ("open", 2), ("forget", 2), ("close", 0))
+        ]
+    assert channels[1].requests == [("facts", 0), ("open", 1), ("open", 2), ("close", 0)]
 
 
 def test_a_lost_sender_costs_no_versions_and_is_asked_ever_more_rarely(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither weights of newer steps nor changes of servers end the back-off."""
-    versions, delays_s = iter(range(1, 100)), list[float]()
-    slept = asyncio.Event()
-    channel, waits = SilentSender(), PendingWaits()
-    channel.die.set()
-    link = SenderLink(channel, rank=3)  # type: ignore[arg-type]
+    assert [retry_delay_s(num) for num in (1, 2, 3, 6, 7, 8, 9999)] == [0.5, 1, 2, 16, 30, 30, 30]
+    monkeypatch.setattr("trainer.weights.publisher._RETRY_S", 0.001)
+    versions = iter(range(1, 100))
+    waits = PendingWaits()
+    link = link_to(PlayedSender(is_dead=True), rank=3)
 
     async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
         return VersionGranted(version=next(versions))
 
-    async def sleep(delay_s: float) -> None:
-        delays_s.append(delay_s)
-        assert list(waits.durations()) == [OWN_FAILURE]
-        publisher.directory_changed()
-        if len(delays_s) == 12:
-            publisher.offer(2, snapshot(2))
-            slept.set()
-            await asyncio.Event().wait()
-
     async def body() -> None:
-        nonlocal publisher
         server, reports, failures = FakeServer("one"), list[PushReport](), list[ArealError]()
         broadcaster = Broadcaster(WeightsConfig(), device="cpu", links=[link])
         publisher = Publisher(
@@ -395,20 +424,28 @@ def test_a_lost_sender_costs_no_versions_and_is_asked_ever_more_rarely(
             on_failure=failures.append,
             waits=waits,
         )
-        monkeypatch.setattr("trainer.weights.publisher.asyncio.sleep", sleep)
         publisher.offer(1, snapshot(1))
-        async with asyncio.timeout(HANG_LIMIT_S):
-            await slept.wait()
-        assert [report.version for report in reports] == [1] * 12 and not failures
+        while len(reports) < 6:
+            publisher.directory_changed()  # neither this nor new weights end the wait early
+            await asyncio.sleep(0.001)
+        monkeypatch.setattr("trainer.weights.publisher._RETRY_S", 1e6)
+        monkeypatch.setattr("trainer.weights.publisher._MAX_RETRY_S", 1e6)
+        num_reports = len(reports)
+        while len(reports) == num_reports:
+            await asyncio.sleep(0.001)
+        publisher.offer(2, snapshot(2))
+        for _ in range(20):
+            publisher.directory_changed()
+            await asyncio.sleep(0.001)
+        assert [report.version for report in reports] == [1] * (num_reports + 1) and not failures
         assert all("trainer rank 3" in report.failed["broadcast"] for report in reports)
         assert broadcaster.eligible([server.entry]), "no server is at fault"
+        assert list(waits.durations()) == [OWN_FAILURE]
         await publisher.close()
         assert not waits.durations()
         server.close()
 
-    publisher: Publisher
     asyncio.run(body())
-    assert delays_s == [0.5, 1, 2, 4, 8, 16, *[30.0] * 6]
 
 
 def test_a_version_is_used_again_only_for_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,8 +338,10 @@ class Broadcaster:
             num_senders=self.num_senders,
         )
 
+        opened: list[RemoteEnd] = []
+
         def open_end(link: SenderLink) -> RemoteEnd:
-            return RemoteEnd(
+            end = RemoteEnd(
                 link,
                 session=number,
                 timeout_s=group.timeout_s,
@@ -349,12 +351,15 @@ class Broadcaster:
                 backend=backend,
                 secret=group.secret,
             )
+            opened.append(end)
+            return end
 
         try:
             remote = await self._in_senders(open_end)
         except WeightSyncError:
             own.leave()
-            own.forget()
+            for end in (own, *opened):  # closes their stores
+                end.forget()
             raise
         return WeightGroupSession(
             number=number,
@@ -366,11 +371,11 @@ class Broadcaster:
         )
 
     async def _in_senders(self, work: Callable[[SenderLink], T]) -> list[T]:
-        """Does something at every other sender. Raises _SenderLostError."""
+        """Does something at every other sender. Raises _SenderLostError when all have done it, or failed."""
+        threads = [in_thread(partial(work, link), name=f"sender-{link.rank}") for link in self._links]
+        await asyncio.gather(*threads, return_exceptions=True)
         try:
-            return await asyncio.gather(
-                *(in_thread(partial(work, link), name=f"sender-{link.rank}") for link in self._links)
-            )
+            return [thread.result() for thread in threads]
         except WeightSyncError as error:
             raise _SenderLostError(str(error)) from None
 

@@ -36,6 +36,11 @@ OWN_FAILURE = "weights: the trainer's own senders to be able to send"
 """Name of the wait after a push that failed in the trainer itself."""
 
 
+def retry_delay_s(num_failures: int) -> float:
+    """Seconds to the next try, after this many pushes in a row that failed in the trainer itself."""
+    return min(_MAX_RETRY_S, _RETRY_S * 2.0 ** min(num_failures - 1, 9))
+
+
 @dataclass(frozen=True, kw_only=True)
 class PushReport:
     """Figures of one push."""
@@ -191,7 +196,7 @@ class Publisher:
                     if num_before == 0:
                         own_failure.enter_context(self._waits(OWN_FAILURE))
                     # No change of servers or weights helps, so none ends this wait early.
-                    await asyncio.sleep(min(_MAX_RETRY_S, _RETRY_S * 2.0 ** min(num_before, 9)))
+                    await asyncio.sleep(retry_delay_s(self._num_own_failures))
                     retry_s = 0.0
         except ArealError as error:
             self._on_failure(error)
