@@ -390,6 +390,7 @@ class Leader:
             check_interval_s=weights.check_interval_s if is_checked else None,
             check_noise=NOISE[dtype],
             check_hint=MERGED_HINT.format(dtype=dtype) if is_merged else "",
+            waits=buffer.waits,
         )
         buffer.on_directory = publisher.directory_changed
         return publisher

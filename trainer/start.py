@@ -57,8 +57,8 @@ def start(
         if config.trainer.world_size > 1:
             return start_ranks_of(config, argv, module=module)
     code = run_to_end(config, f"{name}-{os.environ.get('RANK', '0')}", run_rank)
-    if code == 1 and "RANK" in os.environ:
-        exit_at_once(code)  # after a broken collective torch may abort the process at its exit
+    if code in (1, 2) and "RANK" in os.environ:
+        exit_at_once(code)  # after a broken collective torch may abort the process at its exit, or wait
     return code
 
 

@@ -245,10 +245,12 @@ class Config(Section):
             f"resume={self.resume!r}: use auto, latest or step:K",
         )
         self._check_shards()
+        num_shards = self.trainer.world_size // self.trainer.replicas
         require(
-            self.weights.senders <= self.trainer.world_size,
-            f"weights.senders={self.weights.senders} is above trainer.world_size={self.trainer.world_size}: "
-            "each sender is one rank; lower weights.senders",
+            self.weights.senders <= num_shards,
+            f"weights.senders={self.weights.senders} is above the number of ranks of a replica, {num_shards} "
+            f"(trainer.world_size={self.trainer.world_size}, trainer.replicas={self.trainer.replicas}): only "
+            "the ranks of the first replica send; lower weights.senders or trainer.replicas",
         )
         require(
             self.weights.integrity == "none"

@@ -65,8 +65,8 @@ class WeightsConfig(Section, key="weights"):
     engine, so that a hung engine does not delay the others; all weights are then sent once per engine."""
     senders: PositiveInt = 1
     """Number M of trainer ranks that send: each gathers and broadcasts every M-th bucket, in a weight group
-    of its own. At most `trainer.world_size`. More than one divides rank 0's part of a push, its memory for
-    snapshots, and the traffic on its link to the engines."""
+    of its own. At most `trainer.world_size` / `trainer.replicas`. More than one divides rank 0's part of a
+    push, its memory for snapshots, and the traffic on its link to the engines."""
     max_unavailable: NonNegativeInt = 0
     """Number of servers updated at the same time; 0: all. With a limit the other servers keep generating
     during an update that pauses the engine."""

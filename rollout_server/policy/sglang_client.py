@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import re
 import uuid
@@ -212,10 +213,17 @@ class SglangClient(EngineClient):
         await self._http.call("POST", "/update_weight_version", body)
 
     async def weights_checksum(self, *, timeout_s: float) -> str:
-        """Returns a digest of all parameters over all ranks of the engine; works while paused."""
+        """Returns a digest of all parameters over all ranks of the engine; works while paused.
+
+        The digests of the ranks are sorted: with attention divided by requests (`enable_dp_attention`) they
+        are in the order in which the parts of the engine have replied, also in SGLang's digest of them.
+        """
         body = {"action": "checksum"}
         response = await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
-        return str(response["per_engine_checksum"])
+        if not (ranks := response.get("ranks")):
+            return str(response["per_engine_checksum"])
+        of_ranks = sorted(str(rank["per_gpu_checksum"]) for rank in ranks)
+        return hashlib.sha256(" ".join(of_ranks).encode()).hexdigest()
 
     async def synchronize(self, *, timeout_s: float) -> None:
         """Waits until the GPUs have finished their queued work, by requesting a checksum of no tensors.

@@ -45,6 +45,8 @@ class PlayedEngine:
         self.called: list[str] = []
         self.digests = ["initial"]
         """Of the weights, one for each time that it is read; the last one stays."""
+        self.rank_digests: list[list[str]] = []
+        """Of each rank's weights, in the order of its reply; one list for each time that they are read."""
         self.quarantined: list[int] = []
 
     async def answer(self, request: web.Request) -> web.Response:
@@ -59,6 +61,7 @@ class PlayedEngine:
         digest = self.digests[0]
         if path == "weights_checker" and len(self.digests) > 1:
             del self.digests[0]
+        ranks = self.rank_digests.pop(0) if path == "weights_checker" and self.rank_digests else []
         if path in ("receive_weights", "update_weights_from_distributed"):
             while len(self.ready) < self.num_ready:
                 await asyncio.sleep(0.01)
@@ -72,7 +75,8 @@ class PlayedEngine:
                 "checksums": [],
                 "weight_version": str(self.version),
                 "stall_s": 0.0,
-                "per_engine_checksum": digest,
+                "per_engine_checksum": " ".join(ranks) or digest,
+                "ranks": [{"per_gpu_checksum": each} for each in ranks],
             }
         )
 
@@ -232,6 +236,16 @@ def test_failed_load_in_place_keeps_the_old_version() -> None:
     assert "continue_generation" in engine.called and "update_weights_from_disk" not in engine.called
     assert engine.called[-1] == "destroy_weights_update_group"
     assert not untrusted and not engine.quarantined
+
+
+@pytest.mark.parametrize("is_partial", [False, True])
+def test_ranks_of_an_engine_may_report_digests_in_any_order(is_partial: bool) -> None:
+    """With attention divided by requests each part of the engine replies on its own."""
+    engine = PlayedEngine()
+    engine.failing_at = "update_weights_from_distributed"
+    engine.rank_digests = [["a", "b", "c"], ["c", "a", "d" if is_partial else "b"], ["b", "a", "c"]]
+    _, untrusted = push(engine, in_place=True)
+    assert engine.quarantined == ([0] if is_partial else []) and not untrusted
 
 
 def test_partial_load_in_place_is_reloaded_from_disk() -> None:

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from areal_like.config import WeightsConfig
-from areal_like.wire.messages.consumer import ServerEntry
+from areal_like.errors import ArealError, WeightSyncError
+from areal_like.wire.messages.consumer import ServerEntry, VersionGranted
 from tests.support.full_state import gather_full_state
 from tests.support.trainer_ranks import main
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.policy import Policy
+from trainer.weights import snapshot as snapshot_module
 from trainer.weights.broadcaster import Broadcaster
+from trainer.weights.publisher import Publisher, PushReport
 from trainer.weights.senders import Senders
-from trainer.weights.snapshot import BackgroundGather, BoundaryGather, GatheredBucket, Snapshot
+from trainer.weights.snapshot import (
+    BackgroundGather,
+    BoundaryGather,
+    GatheredBucket,
+    Snapshot,
+    WeightSnapshotter,
+)
 
 BUCKET_BYTES = 1 << 12
 DYING_RANK = 1
@@ -87,6 +101,131 @@ def pushes(ranks: Ranks, out_dir: Path, path: str, address: str) -> None:
             snapshotter.close()
 
 
+STEPS, WAITED = 6, (1, 3, 6)
+"""Steps of each combination, and those after which the trainer waits until the engine has their weights."""
+FAILED_STEP = 3
+
+
+def combinations(_: Ranks, out_dir: Path, path: str, address: str) -> None:
+    """One and two replicas, senders and copies in memory, and both ways to gather, with a publisher in a
+    thread while the ranks train. In each combination a push fails once in the last sender, and some are
+    skipped or hold up a snapshot. Rank 0 writes the weights of every step, and the versions that were
+    activated."""
+    snapshot_module._RELEASE_WAIT_S = 0.02
+    versions, activated, step = itertools.count(1), dict[int, int](), 0
+    with background_loop() as run:
+        for num_replicas in (1, 2):
+            ranks = Ranks(replicas=num_replicas)
+            policy = Policy.load(path, ranks, master_dtype=torch.float32)
+            for gather, num_senders, num_copies in itertools.product(
+                (BackgroundGather, BoundaryGather), (1, 2), (1, 2)
+            ):
+                snapshotter = gather(
+                    policy, ranks, bucket_bytes=BUCKET_BYTES, dtype="float32", senders=num_senders
+                )
+                snapshotter.num_snapshots = num_copies
+                pushing = Pushing(snapshotter, ranks, run, address, versions, activated)
+                for number in range(1, STEPS + 1):
+                    step += 1
+                    train(policy)
+                    whole = {name: tensor.contiguous() for name, tensor in gather_full_state(policy)}
+                    snapshot = snapshotter.take_snapshot()
+                    assert (snapshot is not None) == (ranks.rank == 0)
+                    if snapshot is not None:
+                        save_file(whole, out_dir / f"step-{step}.safetensors", {"format": "pt"})
+                        pushing.offer(step, snapshot, waits=number in WAITED)
+                pushing.close()
+                assert snapshotter._num_taken == STEPS
+                assert bool(snapshotter.num_bytes) == (ranks.replica == 0) or gather is BoundaryGather
+    if ranks.rank == 0:
+        (out_dir / "activated.json").write_text(json.dumps(activated))
+
+
+class Pushing:
+    """The trainer's part in pushes, of one snapshotter; on rank 0 with a publisher."""
+
+    def __init__(
+        self,
+        snapshotter: WeightSnapshotter,
+        ranks: Ranks,
+        run: Callable[[Coroutine[Any, Any, Any]], Any],
+        address: str,
+        versions: Iterator[int],
+        activated: dict[int, int],
+    ) -> None:
+        """`run`: runs a coroutine in another thread. `activated`: gets version -> step."""
+        self._snapshotter, self._run, self._address = snapshotter, run, address
+        self._versions, self._activated = versions, activated
+        self._senders = Senders(snapshotter, ranks, ports=range(1))
+        self._reports: list[PushReport] = []
+        self._publisher: Publisher | None = None
+        if ranks.rank == 0:
+            self._run(self._begin())
+        if ranks.rank == snapshotter.sender_ranks[-1]:
+            self._fail_once(FAILED_STEP, snapshotter.share[-1])
+
+    def _fail_once(self, number: int, index: int) -> None:
+        gathered, has_failed = self._snapshotter.gathered, False
+
+        def failing(snapshot: Snapshot, at: int) -> GatheredBucket:
+            nonlocal has_failed
+            if (snapshot.number, at, has_failed) == (number, index, False):
+                has_failed = True
+                raise WeightSyncError("a bucket cannot be read")
+            return gathered(snapshot, at)
+
+        self._snapshotter.gathered = failing  # type: ignore[method-assign]
+
+    async def _begin(self) -> None:
+        async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
+            return VersionGranted(version=next(self._versions))
+
+        def on_push(report: PushReport) -> None:
+            self._reports.append(report)
+            if report.num_activated:
+                self._activated[report.version] = report.step
+
+        def servers() -> list[ServerEntry]:
+            return [server_at(self._address, version=max(self._activated, default=0))]
+
+        def fail(error: ArealError) -> None:
+            raise AssertionError(error)
+
+        self._publisher = Publisher(
+            broadcaster_of(self._senders), call=granted, servers=servers, on_push=on_push, on_failure=fail
+        )
+
+    def offer(self, step: int, snapshot: Snapshot, *, waits: bool) -> None:
+        async def offer() -> None:
+            assert self._publisher is not None
+            self._publisher.offer(step, snapshot)
+            if waits:
+                await self._publisher.wait_until_active(step)
+
+        self._run(offer())
+
+    def close(self) -> None:
+        """Collective."""
+        if self._publisher is not None:
+            self._run(self._publisher.close())
+            failed = [report for report in self._reports if report.failed]
+            assert len(failed) == 1 and "a bucket cannot be read" in failed[0].failed["broadcast"], failed
+            assert {report.num_senders for report in self._reports} == {len(self._snapshotter.sender_ranks)}
+        self._senders.close()
+        self._snapshotter.close()
+
+
+@contextlib.contextmanager
+def background_loop() -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
+    """An event loop in another thread; yields a function that runs a coroutine there."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    yield lambda work: asyncio.run_coroutine_threadsafe(work, loop).result(HANG_LIMIT_S)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+
+
 async def _created(senders: Senders) -> Broadcaster:
     return broadcaster_of(senders)
 
@@ -141,4 +280,4 @@ def death(ranks: Ranks, out_dir: Path, path: str, address: str) -> None:
 
 
 if __name__ == "__main__":
-    main(pushes=pushes, death=death)
+    main(pushes=pushes, death=death, combinations=combinations)

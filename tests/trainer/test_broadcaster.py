@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import queue
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -14,6 +15,7 @@ import torch
 
 from areal_like.config import WeightsConfig
 from areal_like.errors import ArealError, ConfigError, WeightSyncError
+from areal_like.runtime.waits import PendingWaits
 from areal_like.security.administration import init_keys, revoke_key
 from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyDirectory, KeyRole
@@ -36,8 +38,9 @@ from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.weights.backend import NcclTrial, choose_backend, refuse_mixed_nccl
 from trainer.weights.broadcaster import ALIVE_S, Broadcaster, assign_ranks
-from trainer.weights.publisher import Publisher, PushReport
+from trainer.weights.publisher import OWN_FAILURE, Publisher, PushReport, retry_delay_s
 from trainer.weights.receivers import Receiver, ReceiverBackoff, ReceiverId, receiver_id, split_groups
+from trainer.weights.senders import SenderLink
 from trainer.weights.snapshot import GatheredBucket
 
 
@@ -346,10 +349,162 @@ def test_a_slow_server_is_retried_and_costs_no_versions(
         while not reports:
             await asyncio.sleep(0.05)
         slow.misbehave = ""  # its directory entry has not changed
-        assert (await publisher.wait_until_active(1), failures) == (2, [])
+        assert (await publisher.wait_until_active(1), failures) == (1, []), "it never saw version 1 before"
         await publisher.close()
         slow.close()
 
+    run(body)
+
+
+class PlayedSender:
+    """The channel to another sender, which is dead, or refuses one kind of request."""
+
+    def __init__(self, *, is_dead: bool = False, refuses: str = "") -> None:
+        self.requests: list[tuple[str, int]] = []
+        """What was requested, and for which session."""
+        self._is_dead, self._refuses = is_dead, refuses
+        self._replies: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    def send(self, message: dict[str, Any]) -> None:
+        do = message["do"]
+        self.requests.append((do, message.get("session", 0)))
+        reply: dict[str, Any] = {"id": message["id"], "address": "127.0.0.1", "port": 1}
+        if do == "facts":
+            reply |= {"device": "cpu", "device_uuid": "", "nccl_version": ""}
+        if do == self._refuses:
+            reply["error"] = "every port is taken"
+        self._replies.put(reply | ({"closed": True} if do == "close" else {}))
+
+    def receive(self) -> dict[str, Any]:
+        if self._is_dead:
+            raise RuntimeError("Connection closed by peer")
+        return self._replies.get()
+
+
+def link_to(channel: PlayedSender, *, rank: int) -> SenderLink:
+    return SenderLink(channel, rank=rank)  # type: ignore[arg-type]
+
+
+def test_a_session_that_one_sender_cannot_open_is_forgotten_by_the_others() -> None:
+    """Otherwise each try would leave a store behind, and a port of `weights.port_range`."""
+    channels = [PlayedSender(), PlayedSender(refuses="open"), PlayedSender()]
+    links = [link_to(channel, rank=rank) for rank, channel in enumerate(channels, start=1)]
+
+    async def body() -> None:
+        server = FakeServer("one")
+        broadcaster = Broadcaster(WeightsConfig(), device="cpu", links=links)
+        for version in (1, 2):
+            outcome = await broadcaster.push(snapshot(1), version=version, step=1, servers=[server.entry])
+            assert "trainer rank 2: every port is taken" in outcome.own_failure
+            assert not outcome.is_requested
+        await broadcaster.close()
+        server.close()
+
+    asyncio.run(body())
+    for link in links:
+        link.close()
+    for channel in (channels[0], channels[2]):
+        assert channel.requests == [
+            *(("facts", 0), ("open", 1), ("forget", 1), ("open", 2), ("forget", 2), ("close", 0))
+        ]
+    assert channels[1].requests == [("facts", 0), ("open", 1), ("open", 2), ("close", 0)]
+
+
+def test_a_lost_sender_is_asked_ever_more_rarely(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert [retry_delay_s(num) for num in (1, 2, 3, 6, 7, 8, 9999)] == [0.5, 1, 2, 16, 30, 30, 30]
+    monkeypatch.setattr("trainer.weights.publisher._RETRY_S", 0.001)
+    versions = iter(range(1, 100))
+    waits = PendingWaits()
+    link = link_to(PlayedSender(is_dead=True), rank=3)
+
+    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
+        return VersionGranted(version=next(versions))
+
+    async def body() -> None:
+        server, reports, failures = FakeServer("one"), list[PushReport](), list[ArealError]()
+        broadcaster = Broadcaster(WeightsConfig(), device="cpu", links=[link])
+        publisher = Publisher(
+            broadcaster,
+            call=granted,
+            servers=lambda: [server.entry],
+            on_push=reports.append,
+            on_failure=failures.append,
+            waits=waits,
+        )
+        publisher.offer(1, snapshot(1))
+        while len(reports) < 6:
+            publisher.directory_changed()  # neither this nor new weights end the wait early
+            await asyncio.sleep(0.001)
+        monkeypatch.setattr("trainer.weights.publisher._RETRY_S", 1e6)
+        monkeypatch.setattr("trainer.weights.publisher._MAX_RETRY_S", 1e6)
+        num_reports = len(reports)
+        while len(reports) == num_reports:
+            await asyncio.sleep(0.001)
+        publisher.offer(2, snapshot(2))
+        for _ in range(20):
+            publisher.directory_changed()
+            await asyncio.sleep(0.001)
+        assert [report.version for report in reports] == [1] * (num_reports + 1) and not failures
+        assert all("trainer rank 3" in report.failed["broadcast"] for report in reports)
+        assert broadcaster.eligible([server.entry]), "no server is at fault"
+        assert list(waits.durations()) == [OWN_FAILURE]
+        await publisher.close()
+        assert not waits.durations()
+        server.close()
+
+    asyncio.run(body())
+
+
+def test_a_version_is_used_again_only_for_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A push fails in the trainer before a server has seen the version; the next one of the same snapshot has
+    it, one of other weights and one after a server has seen it do not."""
+    monkeypatch.setattr("trainer.weights.publisher._RETRY_S", 0.01)
+    versions = iter(range(1, 100))
+
+    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
+        return VersionGranted(version=next(versions))
+
+    class Failing(Held):
+        def stage(self, *, integrity: str) -> None:
+            self.num_stages = getattr(self, "num_stages", 0) + 1
+            if self.num_stages < 3:
+                raise WeightSyncError("a rank of the trainer was lost")
+            if self.num_stages == 3:
+                server.misbehave = "decline"
+
+    async def body(broadcaster: Broadcaster) -> None:
+        nonlocal server
+        server, reports, failures = FakeServer("one"), list[PushReport](), list[ArealError]()
+        server.loads_in_place = True
+        publisher = Publisher(
+            broadcaster,
+            call=granted,
+            servers=lambda: [server.entry],
+            on_push=reports.append,
+            on_failure=failures.append,
+        )
+        publisher.offer(1, Failing({"a": torch.zeros(300)}, bucket_bytes=1024))
+        while len(reports) < 3:
+            await asyncio.sleep(0.01)
+        assert [report.version for report in reports] == [1, 1, 1] and server.version == 0
+        server.misbehave = ""
+        server.incarnation += 1  # its back-off ends
+        publisher.directory_changed()
+        assert await publisher.wait_until_active(1) == 2
+        other = Failing({"a": torch.ones(300)}, bucket_bytes=1024)
+        other.num_stages = 1
+        publisher.offer(2, other)
+        while len(reports) < 5:
+            await asyncio.sleep(0.01)
+        publisher.offer(3, snapshot(3))
+        assert await publisher.wait_until_active(3) == 4
+        assert [report.version for report in reports] == [1, 1, 1, 2, 3, 4] and not failures
+        await publisher.close()
+        server.close()
+
+    server: FakeServer
     run(body)
 
 

@@ -97,11 +97,19 @@ def test_a_checkpoint_of_the_release_before_resumes(
     assert extra == {"cursor": [7, 9]} and not caplog.records
     assert (runner.optimizer.num_updates, runner.critic.optimizer.num_updates) == (2, 4)
     runner.run(random_groups(4, seed=2), step=2)
-    for kind, model in (("policy", runner.policy), ("critic", runner.critic.model)):
-        expected = load_file(OLD / "one_step_later.safetensors")
-        for name, tensor in gather_full_state(model):
-            # Another CPU rounds gradients otherwise, and AdamW divides that by a small second moment.
-            torch.testing.assert_close(tensor, expected[f"{kind}.{name}"], rtol=1e-6, atol=1e-6, msg=name)
+    expected = load_file(OLD / "one_step_later.safetensors")
+    for kind, model, optimizer in (
+        ("policy", runner.policy, runner.optimizer),
+        ("critic", runner.critic.model, runner.critic.optimizer),
+    ):
+        for (name, tensor), shard in zip(gather_full_state(model), optimizer.shards, strict=True):
+            # Other CPUs add up the gradients of a tensor in another order, with errors of a unit in the last
+            # place of the largest one. AdamW divides a gradient by its own root mean square, which is up to
+            # 300 times smaller than that of the largest, and multiplies it by the learning rate.
+            rms = optimizer.moments(shard)["exp_avg_sq"].sqrt()
+            scale = expected[f"{kind}.{name}"].abs() + optimizer.lr * rms.max() / rms
+            difference = (tensor - expected[f"{kind}.{name}"]).abs()
+            assert (difference <= 4 * torch.finfo(torch.float32).eps * scale).all(), (kind, name)
     (tmp_path / "step_000002" / "critic_optimizer.safetensors").write_bytes(b"torn")
     with pytest.raises(ConfigError, match=r"critic_optimizer.safetensors cannot be read"):
         checkpoints.load(2, runner.policy, runner.optimizer, ranks, critic=runner.critic)

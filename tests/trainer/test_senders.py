@@ -7,19 +7,22 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError, WeightSyncError
-from areal_like.weights.integrity import BucketSums
+from areal_like.weights.buckets import Bucket, flatten
+from areal_like.weights.integrity import BucketSums, sha256
 from areal_like.wire.messages.weights import SenderAddress
-from rollout_server.policy.client import EngineClient
+from rollout_server.policy.client import EmbeddedClient, EngineClient
 from rollout_server.policy.generation import Generation
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.weights.checks import check_form_group
 from rollout_server.weights.shadow import ShadowWeightUpdate
+from rollout_server.weights.strategy import WeightPush
 from tests.rollout_server.test_weight_socket import FORM
 from tests.support.adapter_pushes import serving
 from tests.support.engine_harness import (
@@ -118,6 +121,56 @@ def test_a_sender_that_dies_in_mid_push_costs_that_push(engine: Engine, tmp_path
     assert report["seconds"] < HANG_LIMIT_S / 4, "noticed at once, not at the time limit"
 
 
+class Recording(ShadowWeightUpdate):
+    """Notes what the engine receives: version -> (buckets, SHA-256 of each, computed in the engine)."""
+
+    received: dict[int, tuple[tuple[Bucket, ...], list[str]]]
+
+    async def push(self, client: EngineClient, push: WeightPush) -> float:
+        assert isinstance(client, EmbeddedClient)
+        receive, found = client.receive_weights, list[BucketSums]()
+
+        async def noted(*args: Any, **options: Any) -> BucketSums:
+            found.append(await receive(*args, **options))
+            return found[-1]
+
+        client.receive_weights = noted  # type: ignore[method-assign]
+        try:
+            stall_s = await super().push(client, push)
+        finally:
+            client.receive_weights = receive  # type: ignore[method-assign]
+        self.received[push.request.version] = push.manifest.buckets, found[0].digests
+        return stall_s
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(2 * HANG_LIMIT_S)
+def test_senders_replicas_and_copies_in_every_combination(engine: Engine, tmp_path: Path) -> None:
+    """Four ranks. What the engine received has the SHA-256 of the trainer's weights of that step. Chaos,
+    because it is sixteen trainers."""
+
+    def fail(reason: str) -> None:
+        raise AssertionError(reason)
+
+    async def push() -> None:
+        async with engine.client() as client, serving(client, strategy, base="") as server:
+            words = ("combinations", str(tmp_path), str(engine.path), server.entry.weights_address)
+            module = "tests.support.sender_ranks"
+            await asyncio.to_thread(run_ranks, *words, world_size=4, module=module)
+
+    strategy = Recording(gate=GenerationGate(), on_untrusted=fail)
+    strategy.received = {}
+    asyncio.run(push())
+    activated = {
+        int(version): step for version, step in json.loads((tmp_path / "activated.json").read_text()).items()
+    }
+    assert strategy.received.keys() == activated.keys() and len(activated) >= 16 * 3
+    for version, (buckets, digests) in strategy.received.items():
+        whole = load_file(tmp_path / f"step-{activated[version]}.safetensors")
+        assert {spec.name for bucket in buckets for spec in bucket.tensors} == whole.keys()
+        assert digests == [sha256(flatten(bucket, whole)) for bucket in buckets], version
+
+
 def test_shares_cover_all_buckets_once() -> None:
     for num_senders in range(1, 6):
         shares = [
@@ -139,8 +192,18 @@ def test_senders_are_at_equal_distances() -> None:
         ConfigError, match=r"weights\.senders=3 is above the number of trainer ranks \(of a replica\), 2"
     ):
         sender_ranks(3, num_ranks=2, num_buckets=99)
-    with pytest.raises(ConfigError, match=r"weights\.senders=2 is above trainer\.world_size=1"):
-        from_mapping({"weights": {"senders": 2}})
+
+
+@pytest.mark.parametrize(("ranks", "replicas", "num", "ok"), [(1, 1, 2, 1), (8, 2, 5, 4), (8, 8, 2, 1)])
+def test_more_senders_than_ranks_are_refused(ranks: int, replicas: int, num: int, ok: int) -> None:
+    trainer = {"world_size": ranks, "replicas": replicas, "groups_per_step": 8}
+    from_mapping({"trainer": trainer, "weights": {"senders": ok}})
+    with pytest.raises(
+        ConfigError,
+        match=rf"weights\.senders={num} is above the number of ranks of a replica, {ok} "
+        rf"\(trainer\.world_size={ranks}, trainer\.replicas={replicas}\)",
+    ):
+        from_mapping({"trainer": trainer, "weights": {"senders": num}})
 
 
 @pytest.mark.parametrize(

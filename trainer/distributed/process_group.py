@@ -107,9 +107,11 @@ def joined_ranks(
 
     When the block fails, except with a `quiet` error, a line in the log names the phase of this rank, and the
     ranks that are gone or failed first; torch's record of its last collectives goes into the run's `traces/`.
-    Raises ConfigError if a step has fewer groups than there are data ranks.
+    One of several ranks then has to end its process: it stays in the group. Raises ConfigError if a step has
+    fewer groups than there are data ranks.
     """
     meeting = join_ranks(config, device)
+    has_failed = True
     try:
         ranks = Ranks(
             device=device,
@@ -144,8 +146,12 @@ def joined_ranks(
         finally:
             if members is not None:
                 members.close()
+        has_failed = False
     finally:
-        dist.destroy_process_group()
+        # After an error the other ranks may be in any collective. Over NCCL, destroying the group waits for
+        # kernels that wait for them, while they wait for this process to end.
+        if meeting is None or not has_failed:
+            dist.destroy_process_group()
 
 
 def _report(

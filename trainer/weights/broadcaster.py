@@ -110,6 +110,10 @@ class PushOutcome:
     """Time until every bucket was ready, before engines that load in place were asked to receive."""
     broadcast_s: float = 0.0
     """Longest time from the request to the end of the last broadcast, over the groups."""
+    is_requested: bool = False
+    """True if a server was asked to activate the version."""
+    own_failure: str = ""
+    """Why the trainer itself could not send, so that no server is at fault; empty if it could."""
 
 
 class Broadcaster:
@@ -235,7 +239,7 @@ class Broadcaster:
             try:
                 await session.stage(snapshot, integrity=integrity, timeout_s=limit_s)
             except WeightSyncError as error:  # no engine has been asked for anything yet
-                outcome.failed["broadcast"] = str(error)
+                outcome.failed["broadcast"] = outcome.own_failure = str(error)
                 return
             outcome.staging_s = max(outcome.staging_s, time.monotonic() - started_s)
         request = PushWeights(
@@ -249,6 +253,7 @@ class Broadcaster:
             integrity=integrity,
             timeout_s=limit_s,
         )
+        outcome.is_requested = True
         pushed = await session.push(request, snapshot)
         if session.group.backend == "nccl" and pushed.has_begun:
             self._nccl.report(broken_reason=pushed.broken_reason, members=session.receiver_ids)
@@ -281,7 +286,7 @@ class Broadcaster:
         try:
             session = await self._new_session(receivers, [alive[receiver.id] for receiver in receivers])
         except _SenderLostError as error:  # no server is at fault
-            outcome.failed["broadcast"] = str(error)
+            outcome.failed["broadcast"] = outcome.own_failure = str(error)
             return None
         except WeightSyncError as error:
             if self.num_sessions == 1:
@@ -333,8 +338,10 @@ class Broadcaster:
             num_senders=self.num_senders,
         )
 
+        opened: list[RemoteEnd] = []
+
         def open_end(link: SenderLink) -> RemoteEnd:
-            return RemoteEnd(
+            end = RemoteEnd(
                 link,
                 session=number,
                 timeout_s=group.timeout_s,
@@ -344,12 +351,15 @@ class Broadcaster:
                 backend=backend,
                 secret=group.secret,
             )
+            opened.append(end)
+            return end
 
         try:
             remote = await self._in_senders(open_end)
         except WeightSyncError:
             own.leave()
-            own.forget()
+            for end in (own, *opened):  # closes their stores
+                end.forget()
             raise
         return WeightGroupSession(
             number=number,
@@ -361,11 +371,11 @@ class Broadcaster:
         )
 
     async def _in_senders(self, work: Callable[[SenderLink], T]) -> list[T]:
-        """Does something at every other sender. Raises _SenderLostError."""
+        """Does something at every other sender. Raises _SenderLostError when all have done it, or failed."""
+        threads = [in_thread(partial(work, link), name=f"sender-{link.rank}") for link in self._links]
+        await asyncio.gather(*threads, return_exceptions=True)
         try:
-            return await asyncio.gather(
-                *(in_thread(partial(work, link), name=f"sender-{link.rank}") for link in self._links)
-            )
+            return [thread.result() for thread in threads]
         except WeightSyncError as error:
             raise _SenderLostError(str(error)) from None
 

@@ -1,6 +1,10 @@
 """Keeps the engines at the newest weights while training continues (trainer rank 0).
 
-A snapshot that is replaced by a newer one before its push starts is skipped and never gets a version.
+A snapshot that is replaced by a newer one before its push starts is skipped and never gets a version. If the
+trainer itself cannot send, because another sender is lost or its buckets are not ready in time, the next push
+waits for .5 s, then twice as long after each further failure, at most `_MAX_RETRY_S`, under a name in the
+stall report. A version that no server was asked to activate is used by the next push of the same snapshot.
+
 The publisher runs in the event loop of the trainer's buffer client.
 """
 
@@ -15,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from areal_like.errors import ArealError
+from areal_like.runtime.waits import PendingWaits
 from areal_like.wire.messages.consumer import AllocVersion, ServerEntry, VersionGranted
 from areal_like.wire.messages.producer import ServerState
 from trainer.weights.broadcaster import Broadcaster
@@ -25,7 +30,15 @@ from trainer.weights.snapshot import Snapshot
 log = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
+_MAX_RETRY_S = 30.0
 _CALL_TIMEOUT_S = 30.0
+OWN_FAILURE = "weights: the trainer's own senders to be able to send"
+"""Name of the wait after a push that failed in the trainer itself."""
+
+
+def retry_delay_s(num_failures: int) -> float:
+    """Seconds to the next try, after this many pushes in a row that failed in the trainer itself."""
+    return min(_MAX_RETRY_S, _RETRY_S * 2.0 ** min(num_failures - 1, 9))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +94,17 @@ class Publisher:
         check_interval_s: float | None = None,
         check_noise: float = NOISE["float32"],
         check_hint: str = "",
+        waits: PendingWaits | None = None,
     ) -> None:
         """`call`: sends a request to the buffer. `servers`: the buffer's directory of rollout servers.
 
         `on_failure`: called with the error when the task fails, because nothing awaits the task until the
         end of training. `on_check`: called with each comparison of log-probs (`checks.py`).
         `check_interval_s`: shortest time between two checks of a server; None: no checks. `check_noise`: see
-        JumpDetector; `check_hint`: see WeightChecks.
+        JumpDetector; `check_hint`: see WeightChecks. `waits`: lists the time in which the trainer cannot
+        send.
         """
+        self._waits = waits or PendingWaits()
         self._broadcaster = broadcaster
         self._call = call
         self._servers = servers
@@ -103,6 +119,10 @@ class Publisher:
         self.active_version = 0
         self._newest_version = 0
         """Newest version granted to this trainer; a newer version at a server comes from an earlier run."""
+        self._unused: tuple[Snapshot, int] | None = None
+        """A version that no server was asked to activate, and the snapshot for which it was granted."""
+        self._num_own_failures = 0
+        """Pushes in a row that failed in the trainer itself."""
         self._activated_versions: dict[ReceiverId, int] = {}
         """Server -> version that it confirmed to this publisher, which may be newer than in the directory."""
         self._distrusted: set[ReceiverId] = set()
@@ -154,6 +174,7 @@ class Publisher:
             self._wake.set()
 
     async def _run(self) -> None:
+        own_failure = contextlib.ExitStack()
         try:
             retry_s: float | None = None
             while True:
@@ -161,6 +182,7 @@ class Publisher:
                     async with asyncio.timeout(retry_s):
                         await self._wake.wait()
                 self._wake.clear()
+                num_before = self._num_own_failures
                 if self._offered is not None:
                     self._is_pushing = True
                     await self._push_if_needed(*self._offered)
@@ -168,6 +190,14 @@ class Publisher:
                     # A server that joins or recovers must not wait for the trainer's next step: with
                     # max_staleness=0 that step waits for the server.
                     retry_s = _RETRY_S if self._any_behind(self._servers()) else None
+                if self._num_own_failures == 0:
+                    own_failure.close()
+                elif self._num_own_failures > num_before:
+                    if num_before == 0:
+                        own_failure.enter_context(self._waits(OWN_FAILURE))
+                    # No change of servers or weights helps, so none ends this wait early.
+                    await asyncio.sleep(retry_delay_s(self._num_own_failures))
+                    retry_s = 0.0
         except ArealError as error:
             self._on_failure(error)
             raise
@@ -176,6 +206,7 @@ class Publisher:
             self._on_failure(ArealError(f"no more weights are published: {type(error).__name__}: {error}"))
             raise
         finally:
+            own_failure.close()
             async with self._active:
                 self._active.notify_all()
 
@@ -190,15 +221,16 @@ class Publisher:
                 snapshot.release()
 
     async def _push(self, step: int, snapshot: Snapshot) -> None:
-        granted: VersionGranted = await self._call(AllocVersion(step=step), timeout_s=_CALL_TIMEOUT_S)
-        self._newest_version = granted.version
+        version = await self._version_for(step, snapshot)
         started_s = time.monotonic()
         servers = {receiver_id(server): server for server in self._servers()}
         outcome = await self._broadcaster.push(
-            snapshot, version=granted.version, step=step, servers=list(servers.values())
+            snapshot, version=version, step=step, servers=list(servers.values())
         )
+        self._unused = None if outcome.is_requested else (snapshot, version)
+        self._num_own_failures = self._num_own_failures + 1 if outcome.own_failure else 0
         report = PushReport(
-            version=granted.version,
+            version=version,
             step=step,
             num_activated=len(outcome.activated),
             failed=outcome.failed,
@@ -211,20 +243,28 @@ class Publisher:
             recovery_seconds=max(outcome.recovery_s.values(), default=0.0),
         )
         for name, reason in outcome.failed.items():
-            log.warning("push of version %d to %s failed: %s", granted.version, name, reason)
+            log.warning("push of version %d to %s failed: %s", version, name, reason)
         if outcome.activated:
-            earlier = {key: version for key, version in self._activated_versions.items() if key in servers}
-            now_active = {key: granted.version for key in servers if key[0] in outcome.activated}
+            earlier = {key: active for key, active in self._activated_versions.items() if key in servers}
+            now_active = {key: version for key in servers if key[0] in outcome.activated}
             self._activated_versions = earlier | now_active
             self._distrusted = (self._distrusted & servers.keys()) - now_active.keys()
             if self.checks is not None:
                 self.checks.keep_only(set(servers))
                 for key in now_active:
-                    self.checks.activated(key, step=step, version=granted.version)
+                    self.checks.activated(key, step=step, version=version)
             async with self._active:
-                self.active_step, self.active_version = step, granted.version
+                self.active_step, self.active_version = step, version
                 self._active.notify_all()
         self._on_push(report)
+
+    async def _version_for(self, step: int, snapshot: Snapshot) -> int:
+        """A version that no server has seen."""
+        if self._unused is not None and self._unused[0] is snapshot:
+            return self._unused[1]
+        granted: VersionGranted = await self._call(AllocVersion(step=step), timeout_s=_CALL_TIMEOUT_S)
+        self._newest_version = granted.version
+        return granted.version
 
     def _push_again(self, receiver: ReceiverId) -> None:
         """Marks a server's weights as unknown: the newest weights are pushed once more."""

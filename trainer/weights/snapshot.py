@@ -322,6 +322,7 @@ class BackgroundGather(WeightSnapshotter):
         """The arguments are those of WeightSnapshotter."""
         super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype, lora=lora, senders=senders)
         self._gather_lock = threading.Lock()
+        self._is_closed = False
         self._gathered: OrderedDict[int, tuple[int, GatheredBucket]] = OrderedDict()
         """Index of a bucket -> (number of the snapshot, bucket), on a sender, oldest first."""
         self._groups: dict[int, dist.ProcessGroup] = {}
@@ -346,6 +347,7 @@ class BackgroundGather(WeightSnapshotter):
         """Ends the threads of all ranks."""
         if (group := self._groups.get(self._ranks.rank)) is not None:
             with self._gather_lock:
+                self._is_closed = True
                 dist.broadcast(torch.tensor([_CLOSE, 0]), group=group, group_src=self._ranks.rank)
         for thread in self._threads:
             thread.join()
@@ -360,6 +362,8 @@ class BackgroundGather(WeightSnapshotter):
     def gathered(self, snapshot: Snapshot, index: int) -> GatheredBucket:
         """Gathers the bucket, or returns it if it was gathered before and is kept."""
         with self._gather_lock:
+            if self._is_closed:  # a push that was interrupted at the end: no rank would send its rows
+                raise _push_is_over()
             number, bucket = self._gathered.get(index, (0, None))
             if bucket is None or number != snapshot.number:
                 # The push of another number is over, so its bucket is no longer read.

@@ -1,5 +1,6 @@
 """Ranks that meet, watch one another and report a failure; the start of a part of the ranks."""
 
+import contextlib
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from areal_like.config import Config, RolloutConfig, SglangConfig, TrainerConfig
@@ -18,10 +20,11 @@ from areal_like.paths import RunPaths
 from tests.support import warm_start
 from tests.support.buffer_harness import ROOT
 from tests.support.waiting import HANG_LIMIT_S
+from trainer.distributed import process_group
 from trainer.distributed.connections import interface_towards
 from trainer.distributed.members import Liveness
 from trainer.distributed.process_group import Meeting, meet
-from trainer.distributed.ranks import RankPhase
+from trainer.distributed.ranks import RankPhase, Ranks
 from trainer.distributed.spawn import start_ranks
 from trainer.distributed.variables import set_torch_variables
 from trainer.metrics.speed import PhaseTimer
@@ -40,6 +43,29 @@ def meet_all(store: Any, ranks: range, *, timeout_s: float = HANG_LIMIT_S) -> li
     for thread in threads:
         thread.join()
     return [found[rank] for rank in ranks]
+
+
+@pytest.mark.parametrize("error", [None, ConfigError("a mistake"), RuntimeError("out of memory")])
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_rank_that_fails_leaves_its_groups(
+    monkeypatch: pytest.MonkeyPatch, is_alone: bool, error: Exception | None
+) -> None:
+    """Over NCCL this would wait for the others, and they for the end of its process."""
+    destroyed: list[bool] = []
+
+    def joined(config: Config, device: torch.device) -> Meeting | None:
+        Ranks.alone()  # creates the default group
+        return None if is_alone else Meeting(token="", names=["rank 0"])
+
+    monkeypatch.setattr(process_group, "join_ranks", joined)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: destroyed.append(True))
+    with (
+        contextlib.suppress(ConfigError, RuntimeError),
+        process_group.joined_ranks(Config(name="x"), torch.device("cpu")),
+    ):
+        if error is not None:
+            raise error
+    assert bool(destroyed) == (is_alone or error is None)
 
 
 def test_ranks_do_not_meet_those_of_an_earlier_start() -> None:
