@@ -295,18 +295,22 @@ def _absent(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
 
 
 def _pushes(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
-    """Servers that have not confirmed weights. The trainer names them; a push waits for the slowest."""
+    """Servers that have not confirmed weights, or senders that cannot send. The trainer names them; a push
+    waits for the slowest."""
     for rank in facts.ranks:
         for wait, seconds in rank.waits.items():
             kind, _, what = wait.partition(": ")
             if kind != "weights" or seconds <= limits.work_s:
                 continue
+            is_own = what.startswith("the trainer's own ")
             yield Cause(
-                on=On.WEIGHTS,
-                name=what.partition(" ")[0],
+                on=On.TRAINER if is_own else On.WEIGHTS,
+                name=rank.name if is_own else what.partition(" ")[0],
                 seconds=seconds,
                 what=f"{rank.name} waits for {what}, {_time(seconds)}",
-                remedy="after weights.push_deadline_s the push continues without it; its log says more",
+                remedy="its log names the rank that cannot send, and says why"
+                if is_own
+                else "after weights.push_deadline_s the push continues without it; its log says more",
             )
 
 

@@ -13,6 +13,7 @@ from buffer.diagnosis.rules import causes_of, effects_of, late_servers
 from buffer.diagnosis.speeds import Speeds
 from buffer.diagnosis.watchdog import Wakefulness, Watchdog
 from buffer.storage.base import Blocked
+from trainer.weights.publisher import OWN_FAILURE
 
 LIMITS = WaitLimits(stall_s=5.0, work_s=10.0)
 
@@ -91,6 +92,7 @@ def named(facts: JobFacts, **slow: str) -> list[tuple[str, On]]:
             {"ranks": (rank(waits={"weights: rollout-1 to activate version 49": 26.0}),)},
             ("rollout-1", On.WEIGHTS),
         ),
+        ({"ranks": (rank(waits={OWN_FAILURE: 26.0}),)}, ("trainer-0", On.TRAINER)),
         ({"ranks": (rank(waits={"the last weights to be active": 26.0}),)}, ("trainer-0", On.TRAINER)),
     ],
 )

@@ -358,7 +358,8 @@ class Broadcaster:
             remote = await self._in_senders(open_end)
         except WeightSyncError:
             own.leave()
-            for end in (own, *opened):  # closes their stores
+            ends: list[SendingEnd] = [own, *opened]
+            for end in ends:  # closes their stores
                 end.forget()
             raise
         return WeightGroupSession(

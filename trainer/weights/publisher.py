@@ -33,7 +33,7 @@ _RETRY_S = 0.5
 _MAX_RETRY_S = 30.0
 _CALL_TIMEOUT_S = 30.0
 OWN_FAILURE = "weights: the trainer's own senders to be able to send"
-"""Name of the wait after a push that failed in the trainer itself."""
+"""Name of the wait after a push that failed in the trainer itself (`buffer/diagnosis/rules.py` knows it)."""
 
 
 def retry_delay_s(num_failures: int) -> float:
