@@ -84,6 +84,7 @@ class Trainer:
             dtype=compute_dtype(config),
             lora=config.weights.lora,
             senders=config.weights.senders,
+            delta=config.weights.delta_with(config.rollout.engine),
         )
         self._snapshotter.num_snapshots = config.weights.snapshots_on(
             ranks.device.type,

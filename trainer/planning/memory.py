@@ -159,10 +159,11 @@ def plan_memory(job: PlannedJob) -> MemoryPlan:
 def _of_rank_0(job: PlannedJob, *, snapshots: int) -> dict[str, float]:
     """What rank 0 has in host memory. The other ranks have the same, but only senders have copies of what is
     pushed."""
-    trace = job.trace
+    trace, weights = job.trace, job.config.weights
+    copies = snapshots + (weights.delta_with(job.config.rollout.engine) != "off")  # the last push
     return {
         PROCESSES: HOST_PROCESS_BYTES,
-        SNAPSHOTS: snapshots * job.pushed_bytes / job.config.weights.senders,
+        SNAPSHOTS: copies * job.pushed_bytes / weights.senders,
         ROWS: 12.0 * trace.num_trained / trace.num_shards,
         **{name: float(size) for name, size in trace.on_host_bytes.items()},
         ROUTES: _FETCHED_STEPS * job.routes_bytes / trace.world_size,

@@ -38,6 +38,13 @@ class PushReport:
     failed: dict[str, str]
     """Server name (or `broadcast`) -> reason."""
     num_bytes: int
+    """Bytes of the weights."""
+    whole_bytes: int
+    """Bytes broadcast of buckets that were sent whole, over all groups."""
+    delta_bytes: int
+    """Bytes broadcast in place of the other buckets (`weights.delta`), over all groups."""
+    changed_fraction: float | None
+    """Of the numbers that were compared with the push before, those that differ; None: none were."""
     seconds: float
     """Seconds from the granted version to the last server's reply."""
     staging_seconds: float
@@ -197,12 +204,16 @@ class Publisher:
         outcome = await self._broadcaster.push(
             snapshot, version=granted.version, step=step, servers=list(servers.values())
         )
+        traffic = outcome.traffic
         report = PushReport(
             version=granted.version,
             step=step,
             num_activated=len(outcome.activated),
             failed=outcome.failed,
             num_bytes=sum(bucket.num_bytes for bucket in snapshot.buckets),
+            whole_bytes=traffic.whole_bytes,
+            delta_bytes=traffic.delta_bytes,
+            changed_fraction=(traffic.num_changed / traffic.num_compared if traffic.num_compared else None),
             seconds=time.monotonic() - started_s,
             staging_seconds=outcome.staging_s,
             broadcast_seconds=outcome.broadcast_s,
