@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -114,10 +115,12 @@ async def _created(senders: Senders) -> Broadcaster:
     return broadcaster_of(senders)
 
 
-def death(ranks: Ranks, out_dir: Path, path: str, address: str) -> None:
+def death(ranks: Ranks, out_dir: Path, path: str, address: str, *, delta: str = "off") -> None:
     """Rank 1, a sender, dies in the middle of the second push. Rank 0 writes how the push ended."""
     policy = Policy.load(path, ranks, master_dtype=torch.float32)
-    snapshotter = BackgroundGather(policy, ranks, bucket_bytes=BUCKET_BYTES, dtype="float32", senders=2)
+    snapshotter = BackgroundGather(
+        policy, ranks, bucket_bytes=BUCKET_BYTES, dtype="float32", senders=2, delta=delta
+    )
     assert snapshotter.sender_ranks == (0, DYING_RANK)
     senders = Senders(snapshotter, ranks, ports=range(1))
     read = Snapshot.read
@@ -134,7 +137,7 @@ def death(ranks: Ranks, out_dir: Path, path: str, address: str) -> None:
         if ranks.rank == 0:
             broadcaster = runner.run(_created(senders))
         for version in (1, 2):
-            train(policy)
+            (train_a_little if delta == "auto" else train)(policy)
             whole = {name: tensor.contiguous() for name, tensor in gather_full_state(policy)}
             if ranks.rank == 0:
                 save_file(whole, out_dir / f"{version}.safetensors", {"format": "pt"})
@@ -152,6 +155,7 @@ def death(ranks: Ranks, out_dir: Path, path: str, address: str) -> None:
                         "failed": outcome.failed,
                         "seconds": time.monotonic() - started_s,
                         "is_eligible": bool(broadcaster.eligible([entry])),
+                        "had_base": snapshot.base_number == 1,
                     }
                     (out_dir / "report.json").write_text(json.dumps(report))
                     done.touch()
@@ -164,4 +168,4 @@ def death(ranks: Ranks, out_dir: Path, path: str, address: str) -> None:
 
 
 if __name__ == "__main__":
-    main(pushes=pushes, death=death)
+    main(pushes=pushes, death=death, death_in_delta=partial(death, delta="auto"))

@@ -104,15 +104,17 @@ def test_every_number_of_senders_pushes_the_same_weights(engine: Engine, tmp_pat
     check_log_probs(engine, generations, tmp_path, first=1)
 
 
-def test_a_sender_that_dies_in_mid_push_costs_that_push(engine: Engine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("check", ["death", pytest.param("death_in_delta", marks=pytest.mark.chaos)])
+def test_a_sender_that_dies_in_mid_push_costs_that_push(check: str, engine: Engine, tmp_path: Path) -> None:
     """Rank 1 dies after the engine has two of its buckets: no token comes from them, and no server backs
     off."""
-    generations, versions = asyncio.run(push_from_ranks("death", engine, tmp_path))
+    generations, versions = asyncio.run(push_from_ranks(check, engine, tmp_path))
     assert versions == [1], "the second push was not activated"
     assert set(generations[-1].versions.tolist()) == {1}
     check_log_probs(engine, generations[-MOST_CHECKED:], tmp_path, first=1)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["activated"] == [] and "trainer rank 1" in report["failed"]["broadcast"]
+    assert report["had_base"] is (check == "death_in_delta")
     assert report["is_eligible"], "the server survived, and gets the next push at once"
     assert report["seconds"] < HANG_LIMIT_S / 4, "noticed at once, not at the time limit"
 

@@ -186,7 +186,7 @@ class TrainerSeries:
         self._pushes = metrics.counter(
             "trainer_pushes", "Weight pushes by outcome", label="outcome", values=("ok", "failed")
         )
-        self._push_bytes = metrics.counter("trainer_push_bytes", "Bytes of weights broadcast")
+        self._push_bytes = metrics.counter("trainer_push_bytes", "Bytes of the weights of all pushes")
         self._push_sent = metrics.counter(
             "trainer_push_sent_bytes",
             "Bytes that pushes have broadcast: buckets that were sent whole, and what was sent of the others "

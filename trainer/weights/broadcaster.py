@@ -211,6 +211,12 @@ class Broadcaster:
             return WeightsFailed(version=-1, reason="no longer connected")
         return await known.request(request, TokenScores, timeout_s=_SCORE_S)
 
+    def forget_base(self, receiver: ReceiverId) -> None:
+        """Makes the next push to a server send all bytes."""
+        for session in self._sessions.values():
+            if receiver in session.receiver_ids:
+                session.base = None
+
     async def close(self, left: Collection[ReceiverId] | None = None) -> None:
         """Dissolves the groups and closes every link.
 

@@ -238,8 +238,9 @@ class Publisher:
         self._on_push(report)
 
     def _push_again(self, receiver: ReceiverId) -> None:
-        """Marks a server's weights as unknown: the newest weights are pushed once more."""
+        """Marks a server's weights as unknown: the newest weights are pushed once more, all bytes of them."""
         self._distrusted.add(receiver)
+        self._broadcaster.forget_base(receiver)
         self.directory_changed()
 
     def _any_behind(self, servers: list[ServerEntry]) -> bool:

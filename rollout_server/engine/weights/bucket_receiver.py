@@ -183,7 +183,7 @@ class BucketReceiver:
                     header = _parsed(raw, bucket, index)
                 flat, buffer = self._place_for(bucket, header, device)
                 wait = _nothing
-                if flat.numel():
+                if flat.numel() or self._base is None:
                     wait = group.begin_broadcast(
                         flat, timeout_s=max(_MIN_TIMEOUT_S, end_s - time.monotonic())
                     )
