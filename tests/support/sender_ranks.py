@@ -144,7 +144,7 @@ def death(ranks: Ranks, out_dir: Path, path: str, address: str, *, delta: str = 
             if (snapshot := snapshotter.take_snapshot()) is not None:
                 assert snapshot.acquire()
                 entry = server_at(address, version=version - 1)
-                started_s = time.monotonic()
+                started_s, had_base = time.monotonic(), snapshot.base_number == 1
                 outcome = runner.run(
                     broadcaster.push(snapshot, version=version, step=version, servers=[entry])
                 )
@@ -155,7 +155,7 @@ def death(ranks: Ranks, out_dir: Path, path: str, address: str, *, delta: str = 
                         "failed": outcome.failed,
                         "seconds": time.monotonic() - started_s,
                         "is_eligible": bool(broadcaster.eligible([entry])),
-                        "had_base": snapshot.base_number == 1,
+                        "had_base": had_base,
                     }
                     (out_dir / "report.json").write_text(json.dumps(report))
                     done.touch()
