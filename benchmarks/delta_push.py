@@ -207,8 +207,8 @@ def main() -> None:
                 (
                     each["step"],
                     round(100 * each["changed"], 1),
-                    each["sent_bytes"] // 10**6,
-                    each["num_bytes"] // 10**6,
+                    round(each["sent_bytes"] / 1e6, 1),
+                    round(each["num_bytes"] / 1e6, 1),
                     each["compare_s"],
                     each["apply_s"],
                 )
