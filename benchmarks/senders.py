@@ -134,9 +134,9 @@ def _run(*command: str) -> None:
 
 @contextlib.contextmanager
 def inside(
-    network: Network, machine: str, *arguments: str, **environment: str
+    network: Network, machine: str, *arguments: str, module: str = "benchmarks.senders", **environment: str
 ) -> Iterator[subprocess.Popen[str]]:
-    """Runs this file on a machine; kills it at the end."""
+    """Runs this file, or another module, on a machine; kills it at the end."""
     process = subprocess.Popen(
         [
             "ip",
@@ -145,7 +145,7 @@ def inside(
             network.name(machine),
             sys.executable,
             "-m",
-            "benchmarks.senders",
+            module,
             *arguments,
         ],
         stdin=subprocess.PIPE,

@@ -89,17 +89,17 @@ def write_model(path: Path, size: str) -> Path:
 # The receiving end, a separate process
 
 
-async def receive(model: Path, *, in_place: bool, host: str = "127.0.0.1") -> None:
+async def receive(model: Path, *, in_place: bool, host: str = "127.0.0.1", dtype: str = "auto") -> None:
     """Runs an engine and its weight receiver until stdin closes.
 
     `in_place`: it reports that it does not decode while it receives, so that pushes to it are staged. `host`:
-    address that the receiver binds.
+    address that the receiver binds. `dtype`: `model.dtype`.
     """
     config = from_mapping(
         {
             "runs_dir": str(model.parent),
             "name": "run",
-            "model": {"path": str(model)},
+            "model": {"path": str(model), "dtype": dtype},
             "rollout": {"max_running": 1, "start_timeout_s": 900.0},
         }
     )
@@ -154,10 +154,10 @@ def bare_receiver(store: str, sizes: list[int]) -> None:
 
 
 @contextlib.contextmanager
-def child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Runs this file in another process."""
+def child(*arguments: str, module: str = "benchmarks.weight_sync") -> Iterator[subprocess.Popen[str]]:
+    """Runs this file, or another module, in another process."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.weight_sync", *arguments],
+        [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

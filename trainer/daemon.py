@@ -84,7 +84,14 @@ class Trainer:
             dtype=compute_dtype(config),
             lora=config.weights.lora,
             senders=config.weights.senders,
+            delta=config.weights.delta_with(config.rollout.engine),
         )
+        if ranks.rank == 0 and config.weights.delta != config.weights.delta_with(config.rollout.engine):
+            log.warning(
+                "weights.delta=%s has no effect: pushes to %s send all bytes",
+                config.weights.delta,
+                config.rollout.engine,
+            )
         self._snapshotter.num_snapshots = config.weights.snapshots_on(
             ranks.device.type,
             num_bytes=sum(bucket.num_bytes for bucket in self._snapshotter.buckets)

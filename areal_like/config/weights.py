@@ -67,6 +67,11 @@ class WeightsConfig(Section, key="weights"):
     """Number M of trainer ranks that send: each gathers and broadcasts every M-th bucket, in a weight group
     of its own. At most `trainer.world_size` / `trainer.replicas`. More than one divides rank 0's part of a
     push, its memory for snapshots, and the traffic on its link to the engines."""
+    delta: Literal["auto", "off"] = "off"
+    """What a push sends of a bucket if the engines have activated the push before in the same weight group.
+    `off`: all bytes. `auto`: the numbers that changed and their positions, unless they take more than half of
+    the bucket; the engine verifies the whole result. Senders hold the last push in host memory for it, once
+    more. Only with `rollout.engine=embedded`: SGLang gets all bytes, and so do pushes of adapters."""
     max_unavailable: NonNegativeInt = 0
     """Number of servers updated at the same time; 0: all. With a limit the other servers keep generating
     during an update that pauses the engine."""
@@ -112,6 +117,10 @@ class WeightsConfig(Section, key="weights"):
             return self.num_snapshots
         is_large = device != "cpu" and num_bytes > _TWO_SNAPSHOTS_BYTES
         return 1 if is_large and self.update_mode != "drain" else 2
+
+    def delta_with(self, engine: str) -> Literal["auto", "off"]:
+        """`delta`, or `off` if `rollout.engine` needs all bytes: SGLang's own processes receive tensors."""
+        return self.delta if engine == "embedded" else "off"
 
     def deadline_s(self, num_bytes: int) -> float:
         """Time limit of a push of this many bytes, in seconds."""

@@ -5,17 +5,23 @@ any change, so that weights cannot be replaced unnoticed between trainer and eng
 channel that carries the digests is authentic (`security.keys`). The embedded engine computes them as it
 receives (rollout_server/engine/weights/bucket_receiver.py); its rollout server compares them
 (rollout_server/weights/shadow.py).
+
+`weights_digest` combines the sums of all buckets. It names the base of a push that sends only what changed
+(`weights.delta`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+    from areal_like.weights.buckets import Bucket
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +37,12 @@ class BucketSums:
 def sha256(flat: torch.Tensor) -> str:
     """SHA-256 of a contiguous uint8 buffer, in hexadecimal. Releases the GIL while it reads the buffer."""
     return hashlib.sha256(flat.cpu().numpy().data).hexdigest()
+
+
+def weights_digest(buckets: Sequence[Bucket], sums: BucketSums) -> str:
+    """SHA-256 in hexadecimal over the layout and the sums of all buckets, whichever way they were sent."""
+    layout = [bucket.to_dict() | {"checksum": None} for bucket in buckets]
+    return hashlib.sha256(json.dumps([layout, sums.checksums, sums.digests]).encode()).hexdigest()
 
 
 def difference(*, received: BucketSums, sent: BucketSums, num_buckets: int, integrity: str) -> str:

@@ -41,7 +41,7 @@ from areal_like.wire.messages import MESSAGES, TAGS
 from areal_like.wire.records import Record
 from areal_like.wire.unpacking import unpack
 
-WIRE_VERSION = 10
+WIRE_VERSION = 11
 MAX_HEADER_BYTES = 64 << 10
 """Limit of a header whose class states no `max_header_bytes` of its own."""
 MAX_TEXT = 8192

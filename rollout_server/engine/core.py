@@ -133,6 +133,11 @@ class EngineCore:
         shadow, self._shadow_weights = self._shadow_weights, None
         return shadow if shadow is not None else self.model.new_weights()
 
+    @property
+    def active_weights(self) -> Weights:
+        """The set that forward passes read, or that the model has copied."""
+        return self._active_weights
+
     def return_shadow_weights(self, weights: Weights) -> None:
         """Returns a set that will not be activated. Nothing may write into it any more."""
         self._shadow_weights = weights

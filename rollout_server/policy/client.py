@@ -85,6 +85,8 @@ class EngineClient:
         self.cache_salt = ""
         """Identifies the weights that the engine holds, if its prefixes must not outlive them (SGLang). All
         turns of a sample are requested with the salt of its first one."""
+        self.base_digest = ""
+        """Digest of the active weights if a push may send only what differs from them; else empty."""
         self.lora_path = ""
         """Name of the adapter that requests from now on use (SGLang); empty: none, or the engine chooses."""
 
@@ -261,6 +263,7 @@ class EngineClient:
         response: dict[str, Any] = await self._http.call(
             "POST", "/end_weight_update", body, timeout_s=timeout_s
         )
+        self.base_digest = str(response.get("base_digest", ""))
         return response
 
     async def update_weights_from_disk(self, path: str, *, weight_version: int, timeout_s: float) -> None:
@@ -314,6 +317,7 @@ class EngineClient:
 
     async def _load_weights(self, path: str, body: dict[str, Any], *, timeout_s: float) -> None:
         self._num_loads += 1
+        self.base_digest = ""
         try:
             await self._http.call("POST", path, body, timeout_s=timeout_s)
         finally:
@@ -345,12 +349,14 @@ class EmbeddedClient(EngineClient):
         timeout_s: float,
         integrity: str = "none",
         adapter: AdapterHeader | None = None,
+        base_digest: str = "",
     ) -> BucketSums:
         """Opens a session and receives all buckets of a push, in order, in one call.
 
-        `adapter`: header of the adapter that the buckets hold; None: they hold all weights. Returns the sums
-        of the buckets, with digests if `integrity` is `sha256`. The engine enforces `timeout_s`, so that the
-        error is the engine's own.
+        `adapter`: header of the adapter that the buckets hold; None: they hold all weights. `base_digest`: of
+        the active weights, if what is sent is what differs from them. Returns the sums of the buckets, with
+        digests if `integrity` is `sha256`. The engine enforces `timeout_s`, so that the error is the engine's
+        own.
         """
         body = {
             "buckets": [bucket.to_dict() for bucket in buckets],
@@ -358,7 +364,9 @@ class EmbeddedClient(EngineClient):
             "timeout_s": timeout_s,
             "integrity": integrity,
             **({} if adapter is None else {"adapter": adapter.to_dict()}),
+            **({"base_digest": base_digest} if base_digest else {}),
         }
+        self.base_digest = ""
         response = await self._http.call(
             "POST", "/receive_weights", body, timeout_s=timeout_s + CONNECT_TIMEOUT_S
         )

@@ -24,7 +24,7 @@ MAX_SCORED, MAX_SCORE_CONTEXT = 256, 8192
 MAX_SENDERS = 256
 """Maximum number of senders of a push, each with a group of its own."""
 _HOST = re.compile(r"[A-Za-z0-9.:%_-]{1,255}")
-_SECRET = re.compile(r"([0-9a-f]{64})?")
+_HEX_64 = re.compile(r"([0-9a-f]{64})?")
 _UPDATE_MODES = ("recompute", "keep", "abort_resume", "drain")
 _INTEGRITIES = ("none", "sha256")
 _MAX_VERSION = 2**63 - 1
@@ -57,7 +57,7 @@ def check_form_group(request: FormGroup, *, host: str, num_ranks: int) -> None:
         f"rank {request.rank} of {request.world_size}, and this engine has {num_ranks}",
     )
     _require(request.backend in ("gloo", "nccl"), "backend: want gloo or nccl")
-    _require(_SECRET.fullmatch(request.secret) is not None, "secret: want 64 hexadecimal digits or nothing")
+    _require(_HEX_64.fullmatch(request.secret) is not None, "secret: want 64 hexadecimal digits or nothing")
 
 
 def _check_store(request: FormGroup, *, host: str) -> None:
@@ -82,6 +82,24 @@ def check_push(request: PushWeights, *, integrity: str) -> None:
         integrity == "none" or request.integrity == integrity,
         f"the trainer sends no digests, and this server requires weights.integrity={integrity}: "
         "give both the same setting",
+    )
+    _require(
+        (request.base_version >= 0) == bool(request.base_digest), "base_version and base_digest: want both"
+    )
+    _require(_HEX_64.fullmatch(request.base_digest) is not None, "base_digest: want 64 hexadecimal digits")
+
+
+def check_base(request: PushWeights, *, version: int, base_digest: str) -> None:
+    """Checks that the engine has the base of a push that sends only what changed. Raises WeightSyncError.
+
+    `version`: active in the engine; `base_digest`: of its weights, empty if they cannot be a base.
+    """
+    if not request.base_digest or (request.base_version, request.base_digest) == (version, base_digest):
+        return
+    _require(bool(base_digest), "this engine needs all weights: what it has cannot be the base of a push")
+    raise WeightSyncError(
+        f"refused: the push sends what differs from version {request.base_version} "
+        f"({request.base_digest[:12]}), the engine has version {version} ({base_digest[:12]})"
     )
 
 

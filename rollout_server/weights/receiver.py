@@ -46,7 +46,7 @@ from areal_like.wire.messages.weights import (
     WeightsOk,
 )
 from rollout_server.policy.client import EngineClient
-from rollout_server.weights.checks import check_adapter, check_score, reason_to_refuse
+from rollout_server.weights.checks import check_adapter, check_base, check_score, reason_to_refuse
 from rollout_server.weights.strategy import OnUntrusted, WeightPush, WeightUpdateStrategy
 
 log = logging.getLogger(__name__)
@@ -239,7 +239,12 @@ class WeightReceiver:
         )
         try:
             stall_s = await self._perform(request, peer=envelope.peer)
-            response = WeightsOk(version=self.version, seconds=loop.time() - started_s, stall_seconds=stall_s)
+            response = WeightsOk(
+                version=self.version,
+                seconds=loop.time() - started_s,
+                stall_seconds=stall_s,
+                base_digest=self.engine.base_digest if self.engine is not None else "",
+            )
         except (EngineError, WeightSyncError) as error:
             response = WeightsFailed(version=self.version, reason=str(error))
         except asyncio.CancelledError:
@@ -356,6 +361,7 @@ class WeightReceiver:
         end_s = loop.time() + request.timeout_s
         manifest = Manifest.from_dict(request.manifest)
         check_adapter(manifest.adapter, base=self._base)
+        check_base(request, version=self.version, base_digest=engine.base_digest)
         push = WeightPush(
             request=request,
             manifest=manifest,

@@ -54,6 +54,7 @@ class ShadowWeightUpdate(EngineReceives):
                 timeout_s=push.left_s(),
                 integrity=integrity,
                 adapter=push.manifest.adapter,
+                base_digest=push.request.base_digest,
             )
             sent = await push.sent_sums()
         wrong = difference(received=received, sent=sent, num_buckets=len(buckets), integrity=integrity)

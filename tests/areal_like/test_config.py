@@ -160,6 +160,7 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["weights.update_mode=later"], "one of auto, recompute, keep, abort_resume, drain"),
         (["weights.update_mode=recompte"], r"did you mean recompute\?"),
         (["weights.integrity=crc32"], r"weights\.integrity=crc32: use none or sha256"),
+        (["weights.delta=on"], r"weights\.delta=on: use auto or off"),
         (["weights.integrity=sha256", "rollout.engine=sglang"], r"needs rollout\.engine=embedded"),
         (["weights.port_range=20000"], r"weights\.port_range='20000': give two ports"),
         (["weights.port_range=20099-20000"], "give two ports"),

@@ -112,18 +112,24 @@ class Server:
                 self.generations.append(await sample(client, PROMPT, 40))
 
 
-async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Generation], int]:
+async def kill_in_mid_broadcast(
+    folder: Path, *, seeds: range, changed: float
+) -> tuple[list[Generation], int]:
     """Returns all generations, and the number of pushes that failed because an engine died."""
     model = save_model(folder / "model", "llama")
     servers = [Server(name, model, folder) for name in ("one", "two")]
     await asyncio.gather(*(server.start() for server in servers))
     broadcaster = Broadcaster(WeightsConfig(push_deadline_s=DEADLINE_S), device="cpu")
     version, num_broken = 0, 0
+    snapshot: Held | None = None
 
     async def push() -> PushOutcome:
-        nonlocal version
+        nonlocal version, snapshot
         version += 1
-        snapshot = Held(weights(model, version), bucket_bytes=2048)
+        if snapshot is not None:
+            snapshot._pushed_before = None  # its memory
+        before = snapshot if changed < 1 else None
+        snapshot = Held(weights(model, version, changed), bucket_bytes=2048, pushed_before=before)
         return await broadcaster.push(
             snapshot, version=version, step=version, servers=[server.entry for server in servers]
         )
@@ -145,6 +151,7 @@ async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Gen
             await asyncio.gather(*(server.start_again() for server in dead))
             usual_s = await push_to_all()
             victim, survivor = rng.sample(servers, 2)
+            assert all(session.base for session in broadcaster._sessions.values()), "the next is a delta"
             pushing = asyncio.create_task(push())
             await asyncio.sleep(rng.uniform(0, usual_s))
             victim.engine.kill()
@@ -161,16 +168,20 @@ async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Gen
     return [generation for server in servers for generation in server.generations], num_broken
 
 
-def weights(model: Path, version: int) -> dict[str, torch.Tensor]:
-    """The weights of a version; version 0 is the model's own."""
+def weights(model: Path, version: int, changed: float) -> dict[str, torch.Tensor]:
+    """The weights of a version; version 0 is the model's own. `changed`: share of the numbers that differ
+    from those of the model."""
     generator = torch.Generator().manual_seed(version)
     return {
-        name: tensor + 0.05 * bool(version) * torch.randn(tensor.shape, generator=generator)
+        name: tensor
+        + (0.05 * bool(version) / changed**0.5)
+        * torch.randn(tensor.shape, generator=generator)
+        * (torch.rand(tensor.shape, generator=generator) < changed)
         for name, tensor in weights_of(model).items()
     }
 
 
-def check(model: Path, generations: list[Generation]) -> None:
+def check(model: Path, generations: list[Generation], changed: float) -> None:
     """Compares log-probs with those under the weights of each token's version.
 
     Those of the generations with most versions, and of one generation of each version.
@@ -183,26 +194,28 @@ def check(model: Path, generations: list[Generation]) -> None:
         for version in set(generation.versions.tolist()):
             if version not in models:
                 models[version] = load_model(model)
-                models[version].load_state_dict(weights(model, version), strict=False)
+                models[version].load_state_dict(weights(model, version, changed), strict=False)
             expected = reference_logprobs(models[version], PROMPT, generation.output_ids.tolist())
             chosen = generation.versions == version
             assert abs(expected - generation.logprobs)[chosen].max() < 1e-3, version
     assert len(models) > 2
 
 
-def run(folder: Path, *, seeds: range) -> None:
-    generations, num_broken = asyncio.run(kill_in_mid_broadcast(folder, seeds=seeds))
-    check(folder / "model", generations)
+def run(folder: Path, *, seeds: range, changed: float) -> None:
+    generations, num_broken = asyncio.run(kill_in_mid_broadcast(folder, seeds=seeds, changed=changed))
+    check(folder / "model", generations, changed)
     print(f"{len(generations)} generations, {num_broken} of {len(seeds)} pushes broken")
 
 
 @pytest.mark.chaos
 def test_killed_engines_serve_no_partial_update(tmp_path: Path) -> None:
     """Long, because engines are killed and started again."""
-    run(tmp_path, seeds=range(2))
+    run(tmp_path, seeds=range(2), changed=1.0)
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(1200)
-def test_twenty_engines_killed_in_mid_broadcast(tmp_path: Path) -> None:
-    run(tmp_path, seeds=range(100, 120))
+@pytest.mark.parametrize("changed", [1.0, 0.05], ids=["whole", "delta"])
+def test_twenty_engines_killed_in_mid_broadcast(tmp_path: Path, changed: float) -> None:
+    """`delta`: the pushes in which they are killed send what differs from the push before."""
+    run(tmp_path, seeds=range(100, 120), changed=changed)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,32 @@ def train(policy: Policy) -> None:
             local(param).mul_(1.01).add_(0.001)
 
 
+def train_a_little(policy: Policy) -> None:
+    """Changes few numbers, none of some buckets."""
+    with torch.no_grad():
+        for number, param in enumerate(policy.parameters()):
+            if number % 3:
+                local(param).view(-1)[::30].mul_(1.5)
+
+
 def pushes(ranks: Ranks, out_dir: Path, path: str, address: str) -> None:
-    """Pushes trained weights from one, two and all ranks, twice each, and writes those of every version."""
+    """Pushes trained weights from one, two and all ranks, three times each, and writes those of every
+    version.
+
+    The first push sends all bytes, the second too, because every number has changed, and the third what
+    differs.
+    """
     policy = Policy.load(path, ranks, master_dtype=torch.float32)
     version = 0
     for gather in (BackgroundGather, BoundaryGather):
         for num_senders in (1, 2, ranks.world_size):
             snapshotter = gather(
-                policy, ranks, bucket_bytes=BUCKET_BYTES, dtype="float32", senders=num_senders
+                policy,
+                ranks,
+                bucket_bytes=BUCKET_BYTES,
+                dtype="float32",
+                senders=num_senders,
+                delta="auto",
             )
             assert len(snapshotter.sender_ranks) == num_senders and snapshotter.sender_ranks[0] == 0
             assert len(snapshotter.buckets) % num_senders or num_senders < 3, "shares of different lengths"
@@ -81,9 +100,9 @@ def pushes(ranks: Ranks, out_dir: Path, path: str, address: str) -> None:
             with asyncio.Runner() as runner:
                 if ranks.rank == 0:
                     broadcaster = runner.run(_created(senders))
-                for _ in range(2):
+                for number in range(3):
                     version += 1
-                    train(policy)
+                    (train if number < 2 else train_a_little)(policy)
                     whole = {name: tensor.contiguous() for name, tensor in gather_full_state(policy)}
                     if (snapshot := snapshotter.take_snapshot()) is not None:
                         assert snapshot.acquire()
@@ -92,6 +111,11 @@ def pushes(ranks: Ranks, out_dir: Path, path: str, address: str) -> None:
                         outcome = runner.run(push)
                         snapshot.release()
                         assert set(outcome.activated) == {"rollout-0"}, outcome.failed
+                        sent, num_bytes = outcome.traffic, sum(each.num_bytes for each in snapshot.buckets)
+                        is_small = number == 2
+                        assert sent.whole_bytes == (0 if is_small else num_bytes)
+                        assert (sent.num_compared > 0) == (number > 0)
+                        assert not is_small or 0 < sent.delta_bytes < num_bytes / 5
                         save_file(whole, out_dir / f"{version}.safetensors", {"format": "pt"})
                     ranks.meet()
                 if ranks.rank == 0:
@@ -230,10 +254,12 @@ async def _created(senders: Senders) -> Broadcaster:
     return broadcaster_of(senders)
 
 
-def death(ranks: Ranks, out_dir: Path, path: str, address: str) -> None:
+def death(ranks: Ranks, out_dir: Path, path: str, address: str, *, delta: str = "off") -> None:
     """Rank 1, a sender, dies in the middle of the second push. Rank 0 writes how the push ended."""
     policy = Policy.load(path, ranks, master_dtype=torch.float32)
-    snapshotter = BackgroundGather(policy, ranks, bucket_bytes=BUCKET_BYTES, dtype="float32", senders=2)
+    snapshotter = BackgroundGather(
+        policy, ranks, bucket_bytes=BUCKET_BYTES, dtype="float32", senders=2, delta=delta
+    )
     assert snapshotter.sender_ranks == (0, DYING_RANK)
     senders = Senders(snapshotter, ranks, ports=range(1))
     read = Snapshot.read
@@ -250,14 +276,14 @@ def death(ranks: Ranks, out_dir: Path, path: str, address: str) -> None:
         if ranks.rank == 0:
             broadcaster = runner.run(_created(senders))
         for version in (1, 2):
-            train(policy)
+            (train_a_little if delta == "auto" else train)(policy)
             whole = {name: tensor.contiguous() for name, tensor in gather_full_state(policy)}
             if ranks.rank == 0:
                 save_file(whole, out_dir / f"{version}.safetensors", {"format": "pt"})
             if (snapshot := snapshotter.take_snapshot()) is not None:
                 assert snapshot.acquire()
                 entry = server_at(address, version=version - 1)
-                started_s = time.monotonic()
+                started_s, had_base = time.monotonic(), snapshot.base_number == 1
                 outcome = runner.run(
                     broadcaster.push(snapshot, version=version, step=version, servers=[entry])
                 )
@@ -268,6 +294,7 @@ def death(ranks: Ranks, out_dir: Path, path: str, address: str) -> None:
                         "failed": outcome.failed,
                         "seconds": time.monotonic() - started_s,
                         "is_eligible": bool(broadcaster.eligible([entry])),
+                        "had_base": had_base,
                     }
                     (out_dir / "report.json").write_text(json.dumps(report))
                     done.touch()
@@ -280,4 +307,4 @@ def death(ranks: Ranks, out_dir: Path, path: str, address: str) -> None:
 
 
 if __name__ == "__main__":
-    main(pushes=pushes, death=death, combinations=combinations)
+    main(pushes=pushes, death=death, death_in_delta=partial(death, delta="auto"), combinations=combinations)

@@ -220,5 +220,49 @@ def one_copy(ranks: Ranks, _: Path, path: str) -> None:
         snapshotter.close()
 
 
+def bases(ranks: Ranks, _: Path, path: str) -> None:
+    """The last push is kept while training goes on during the next one, in bounded memory."""
+    policy = Policy.load(path, ranks, master_dtype=torch.float32)
+    for gathering in (BackgroundGather, BoundaryGather):
+        for num_snapshots in (1, 2):
+            snapshotter = gathering(policy, ranks, bucket_bytes=5000, dtype="bfloat16", delta="auto")
+            snapshotter.num_snapshots = num_snapshots
+            pushed: list[torch.Tensor] = []
+            sizes, last = [], -1
+            for _ in range(5):
+                with torch.no_grad():
+                    for param in policy.parameters():
+                        local(param).mul_(1.1).add_(0.01)
+                snapshot = snapshotter.take_snapshot()
+                if snapshot is not None:
+                    assert snapshot.acquire() and snapshot.base_number == last
+                    last = snapshot.number
+                    num_buckets = len(snapshot.buckets)
+                    half = [snapshot.read(index).data.clone() for index in range(num_buckets // 2)]
+                if num_snapshots == 2:
+                    snapshotter.take_snapshot()  # replaced by the next: never pushed
+                if snapshot is not None:
+                    rest = [snapshot.read(index).data for index in range(num_buckets // 2, num_buckets)]
+                    for index, before in enumerate(pushed):
+                        assert torch.equal(snapshot.base(snapshot.base_number, index), before)
+                    pushed = [each.clone() for each in (*half, *rest)]
+                    assert all(
+                        torch.equal(snapshot.base(snapshot.number, index), each)
+                        for index, each in enumerate(pushed)
+                    ), "pushed once more, to a server that joins"
+                    snapshot.release()
+                    with pytest.raises(WeightSyncError, match="push of these weights is over"):
+                        snapshot.base(snapshot.number + 99, 0)
+                dist.barrier()
+                sizes.append(snapshotter.num_bytes)
+            keeps = isinstance(snapshotter, BoundaryGather) or ranks.world_size == 1
+            copies = num_snapshots + keeps
+            own_bytes = sum(2 * local(param).numel() for param in policy.parameters())
+            if isinstance(snapshotter, BoundaryGather):
+                own_bytes = 0 if ranks.rank else sum(bucket.num_bytes for bucket in snapshotter.buckets)
+            assert sizes[-1] == sizes[-2] <= copies * (own_bytes + 8 * len(snapshotter.buckets))
+            snapshotter.close()
+
+
 if __name__ == "__main__":
-    main(snapshots=snapshots, late_ranks=late_ranks, one_copy=one_copy)
+    main(snapshots=snapshots, late_ranks=late_ranks, one_copy=one_copy, bases=bases)

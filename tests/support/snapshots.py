@@ -21,13 +21,17 @@ class Held(Snapshot):
         bucket_bytes: int,
         dtype: str = "float32",
         adapter: AdapterHeader | None = None,
+        pushed_before: Held | None = None,
     ) -> None:
+        """`pushed_before`: the snapshot that the senders keep as the base of a delta."""
         self.adapter = adapter
         self.untrained = ()
         self.buckets = cut_buckets(
             [spec_of(name, tensor, dtype=dtype) for name, tensor in tensors.items()],
             bucket_bytes=bucket_bytes,
         )
+        self.number = 1 if pushed_before is None else pushed_before.number + 1
+        self._pushed_before = pushed_before
         self._data = [flatten(bucket, tensors) for bucket in self.buckets]
 
     def acquire(self) -> bool:
@@ -35,6 +39,14 @@ class Held(Snapshot):
 
     def release(self) -> None:
         pass
+
+    @property
+    def base_number(self) -> int:
+        return -1 if self._pushed_before is None else self._pushed_before.number
+
+    def base(self, number: int, index: int) -> Tensor:
+        assert self._pushed_before is not None and number == self._pushed_before.number
+        return self._pushed_before._data[index]
 
     def stage(self, *, integrity: str) -> None:
         pass

@@ -20,6 +20,8 @@ from areal_like.security.administration import init_keys, revoke_key
 from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyDirectory, KeyRole
 from areal_like.weights.buckets import Manifest, checksum, unflatten
+from areal_like.weights.deltas import HEADER_BYTES, Header, apply
+from areal_like.weights.integrity import BucketSums, weights_digest
 from areal_like.weights.weight_group import WeightGroup
 from areal_like.wire.channel import Envelope, Listener, tcp_address
 from areal_like.wire.messages.consumer import ServerEntry, VersionGranted
@@ -61,6 +63,13 @@ class FakeServer:
         """Cleared by a test whose server takes its time before it is ready."""
         self.may_be_ready.set()
         self.tensors: dict[str, torch.Tensor] = {}
+        self.flats: list[torch.Tensor] = []
+        """The buckets of the last push."""
+        self.bases: list[int] = []
+        """`base_version` of each push that was received."""
+        self.confirms = True
+        """Whether what it has can be the base of a push."""
+        self.base_digest = ""
         self.misbehave = ""
         self.stated: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         self.group: WeightGroup | None = None
@@ -146,7 +155,8 @@ class FakeServer:
         if self.misbehave == "vanish":  # after the whole broadcast, so that the broadcast does not break
             self.misbehave = "mute"
             return
-        self.listener.send(envelope.peer, WeightsOk(version=self.version), rid=envelope.rid)
+        activated = WeightsOk(version=self.version, base_digest=self.base_digest if self.confirms else "")
+        self.listener.send(envelope.peer, activated, rid=envelope.rid)
 
     def join(self, form: FormGroup) -> WeightGroup:
         if self.misbehave == "refuse":
@@ -163,14 +173,28 @@ class FakeServer:
         )
 
     def receive(self, push: PushWeights) -> list[int]:
-        checksums = []
-        for bucket in Manifest.from_dict(push.manifest).buckets:
-            data = torch.empty(bucket.num_bytes, dtype=torch.uint8)
+        checksums, flats = [], []
+        buckets = Manifest.from_dict(push.manifest).buckets
+        assert not push.base_digest or push.base_digest == self.base_digest
+        self.bases.append(push.base_version)
+        for index, bucket in enumerate(buckets):
             if self.group is None:
                 raise WeightSyncError("left the group")
-            self.group.broadcast(data)
+            data = torch.empty(bucket.num_bytes, dtype=torch.uint8)
+            if push.base_digest:
+                self.group.broadcast(raw := torch.empty(HEADER_BYTES, dtype=torch.uint8))
+                header = Header.parse(raw, bucket)
+                payload = torch.empty(header.payload_bytes, dtype=torch.uint8)
+                if header.payload_bytes:
+                    self.group.broadcast(payload)
+                apply(header, payload, data.copy_(self.flats[index]))
+            else:
+                self.group.broadcast(data)
             checksums.append(checksum(data))
+            flats.append(data)
             self.tensors |= unflatten(bucket, data)
+        self.flats = flats
+        self.base_digest = weights_digest(buckets, BucketSums(checksums=checksums, digests=[]))
         return checksums
 
     def activate(self, push: PushWeights) -> None:
@@ -285,6 +309,49 @@ def test_a_broadcast_begins_when_every_server_is_ready() -> None:
             receiver.close()
 
     run(body)
+
+
+@pytest.mark.parametrize("topology", ["shared", "per_engine"])
+def test_one_member_without_the_base_gets_all_bytes_with_its_group(topology: str) -> None:
+    """After a join, a failure, and with a member that cannot have a base; with other members' groups."""
+
+    async def body(broadcaster: Broadcaster) -> None:
+        servers = [FakeServer(name) for name in ("a", "b", "c")]
+        a, b, c = servers
+        weights = {"w": torch.arange(600.0), "v": torch.zeros(70)}
+        before: Held | None = None
+
+        async def push(*to: FakeServer) -> list[bool]:
+            """Which of these servers got only what has changed."""
+            nonlocal before
+            version = 1 + (0 if before is None else before.number)
+            weights["w"][version] += 1.0
+            before = Held(weights, bucket_bytes=1024, pushed_before=before)
+            entries = [server.entry for server in to]
+            outcome = await broadcaster.push(before, version=version, step=version, servers=entries)
+            for server in to:
+                assert (server.name in outcome.activated) == (not server.misbehave), outcome.failed
+                assert server.bases[-1] in (-1, version - 1)
+                if server.name in outcome.activated:
+                    assert all(torch.equal(server.tensors[name], weights[name]) for name in weights)
+            return [server.bases[-1] >= 0 for server in to]
+
+        is_shared = topology == "shared"
+        assert await push(a, b) == [False, False]
+        assert await push(a, b) == [True, True]
+        assert await push(a, b, c) == [not is_shared, not is_shared, False]
+        assert await push(a, b, c) == [True, True, True]
+        c.misbehave = "reject"
+        assert await push(a, b, c) == [True, True, True]
+        c.misbehave = ""
+        assert await push(a, b) == [not is_shared, not is_shared], "the member that failed backs off"
+        b.confirms = False
+        assert await push(a, b) == [True, True]
+        assert await push(a, b) == [not is_shared, False], "b has what it has, and no base"
+        for server in servers:
+            server.close()
+
+    run(body, topology=topology, deadline_s=10.0)
 
 
 def test_a_push_without_servers_is_not_an_error() -> None:

@@ -27,6 +27,12 @@ def test_with_one_copy_the_next_snapshot_waits_for_the_push(tmp_path: Path, worl
     run_ranks("one_copy", str(tmp_path), path, world_size=world_size, module="tests.support.snapshot_ranks")
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_last_push_is_kept_as_a_base(tmp_path: Path, world_size: int) -> None:
+    path = write_model(tmp_path / "model", dtype=torch.float32)
+    run_ranks("bases", str(tmp_path), path, world_size=world_size, module="tests.support.snapshot_ranks")
+
+
 def test_large_pushes_have_one_copy() -> None:
     assert WeightsConfig().snapshots_on("cuda", num_bytes=16e9) == 2
     assert WeightsConfig().snapshots_on("cuda:3", num_bytes=140e9) == 1

@@ -186,7 +186,19 @@ class TrainerSeries:
         self._pushes = metrics.counter(
             "trainer_pushes", "Weight pushes by outcome", label="outcome", values=("ok", "failed")
         )
-        self._push_bytes = metrics.counter("trainer_push_bytes", "Bytes of weights broadcast")
+        self._push_bytes = metrics.counter("trainer_push_bytes", "Bytes of the weights of all pushes")
+        self._push_sent = metrics.counter(
+            "trainer_push_sent_bytes",
+            "Bytes that pushes have broadcast: buckets that were sent whole, and what was sent of the others "
+            "(weights.delta), over all weight groups",
+            label="form",
+            values=("whole", "delta"),
+        )
+        self._push_changed = metrics.gauge(
+            "trainer_push_changed_fraction",
+            "Fraction of the numbers that differ from those of the push before, in the last push that was "
+            "compared with one (weights.delta)",
+        )
         self._push_senders = metrics.gauge("trainer_push_senders", "Trainer ranks that sent the last push")
         self._push_histograms = {
             name: metrics.histogram(f"trainer_push_{name}", doc, buckets=_PUSH_BUCKETS)
@@ -277,6 +289,10 @@ class TrainerSeries:
     def pushed(self, report: PushReport) -> None:
         self._pushes.labels("ok" if report.num_activated else "failed").inc()
         self._push_bytes.inc(report.num_bytes)
+        self._push_sent.labels("whole").inc(report.whole_bytes)
+        self._push_sent.labels("delta").inc(report.delta_bytes)
+        if report.changed_fraction is not None:
+            self._push_changed.set(report.changed_fraction)
         self._push_senders.set(report.num_senders)
         for name, histogram in self._push_histograms.items():
             histogram.observe(getattr(report, name))

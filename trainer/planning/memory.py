@@ -23,6 +23,8 @@ HOST_PROCESS_BYTES = 4 * GIB
 """Assumed for one trainer rank or engine process: Python, torch and CUDA's host memory."""
 _SENT_BUCKETS = 2
 """Buckets on rank 0's GPU during a push: the one that is sent, and the next."""
+_COMPARED_BUCKETS = 3.5
+"""The same with `weights.delta=auto`, in addition: the base, and what the comparison computes."""
 PROCESSES = "trainer processes"
 SNAPSHOTS = "copies of what is pushed (senders)"
 ROWS = "rows of a checkpoint that is being written"
@@ -136,6 +138,7 @@ def plan_memory(job: PlannedJob) -> MemoryPlan:
     bucket = min(max(float(job.config.weights.bucket_bytes_on("cuda")), largest), job.pushed_bytes)
     engine = engine_memory(job, trainer_bytes=trace.resident + CONTEXT_BYTES if placement.is_shared else 0.0)
     weights = job.config.weights
+    compared = 0.0 if weights.delta_with(job.config.rollout.engine) == "off" else _COMPARED_BUCKETS
     snapshots = weights.snapshots_on(job.config.trainer.device, num_bytes=job.pushed_bytes / weights.senders)
     rank_host = _of_rank_0(job, snapshots=snapshots)
     return MemoryPlan(
@@ -143,7 +146,7 @@ def plan_memory(job: PlannedJob) -> MemoryPlan:
             **{name: float(size) for name, size in trace.peak_bytes.items()},
             "allocator (fragmentation)": FRAGMENTATION * trace.peak,
             "CUDA context, cuBLAS, NCCL": CONTEXT_BYTES,
-            "push buckets (rank 0)": _SENT_BUCKETS * bucket,
+            "push buckets (rank 0)": (_SENT_BUCKETS + compared) * bucket,
         },
         engine=engine,
         gpu_bytes=placement.gpu.memory_bytes,
@@ -159,10 +162,11 @@ def plan_memory(job: PlannedJob) -> MemoryPlan:
 def _of_rank_0(job: PlannedJob, *, snapshots: int) -> dict[str, float]:
     """What rank 0 has in host memory. The other ranks have the same, but only senders have copies of what is
     pushed."""
-    trace = job.trace
+    trace, weights = job.trace, job.config.weights
+    copies = snapshots + (weights.delta_with(job.config.rollout.engine) != "off")  # the last push
     return {
         PROCESSES: HOST_PROCESS_BYTES,
-        SNAPSHOTS: snapshots * job.pushed_bytes / job.config.weights.senders,
+        SNAPSHOTS: copies * job.pushed_bytes / weights.senders,
         ROWS: 12.0 * trace.num_trained / trace.num_shards,
         **{name: float(size) for name, size in trace.on_host_bytes.items()},
         ROUTES: _FETCHED_STEPS * job.routes_bytes / trace.world_size,

@@ -25,6 +25,10 @@ and the next push forms a new session, because rank 0 cannot distinguish a rank 
 broken group from a rank that is not. DissolveGroup makes the survivors of a broken broadcast leave the group,
 which ends their wait; the time until they have left is their recovery time.
 
+So all members of a session have the version that was pushed in it last, which `weights.delta` needs. The
+first push of a session sends all bytes. A later one sends what differs from the one before (`PushedBase`), if
+each member has confirmed its digest and the senders still have its bytes.
+
 Control messages run in the caller's event loop, the blocking broadcast in a thread of its session, so that a
 session that hangs does not delay other sessions. Every wait for such a thread is bounded: a thread that never
 returns is abandoned with its group.
@@ -55,7 +59,7 @@ from areal_like.runtime.threads import in_thread
 from areal_like.runtime.waits import PendingWaits
 from areal_like.security.keyring import Keyring
 from areal_like.weights.buckets import Manifest
-from areal_like.weights.integrity import BucketSums
+from areal_like.weights.integrity import BucketSums, weights_digest
 from areal_like.weights.weight_group import WeightGroup, device_facts
 from areal_like.wire.messages.consumer import ServerEntry
 from areal_like.wire.messages.weights import (
@@ -71,6 +75,7 @@ from areal_like.wire.messages.weights import (
     WeightsOk,
 )
 from trainer.weights.backend import NcclTrial, choose_backend, refuse_mixed_nccl
+from trainer.weights.bucket_sender import Traffic
 from trainer.weights.receivers import (
     Receiver,
     ReceiverBackoff,
@@ -114,6 +119,8 @@ class PushOutcome:
     """True if a server was asked to activate the version."""
     own_failure: str = ""
     """Why the trainer itself could not send, so that no server is at fault; empty if it could."""
+    traffic: Traffic = field(default_factory=Traffic)
+    """What was broadcast, over all groups."""
 
 
 class Broadcaster:
@@ -208,6 +215,12 @@ class Broadcaster:
             return WeightsFailed(version=-1, reason="no longer connected")
         return await known.request(request, TokenScores, timeout_s=_SCORE_S)
 
+    def forget_base(self, receiver: ReceiverId) -> None:
+        """Makes the next push to a server send all bytes."""
+        for session in self._sessions.values():
+            if receiver in session.receiver_ids:
+                session.base = None
+
     async def close(self, left: Collection[ReceiverId] | None = None) -> None:
         """Dissolves the groups and closes every link.
 
@@ -242,6 +255,7 @@ class Broadcaster:
                 outcome.failed["broadcast"] = outcome.own_failure = str(error)
                 return
             outcome.staging_s = max(outcome.staging_s, time.monotonic() - started_s)
+        base = session.base if session.base and session.base.snapshot == snapshot.base_number else None
         request = PushWeights(
             epoch=session.number,  # "epoch" is the field's name on the wire
             group_name=session.group.group_name,
@@ -252,6 +266,8 @@ class Broadcaster:
             manifest=manifest.to_dict(),
             integrity=integrity,
             timeout_s=limit_s,
+            base_version=-1 if base is None else base.version,
+            base_digest="" if base is None else base.digest,
         )
         outcome.is_requested = True
         pushed = await session.push(request, snapshot)
@@ -259,6 +275,7 @@ class Broadcaster:
             self._nccl.report(broken_reason=pushed.broken_reason, members=session.receiver_ids)
         outcome.recovery_s |= pushed.recovery_s
         outcome.broadcast_s = max(outcome.broadcast_s, pushed.broadcast_s)
+        outcome.traffic.add(pushed.traffic)
         if pushed.broken_reason:
             outcome.failed["broadcast"] = pushed.broken_reason
         num_activated = self._record_replies(session, pushed, outcome, version=version)
@@ -487,6 +504,19 @@ class GroupOutcome:
     """True if the broadcast of a push began: before, a failure says nothing about the group's backend."""
     broadcast_s: float = 0.0
     """Seconds from the request to the end of the last broadcast, at rank 0."""
+    traffic: Traffic = field(default_factory=Traffic)
+    """What was broadcast."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushedBase:
+    """A push of a session that all its members have confirmed."""
+
+    snapshot: int
+    """Number of the snapshot."""
+    version: int
+    digest: str
+    """`weights_digest` of what was sent."""
 
 
 class WeightGroupSession:
@@ -513,6 +543,8 @@ class WeightGroupSession:
         self.loads_in_place = loads_in_place
         self.group = group
         self.receivers = list(receivers)
+        self.base: PushedBase | None = None
+        """What the next push may be compared with; None: it sends all bytes."""
         self._first_ranks = first_ranks
         self._ends = ends
 
@@ -576,8 +608,9 @@ class WeightGroupSession:
     async def push(self, request: PushWeights, snapshot: Snapshot) -> GroupOutcome:
         """Broadcasts the snapshot's buckets when every receiver is ready, and waits for activation.
 
-        The first bucket is read and copied to the group's device in the meantime. On return every receiver
-        has replied or its request was cancelled, even if the broadcast broke.
+        The first bucket is read and copied to the group's device in the meantime. If the request names a
+        base, it is `self.base`. On return every receiver has replied or its request was cancelled, even if
+        the broadcast broke.
         """
         requests = [
             asyncio.create_task(
@@ -589,7 +622,10 @@ class WeightGroupSession:
         broken_reason = ""
         started_s = time.monotonic()
         broadcast_s = 0.0
+        traffic = Traffic()
+        digest = ""
         has_begun = False
+        base, self.base = self.base if request.base_digest else None, None
         limit, may_begin = _Limit.of(request.timeout_s), threading.Event()
         waiting = [
             asyncio.create_task(_wait_until_ready(receiver, request.version)) for receiver in self.receivers
@@ -600,6 +636,7 @@ class WeightGroupSession:
                 integrity=request.integrity,
                 timeout_s=request.timeout_s,
                 may_begin=may_begin,
+                base=None if base is None else base.snapshot,
             )
         )
         try:
@@ -622,7 +659,10 @@ class WeightGroupSession:
             )
         else:
             broadcast_s = time.monotonic() - started_s
-            sums = interleaved(shares)
+            sums = interleaved([share.sums for share in shares])
+            for share in shares:
+                traffic.add(share.traffic)
+            digest = weights_digest(snapshot.buckets, sums)
             sent = PushChecksums(version=request.version, checksums=sums.checksums, digests=sums.digests)
             for receiver in self.receivers:
                 receiver.link.send(sent)
@@ -633,6 +673,8 @@ class WeightGroupSession:
             WeightsFailed(version=-1, reason="silent") if isinstance(reply, BaseException) else reply
             for reply in await asyncio.gather(*requests, return_exceptions=True)
         ]
+        if digest and all(isinstance(reply, WeightsOk) and reply.base_digest == digest for reply in replies):
+            self.base = PushedBase(snapshot=snapshot.number, version=request.version, digest=digest)
         survivors = set[ReceiverId]()
         # A receiver that reports the failure has survived it; the receiver that caused it does not reply.
         if broken_reason:
@@ -648,6 +690,7 @@ class WeightGroupSession:
             recovery_s=recovery_s,
             has_begun=has_begun,
             broadcast_s=broadcast_s,
+            traffic=traffic,
         )
 
     async def dissolve(self, *, is_broken: bool) -> None:

@@ -1,21 +1,62 @@
 """Sends the buckets of a push through a weight group, in threads: the blocking part of a session.
 
-Reading bucket i + 1 and computing the sums of bucket i overlap the broadcast of bucket i.
+Reading bucket i + 1 and computing the sums of bucket i overlap the broadcast of bucket i. If the engines have
+a base, reading includes the comparison with it, and a header precedes each bucket
+(areal_like/weights/deltas.py). The sums are those of all bytes in either case.
 """
 
 from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from areal_like.errors import WeightSyncError
+from areal_like.weights.deltas import HEADER_BYTES, Form, encode, word_bytes
 from areal_like.weights.integrity import BucketSums
 from areal_like.weights.weight_group import WeightGroup
 from trainer.weights.shares import share_of_sender
 from trainer.weights.snapshot import GatheredBucket, Snapshot
+
+
+@dataclass(kw_only=True)
+class Traffic:
+    """What was sent of the buckets of a push. Counts that can be added up over senders and groups."""
+
+    whole_bytes: int = 0
+    """Bytes of buckets that were sent whole."""
+    delta_bytes: int = 0
+    """Bytes of the payloads of other buckets, and of headers."""
+    num_compared: int = 0
+    """Words that were compared with the base."""
+    num_changed: int = 0
+    """Those that differ from it."""
+
+    def add(self, other: Traffic) -> None:
+        """Adds the counts of another share."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentShare:
+    """One sender's share of a push that was broadcast."""
+
+    sums: BucketSums
+    traffic: Traffic
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """A bucket that is ready to be sent."""
+
+    bucket: GatheredBucket
+    messages: list[Tensor]
+    """What is broadcast, one after the other, on the device that the group sends from."""
+    traffic: Traffic
 
 
 class BucketSender:
@@ -47,16 +88,25 @@ class BucketSender:
         )
 
     def send(
-        self, snapshot: Snapshot, *, integrity: str, timeout_s: float, may_begin: threading.Event
-    ) -> BucketSums:
+        self,
+        snapshot: Snapshot,
+        *,
+        integrity: str,
+        timeout_s: float,
+        may_begin: threading.Event,
+        base: int | None = None,
+    ) -> SentShare:
         """Broadcasts this sender's buckets and returns their sums. Blocks.
 
-        `timeout_s`: time limit of each broadcast. `may_begin`: the first broadcast waits for it. Raises
-        WeightSyncError; the group is then broken.
+        `timeout_s`: time limit of each broadcast. `may_begin`: the first broadcast waits for it. `base`:
+        number of the snapshot that all engines have; None: all bytes are sent. Raises WeightSyncError; the
+        group is then broken.
         """
         self._choose_device()
         with torch.cuda.stream(self._stream):
-            return self._send(snapshot, integrity=integrity, timeout_s=timeout_s, may_begin=may_begin)
+            return self._send(
+                snapshot, integrity=integrity, timeout_s=timeout_s, may_begin=may_begin, base=base
+            )
 
     def close(self) -> None:
         """Ends the reading thread, without waiting for it."""
@@ -70,38 +120,66 @@ class BucketSender:
             torch.cuda.set_device(self._device)
 
     def _send(
-        self, snapshot: Snapshot, *, integrity: str, timeout_s: float, may_begin: threading.Event
-    ) -> BucketSums:
-        sums = BucketSums(checksums=[], digests=[])
+        self,
+        snapshot: Snapshot,
+        *,
+        integrity: str,
+        timeout_s: float,
+        may_begin: threading.Event,
+        base: int | None,
+    ) -> SentShare:
+        sums, traffic = BucketSums(checksums=[], digests=[]), Traffic()
         share = share_of_sender(
             self._sender, num_senders=self._num_senders, num_buckets=len(snapshot.buckets)
         )
-        next_read = self._reader.submit(self._read, snapshot, share[0])
+        next_read = self._reader.submit(self._read, snapshot, share[0], base)
         for position in range(len(share)):
-            bucket, on_wire = next_read.result()
+            read = next_read.result()
             if position + 1 < len(share):
-                next_read = self._reader.submit(self._read, snapshot, share[position + 1])
-            summing = self._reader.submit(bucket.sums, integrity=integrity)
+                next_read = self._reader.submit(self._read, snapshot, share[position + 1], base)
+            summing = self._reader.submit(read.bucket.sums, integrity=integrity)
             if not may_begin.wait(timeout_s):
                 raise WeightSyncError(f"the receivers were not ready within {timeout_s:.4g} s")
-            self._group.broadcast(on_wire, timeout_s=timeout_s)
+            for message in read.messages:
+                self._group.broadcast(message, timeout_s=timeout_s)
+            traffic.add(read.traffic)
             found, digest = summing.result()
             sums.checksums.append(found)
             sums.digests.extend([digest] if digest else [])
-        return sums
+        return SentShare(sums=sums, traffic=traffic)
 
-    def _read(self, snapshot: Snapshot, index: int) -> tuple[GatheredBucket, Tensor]:
-        """Returns a bucket, and its bytes on the device that the group sends from. Runs in the reader's
-        thread."""
+    def _read(self, snapshot: Snapshot, index: int, base: int | None) -> _Read:
+        """Reads a bucket, and compares it with the base. Runs in the reader's thread."""
         bucket = snapshot.read(index)
-        if self._copy_stream is None:
-            return bucket, bucket.data
+        size = word_bytes(snapshot.buckets[index])
         try:
             with torch.cuda.stream(self._copy_stream):
-                on_wire = bucket.data.to(self._device, non_blocking=True)
-            self._copy_stream.synchronize()
-        except RuntimeError as error:  # the GPU's memory is full: a later push may succeed
+                new = self._on_wire(bucket.data)
+                if base is None:
+                    read = _Read(bucket=bucket, messages=[new], traffic=Traffic(whole_bytes=len(new)))
+                else:
+                    old = self._on_wire(snapshot.base(base, index))
+                    read = self._compared(bucket, old, new, word_bytes=size)
+            if self._copy_stream is not None:
+                self._copy_stream.synchronize()
+        except RuntimeError as error:  # memory is full: a later push may succeed
             raise WeightSyncError(
-                f"could not copy a bucket of {len(bucket.data)} bytes to {self._device}: {error}"
+                f"could not prepare a bucket of {len(bucket.data)} bytes on {self._device}: {error}"
             ) from None
-        return bucket, on_wire
+        return read
+
+    def _compared(self, bucket: GatheredBucket, old: Tensor, new: Tensor, *, word_bytes: int) -> _Read:
+        encoded = encode(old, new, word_bytes=word_bytes)
+        is_whole = encoded.header.form is Form.WHOLE
+        traffic = Traffic(
+            whole_bytes=len(new) if is_whole else 0,
+            delta_bytes=HEADER_BYTES + (0 if is_whole else len(encoded.payload)),
+            num_compared=encoded.header.num_words,
+            num_changed=encoded.num_changed,
+        )
+        messages = [self._on_wire(encoded.header.to_bytes()), encoded.payload]
+        return _Read(bucket=bucket, messages=messages[: 1 + bool(len(encoded.payload))], traffic=traffic)
+
+    def _on_wire(self, data: Tensor) -> Tensor:
+        """The same bytes on the device that the group sends from."""
+        return data if self._copy_stream is None else data.to(self._device, non_blocking=True)

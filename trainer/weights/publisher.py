@@ -51,6 +51,13 @@ class PushReport:
     failed: dict[str, str]
     """Server name (or `broadcast`) -> reason."""
     num_bytes: int
+    """Bytes of the weights."""
+    whole_bytes: int
+    """Bytes broadcast of buckets that were sent whole, over all groups."""
+    delta_bytes: int
+    """Bytes broadcast in place of the other buckets (`weights.delta`), over all groups."""
+    changed_fraction: float | None
+    """Of the numbers that were compared with the push before, those that differ; None: none were."""
     seconds: float
     """Seconds from the granted version to the last server's reply."""
     staging_seconds: float
@@ -229,12 +236,16 @@ class Publisher:
         )
         self._unused = None if outcome.is_requested else (snapshot, version)
         self._num_own_failures = self._num_own_failures + 1 if outcome.own_failure else 0
+        traffic = outcome.traffic
         report = PushReport(
             version=version,
             step=step,
             num_activated=len(outcome.activated),
             failed=outcome.failed,
             num_bytes=sum(bucket.num_bytes for bucket in snapshot.buckets),
+            whole_bytes=traffic.whole_bytes,
+            delta_bytes=traffic.delta_bytes,
+            changed_fraction=(traffic.num_changed / traffic.num_compared if traffic.num_compared else None),
             seconds=time.monotonic() - started_s,
             staging_seconds=outcome.staging_s,
             broadcast_seconds=outcome.broadcast_s,
@@ -267,8 +278,9 @@ class Publisher:
         return granted.version
 
     def _push_again(self, receiver: ReceiverId) -> None:
-        """Marks a server's weights as unknown: the newest weights are pushed once more."""
+        """Marks a server's weights as unknown: the newest weights are pushed once more, all bytes of them."""
         self._distrusted.add(receiver)
+        self._broadcaster.forget_base(receiver)
         self.directory_changed()
 
     def _any_behind(self, servers: list[ServerEntry]) -> bool:

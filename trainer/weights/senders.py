@@ -23,6 +23,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -35,7 +36,7 @@ from areal_like.weights.integrity import BucketSums
 from areal_like.weights.weight_group import WeightGroup, address_toward, device_facts
 from areal_like.wire.messages.weights import SenderAddress, group_name_of
 from trainer.distributed.ranks import Ranks
-from trainer.weights.bucket_sender import BucketSender
+from trainer.weights.bucket_sender import BucketSender, SentShare, Traffic
 from trainer.weights.snapshot import Snapshot, WeightSnapshotter
 
 log = logging.getLogger(__name__)
@@ -67,8 +68,14 @@ class SendingEnd(Protocol):
         """Makes this sender's buckets and their sums ready."""
 
     def send(
-        self, snapshot: Snapshot, *, integrity: str, timeout_s: float, may_begin: threading.Event
-    ) -> BucketSums:
+        self,
+        snapshot: Snapshot,
+        *,
+        integrity: str,
+        timeout_s: float,
+        may_begin: threading.Event,
+        base: int | None = None,
+    ) -> SentShare:
         """Broadcasts this sender's buckets; see `BucketSender.send`."""
 
     def leave(self) -> None:
@@ -99,9 +106,17 @@ class OwnEnd:
         snapshot.stage(integrity=integrity)
 
     def send(
-        self, snapshot: Snapshot, *, integrity: str, timeout_s: float, may_begin: threading.Event
-    ) -> BucketSums:
-        return self._sender.send(snapshot, integrity=integrity, timeout_s=timeout_s, may_begin=may_begin)
+        self,
+        snapshot: Snapshot,
+        *,
+        integrity: str,
+        timeout_s: float,
+        may_begin: threading.Event,
+        base: int | None = None,
+    ) -> SentShare:
+        return self._sender.send(
+            snapshot, integrity=integrity, timeout_s=timeout_s, may_begin=may_begin, base=base
+        )
 
     def leave(self) -> None:
         self.group.close()
@@ -237,16 +252,30 @@ class RemoteEnd:
         self._call("stage", timeout_s=timeout_s + _GRACE_S, snapshot=snapshot.number, integrity=integrity)
 
     def send(
-        self, snapshot: Snapshot, *, integrity: str, timeout_s: float, may_begin: threading.Event
-    ) -> BucketSums:
-        settings = {"snapshot": snapshot.number, "integrity": integrity, "timeout_s": timeout_s}
+        self,
+        snapshot: Snapshot,
+        *,
+        integrity: str,
+        timeout_s: float,
+        may_begin: threading.Event,
+        base: int | None = None,
+    ) -> SentShare:
+        settings = {
+            "snapshot": snapshot.number,
+            "integrity": integrity,
+            "timeout_s": timeout_s,
+            "base": base,
+        }
         request_id, reply = self._link.start("send", session=self._session, **settings)
         while not may_begin.wait(_ASK_EVERY_S):
             if reply.done():  # it could not read its first bucket, or is gone
                 break
         self._link.start("begin", session=self._session, send=request_id)
         found = self._link.result(reply, timeout_s=2 * timeout_s + _GRACE_S)
-        return BucketSums(checksums=found["checksums"], digests=found["digests"])
+        return SentShare(
+            sums=BucketSums(checksums=found["checksums"], digests=found["digests"]),
+            traffic=Traffic(**found["traffic"]),
+        )
 
     def leave(self) -> None:
         with contextlib.suppress(WeightSyncError):  # a sender that is gone has left
@@ -365,15 +394,20 @@ class SenderService:
 
     def _send(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            sums = self._ends[request["session"]].send(
+            sent = self._ends[request["session"]].send(
                 self._snapshotter.find(request["snapshot"]),
                 integrity=request["integrity"],
                 timeout_s=request["timeout_s"],
                 may_begin=self._may_begin[request["id"]],
+                base=request["base"],
             )
         finally:
             del self._may_begin[request["id"]]
-        return {"checksums": sums.checksums, "digests": sums.digests}
+        return {
+            "checksums": sent.sums.checksums,
+            "digests": sent.sums.digests,
+            "traffic": asdict(sent.traffic),
+        }
 
 
 class Senders:

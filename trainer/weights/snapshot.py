@@ -17,6 +17,9 @@ ranks of replica 0, which has the senders, copy and gather; `MergedWeights` exch
 At most two snapshots exist: the one that is being pushed and the newest. A new snapshot reuses the memory of
 the newest one unless that is being pushed, so memory use does not grow during a run. With
 `weights.num_snapshots=1` there is memory for one: `take_snapshot` waits until the push has ended.
+
+With `weights.delta=auto` a sender also keeps the buckets of the snapshot that was pushed last, the base of
+the next push: one snapshot more, or with several ranks in `BackgroundGather` all buckets of two pushes.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ _RELEASE_WAIT_S = 5.0
 """Longest time between two collectives in which rank 0 tells that a push still lasts. The push has a time
 limit of its own."""
 _NONE = -1
-"""Broadcast by rank 0 instead of the acquired snapshot's number if no snapshot is acquired."""
+"""Broadcast by rank 0 instead of a snapshot's number if no snapshot is acquired, or was pushed."""
 
 
 class GatheredBucket:
@@ -110,10 +113,21 @@ class Snapshot:
             return self.is_acquired
 
     def release(self) -> None:
-        """Ends the push."""
+        """Ends the push. With `weights.delta=auto` this snapshot can then be the base of the next push."""
         with self._snapshotter.lock:
             self.is_acquired = False
+            self._snapshotter.last_pushed = self.number
             self._snapshotter.lock.notify_all()
+
+    @property
+    def base_number(self) -> int:
+        """Number of the snapshot that was pushed last and that the senders keep; below 1: none."""
+        return self._snapshotter.last_pushed if self._snapshotter.keeps_base else _NONE
+
+    def base(self, number: int, index: int) -> Tensor:
+        """One of this sender's buckets of the snapshot with `base_number`, uint8[num_bytes] on the CPU. From
+        any thread, while this snapshot is acquired. Raises WeightSyncError if it was freed."""
+        return self._snapshotter.base_bucket(number, index)
 
     def stage(self, *, integrity: str) -> None:
         """Makes every bucket of this sender and its sums ready, so that `read` returns at once: for engines
@@ -145,11 +159,17 @@ class WeightSnapshotter(ABC):
         dtype: str,
         lora: str = "merged",
         senders: int = 1,
+        delta: str = "off",
     ) -> None:
         """`dtype`: dtype of floating-point weights on the wire. `lora`: `weights.lora`. `senders`:
-        `weights.senders`. Collective. Raises ConfigError if there are more senders than ranks."""
+        `weights.senders`. `delta`: `weights.delta`. Collective. Raises ConfigError if there are more senders
+        than ranks."""
         self._ranks = ranks
         self._source = push_source(policy, ranks, dtype=dtype, lora=lora)
+        self.keeps_base = delta != "off" and self._source.adapter is None
+        """True if the buckets that were pushed last are kept."""
+        self.last_pushed = _NONE
+        """On rank 0: number of the snapshot whose push ended last."""
         self.adapter = self._source.adapter
         """Header of the adapter that is pushed; None if all weights are."""
         stored = policy.stored
@@ -199,7 +219,7 @@ class WeightSnapshotter(ABC):
     def take_snapshot(self) -> Snapshot | None:
         """Copies the current weights; returns the snapshot on rank 0. Collective; for the training thread."""
         self._free_superseded()
-        while len(self._snapshots) == self.num_snapshots:
+        while len(self._snapshots) == self.num_snapshots + self._keeps_pushed_snapshot:
             self._wait_for_release()
             self._free_superseded()
         is_copied = self._ranks.replica == 0
@@ -229,6 +249,23 @@ class WeightSnapshotter(ABC):
                     return snapshot
         raise _push_is_over()
 
+    def base_bucket(self, number: int, index: int) -> Tensor:
+        """One of this sender's buckets of the snapshot that was pushed last; see `Snapshot.base`."""
+        with self.lock:
+            for snapshot in self._snapshots:
+                if snapshot.number == number:
+                    return snapshot.buffers[self._buffer_of(index)][: self.buckets[index].num_bytes]
+        raise _push_is_over()
+
+    @property
+    def _keeps_pushed_snapshot(self) -> bool:
+        """True if the base is a snapshot, which is then kept; equal on all ranks."""
+        return self.keeps_base
+
+    @abstractmethod
+    def _buffer_of(self, index: int) -> int:
+        """Place of a whole bucket among the buffers of a snapshot."""
+
     @abstractmethod
     def close(self) -> None:
         """Ends this rank's threads. Collective. Call it after the last push has ended."""
@@ -246,18 +283,19 @@ class WeightSnapshotter(ABC):
         """One of this sender's buckets of an acquired snapshot. From any thread. Raises WeightSyncError."""
 
     def _free_superseded(self) -> None:
-        """Frees every snapshot except the acquired one. Collective, because only rank 0 knows which is
-        acquired."""
+        """Frees every snapshot except the acquired one and the base. Collective, because only rank 0 knows
+        which they are."""
         with self.lock:
             acquired = [each.number for each in self._snapshots if each.is_acquired]
             assert len(acquired) <= 1
-            kept = torch.tensor(acquired or [_NONE])
+            base = self.last_pushed if self._keeps_pushed_snapshot else _NONE
+            kept = torch.tensor([*(acquired or [_NONE]), base])
             if self._ranks.rank == 0:
-                self._free_all_but(int(kept))
+                self._free_all_but(kept.tolist())
         if self._ranks.world_size > 1:
             dist.broadcast(kept, src=0)
             with self.lock:
-                self._free_all_but(int(kept))
+                self._free_all_but(kept.tolist())
 
     def _wait_for_release(self) -> None:
         """On rank 0, waits for the end of the push; the other ranks wait in the next collective, so not for
@@ -268,12 +306,12 @@ class WeightSnapshotter(ABC):
                     lambda: not any(each.is_acquired for each in self._snapshots), timeout=_RELEASE_WAIT_S
                 )
 
-    def _free_all_but(self, number: int) -> None:
+    def _free_all_but(self, numbers: Collection[int]) -> None:
         for each in self._snapshots:
-            if each.number != number:
+            if each.number not in numbers:
                 each.is_freed = True
                 self._free_buffers.append(each.buffers)
-        self._snapshots = [each for each in self._snapshots if each.number == number]
+        self._snapshots = [each for each in self._snapshots if each.number in numbers]
 
 
 def _push_is_over() -> WeightSyncError:
@@ -318,13 +356,24 @@ class BackgroundGather(WeightSnapshotter):
         dtype: str,
         lora: str = "merged",
         senders: int = 1,
+        delta: str = "off",
     ) -> None:
         """The arguments are those of WeightSnapshotter."""
-        super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype, lora=lora, senders=senders)
+        super().__init__(
+            policy,
+            ranks,
+            bucket_bytes=bucket_bytes,
+            dtype=dtype,
+            lora=lora,
+            senders=senders,
+            delta=delta,
+        )
         self._gather_lock = threading.Lock()
         self._is_closed = False
         self._gathered: OrderedDict[int, tuple[int, GatheredBucket]] = OrderedDict()
         """Index of a bucket -> (number of the snapshot, bucket), on a sender, oldest first."""
+        self._base: dict[int, tuple[int, GatheredBucket]] = {}
+        """The same for the snapshot that was gathered before, if the base of the next push is kept."""
         self._groups: dict[int, dist.ProcessGroup] = {}
         """Rank of a sender -> the group over which it gathers; empty if there is one rank, or on the ranks of
         other replicas."""
@@ -366,14 +415,39 @@ class BackgroundGather(WeightSnapshotter):
                 raise _push_is_over()
             number, bucket = self._gathered.get(index, (0, None))
             if bucket is None or number != snapshot.number:
-                # The push of another number is over, so its bucket is no longer read.
-                flat = self._gather(snapshot, index, into=bucket.data if bucket is not None else None)
+                # The push of another number is over, so its bucket is no longer read, except as the base.
+                unused = bucket
+                if self._keeps_gathered and bucket is not None:
+                    _, unused = self._base.get(index, (0, None))
+                    self._base[index] = number, bucket
+                flat = self._gather(snapshot, index, into=unused.data if unused is not None else None)
                 self._gathered.pop(index, None)
                 self._gathered[index] = snapshot.number, (bucket := GatheredBucket(flat))
-                most = len(self.buckets) if self.stages else _MAX_GATHERED
+                most = len(self.buckets) if self.stages or self._keeps_gathered else _MAX_GATHERED
                 while len(self._gathered) > most:
                     self._gathered.popitem(last=False)
             return bucket
+
+    def base_bucket(self, number: int, index: int) -> Tensor:
+        """See WeightSnapshotter. With several ranks these are gathered buckets."""
+        if not self._keeps_gathered:
+            return super().base_bucket(number, index)
+        with self._gather_lock:
+            for held, bucket in (self._base.get(index, (0, None)), self._gathered.get(index, (0, None))):
+                if bucket is not None and held == number:
+                    return bucket.data
+        raise _push_is_over()
+
+    @property
+    def _keeps_gathered(self) -> bool:
+        return self.keeps_base and bool(self._groups)
+
+    @property
+    def _keeps_pushed_snapshot(self) -> bool:
+        return self.keeps_base and self._ranks.num_shards == 1
+
+    def _buffer_of(self, index: int) -> int:
+        return index
 
     def _gather(self, snapshot: Snapshot, index: int, *, into: Tensor | None) -> Tensor:
         """On a sender: bucket `index` with the rows of all ranks, uint8[num_bytes]; in `into` if given."""
@@ -454,9 +528,18 @@ class BoundaryGather(WeightSnapshotter):
         dtype: str,
         lora: str = "merged",
         senders: int = 1,
+        delta: str = "off",
     ) -> None:
         """The arguments are those of WeightSnapshotter."""
-        super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype, lora=lora, senders=senders)
+        super().__init__(
+            policy,
+            ranks,
+            bucket_bytes=bucket_bytes,
+            dtype=dtype,
+            lora=lora,
+            senders=senders,
+            delta=delta,
+        )
         self._gathered: dict[int, dict[int, GatheredBucket]] = {}
         """Number of a snapshot -> the buckets that this rank sends, by index."""
         self._copier = _HostCopier(ranks.device)
@@ -489,6 +572,9 @@ class BoundaryGather(WeightSnapshotter):
         with self.lock:
             kept = {each.number: self._gathered[each.number] for each in self._snapshots}
             self._gathered = kept | {number: gathered}
+
+    def _buffer_of(self, index: int) -> int:
+        return self.share.index(index)
 
     def gathered(self, snapshot: Snapshot, index: int) -> GatheredBucket:
         """Returns the bucket that was gathered when the snapshot was taken."""

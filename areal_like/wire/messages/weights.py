@@ -140,6 +140,11 @@ class PushWeights:
     integrity: str
     """`sha256`: digests follow, and they must agree. `none`: only checksums."""
     timeout_s: float
+    base_version: int = -1
+    """Version that the engine must have active, if a header precedes each bucket and only the words that
+    changed may follow (`areal_like.weights.deltas`); -1: all bytes are sent."""
+    base_digest: str = ""
+    """`WeightsOk.base_digest` of that version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +198,9 @@ class WeightsOk:
     """Time from the request to activation."""
     stall_seconds: float = 0.0
     """Part of that time in which no token was decoded."""
+    base_digest: str = ""
+    """`areal_like.weights.integrity.weights_digest` of the active weights if the next push may send only what
+    differs from them; else empty."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -270,7 +270,7 @@ async def _push(comparison: _Comparison, client: EngineClient, strategy: WeightU
         )
 
         async def sent_sums() -> BucketSums:
-            return await asyncio.shield(sending)
+            return (await asyncio.shield(sending)).sums
 
         manifest = Manifest(version=1, buckets=snapshot.buckets, untrained=snapshot.untrained)
         request = PushWeights(

@@ -10,7 +10,8 @@
 
 All but `/receive_weights` are SGLang's endpoints. SGLang changes its active weights bucket by bucket; this
 engine activates an update as a whole at its end. `/receive_weights` replaces one request per bucket by a
-single request; with the header of a LoRA adapter (`adapter`) it receives the adapter's tensors only.
+single request; with the header of a LoRA adapter (`adapter`) it receives the adapter's tensors only, and with
+`base_digest` only what differs from the active weights, which must have that digest.
 """
 
 from __future__ import annotations
@@ -93,7 +94,10 @@ class WeightRoutes:
         timeout_s = _timeout(body, self._default_timeout_s)
         integrity = one_of(body, "integrity", ("none", "sha256"))
         header = body.get("adapter")
-        await self._updater.begin(None if header is None else AdapterHeader.from_dict(header))
+        base_digest = text(body, "base_digest") if "base_digest" in body else ""
+        await self._updater.begin(
+            None if header is None else AdapterHeader.from_dict(header), base_digest=base_digest
+        )
         sums = await self._updater.receive(
             parsed, group_name=group_name, timeout_s=timeout_s, integrity=integrity
         )
@@ -102,7 +106,7 @@ class WeightRoutes:
     async def end(self, body: dict[str, Any]) -> Response:
         """/end_weight_update."""
         stall_s = await self._updater.end(version=_weight_version(body), running=_running(body))
-        return success("active", stall_s=stall_s)
+        return success("active", stall_s=stall_s, base_digest=self._updater.base_digest)
 
     async def load_from_disk(self, body: dict[str, Any]) -> Response:
         """/update_weights_from_disk."""

@@ -4,6 +4,10 @@ A bucket whose layout equals the shadow weights' (same dtypes, same tensors in t
 directly into them. Any other bucket is received into a buffer, and its tensors are copied and cast from
 there, each to the dtype that it has in the shadow weights. While one bucket is being received, the previous
 one is verified: checksum, names, shapes, all values finite.
+
+If the update has a base, a header precedes each bucket, and only the words that changed may follow it
+(areal_like/weights/deltas.py). They are applied to a copy of the base's bytes, in the shadow weights or in a
+buffer, and the result is verified like a bucket that was sent whole.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from areal_like.weights.buckets import (
     spec_of,
     unflatten,
 )
+from areal_like.weights.deltas import HEADER_BYTES, Form, Header, apply
 from areal_like.weights.integrity import BucketSums, sha256
 from areal_like.weights.weight_group import WeightGroup
 from rollout_server.engine.models.base import ModelFacts, Weights
@@ -59,9 +64,12 @@ class AdapterFacts:
 class _Receiving:
     """A bucket whose broadcast has begun."""
 
+    index: int
     bucket: Bucket
+    header: Header | None
+    """What a payload is applied to the base with; None if the bucket comes whole."""
     flat: Tensor
-    """uint8[bucket.num_bytes], which the broadcast writes to."""
+    """uint8: the bytes of the bucket, or of the payload, which the broadcast writes to."""
     buffer: Tensor | None
     """The receive buffer that `flat` is a part of; None if it is a part of the shadow weights."""
     wait: Callable[[], None]
@@ -79,10 +87,19 @@ class BucketReceiver:
     Its methods block and run in threads, one at a time.
     """
 
-    def __init__(self, weights: Weights, facts: ModelFacts | AdapterFacts, buffers: list[Tensor]) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        facts: ModelFacts | AdapterFacts,
+        buffers: list[Tensor],
+        *,
+        base: Weights | None = None,
+    ) -> None:
         """`buffers`: receive buffers of an earlier update, to be reused; this object takes ownership of the
-        list."""
+        list. `base`: the active weights, if only what differs from them is sent; nothing may write to
+        them."""
         self.weights = weights
+        self._base = base
         self.device = facts.device
         self.received: list[TensorSpec] = []
         """Every tensor that was received and verified, in order."""
@@ -134,9 +151,12 @@ class BucketReceiver:
         """Oldest first; at most one of each group."""
 
         def verify(received: _Receiving) -> None:
+            flat, buffer = received.flat, received.buffer
+            if received.header is not None:
+                flat, buffer = self._rebuilt(received, received.header)
             if integrity == "sha256":
-                sums.digests.append(sha256(received.flat))
-            sums.checksums.append(self._verify(received.bucket, received.flat, received.buffer))
+                sums.digests.append(sha256(flat))
+            sums.checksums.append(self._verify(received.bucket, flat, buffer))
 
         def finish_oldest() -> _Receiving:
             oldest = receiving.popleft()
@@ -151,14 +171,25 @@ class BucketReceiver:
         try:
             for index, bucket in enumerate(buckets):
                 received = finish_oldest() if len(receiving) == len(groups) else None
-                flat, buffer = self._shadow_slice(bucket, device), None
-                if flat is None:
-                    buffer = self._take_buffer(bucket.num_bytes, device)
-                    flat = buffer[: bucket.num_bytes]
-                wait = groups[index % len(groups)].begin_broadcast(
-                    flat, timeout_s=max(_MIN_TIMEOUT_S, end_s - time.monotonic())
+                group = groups[index % len(groups)]
+                header: Header | None = None
+                if self._base is not None:
+                    raw = torch.empty(HEADER_BYTES, dtype=torch.uint8, device=device)
+                    wait = group.begin_broadcast(raw, timeout_s=max(_MIN_TIMEOUT_S, end_s - time.monotonic()))
+                    if received is not None:  # while the sender compares the next bucket
+                        verify(received)
+                        received = None
+                    wait()
+                    header = _parsed(raw, bucket, index)
+                flat, buffer = self._place_for(bucket, header, device)
+                wait = _nothing
+                if flat.numel() or self._base is None:
+                    wait = group.begin_broadcast(
+                        flat, timeout_s=max(_MIN_TIMEOUT_S, end_s - time.monotonic())
+                    )
+                receiving.append(
+                    _Receiving(index=index, bucket=bucket, header=header, flat=flat, buffer=buffer, wait=wait)
                 )
-                receiving.append(_Receiving(bucket=bucket, flat=flat, buffer=buffer, wait=wait))
                 if received is not None:
                     verify(received)
             while receiving:
@@ -206,12 +237,55 @@ class BucketReceiver:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
+    def can_be_base(self, buckets: Iterable[Bucket]) -> bool:
+        """True if the bytes of these buckets can be restored from the weights that they were stored in."""
+        named = self.weights.named
+        return all(
+            spec.name in named
+            and spec.name not in self.facts.tied_names
+            and _keeps(getattr(torch, spec.dtype), in_dtype=named[spec.name].dtype)
+            for bucket in buckets
+            for spec in bucket.tensors
+        )
+
+    def _place_for(
+        self, bucket: Bucket, header: Header | None, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Where a broadcast is received: the bytes, and the buffer if they are not shadow weights."""
+        if header is not None:
+            buffer = self._take_buffer(header.payload_bytes, device)
+            return buffer[: header.payload_bytes], buffer
+        if (flat := self._slice_of(self.weights, bucket, device)) is not None:
+            return flat, None
+        buffer = self._take_buffer(bucket.num_bytes, device)
+        return buffer[: bucket.num_bytes], buffer
+
+    def _rebuilt(self, received: _Receiving, header: Header) -> tuple[Tensor, Tensor | None]:
+        """Applies a payload to the base's bytes, in the place where a whole bucket would have been received.
+
+        A malformed payload is recorded in `error`.
+        """
+        assert self._base is not None and received.buffer is not None
+        bucket, device = received.bucket, received.flat.device
+        flat, buffer = self._place_for(bucket, None, device)
+        if (base := self._slice_of(self._base, bucket, device)) is not None:
+            flat.copy_(base)
+        else:
+            for name, view in unflatten(bucket, flat).items():
+                view.copy_(self._base.named[name])
+        try:
+            apply(header, received.flat, flat)
+        except WeightSyncError as error:
+            self.error = self.error or f"bucket {received.index}: {error}"
+        self.buffers.append(received.buffer)
+        return flat, buffer
+
     def _receive_device(self, group: WeightGroup) -> torch.device:
         return self.device if group.backend == "nccl" else torch.device("cpu")
 
-    def _shadow_slice(self, bucket: Bucket, device: torch.device) -> Tensor | None:
-        """Returns the part of the shadow weights that has the bucket's layout, uint8[num_bytes], or None."""
-        arena, named = self.weights.arena, self.weights.named
+    def _slice_of(self, weights: Weights, bucket: Bucket, device: torch.device) -> Tensor | None:
+        """Returns the part of a set of weights that has the bucket's layout, uint8[num_bytes], or None."""
+        arena, named = weights.arena, weights.named
         if arena is None or arena.device != device:
             return None
         if any(
@@ -239,8 +313,8 @@ class BucketReceiver:
         for index, buffer in enumerate(self.buffers):
             if buffer.numel() >= num_bytes and buffer.device == device:
                 return self.buffers.pop(index)
-        # At most one buffer for each bucket that is being received, and one for the bucket that is being
-        # verified: this one replaces a free one, which is too small.
+        # At most one buffer for each bucket that is being received, and one (with a base two) for the bucket
+        # that is being verified: this one replaces a free one, which is too small.
         del self.buffers[:1]
         return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
@@ -274,6 +348,26 @@ class BucketReceiver:
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         if not is_finite(tensor):
             raise WeightSyncError(f"tensor {name} has values that are not finite in {tensor.dtype}")
+
+
+def _nothing() -> None:
+    """Waits for the end of a broadcast that is not made, because it has no bytes."""
+
+
+def _parsed(raw: Tensor, bucket: Bucket, index: int) -> Header | None:
+    """Reads a header; None: the bucket comes whole. Raises WeightSyncError, because the sizes of the
+    broadcasts that follow are unknown then."""
+    try:
+        header = Header.parse(raw, bucket)
+    except WeightSyncError as error:
+        raise WeightSyncError(f"bucket {index}: {error}") from None
+    return None if header.form is Form.WHOLE else header
+
+
+def _keeps(dtype: torch.dtype, *, in_dtype: torch.dtype) -> bool:
+    """True if every value of `dtype` is one of `in_dtype`."""
+    is_wider = in_dtype in (torch.float32, torch.float64) and in_dtype.itemsize > dtype.itemsize
+    return is_wider or dtype == in_dtype
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -7,6 +7,9 @@ unchanged.
 A LoRA adapter needs no second set of weights: it is received into tensors of its own, and activating it
 copies them into a slot of the running model.
 
+An update may contain only what differs from the active weights, if those were received as a whole or in the
+same way (`base_digest`). It is applied to a copy of them, and the whole result is verified.
+
 Each blocking call runs in a separate thread (groups.py). A broadcast whose sender hangs blocks only its own
 thread, until the group's timeout. The shadow weights that it may still write into are then never used again.
 """
@@ -28,7 +31,7 @@ from areal_like.errors import WeightSyncError
 from areal_like.paths import read_json
 from areal_like.weights.adapters import AdapterHeader
 from areal_like.weights.buckets import Bucket, check_names
-from areal_like.weights.integrity import BucketSums
+from areal_like.weights.integrity import BucketSums, weights_digest
 from areal_like.weights.weight_group import device_facts
 from rollout_server.engine.core import Running
 from rollout_server.engine.loop import EngineLoop
@@ -52,6 +55,8 @@ class _OpenUpdate:
     """Number of calls that are receiving or waiting for the lock. While it is above 0 the shadow weights
     cannot be reused."""
     version: str = ""
+    base_digest: str = ""
+    """Digest of what was received, if it can be the base of another update."""
     is_discarded: bool = False
     started_s: float = field(default_factory=time.perf_counter)
 
@@ -77,6 +82,9 @@ class WeightUpdater:
         """Receive buffers for buckets that cannot be received in place, at most one for each sender and one
         more. They are kept between
         updates, because receiving into memory that the kernel has to map first takes twice as long."""
+        self.base_digest = ""
+        """Digest of the active weights if an update may contain only what differs from them; else empty. Set
+        by an update that is received in one call, and cleared when any other begins."""
         self.num_updates = 0
         """Updates activated."""
         self.num_failures = 0
@@ -89,15 +97,26 @@ class WeightUpdater:
             torch.Size(shape).numel() for shape in facts.parameter_shapes.values()
         )
 
-    async def begin(self, adapter: AdapterHeader | None = None) -> None:
+    async def begin(self, adapter: AdapterHeader | None = None, *, base_digest: str = "") -> None:
         """Opens an update; discards an update that is still open.
 
-        `adapter`: its header, if the update is a LoRA adapter and not all weights. Raises WeightSyncError if
-        this engine cannot have such an adapter.
+        `adapter`: its header, if the update is a LoRA adapter and not all weights. `base_digest`: of the
+        active weights, if the update contains only what differs from them. Raises WeightSyncError if this
+        engine cannot have such an adapter, or does not have such a base.
         """
         self._discard()
+        if base_digest and (adapter is not None or base_digest != self.base_digest):
+            raise WeightSyncError(
+                f"the update needs weights of digest {base_digest[:12]} as its base, the engine has "
+                f"{self.base_digest[:12] or 'none that can be one'}"
+            )
+        # If this update fails, a model that copies its weights has a part of it in both sets.
+        self.base_digest = ""
+        base: Weights | None = None
         if adapter is None:
             weights = await asyncio.wrap_future(self._loop.call(lambda core: core.take_shadow_weights()))
+            if base_digest:
+                base = await asyncio.wrap_future(self._loop.call(lambda core: core.active_weights))
             facts: ModelFacts | AdapterFacts = self._facts
         else:
             header = adapter
@@ -105,7 +124,8 @@ class WeightUpdater:
             weights = Weights(named=named)
             facts = AdapterFacts.of(named, dtype=self._facts.dtype, device=self._facts.device)
         buffers, self._buffers = self._buffers, []
-        self._update = _OpenUpdate(BucketReceiver(weights, facts, buffers), is_adapter=adapter is not None)
+        receiver = BucketReceiver(weights, facts, buffers, base=base)
+        self._update = _OpenUpdate(receiver, is_adapter=adapter is not None)
 
     async def receive(
         self,
@@ -143,9 +163,12 @@ class WeightUpdater:
                     # Leaving the group makes the broadcast of this bucket fail at the sender at once.
                     await self.groups.leave(group_name)
                     raise WeightSyncError("a bucket is larger than all of this model's tensors together")
+                is_only = not receiver.received
                 sums = await self.groups.threads.run(lambda: receiver.on_own_stream(work))
             if receiver.error:
                 raise WeightSyncError(receiver.error)
+            is_base = is_only and flattened and not update.is_adapter and receiver.can_be_base(buckets)
+            update.base_digest = weights_digest(buckets, sums) if is_base else ""
         except WeightSyncError as error:
             receiver.error = receiver.error or str(error)
             raise
@@ -188,6 +211,7 @@ class WeightUpdater:
                 receiver.weights, version=version, recompute=running == "recompute"
             )
         stall_s = await asyncio.wrap_future(activating)
+        self.base_digest = update.base_digest
         self.num_updates += 1
         self.update_s += time.perf_counter() - update.started_s
         logger.debug("weight version %s is active, decoding stalled for %.1f ms", version, stall_s * 1e3)

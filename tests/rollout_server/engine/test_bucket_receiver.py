@@ -12,6 +12,7 @@ import torch
 
 from areal_like.errors import WeightSyncError
 from areal_like.weights.buckets import Bucket, checksum, cut_buckets, flatten, spec_of
+from areal_like.weights.deltas import encode, word_bytes
 from areal_like.weights.integrity import BucketSums
 from areal_like.weights.weight_group import WeightGroup
 from rollout_server.engine.models.base import CausalModel, Weights
@@ -41,8 +42,9 @@ def receive(
 
         def send() -> None:
             sender.connect()
-            for flat in flats[:num_sent]:
-                sender.broadcast(flat)
+            with contextlib.suppress(WeightSyncError):  # the engine has left
+                for flat in flats[:num_sent]:
+                    sender.broadcast(flat)
             sender.close()
 
         sending = threading.Thread(target=send)
@@ -57,6 +59,7 @@ def receive(
             try:
                 return receiver.receive([group], buckets, timeout_s=HANG_LIMIT_S, integrity="sha256")
             finally:
+                group.close()
                 sending.join()
 
 
@@ -96,6 +99,91 @@ def test_bucket_with_the_shadow_layout_is_received_in_place(
     assert [spec.name for spec in receiver.received] == 2 * [
         spec.name for bucket in buckets for spec in bucket.tensors
     ]
+
+
+def changed_a_little(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every 20th number is another one, in the last tensor none."""
+    changed = {name: tensor.clone() for name, tensor in tensors.items()}
+    for tensor in list(changed.values())[:-1]:
+        tensor.view(-1)[::20] += 1.0
+    return changed
+
+
+def messages_of(bucket: Bucket, old: torch.Tensor, new: torch.Tensor) -> list[torch.Tensor]:
+    """What a sender broadcasts of a bucket after another push."""
+    encoded = encode(old, new, word_bytes=word_bytes(bucket))
+    return [encoded.header.to_bytes(), *([encoded.payload] if len(encoded.payload) else [])]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("llama", "float32"), ("qwen2", "float32"), ("llama", "bfloat16")]
+)
+def test_what_changed_is_applied_to_the_active_weights(kind: str, dtype: str, tmp_path: Path) -> None:
+    """In place, in buffers, and in buffers of another dtype; and buckets that come whole."""
+    path = save_model(tmp_path / kind, kind)
+    model, tensors = loaded(path), weights_of(path)
+    buckets = cut_buckets([spec_of(n, t, dtype=dtype) for n, t in tensors.items()], bucket_bytes=BUCKET_BYTES)
+    flats = [flatten(bucket, tensors) for bucket in buckets]
+    active = BucketReceiver(model.new_weights(), model.facts, [])
+    receive(active, buckets, flats)
+    assert active.can_be_base(buckets)
+    before = {name: tensor.clone() for name, tensor in active.weights.named.items()}
+    changed = changed_a_little(tensors)
+    for new_tensors in (changed, {name: tensor + 1.0 for name, tensor in changed.items()}):
+        new = [flatten(bucket, new_tensors) for bucket in buckets]
+        messages = [
+            message
+            for bucket, old, whole in zip(buckets, flats, new, strict=True)
+            for message in messages_of(bucket, old, whole)
+        ]
+        receiver = BucketReceiver(model.new_weights(), model.facts, [], base=active.weights)
+        sums = receive(receiver, buckets, messages)
+        assert not receiver.error and not receiver.is_tainted
+        assert sums == BucketSums(
+            checksums=list(map(checksum, new)),
+            digests=[hashlib.sha256(bytes(flat.tolist())).hexdigest() for flat in new],
+        ), "those of a push of all bytes"
+        num_bytes = sum(bucket.num_bytes for bucket in buckets)
+        num_sent = sum(len(message) for message in messages)
+        assert num_sent < num_bytes / 5 if new_tensors is changed else num_sent > num_bytes
+        for name, tensor in new_tensors.items():
+            want = tensor.to(getattr(torch, dtype)).float()
+            assert torch.equal(receiver.weights.named[name], want), name
+        assert all(torch.equal(tensor, before[name]) for name, tensor in active.weights.named.items())
+
+
+def test_an_engine_of_narrower_numbers_has_no_base(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "llama", "llama")
+    model, _ = load(str(path), dtype=torch.bfloat16, device=torch.device("cpu"), context_length=32)
+    tensors = weights_of(path)
+    receiver = BucketReceiver(model.new_weights(), model.facts, [])
+    for dtype, can_be in (("float32", False), ("bfloat16", True), ("float16", False)):
+        buckets = cut_buckets([spec_of(n, t, dtype=dtype) for n, t in tensors.items()], bucket_bytes=1 << 20)
+        assert receiver.can_be_base(buckets) is can_be
+
+
+@pytest.mark.parametrize("what", ["header", "payload"])
+def test_a_malformed_delta_is_named(what: str, tmp_path: Path) -> None:
+    path = save_model(tmp_path / "llama", "llama")
+    model, tensors = loaded(path), weights_of(path)
+    buckets = cut_buckets([spec_of(n, t) for n, t in tensors.items()], bucket_bytes=BUCKET_BYTES)
+    old = [flatten(bucket, tensors) for bucket in buckets]
+    new = [flatten(bucket, changed_a_little(tensors)) for bucket in buckets]
+    active = BucketReceiver(model.new_weights(), model.facts, [])
+    receive(active, buckets, old)
+    pairs = [messages_of(*each) for each in zip(buckets, old, new, strict=True)]
+    if what == "header":
+        pairs[1][0].view(torch.int64)[1] = 1 << 40
+    else:
+        pairs[1][1].fill_(255)
+    messages = [message for pair in pairs for message in pair]
+    receiver = BucketReceiver(model.new_weights(), model.facts, [], base=active.weights)
+    if what == "header":
+        with pytest.raises(WeightSyncError, match=r"bucket 1: a delta has \d+ words of a bucket of"):
+            receive(receiver, buckets, messages)
+    else:
+        receive(receiver, buckets, messages)
+        assert receiver.error.startswith("bucket 1: a delta has positions above the last word")
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text"])

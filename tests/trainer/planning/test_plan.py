@@ -373,6 +373,20 @@ def test_the_host_of_rank_0_is_judged(model: str) -> None:
     assert memory.host_total - change.plan.memory.host_total == pytest.approx(pushed)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("engine", "copies", "text"),
+    [("embedded", 3, "all bytes, as after a join"), ("sglang", 2, "all bytes: SGLang takes no deltas")],
+)
+def test_the_base_of_deltas_is_part_of_the_plan(model: str, engine: str, copies: int, text: str) -> None:
+    config = load_config(
+        [model, *SMALL, "trainer.groups_per_step=16", "weights.delta=auto", f"rollout.engine={engine}"]
+    )
+    plan = make_plan(config, gpus="8+16xH100", host_gib=64)
+    assert plan.memory.rank_host[SNAPSHOTS] == copies * plan.pushed_bytes
+    assert any(text in line for line in plan.estimate.formulas)
+
+
 @pytest.mark.chaos
 def test_lora_is_part_of_the_plan(model: str) -> None:
     settings = ("trainer.gradient_checkpointing=false", "kl.coef=0.1")
