@@ -41,7 +41,7 @@ async def main(runtime: Runtime) -> None:
     table = RoutingTable(lease_timeout_s=config.buffer.lease_timeout_s)
     loop = asyncio.get_running_loop()
     series = RouterSeries(runtime.metrics)
-    async with _client(config) as http:
+    async with client_of(config) as http:
         forwarding = Forwarding(
             table=table,
             http=http,
@@ -94,7 +94,7 @@ async def main(runtime: Runtime) -> None:
             await plane.close(limit_s=0.1)
 
 
-def _client(config: Config) -> aiohttp.ClientSession:
+def client_of(config: Config) -> aiohttp.ClientSession:
     """For requests to rollout servers. It keeps no cookies, and does not decode what it passes on."""
     tls = client_context(config.security)
     return aiohttp.ClientSession(

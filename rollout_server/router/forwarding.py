@@ -32,7 +32,7 @@ from starlette.types import Message, Receive, Scope, Send
 from yarl import URL as Target
 
 from areal_like.errors import UserError
-from areal_like.http.access import bearer_token, header_key
+from areal_like.http.access import PROBE_PATHS, bearer_token, header_key
 from areal_like.http.bodies import number, parse_bounded_object
 from areal_like.http.streams import disconnected
 from rollout_server.router.metrics import Outcome, RouterSeries
@@ -59,6 +59,8 @@ CONNECT_TIMEOUT_S = 5.0
 ANSWER_LIMIT_S = 3600.0
 """Longest time until the first byte of a response. Servers limit their work themselves, and one that no
 buffer hears from is given up much sooner."""
+HEALTH_PATHS = PROBE_PATHS | {"/health"}
+"""Pages that need no token."""
 CLAIM_SPARE_S = 15.0
 """How much longer than its waiting time a claim may take at a server."""
 PIECE_LIMIT_S = 60.0
@@ -106,6 +108,14 @@ class _Moved:
     """A server does not have the session. `url`: of the one that has it; empty: the session waits for one."""
 
     url: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gone:
+    """A server says that the session is over."""
+
+    headers: Headers
+    content: bytes
 
 
 @dataclass(eq=False, kw_only=True)
@@ -250,10 +260,11 @@ class Forwarding:
     async def _handled(self, request: _Request) -> Outcome:
         scope, path, method = request.scope, request.path, request.scope["method"]
         id = session_id(path)
-        if path == "/health" and method in ("GET", "HEAD"):
-            is_well = bool(self.table.available(now_s=asyncio.get_running_loop().time()))
-            status, message = (200, "ok") if is_well else (503, "no rollout server can be reached")
-            return await self._told(request, status, message)
+        if path in HEALTH_PATHS and method in ("GET", "HEAD"):
+            is_well = path == "/livez" or self.table.available(now_s=asyncio.get_running_loop().time())
+            content = b"ok" if is_well else b"no rollout server can be reached"
+            headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(content))]
+            return await self._passed(request, 200 if is_well else 503, headers, content)
         if path == "/sessions" and method == "POST":
             return await self._claim(request)
         if path == "/sessions" and method == "GET":
@@ -396,7 +407,9 @@ class Forwarding:
                 continue
             server = step.server
 
-            async def take(response: aiohttp.ClientResponse, server: Server = server) -> Outcome | _Moved:
+            async def take(
+                response: aiohttp.ClientResponse, server: Server = server
+            ) -> Outcome | _Moved | _Gone:
                 return await self._judged(response, server, request, id)
 
             headers = request.headers()
@@ -414,6 +427,12 @@ class Forwarding:
             if isinstance(found, Outcome):
                 way.done()
                 return found
+            if isinstance(found, _Gone):
+                if not way.gone(now_s=loop.time()):
+                    self.table.forget(id)
+                    return await self._passed(request, 410, found.headers, found.content)
+                self.series.retried(Retry.GONE)
+                continue
             if found.url:
                 way.elsewhere(found.url, now_s=loop.time())
             else:
@@ -422,8 +441,8 @@ class Forwarding:
 
     async def _judged(
         self, response: aiohttp.ClientResponse, server: Server, request: _Request, id: str
-    ) -> Outcome | _Moved:
-        """Passes a response on, unless it says that the session is at another server."""
+    ) -> Outcome | _Moved | _Gone:
+        """Passes a response on, unless it says that the session is not at this server."""
         status = response.status
         if status == 421 and (url := response.headers.get(SERVER_HEADER)):
             return _Moved(url=url.rstrip("/"))
@@ -436,8 +455,7 @@ class Forwarding:
         if status == 410:
             content = await _content(response, _MAX_TOLD_BYTES)
             self.is_job_over |= _code_in(content) == gone_code(JOB_OVER)
-            self.table.forget(id)
-            return await self._passed(request, status, _headers_of(response), content)
+            return _Gone(headers=_headers_of(response), content=content)
         if status < 500 and status not in (401, 403, 404, 421):
             digests = key_digests(request.scope["headers"])
             known = self.table.sessions.get(id)

@@ -1,8 +1,10 @@
 """The HTTP server of a router: who may send what, before a body is read.
 
-/health, /livez, /readyz    everybody
-/sessions                   as at a rollout server: with keys, a token of role `agent` or `operator`
-/sessions/ID/...            requests with a key; whether it is the session's, a server decides
+    /health, /livez, /readyz    everybody
+    /sessions                   as at a rollout server: with keys, a token of role `agent` or `operator`
+    /sessions/ID/...            requests with a key; whether it is the session's, a server decides
+
+Connections, heads and bodies are bounded as at a rollout server.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from areal_like.chat.openai import most_bytes
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.http.access import (
-    PROBE_PATHS,
     AccessRules,
     Reason,
     Refusal,
@@ -35,7 +36,7 @@ from areal_like.security.keyring import Keyring
 from areal_like.security.tls import tls_files
 from areal_like.security.tokens import role_of_token
 from areal_like.wire.sockets import bound_socket
-from rollout_server.router.forwarding import key_digests
+from rollout_server.router.forwarding import HEALTH_PATHS, key_digests
 from rollout_server.router.places import BodyPlaces
 from rollout_server.router.table import MAX_CLAIMS, RoutingTable
 from rollout_server.sessions.http.rules import (
@@ -57,7 +58,6 @@ _LONGEST_CONTEXT = 1 << 20
 """Tokens; for the largest body where `rollout.max_context` does not say it. A server has its own limit."""
 _UNSIZED_BYTES = 1 << 20
 """Largest body of a request that does not say its length."""
-_OPEN_PATHS = PROBE_PATHS | {"/health"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ class RouterRules:
 
     def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
         """Returns why a request is refused; None if its body may be read."""
-        refusal = AccessRules(hosts=self.hosts, open_paths=_OPEN_PATHS).refusal(scope)
-        if refusal is not None or scope["path"] in _OPEN_PATHS:
+        refusal = AccessRules(hosts=self.hosts, open_paths=HEALTH_PATHS).refusal(scope)
+        if refusal is not None or scope["path"] in HEALTH_PATHS:
             return refusal
         if not session_id(scope["path"]):
             return claim_refusal(bearer_token(scope["headers"]), self.role_of)

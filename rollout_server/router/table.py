@@ -43,6 +43,8 @@ class Retry(StrEnum):
     """The server says that another one has the session."""
     MOVED = "moved"
     """The session waits for a server."""
+    GONE = "gone"
+    """A server that is not known to have the session says that it is over: the others are asked, too."""
     UNREACHABLE = "unreachable"
     """The server could not be reached, or the connection broke without a response."""
     LOST = "lost"
@@ -131,7 +133,7 @@ class RoutingTable:
         self._lease_timeout_s, self._max_sessions = lease_timeout_s, max_sessions
         self.servers: dict[str, Server] = {}
         self.sessions: OrderedDict[str, Session] = OrderedDict()
-        """By id; the one used longest ago comes first."""
+        """By id; the one that was learned first comes first."""
         self.num_claims = 0
         self._turn = 0
 
@@ -279,8 +281,8 @@ class ClaimWay:
 
 @dataclass(eq=False, kw_only=True)
 class SessionWay:
-    """The way of one request of a session. After each `Ask` call one of `elsewhere`, `moved`, `failed` and
-    `done`, then `next` again."""
+    """The way of one request of a session. After each `Ask` call one of `elsewhere`, `moved`, `gone`,
+    `failed` and `done`, then `next` again."""
 
     table: RoutingTable
     id: str
@@ -297,6 +299,8 @@ class SessionWay:
     _end_s: float = field(default=math.inf, init=False)
     """When the client hears that no server continues its session; infinite while all is well."""
     _must_pause: bool = field(default=False, init=False)
+    _said_gone: set[str] = field(default_factory=set, init=False)
+    """Servers that say that the session is over."""
     _num_pauses: int = field(default=0, init=False)
     _num_hops: int = field(default=0, init=False)
 
@@ -326,6 +330,20 @@ class SessionWay:
         """The server says that the session waits for a server."""
         self._heard(now_s=now_s)
         self._at, self.is_repetition, self._must_pause = None, True, True
+
+    def gone(self, *, now_s: float) -> bool:
+        """The server says that the session is over. Returns True if another server is to be asked.
+
+        The word of the server that has the session counts. Others know only of sessions with a journal, and
+        one without is lost with its server but not before.
+        """
+        asked = self._heard(now_s=now_s)
+        known = self.table.sessions.get(self.id)
+        if known is not None and known.server == asked.name:
+            return False
+        self._said_gone.add(asked.name)
+        self._at = None
+        return any(one.name not in self._said_gone for one in self.table.available(now_s=now_s))
 
     def failed(self, *, is_sent: bool, now_s: float) -> None:
         """There was no response. `is_sent`: False if the server cannot have received the request."""
@@ -362,5 +380,6 @@ class SessionWay:
         if holder is not None and not holder.is_lost and holder.avoided_until_s <= now_s:
             return holder
         servers = self.table.available(now_s=now_s)
+        servers = [one for one in servers if one.name not in self._said_gone] or servers
         others = (one for one in servers if one is not self._asked)
         return next(others, servers[0] if servers else None)

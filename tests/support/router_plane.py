@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 
 from areal_like.config import from_mapping
 from areal_like.http.access import Reason
 from areal_like.runtime.metrics import Metrics
+from areal_like.security.keyring import Keyring
+from rollout_server.router.daemon import client_of
 from rollout_server.router.forwarding import Forwarding
 from rollout_server.router.metrics import RouterSeries
 from rollout_server.router.plane import RouterPlane
@@ -51,6 +53,13 @@ class Arrived:
 
 
 Handle = Callable[[Arrived], Awaitable[None]]
+
+
+class Named(Protocol):
+    """A server for the router's list."""
+
+    name: str
+    url: str
 
 
 @dataclass(eq=False)
@@ -124,7 +133,7 @@ class Router:
     def port(self) -> int:
         return int(self.url.rpartition(":")[2])
 
-    def list(self, *servers: PlayedServer, silent_s: float = 0.0, num_waiting: int = 0) -> None:
+    def list(self, *servers: Named, silent_s: float = 0.0, num_waiting: int = 0) -> None:
         """The buffers' list has these servers now."""
         listed = [
             Listed(name=one.name, url=one.url, silent_s=silent_s, num_waiting=num_waiting) for one in servers
@@ -166,7 +175,9 @@ class Router:
 
 
 @contextlib.asynccontextmanager
-async def routed(*servers: PlayedServer, **settings: Any) -> AsyncIterator[Router]:
+async def routed(
+    *servers: PlayedServer, keyring: Keyring | None = None, **settings: Any
+) -> AsyncIterator[Router]:
     """A router, which knows these servers. `settings`: sections of the configuration."""
     config = from_mapping({"rollout": {"max_context": 4096}, **settings})
     metrics = Metrics()
@@ -174,16 +185,15 @@ async def routed(*servers: PlayedServer, **settings: Any) -> AsyncIterator[Route
     refused: list[Reason] = []
     for server in servers:
         await server.start()
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
     async with (
-        aiohttp.ClientSession(auto_decompress=False, timeout=timeout) as http,
+        client_of(config) as http,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as client,
     ):
         forwarding = Forwarding(
             table=table, http=http, series=RouterSeries(metrics), advertise_host="", search_s=LEASE_S + 20.0
         )
         plane = RouterPlane(
-            config=config, app=forwarding, table=table, keyring=None, index=0, on_refused=refused.append
+            config=config, app=forwarding, table=table, keyring=keyring, index=0, on_refused=refused.append
         )
         plane.start(shutdown_s=1)
         router = Router(
@@ -202,8 +212,3 @@ async def routed(*servers: PlayedServer, **settings: Any) -> AsyncIterator[Route
 def session_of(server: PlayedServer, id: str, *, api_key: str = "key") -> dict[str, Any]:
     """What a server says of a claimed session."""
     return {"id": id, "base_url": f"{server.url}/sessions/{id}/v1", "api_key": api_key, "example": {}}
-
-
-def sample(names: Sequence[str]) -> dict[str, Any]:
-    """A response with text."""
-    return {"choices": [{"message": {"content": name}} for name in names]}

@@ -260,8 +260,9 @@ def test_claims_when_nobody_or_nothing_is_there() -> None:
         async with routed() as router:
             status, answer, told = await router.ask("POST", "/sessions", {})
             assert (status, answer["error"]["code"], told["retry-after"]) == (503, "no_server", "5")
-            status, answer, told = await router.ask("GET", "/health", key="")
-            assert status == 503
+            for path, wanted in (("/health", 503), ("/readyz", 503), ("/livez", 200)):
+                async with router.client.get(f"{router.url}{path}") as response:
+                    assert response.status == wanted
             await a.start()
             a.handle = none
             router.list(a)
@@ -387,6 +388,26 @@ def test_hostile_requests_reach_no_server() -> None:
             head = f"POST /sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {1 << 40}\r\n\r\n"
             assert (await router.talk(head.encode())).startswith(b"HTTP/1.1 413")
             assert not a.arrived and not router.table.sessions
+
+    run(body())
+
+
+def test_that_a_session_is_over_only_its_server_knows() -> None:
+    """A session without a journal is unknown to the other servers."""
+    a, b, c = (PlayedServer(name, lambda one: one.refuse(410, "session_gone")) for name in "abc")
+
+    async def body() -> None:
+        async with routed(a, b, c) as router:
+            b.handle = saying("here")
+            for _ in range(3):
+                assert (await router.ask("POST", CHAT, {}))[1] == {"text": "here"}
+            b.handle = lambda one: one.refuse(410, "session_gone")
+            num_asked = len(a.arrived) + len(c.arrived)
+            assert (await router.ask("POST", CHAT, {}))[0] == 410
+            assert len(a.arrived) + len(c.arrived) == num_asked, "its own server has said so"
+            assert not router.table.sessions
+            assert (await router.ask("POST", CHAT, {}))[0] == 410
+            assert len(a.arrived) + len(c.arrived) >= num_asked + 2, "all are asked"
 
     run(body())
 
