@@ -88,6 +88,7 @@ async def main(runtime: Runtime) -> None:
                 for ended in done:
                     ended.result()
                 forwarding.close()
+                loop.call_later(shutdown_s / 2, forwarding.give_up)
                 await plane.close(limit_s=shutdown_s + 2)
         finally:
             stopping.cancel()

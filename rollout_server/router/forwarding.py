@@ -45,6 +45,7 @@ from rollout_server.router.table import (
     RoutingTable,
     Server,
     SessionWay,
+    Step,
     Stop,
 )
 from rollout_server.sessions.book import JOB_OVER
@@ -187,7 +188,10 @@ def digest_of(key: str) -> bytes:
 
 @dataclass(eq=False, kw_only=True)
 class Forwarding:
-    """The ASGI application. `close` it before the end: claims that wait are then told to come again."""
+    """The ASGI application.
+
+    OPEN -> close(): no request is sent (again) -> give_up(): nor waited for; clients are told to come again
+    """
 
     table: RoutingTable
     http: aiohttp.ClientSession
@@ -237,10 +241,16 @@ class Forwarding:
                 _expire(scope)
 
     def close(self) -> None:
-        """Sends the claims that wait away."""
+        """Sends the claims that wait away, and requests that would be sent to a server from now on."""
         self._is_closing = True
         for scope in self._claims:
             _expire(scope)
+
+    def give_up(self) -> None:
+        """Ends the requests that are still at servers, after `close`."""
+        for at_server in self._pending.values():
+            for scope in at_server:
+                _expire(scope)
 
     @property
     def num_pending(self) -> int:
@@ -357,7 +367,7 @@ class Forwarding:
             self.table.learn(session["id"], server, digest_of(session["api_key"]))
         return json.dumps(described, separators=(",", ":")).encode()
 
-    async def _unclaimed(self, request: _Request, step: object) -> Outcome:
+    async def _unclaimed(self, request: _Request, step: Step) -> Outcome:
         if self.is_job_over and step is not Stop.NONE_WAITS:
             return await self._told(request, 410, JOB_OVER, code=gone_code(JOB_OVER))
         if step is Stop.NONE_WAITS:
@@ -400,7 +410,7 @@ class Forwarding:
         way = SessionWay(table=self.table, id=id, limit_s=self.search_s)
         while True:
             step = way.next(now_s=loop.time())
-            if isinstance(step, Stop):
+            if self._is_closing or isinstance(step, Stop):
                 return await self._unserved(request, step)
             if isinstance(step, Pause):
                 await self._pause(step.seconds, request)
@@ -553,14 +563,15 @@ class Forwarding:
         if request.gone.done():
             raise _ClientGoneError
 
-    async def _unserved(self, request: _Request, stop: Stop) -> Outcome:
-        if self.is_job_over and stop is Stop.NO_SERVER:
+    async def _unserved(self, request: _Request, step: Step) -> Outcome:
+        if self.is_job_over and step is not Stop.NOT_CONTINUED:
             return await self._told(request, 410, JOB_OVER, code=gone_code(JOB_OVER))
-        why = (
-            "no rollout server can be reached now"
-            if stop is Stop.NO_SERVER
-            else f"no rollout server has continued the session within {self.search_s:.0f} s"
-        )
+        if self._is_closing:
+            why = "the router is ending"
+        elif step is Stop.NO_SERVER:
+            why = "no rollout server can be reached now"
+        else:
+            why = f"no rollout server has continued the session within {self.search_s:.0f} s"
         return await self._told(request, 503, f"{why}: ask again", code=MOVED)
 
     async def _told(

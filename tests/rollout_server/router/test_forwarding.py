@@ -311,6 +311,35 @@ def test_a_flood_of_claims_is_bounded_and_ends_with_the_router() -> None:
     run(body())
 
 
+def test_a_router_that_ends_answers_every_request() -> None:
+    """Also those that wait for a server to respond, and those that wait for a server."""
+
+    async def hangs(one: Arrived) -> None:
+        await asyncio.Event().wait()
+
+    a, b = PlayedServer("a", hangs), PlayedServer("b", moved())
+
+    async def body() -> None:
+        async with routed(a, b) as router:
+            router.table.learn("1-0-1", router.table.servers["a"], b"")
+            router.table.learn("2-0-1", router.table.servers["b"], b"")
+            hung = asyncio.ensure_future(router.ask("POST", CHAT, {}))
+            await until(lambda: a.arrived)
+            router.list(b)
+            waiting = asyncio.ensure_future(router.ask("POST", CHAT.replace("1-0-1", "2-0-1"), {}))
+            await until(lambda: b.arrived)
+            router.forwarding.close()
+            await advance_until(waiting.done)
+            assert not hung.done(), "its turn may still be sampled"
+            router.forwarding.give_up()
+            for asked in (hung, waiting):
+                status, answer, told = await asked
+                assert (status, answer["error"]["code"]) == (503, "session_moved")
+                assert "router is ending" in answer["error"]["message"] and told["retry-after"] == "1"
+
+    run(body())
+
+
 def test_the_counts_are_those_of_all_servers() -> None:
     async def counts(one: Arrived) -> None:
         await one.answer(200, {"waiting": 3, "open": 4})
