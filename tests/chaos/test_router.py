@@ -18,7 +18,7 @@ NUM_AGENTS = 8
 
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
-def test_agents_behind_a_router_lose_nothing_when_servers_are_killed(tmp_path: Path) -> None:
+def test_agents_behind_a_router_lose_nothing(tmp_path: Path) -> None:
     """Two servers, a router, and 8 agents with three APIs. Each server is killed once in the middle of its
     sessions, which must all be ended by their agents; then the router is killed."""
     settings = ("rollout.max_episodes=16", "sessions.idle_timeout_s=30", "rollout.max_running=8")

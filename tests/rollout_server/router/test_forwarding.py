@@ -53,7 +53,7 @@ def moved(url: str = "") -> Any:
     return handle
 
 
-def test_a_claim_and_the_requests_of_its_session_have_one_address() -> None:
+def test_a_claim_and_its_session_have_one_address() -> None:
     async def claims(one: Arrived) -> None:
         if one.target == "/sessions":
             await one.answer(200, session_of(b, "7-0-1", api_key="secret"))
@@ -109,7 +109,7 @@ def test_a_group_is_of_one_server() -> None:
     run(body())
 
 
-def test_a_dead_server_s_request_goes_to_the_one_that_continues_it() -> None:
+def test_a_request_of_a_dead_server_is_continued() -> None:
     """It is marked as a repetition, because the dead server may have sampled its turn."""
 
     async def dies(one: Arrived) -> None:
@@ -164,7 +164,7 @@ def test_a_hung_server_is_given_up_when_no_buffer_hears_from_it() -> None:
     run(body())
 
 
-def test_events_are_passed_on_as_they_arrive_and_a_client_that_leaves_ends_the_request() -> None:
+def test_events_are_passed_on_as_they_arrive() -> None:
     pieces: asyncio.Queue[bytes] = asyncio.Queue()
 
     async def streams(one: Arrived) -> None:
@@ -230,7 +230,7 @@ def test_a_stream_that_breaks_off_is_not_completed() -> None:
     run(body())
 
 
-def test_a_response_that_breaks_off_before_it_is_passed_on_is_asked_for_again() -> None:
+def test_a_half_response_is_asked_for_again() -> None:
     async def breaks(one: Arrived) -> None:
         if len(a.arrived) > 1:
             return await one.answer(200, {"text": "whole"})

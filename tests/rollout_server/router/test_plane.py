@@ -137,7 +137,7 @@ def test_where_the_buffers_are(tmp_path: Path) -> None:
     assert status_urls(from_mapping(fixed))() == ["http://node0:8000/status", "http://node1:8001/status"]
 
 
-def test_the_list_is_read_with_the_router_s_own_token_and_stays_without_a_buffer(tmp_path: Path) -> None:
+def test_the_list_is_read_with_the_router_s_own_token(tmp_path: Path) -> None:
     tokens = make_keys(tmp_path / "keys")
     server = {"name": "a", "role": "rollout", "sessions": "http://a:1", "silent_s": 0.5}
     answers: list[tuple[int, Any, str]] = [

@@ -99,7 +99,7 @@ def test_a_request_follows_its_session() -> None:
     assert asked(stranger, now_s=0.1) in ("a", "c")
 
 
-def test_a_request_that_may_have_arrived_is_a_repetition_from_then_on() -> None:
+def test_what_may_have_arrived_is_a_repetition() -> None:
     table = table_of("a", "b")
     way = SessionWay(table=table, id="1-0-1", limit_s=30.0)
     first = asked(way)
