@@ -17,7 +17,12 @@ The same turns are then made by environments (a process each, which pauses as th
 of the server's CPU time per turn is the additional cost of the proxy. `serial` measures the turns of a single
 agent of an otherwise idle server: the CPU time of each turn, and so its median.
 
-At the end the job is drained and audited. Writes benchmarks/results/sessions.json.
+`router` and `router_serial` are `sessions` and `serial` with agents that know only the address of a router,
+with the CPU time of the router for each turn (between two turns of a single agent it reads the buffer's
+status once a second, which the median leaves out).
+
+At the end the job is drained and audited. Writes benchmarks/results/sessions.json, and sessions_router.json
+with the parts through a router.
 """
 
 from __future__ import annotations
@@ -143,6 +148,7 @@ class Job:
             "idle_s": self.engine_idle_s(),
             "server_cpu_s": cpu_s(pid),
             "engine_cpu_s": cpu_s(int(self.status()["engine_pid"])),
+            "router_cpu_s": cpu_s(self.pid_of("router-0")) if self.has_router else 0.0,
             "rss_bytes": rss_bytes(pid),
             "samples_done": stats["samples_done"],
             "tokens": stats["tokens_generated"],
@@ -150,8 +156,15 @@ class Job:
 
     @property
     def server_pid(self) -> int:
-        endpoint = json.loads((self.root / "endpoints" / "rollout-0.json").read_text())
-        return int(endpoint["pid"])
+        return self.pid_of("rollout-0")
+
+    @property
+    def has_router(self) -> bool:
+        return (self.root / "endpoints" / "router-0.json").exists()
+
+    def pid_of(self, name: str) -> int:
+        """The process of a daemon."""
+        return int(json.loads((self.root / "endpoints" / f"{name}.json").read_text())["pid"])
 
     def _page(self, name: str) -> bytes:
         endpoint = json.loads((self.root / "endpoints" / "rollout-0.json").read_text())
@@ -223,13 +236,17 @@ def drained(job: Job) -> dict[str, Any]:
 
 
 def measured_sessions(
-    directory: Path, *, api: str, num_agents: int, pause_s: float, seconds: float
+    directory: Path,
+    *,
+    api: str,
+    num_agents: int,
+    pause_s: float,
+    seconds: float,
+    through_router: bool = False,
 ) -> dict[str, Any]:
     """Measures the external agents, with one API."""
     port = free_port()
-    with running_job(
-        directory, "task={name: external}", f"sessions.port={port}", num_agents=num_agents
-    ) as job:
+    with running_job(directory, *address(port, through_router=through_router), num_agents=num_agents) as job:
         rss_before = job.sample()["rss_bytes"]
         files = [directory / f"agents-{index}.jsonl" for index in range(NUM_PROCESSES)]
         for index, file in enumerate(files):
@@ -294,16 +311,37 @@ def measured_environments(
     return {**rates(before, after, num_turns=num_turns), "ledger": ledger}
 
 
-def measured_serial(directory: Path, *, api: str) -> dict[str, Any]:
-    """Measures one agent alone: the server's CPU time of each turn."""
+def address(port: int, *, through_router: bool) -> list[str]:
+    """Settings with which agents find sessions at this port."""
+    if through_router:
+        return ["task={name: external}", "sessions.num_routers=1", f"sessions.router_port={port}"]
+    return ["task={name: external}", f"sessions.port={port}"]
+
+
+def measured_serial(directory: Path, *, api: str, through_router: bool = False) -> dict[str, Any]:
+    """Measures one agent alone: the CPU time of the server for each turn, and of the router if there is
+    one."""
     port = free_port()
-    with running_job(directory, "task={name: external}", f"sessions.port={port}", num_agents=256) as job:
-        begun_s = cpu_s(job.server_pid)
+    settings = address(port, through_router=through_router)
+    of_router: dict[str, float] = {}
+    with running_job(directory, *settings, num_agents=256) as job:
+        pids = [job.server_pid, *([job.pid_of("router-0")] if through_router else [])]
+        begun_s = [cpu_s(pid) for pid in pids]
         time.sleep(IDLE_WINDOW_S)
-        idle_ms_per_s = 1e3 * (cpu_s(job.server_pid) - begun_s) / IDLE_WINDOW_S
-        used_ms, took_ms = asyncio.run(serial_turns(port, api=api, pid=job.server_pid))
+        idle_ms_per_s, *idle_of_router = [
+            1e3 * (cpu_s(pid) - begun) / IDLE_WINDOW_S for pid, begun in zip(pids, begun_s, strict=True)
+        ]
+        used_ms, took_ms = asyncio.run(serial_turns(port, api=api, pid=pids[0]))
+        for idle_ms in idle_of_router:
+            through_ms, _ = asyncio.run(serial_turns(port, api=api, pid=pids[1]))
+            of_router = {
+                "router_cpu_ms_per_idle_s": round(idle_ms, 1),
+                "router_cpu_p50_ms": round(statistics.median(through_ms), 2),
+                "router_cpu_p90_ms": round(float(np.percentile(through_ms, 90)), 2),
+            }
         ledger = drained(job)
     return {
+        **of_router,
         "turns": len(used_ms),
         "server_cpu_ms_per_idle_s": round(idle_ms_per_s, 1),
         "server_cpu_p50_ms": round(statistics.median(used_ms), 2),
@@ -354,6 +392,9 @@ def rates(before: dict[str, float], after: dict[str, float], *, num_turns: int) 
         "engine_cpu_ms_per_turn": round(
             1e3 * (after["engine_cpu_s"] - before["engine_cpu_s"]) / num_turns, 2
         ),
+        "router_cpu_ms_per_turn": round(
+            1e3 * (after["router_cpu_s"] - before["router_cpu_s"]) / num_turns, 2
+        ),
     }
 
 
@@ -396,28 +437,38 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--agents", type=int, default=256)
     parser.add_argument("--pause", type=float, default=2.5)
-    parser.add_argument("--only", default="sessions,environments,serial")
+    parser.add_argument("--only", default="sessions,environments,serial,router,router_serial")
     parser.add_argument("--apis", type=apis_of, default=list(CONVERSATIONS), help="chat,responses,messages")
     args = parser.parse_args()
     load = os.getloadavg()[0]
     result: dict[str, Any] = {"load_before": load, "was_quiet": load < 0.5, **vars(args)}
+    of_router = dict(result)
     asked = {"num_agents": args.agents, "pause_s": args.pause, "seconds": args.seconds}
     for name in args.only.split(","):
         for api in args.apis if name != "environments" else [""]:
             with tempfile.TemporaryDirectory() as scratch:
-                if name == "serial":
-                    measured = measured_serial(Path(scratch), api=api)
+                through_router = name.startswith("router")
+                if name.endswith("serial"):
+                    measured = measured_serial(Path(scratch), api=api, through_router=through_router)
                 elif name == "environments":
                     measured = measured_environments(Path(scratch), **asked)
                 else:
-                    measured = measured_sessions(Path(scratch), api=api, **asked)
+                    measured = measured_sessions(
+                        Path(scratch), api=api, through_router=through_router, **asked
+                    )
             print(name, api, json.dumps(measured), flush=True)
-            if api:
+            if through_router:
+                of_router.setdefault(name, {})[api] = measured
+            elif api:
                 result.setdefault(name, {})[api] = measured
             else:
                 result[name] = measured
-    write("sessions", result)
-    print(costs(result), serial_costs(result), sep="\n\n")
+    if any(not name.startswith("router") for name in args.only.split(",")):
+        write("sessions", result)
+        print(costs(result), serial_costs(result), sep="\n\n")
+    if "router" in args.only:
+        write("sessions_router", of_router)
+        print(router_costs(of_router))
 
 
 def costs(result: dict[str, Any]) -> str:
@@ -432,6 +483,22 @@ def costs(result: dict[str, Any]) -> str:
     return table(
         ["turns made by", *keys], [[name, *(one.get(key, "") for key in keys)] for name, one in rows]
     )
+
+
+def router_costs(result: dict[str, Any]) -> str:
+    """A row for each API: the CPU time that a router adds to a turn, with many agents and with one."""
+    many, one = result.get("router", {}), result.get("router_serial", {})
+    keys = ("router_cpu_ms_per_turn", "server_cpu_ms_per_turn", "turn_p50_ms", "turn_p99_ms")
+    of_one = ("router_cpu_p50_ms", "server_cpu_p50_ms", "turn_p50_ms")
+    rows = [
+        [
+            CONVERSATIONS[api].title,
+            *(many.get(api, {}).get(key, "") for key in keys),
+            *(one.get(api, {}).get(key, "") for key in of_one),
+        ]
+        for api in {**many, **one}
+    ]
+    return table(["through the router", *keys, *(f"alone: {key}" for key in of_one)], rows)
 
 
 def serial_costs(result: dict[str, Any]) -> str:

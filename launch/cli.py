@@ -64,6 +64,7 @@ GROUPS = {
         "submit": "start or continue a run on Slurm or Ray",
         "scale": "change the number of rollout servers on Slurm or Ray",
         "rollout": "add a rollout server to a running job, from any machine",
+        "router": "give agents one address for all rollout servers of a running job",
         "keys": "make and change the keys that daemons authenticate with",
         "deploy-files": "write configurations for Prometheus, Grafana and schedulers",
     },

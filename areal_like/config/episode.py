@@ -41,6 +41,10 @@ class EpisodeConfig(Section, key="episode"):
     MiB."""
 
 
+MAX_ROUTERS = 16
+"""Maximum number of routers of one job."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SessionsConfig(Section, key="sessions"):
     """Sessions, for tasks with `agent()` and for external agents (`task.external=true`).
@@ -70,9 +74,23 @@ class SessionsConfig(Section, key="sessions"):
     journal_bytes: NonNegativeInt = 32 << 20
     """Largest journal of one session of an external agent, in bytes: what the buffer keeps so that another
     server can continue the session. A session that needs more does not survive its server. 0: none does."""
+    num_routers: Annotated[int, Bounds(0, MAX_ROUTERS)] = 0
+    """Routers that `areal-like run` starts: each is one address for external agents, in front of all rollout
+    servers."""
+    router_host: str = "127.0.0.1"
+    """Address that a router binds for external agents."""
+    router_port: Annotated[int, Bounds(0, 65535)] = 0
+    """Port of a router; router I (the number at the end of its name) binds `router_port` + I. 0: a free port,
+    which `areal-like status` shows."""
+    router_advertise_host: str = ""
+    """Host name or address in the base URL that a router gives to external agents; empty: the one to which
+    they sent their request."""
 
     def check(self) -> None:
         require(bool(self.host), "sessions.host is empty: give an address to bind, e.g. 127.0.0.1")
+        require(
+            bool(self.router_host), "sessions.router_host is empty: give an address to bind, e.g. 127.0.0.1"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

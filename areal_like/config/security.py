@@ -16,7 +16,7 @@ class SecurityConfig(Section, key="security"):
     Empty: no keys, and only loopback addresses are bound."""
     identity: str = ""
     """Name of this daemon's key, for the file `<keys>/<identity>.secret`; empty: the daemon's role (`buffer`,
-    `trainer` or `rollout`)."""
+    `trainer`, `rollout`, `router` or `scorer`)."""
     insecure: bool = False
     """Allow addresses other than loopback without keys. Everyone who can reach the ports can then change the
     run."""

@@ -53,6 +53,9 @@ class KeyRole(StrEnum):
     """Claim sessions of rollout servers, and nothing else: for external agents."""
     SCORER = "scorer"
     """Be a score server, or ask one for scores, and nothing else."""
+    ROUTER = "router"
+    """Read the list of rollout servers from the buffers (GET requests), and nothing else: a router passes on
+    the keys of agents, and opens no session itself."""
 
 
 _TOKEN_ROLES = (KeyRole.OPERATOR, KeyRole.MONITOR, KeyRole.AGENT, KeyRole.SCORER)

@@ -50,7 +50,8 @@ depend on rewards."""
 _PROCESS = re.compile(r"[0-9a-f]{32}")
 _CONTENT = re.compile(r"([0-9a-f]{16})?")
 _WEIGHTS_ADDRESS = re.compile(r"(tcp://[A-Za-z0-9._\[\]:%-]+:[1-9][0-9]{0,4})?")
-_SESSIONS_URL = re.compile(r"(https?://[A-Za-z0-9._\[\]:%-]+:[1-9][0-9]{0,4})?")
+SESSIONS_URL = re.compile(r"(https?://[A-Za-z0-9._\[\]:%-]+:[1-9][0-9]{0,4})?")
+"""`Hello.sessions_url`; empty: none."""
 _LIMITS: dict[type, dict[str, int]] = {
     Hello: {
         "job": MAX_WORD_CHARS,
@@ -115,7 +116,7 @@ def _check_hello(hello: Hello) -> None:
     if not _PROCESS.fullmatch(hello.process):
         raise RefusedError("process", "want 32 hexadecimal digits")
     # The trainer connects to it, and libzmq knows other transports and options of the source address.
-    if not _SESSIONS_URL.fullmatch(hello.sessions_url):
+    if not SESSIONS_URL.fullmatch(hello.sessions_url):
         raise RefusedError("sessions_url", "want http://host:port or https://host:port")
     if not _WEIGHTS_ADDRESS.fullmatch(hello.weights_address):
         raise RefusedError("weights_address", "want tcp://host:port")

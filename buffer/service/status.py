@@ -208,6 +208,7 @@ def _peers_status(
                 "role": role.value,
                 "state": peer.state,
                 "http": peer.hello.http_address,
+                **({"sessions": peer.hello.sessions_url} if peer.hello.sessions_url else {}),
                 "silent_s": round(now_s - peer.last_heard_s, 3),
                 "stats": peer.stats,
                 "waits": peer.waits,

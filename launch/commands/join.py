@@ -156,17 +156,17 @@ def _wait(server: subprocess.Popen[bytes], paths: RunPaths | None, *, stops: Sto
     return code if code >= 0 else 1
 
 
-def free_name(paths: RunPaths) -> str:
-    """A name that no server of the run has; the creation of its log file reserves it.
+def free_name(paths: RunPaths, *, role: str = "rollout") -> str:
+    """A name that no server of the run and this role has; the creation of its log file reserves it.
 
     On a machine that does not see the run's directory, the name contains the host's name and the process id.
     """
     if not paths.endpoints.is_dir():
         # `p` before the number: a plain number at the end would be read as the server's index.
         host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:40]
-        return f"rollout-{host}-p{os.getpid()}"
+        return f"{role}-{host}-p{os.getpid()}"
     for number in itertools.count():
-        name = f"rollout-{number}"
+        name = f"{role}-{number}"
         if not (paths.endpoints / f"{name}.json").exists():
             with contextlib.suppress(FileExistsError):
                 (paths.logs / f"{name}.log").touch(exist_ok=False)

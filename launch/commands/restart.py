@@ -104,6 +104,7 @@ def order(job: RunningJob, paths: RunPaths, role: str, settings: Sequence[str], 
     ours = [f"rollout-{index}" for index in range(job.config.rollout.num_servers)]
     scorers = range(job.config.scorer.num_servers if job.config.scorer.path else 0)
     ours += [f"scorer-{index}" for index in scorers]
+    ours += [f"router-{index}" for index in range(job.config.sessions.num_routers)]
     buffers = [shard.name for shard in all_shards(job.config.buffer.num_shards)]
     if role not in ("trainer", *ours, *buffers):
         if role in job.servers():
@@ -132,6 +133,8 @@ def order(job: RunningJob, paths: RunPaths, role: str, settings: Sequence[str], 
         return f"{role} is started again with its ledger; the others wait for it"
     if role.startswith("scorer-"):
         return f"{role} is started again; rewards wait for it or for another score server"
+    if role.startswith("router-"):
+        return f"{role} is started again; agents wait for it or use another router"
     return f"{role} returns its leases, delivers its finished samples, and is started again"
 
 

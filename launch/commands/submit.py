@@ -89,6 +89,7 @@ def _slurm(args: argparse.Namespace) -> int:
         return 0
     if _is_finished(config):
         return 0
+    _warn_of_routers(config)
     _warn_of_kill_wait(config.daemon.drain_timeout_s)
     for role, numbers in begin(config, scripts, num_servers=number).items():
         sys.stdout.write(f"{role}: job {', '.join(map(str, numbers))}\n")
@@ -121,6 +122,7 @@ def _ray(args: argparse.Namespace) -> int:
     config = settings_for_nodes(file_and_settings(args), trainer_nodes=options.trainer_nodes)
     if _is_finished(config):
         return 0
+    _warn_of_routers(config)
 
     def listen() -> Callable[[], bool]:
         signals = StopSignals()
@@ -137,6 +139,15 @@ def _is_finished(config: Config) -> bool:
     if is_finished:
         sys.stdout.write(f"the run in {paths.root} is finished; trainer.num_steps=MORE continues it\n")
     return is_finished
+
+
+def _warn_of_routers(config: Config) -> None:
+    """Says that a scheduler starts no routers."""
+    if config.sessions.num_routers:
+        sys.stderr.write(
+            "areal-like: no routers are started there: start them with `areal-like router RUN`, where the "
+            "run's directory can be seen\n"
+        )
 
 
 def _warn_of_kill_wait(drain_timeout_s: float) -> None:

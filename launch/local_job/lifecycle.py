@@ -8,14 +8,14 @@
 - PREPARING builds the model while the buffers start, unless a resumed run has its model already; STARTING
   waits for all daemons. Trainer and servers import their libraries while the buffers read their ledgers.
 - CLOSING always ends the processes in the same order: trainer (finishes its step, writes a checkpoint,
-  commits), rollout servers, buffers and score servers (if the job has a reward model).
+  commits), rollout servers, then buffers, routers and score servers (if the job has them).
 - A daemon that drains before CLOSING was stopped by a user. A stopped server is not replaced, and the run
   continues while another server is left; any other daemon closes the run. Exit code 0 of a
   daemon means that the run is finished, which also closes it; a trainer gets time to end by itself then.
 - A daemon that dies is started again, and the others only pause: other servers generate a dead server's
-  samples, rewards wait for a score server, a buffer restarts at the same port with its ledger (unless
-  `buffer.durability=none`), the trainer restarts from its newest checkpoint. The number of deaths in a row is
-  limited (areal_like/runtime/restarts.py, trainer.py).
+  samples, rewards wait for a score server, agents for a router, a buffer restarts at the same port with its
+  ledger (unless `buffer.durability=none`), the trainer restarts from its newest checkpoint. The number of
+  deaths in a row is limited (areal_like/runtime/restarts.py, trainer.py).
 - Not started again: a trainer whose code failed before the first step was done, and a daemon that rejects its
   settings (exit code 2), unless it is a server or buffer that has been ready with these settings before.
 """
@@ -130,6 +130,13 @@ class JobLifecycle:
             lease_timeout_s=0.0,
             role="scorer",
         )
+        self._routers = SupervisedServers(
+            [f"router-{index}" for index in range(config.sessions.num_routers)],
+            now_s=now_s,
+            lease_timeout_s=0.0,
+            role="router",
+        )
+        self._groups = (self._servers, self._scorers, self._routers)
         self._buffers_have_ports = False
         """True once all buffers have been ready: they keep their ports after a restart."""
         self._trainer = SupervisedTrainer(specs.trainer(), resume=config.resume, now_s=now_s)
@@ -193,7 +200,7 @@ class JobLifecycle:
         if ended.code == 2 and not self._has_worked(ended.name):
             report = self._trainer.death_report if ended.name == "trainer" else []
             return self._fail([ended.complaint, *report], exit_code=2, now_s=now_s)
-        for group in (self._servers, self._scorers):
+        for group in self._groups:
             if ended.name in group:
                 return [Notice(group.exited(ended, now_s=now_s))]
         if ended.code not in (0, DRAINED):
@@ -220,9 +227,7 @@ class JobLifecycle:
         if name in self._running and name in self._buffer_restarts:
             # It is killed, because a buffer that drains without a trainer ends the run.
             return [Notice(f"restarting {name}"), Kill(name), Start(self._buffers[name])]
-        if name in self._running and any(
-            group.replace(name) for group in (self._servers, self._scorers) if name in group
-        ):
+        if name in self._running and any(group.replace(name) for group in self._groups if name in group):
             return [Notice(f"restarting {name}"), Terminate(name)]
         return [Notice(f"{name} is not restarted: this launcher does not run it")]
 
@@ -302,7 +307,7 @@ class JobLifecycle:
         """
         buffers = [] if self._buffers_have_ports else self._unready_buffers(seen)
         ranks = [f"trainer-{rank}" for rank in range(self._config.trainer.world_size)]
-        names = [*self._scorers.expected, *self._servers.expected, *ranks]
+        names = [*self._scorers.expected, *self._routers.expected, *self._servers.expected, *ranks]
         return [*buffers, *(name for name in names if not _is_ready(seen, name))]
 
     def _unready_buffers(self, seen: Observation) -> list[str]:
@@ -326,7 +331,7 @@ class JobLifecycle:
 
     def _has_worked(self, name: str) -> bool:
         return name in self._ever_ready and (
-            name in self._servers or name in self._scorers or name in self._buffer_restarts
+            name in self._buffer_restarts or any(name in group for group in self._groups)
         )
 
     def _process_failed(self, ended: Exit, *, now_s: float) -> list[Action]:
@@ -381,6 +386,8 @@ class JobLifecycle:
         if self.phase is not Phase.CLOSING:  # they need no model of the run, and load their own meanwhile
             due = self._scorers.start_due(now_s=now_s)
             starts += [Start(self._specs.scorer(name)) for name in due]
+            due = self._routers.start_due(now_s=now_s)
+            starts += [Start(self._specs.router(name)) for name in due]
         for name, restarts in self._buffer_restarts.items():
             is_wanted = self.phase is not Phase.CLOSING or self._is_needed_to_close(name)
             if is_wanted and restarts.is_due(now_s=now_s):
@@ -392,11 +399,10 @@ class JobLifecycle:
         return self._started(starts)
 
     def _close_without_servers(self, seen: Observation, *, now_s: float) -> list[Action]:
-        if (ended := self._scorers.last_exit_if_none_left(seen, now_s=now_s)) is not None:
-            headline = (
-                f"{ended.name} ended ({ended.description}) and no score server is left; its last lines:"
-            )
-            return self._fail(ended.failure_lines(headline), exit_code=1, now_s=now_s)
+        for group, what in ((self._scorers, "score server"), (self._routers, "router")):
+            if (ended := group.last_exit_if_none_left(seen, now_s=now_s)) is not None:
+                headline = f"{ended.name} ended ({ended.description}) and no {what} is left; its last lines:"
+                return self._fail(ended.failure_lines(headline), exit_code=1, now_s=now_s)
         ended = self._servers.last_exit_if_none_left(seen, now_s=now_s)
         if ended is None:
             return []
@@ -438,7 +444,7 @@ class JobLifecycle:
             stages = (
                 Stage(names=("prepare_model", "trainer"), reserve=TRAINER_RESERVE, grace_s=grace_s),
                 Stage(names=tuple(self._servers.ours), reserve=SERVERS_RESERVE),
-                Stage(names=(*self._scorers.ours, *self._buffers), reserve=0.0),
+                Stage(names=(*self._scorers.ours, *self._routers.ours, *self._buffers), reserve=0.0),
             )
             self._shutdown = Shutdown(stages, now_s=now_s, timeout_s=timeout_s)
             self._enter(Phase.CLOSING, now_s=now_s)

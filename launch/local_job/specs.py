@@ -79,6 +79,14 @@ class JobSpecs:
         command = ("rollout_server.scoring", *self._common, *port, "--name", name)
         return ChildSpec(name=name, command=command, num_threads=config.scorer.num_threads)
 
+    def router(self, name: str) -> ChildSpec:
+        """A router. With fixed ports, its daemon's port is after those of the score servers."""
+        config = self._config
+        before = config.rollout.num_servers + config.trainer.world_size
+        before += config.scorer.num_servers if config.scorer.path else 0
+        port = self._http_port(before + int(name.rpartition("-")[2]))
+        return ChildSpec(name=name, command=("rollout_server.router", *self._common, *port, "--name", name))
+
     def offline(self, verb: OfflineVerb) -> ChildSpec:
         """The trainer of an offline run; with several ranks, the process that starts the ranks."""
         command = (verb.module, *self._common)

@@ -43,7 +43,7 @@ def test_init_makes_a_private_directory(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["keys", "init", str(path)]) == 0
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
     files = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()}
-    roles = ("agent", "buffer", "monitor", "operator", "rollout", "scorer", "trainer")
+    roles = ("agent", "buffer", "monitor", "operator", "rollout", "router", "scorer", "trainer")
     secret = {f"{role}.secret" for role in roles}
     assert set(files) == secret | {
         "public.json",
@@ -53,7 +53,7 @@ def test_init_makes_a_private_directory(tmp_path: Path, capsys: pytest.CaptureFi
     public = (path / "public.json").read_text()
     assert main(["keys", "show", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert len(secrets_of(path)) == 14
+    assert len(secrets_of(path)) == 16
     for secret_text in secrets_of(path):
         assert secret_text not in public and secret_text not in shown
     assert [line.split()[:2] for line in shown.splitlines()[3:]] == [[role, role] for role in roles]
@@ -122,7 +122,7 @@ def test_revoke_removes_old_and_new_keys(tmp_path: Path) -> None:
     assert revoke_key(path, "gpu-7") == 2
     assert allowed(path).key(added.public, now_unix_s=added.added_unix_s) is None
     assert not (path / "gpu-7.secret").exists()
-    assert len(allowed(path).keys) == 7, "other keys of the role stay"
+    assert len(allowed(path).keys) == len(KeyRole), "other keys of the role stay"
 
 
 def test_a_keyring_follows_its_directory(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ SETTINGS = (
     "buffer.retain_trajectories=true",
     "max_staleness=2",
 )
-PARTS = {"buffer": "--name buffer", "trainer": "-m trainer --config"}
+PARTS = {"buffer": "--name buffer", "trainer": "-m trainer --config", "router": "-m rollout_server.router"}
 """Role -> a part of the command line, of those that victims_of does not know."""
 CALM_S = 60.0
 """No daemon is killed three times within this time: the launcher would stop restarting it and end the job."""
@@ -255,11 +255,14 @@ def external_job(
     plan: dict[str, Any],
     num_processes: int = 2,
     num_servers: int = 2,
+    num_routers: int = 0,
     calls_tools: bool = False,
 ) -> Iterator[tuple[subprocess.Popen[str], OutsideAgents, Path]]:
-    """A job of external agents, with some of them; both run. `calls_tools`: its model has learned to."""
-    port, root = free_ports(num_servers), directory / "runs" / "x"
-    urls = [f"http://127.0.0.1:{port + index}" for index in range(num_servers)]
+    """A job of external agents, with some of them; both run. `num_routers`: with any, the agents know only
+    their addresses. `calls_tools`: its model has learned to."""
+    port, root = free_ports(num_servers + num_routers), directory / "runs" / "x"
+    urls = [f"http://127.0.0.1:{port + index}" for index in range(num_servers + num_routers)]
+    urls = urls[num_servers:] or urls
     config: tuple[str, ...] = ()
     if calls_tools:
         config = ("--config", str(ROOT / "configs" / "jobs" / "agents.yaml"))
@@ -273,6 +276,8 @@ def external_job(
         *model,
         f"sessions.port={port}",
         f"rollout.num_servers={num_servers}",
+        f"sessions.num_routers={num_routers}",
+        f"sessions.router_port={port + num_servers}",
         *settings,
     )
     with (

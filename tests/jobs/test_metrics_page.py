@@ -18,6 +18,7 @@ from buffer.diagnosis.life_times import LifeTimes
 from buffer.diagnosis.watchdog import Watchdog
 from buffer.service.prometheus import BufferSeries
 from rollout_server.metrics import ServerStats
+from rollout_server.router.metrics import RouterSeries
 from rollout_server.scoring.metrics import ScorerSeries
 from tests.support.launching import ROOT
 from tests.support.part_groups import example_step
@@ -132,10 +133,18 @@ def test_every_series_is_on_the_page() -> None:
     ServerStats(server, **dict.fromkeys(parts, nothing))
     TrainerSeries(trainer)
     trainer.registry.register(GpuMemory(torch.device("cpu")))
-    *_, scorer_text, buffer_text, server_text, trainer_text = re.split(r"^\*\*", PAGE, flags=re.M)
-    scorer = Metrics()
+    *_, router_text, scorer_text, buffer_text, server_text, trainer_text = re.split(
+        r"^\*\*", PAGE, flags=re.M
+    )
+    scorer, router = Metrics(), Metrics()
+    RouterSeries(router)
     ScorerSeries(scorer, num_waiting=lambda: 0, identity="")
-    for metrics, text in ((scorer, scorer_text), (buffer, buffer_text), (server, server_text)):
+    for metrics, text in (
+        (router, router_text),
+        (scorer, scorer_text),
+        (buffer, buffer_text),
+        (server, server_text),
+    ):
         assert set(re.findall(r"`(areal_\w+)(?:\{[\w,]+\})?`", text)) == series_of(metrics.registry)
     listed = set(re.findall(r"`(areal_trainer_[a-z_]+)(?:\{\w+\})?`", trainer_text))
     gauges = trainer_text.partition("there): ")[2]

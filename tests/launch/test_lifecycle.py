@@ -560,6 +560,29 @@ def test_exits_of_buffers_are_handled_first_servers_last() -> None:
     assert running_job().by_exit_priority(names) == ["buffer", "trainer", "rollout-0"]
 
 
+def test_routers_are_started_again_and_end_last() -> None:
+    job = lifecycle(sessions={"num_routers": 2}, daemon={"http_port": 9000})
+    job.start()
+    routers = tick(job, 0.0, seen())
+    assert started(routers) == ["router-0", "router-1"]
+    assert "daemon.http_port=9004" in routers[0].spec.command, "after buffer, servers and trainer"
+    job.exited(Exit(name="prepare_model", code=0), now_s=1.0)
+    tick(job, 1.0, seen("buffer"))
+    tick(job, 1.5, seen(*ALL, "router-0"))
+    assert job.waiting_for(seen(*ALL, "router-0")) == "router-1 (starting)"
+    tick(job, 2.0, seen(*ALL, "router-0", "router-1"))
+    assert job.phase is Phase.RUNNING
+    job.exited(Exit(name="router-0", code=-signal.SIGKILL), now_s=3.0)
+    assert started(tick(job, 3.6, seen(*ALL))) == ["router-0"]
+    assert job.replace("router-1")[-1] == Terminate("router-1")
+    ended = job.exited(Exit(name="trainer", code=0), now_s=9.0)
+    assert ended == [Terminate("rollout-0"), Terminate("rollout-1")], "agents hear the end from them"
+    for name in ("rollout-0", "rollout-1"):
+        job.exited(Exit(name=name, code=0), now_s=9.5)
+    last = tick(job, 10.0, seen())
+    assert {one.name for one in last if isinstance(one, Terminate)} == {"router-0", "router-1", "buffer"}
+
+
 SCORED = (*ALL, "scorer-0", "scorer-1")
 
 

@@ -61,6 +61,7 @@ class PlaneServer(SessionServer):
                 model="policy",
                 max_context=MAX_CONTEXT,
                 idle_timeout_s=60.0,
+                has_routers=True,
                 elsewhere=None
                 if find is None
                 else lambda app: Elsewhere(app=app, book=self.book, name="rollout-1", find=find),

@@ -56,6 +56,7 @@ MODULES = (
     "rollout_server",
     "rollout_server.data_stats",
     "rollout_server.engine",
+    "rollout_server.router",
     "rollout_server.scoring",
     "trainer",
     "trainer.evaluate",

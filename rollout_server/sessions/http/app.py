@@ -84,16 +84,19 @@ def session_app(
     advertise_host: str = "",
     keep_alive_s: float = KEEP_ALIVE_S,
     elsewhere: Callable[[ASGIApp], ASGIApp] | None = None,
+    has_routers: bool = False,
 ) -> ASGIApp:
     """Builds the application. `model`: the model's name in responses. `max_context`: longest sequence in
     tokens. `sample_timeout_s`, `idle_timeout_s`: time limits of a session, told to external agents.
     `advertise_host`: host in their base URL; empty: the one by which they reached the server. `elsewhere`:
-    wraps the application to respond for sessions that this server does not have; None: there are none."""
+    wraps the application to respond for sessions that this server does not have; None: there are none.
+    `has_routers`: claims may come through routers."""
     claims = ClaimRoutes(
         book=book,
         advertise_host=advertise_host,
         sample_timeout_s=sample_timeout_s,
         idle_timeout_s=idle_timeout_s,
+        has_routers=has_routers,
     )
     one = _SessionRoutes(
         book=book, rules=session_rules(model), max_context=max_context, keep_alive_s=keep_alive_s

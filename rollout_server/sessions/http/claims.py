@@ -20,15 +20,17 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
+from starlette.datastructures import URL
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from areal_like.errors import SessionMovedError
-from areal_like.http.access import bearer_token
+from areal_like.http.access import bearer_token, header_key
 from areal_like.http.bodies import ParamError, flag, number, parse_bounded_object, text
 from areal_like.http.streams import disconnected
 from areal_like.security.session_keys import nonce_of
+from areal_like.wire.limits import MAX_ADDRESS_CHARS
 from rollout_server.sessions.book import JOB_OVER, SessionBook
 from rollout_server.sessions.claimants import Claimant
 from rollout_server.sessions.http.call_response import drained
@@ -37,6 +39,8 @@ from rollout_server.sessions.open_session import AskedLimits, OpenSession, Sessi
 
 MAX_WAIT_S = 30.0
 MAX_NAME_CHARS = 100
+CLIENT_HEADER = b"x-areal-client"
+"""The address of an agent behind a router, in the router's request."""
 MAX_WAITING = 1024
 """Maximum number of clients that wait at the same time."""
 RETRY_AFTER_S = 5
@@ -57,6 +61,8 @@ class ClaimRoutes:
     """Host in a session's base URL; empty: the one by which the client reached the server."""
     sample_timeout_s: float | None
     idle_timeout_s: float
+    has_routers: bool = False
+    """True if claims come through routers, which name the agents' addresses."""
     _waiting: list[tuple[int, asyncio.Future[None]]] = field(default_factory=list, init=False)
     """Clients that wait, in the order of their numbers, which are in the order of their requests."""
     _numbers: Iterator[int] = field(default_factory=itertools.count, init=False)
@@ -78,7 +84,7 @@ class ClaimRoutes:
         )
         is_group = flag(body, "group")
         offer = self.book.offer_group if is_group else self._offer_one
-        claimant = _claimant(request, body)
+        claimant = _claimant(request, body, has_routers=self.has_routers)
         if (held := self._held(claimant)) is not None:
             return held
         sessions = offer() if not self._waiting else []
@@ -167,10 +173,7 @@ class ClaimRoutes:
 
     def _described(self, request: Request, sessions: list[OpenSession], *, is_group: bool) -> bytes:
         session, example = sessions[0], sessions[0].example
-        port = request.url.port
-        host = self.advertise_host or request.url.hostname or "127.0.0.1"
-        host = f"[{host}]" if ":" in host else host
-        host = f"{host}:{port}" if port is not None else host
+        base = reached_url(request.url, advertise_host=self.advertise_host)
         shown: dict[str, Any] = {"split": session.split, "index": session.index}
         if example is not None:
             shown |= {
@@ -182,7 +185,7 @@ class ClaimRoutes:
         own = [
             {
                 "id": one.id,
-                "base_url": f"{request.url.scheme}://{host}/sessions/{one.id}/v1",
+                "base_url": f"{base}/sessions/{one.id}/v1",
                 "api_key": one.api_key,
                 "sample": one.sample,
             }
@@ -235,13 +238,25 @@ class _Claimed:
             await send({"type": "http.response.body", "body": b""})
 
 
-def _claimant(request: Request, body: Mapping[str, Any]) -> Claimant:
+def reached_url(url: URL, *, advertise_host: str) -> str:
+    """The URL of a server for the client of a request, without a path: the one by which the client reached
+    it, with the host `advertise_host` unless that is empty."""
+    host = advertise_host or url.hostname or "127.0.0.1"
+    host = f"[{host}]" if ":" in host else host
+    return f"{url.scheme}://{host}" + (f":{url.port}" if url.port is not None else "")
+
+
+def _claimant(request: Request, body: Mapping[str, Any], *, has_routers: bool) -> Claimant:
     token = bearer_token(request.scope["headers"])
     name = "" if body.get("name") is None else text(body, "name")
     if len(name) > MAX_NAME_CHARS:
         raise ParamError(f"name may have at most {MAX_NAME_CHARS} characters", param="name")
+    address = request.client.host if request.client is not None else ""
+    # Of a router; another client can only tell apart its own claims by it, as by its name.
+    if has_routers and (behind := header_key(request.scope["headers"], CLIENT_HEADER)):
+        address = f"{behind[:MAX_ADDRESS_CHARS]} via {address}"
     return Claimant(
-        address=request.client.host if request.client is not None else "",
+        address=address,
         token=hashlib.sha256(token.encode()).hexdigest()[:16] if token else "",
         name=name,
     )

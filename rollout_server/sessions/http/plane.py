@@ -84,6 +84,7 @@ async def served_sessions(
         sample_timeout_s=config.rollout.sample_timeout_s or None,
         advertise_host=config.sessions.advertise_host,
         elsewhere=lambda app: Elsewhere(app=app, book=book, name=runtime.name, find=find),
+        has_routers=config.sessions.num_routers > 0,
     )
     plane = SessionPlane(
         config=config,

@@ -36,6 +36,10 @@ _CODES = {Reason.TOKEN: "invalid_api_key", Reason.BUSY: "too_many_requests", Rea
 _SOON: Headers = [(b"retry-after", b"1")]
 _RETRY: Mapping[Reason, Headers] = {Reason.SLOW: [], Reason.BUSY: _SOON, Reason.STARTING: _SOON}
 """Headers of refusals after which a request may be repeated."""
+WRONG_KEY = (
+    "no session of this run has this id and this key: send the api_key of the session "
+    "(Authorization: Bearer API_KEY, or x-api-key)"
+)
 _NO_KEY = secrets.token_urlsafe(32)
 """Compared with the key in a request to an unknown session, so that the check takes the same time."""
 
@@ -93,10 +97,7 @@ class SessionRules:
             message = "the server has just started, and does not know yet where sessions are: ask again"
             return Refusal(503, Reason.STARTING, message)
         if not (is_key and key):
-            wanted = (
-                "no session of this run has this id and this key: send the api_key of the session "
-                "(Authorization: Bearer API_KEY, or x-api-key)"
-            )
+            wanted = WRONG_KEY
             role_of = self.role_of
             if role_of is not None and any(role_of(token) is not None for token in tokens):
                 wanted += "; a token of the job opens no session"
@@ -110,20 +111,25 @@ class SessionRules:
     def _claim_refusal(self, token: str) -> Refusal | None:
         if not self.takes_claims:
             return Refusal(403, Reason.ROLE, "this listener is for the server's own agents: no claims here")
-        if self.role_of is None:
-            return None
-        role = self.role_of(token)
-        if role is None:
-            return Refusal(
-                401,
-                Reason.TOKEN,
-                "claims need a valid token of role agent (agent.token): Authorization: Bearer TOKEN",
-            )
-        if role not in _CLAIMING_ROLES:
-            return Refusal(
-                403, Reason.ROLE, f"a token of role {role.value} may claim no session; use agent.token"
-            )
+        return claim_refusal(token, self.role_of)
+
+
+def claim_refusal(token: str, role_of: RoleOfToken | None) -> Refusal | None:
+    """Why a claim with this bearer token is refused; None if it is not. `role_of`: None without keys."""
+    if role_of is None:
         return None
+    role = role_of(token)
+    if role is None:
+        return Refusal(
+            401,
+            Reason.TOKEN,
+            "claims need a valid token of role agent (agent.token): Authorization: Bearer TOKEN",
+        )
+    if role not in _CLAIMING_ROLES:
+        return Refusal(
+            403, Reason.ROLE, f"a token of role {role.value} may claim no session; use agent.token"
+        )
+    return None
 
 
 def most_bytes_of_body(scope: Mapping[str, Any], *, of_prompts: int) -> int:

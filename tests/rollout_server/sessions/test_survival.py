@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 
 from areal_like.chat.responses import parse_responses
 from areal_like.config import from_mapping
@@ -51,11 +52,29 @@ from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
 
 TASK = {"name": "external"}
-NUM_SERVERS, NUM_AGENTS, NUM_TURNS = 3, 24, 8
 LEASE_TIMEOUT_S = 10.0
-THINK_S = 20.0
+KILL_S = 20
+"""A server is killed each time so many seconds have passed."""
 SECRET = "5e" * 31
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """The size of a world."""
+
+    num_servers: int = 3
+    num_agents: int = 24
+    num_turns: int = 8
+    think_s: float = 20.0
+    """Mean pause of an agent after a turn."""
+    most_s: int = 3000
+    """By then all samples must have been made."""
+
+
+SMALL = Scale()
+LARGE = Scale(num_servers=8, num_agents=1000, num_turns=24, think_s=95.0, most_s=4500)
+"""Each session lasts about forty minutes, and its server is killed every 160 s."""
 
 
 class UniqueEngine:
@@ -110,7 +129,11 @@ class Server:
         config = from_mapping(
             {
                 "sampling": {"max_new_tokens": 40},
-                "rollout": {"max_context": 4000, "sample_timeout_s": 2000.0, "reward_timeout_s": 100.0},
+                "rollout": {
+                    "max_context": 4000,
+                    "sample_timeout_s": 2.0 * self.world.scale.most_s,
+                    "reward_timeout_s": 100.0,
+                },
                 "task": TASK,
                 "sessions": {"idle_timeout_s": 300.0},
                 "episode": {"max_turns": 50},
@@ -142,7 +165,7 @@ class Server:
         holding = sum(map(len, self.held.values()))
         message = ServerHeartbeat(
             state=ServerState.SERVING,
-            free_samples=NUM_AGENTS - holding,
+            free_samples=self.world.scale.num_agents - holding,
             holding_samples=holding,
             weights_version=self.world.version,
             leases=list(self.held),
@@ -214,9 +237,13 @@ def now_s() -> float:
 class World:
     """The ledger, its servers and their agents."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: Scale = SMALL) -> None:
+        self.scale = scale
         self.ledger = new_ledger(
-            group_size=4, groups_per_step=6, max_staleness=2, lease_timeout_s=LEASE_TIMEOUT_S
+            group_size=4,
+            groups_per_step=scale.num_agents // 4,
+            max_staleness=2,
+            lease_timeout_s=LEASE_TIMEOUT_S,
         )
         self.version = 0
         self.num_sampled = self.refused = self.num_bytes = 0
@@ -227,7 +254,7 @@ class World:
         self.verdicts: list[Verdict] = []
         self.servers: dict[str, Server] = {}
         self.zombies: list[Server] = []
-        for number in range(NUM_SERVERS):
+        for number in range(scale.num_servers):
             self.start(f"rollout-{number}", incarnation=1)
 
     def start(self, name: str, *, incarnation: int) -> None:
@@ -275,7 +302,7 @@ class World:
 
 @dataclass(eq=False)
 class Agent:
-    """Makes a sample of `NUM_TURNS` turns, and repeats what gets no response."""
+    """Makes a sample of so many turns, and repeats what gets no response."""
 
     world: World
     number: int
@@ -289,14 +316,14 @@ class Agent:
     async def run(self) -> None:
         await self.claim()
         messages: list[dict[str, Any]] = [{"role": "user", "content": f"go {self.number}"}]
-        for turn in range(NUM_TURNS):
+        for turn in range(self.world.scale.num_turns):
             reply = await self.turn(messages, is_lost=(self.number + turn) % 4 == 0)
             self.replies.append(reply)
             messages += [
                 {"role": "assistant", "content": reply},
                 {"role": "user", "content": f"tool {turn}"},
             ]
-            await asyncio.sleep(THINK_S * (0.5 + (self.number * 7 + turn * 3) % 10 / 10))
+            await asyncio.sleep(self.world.scale.think_s * (0.5 + (self.number * 7 + turn * 3) % 10 / 10))
         await self.at_session(lambda session: session.post_reward(value=self.number / 100))
         await self.at_session(OpenSession.end_recorded)
 
@@ -349,7 +376,7 @@ class Agent:
             except (SessionMovedError, TimeoutError):
                 await asyncio.sleep(1.0)
             except SessionGoneError:
-                assert self.place in self.world.samples or len(self.replies) == NUM_TURNS
+                assert self.place in self.world.samples or len(self.replies) == self.world.scale.num_turns
                 return None
 
 
@@ -358,7 +385,7 @@ def check(world: World, agents: list[Agent]) -> None:
     assert len(world.samples) == len(agents) and len({agent.id for agent in agents}) == len(agents)
     for agent in agents:
         trajectory = world.samples[agent.place]
-        assert not trajectory.segments and trajectory.num_turns == NUM_TURNS
+        assert not trajectory.segments and trajectory.num_turns == world.scale.num_turns
         assert trajectory.reward == agent.number / 100
         tokens, found = trajectory.tokens, []
         ends = np.flatnonzero((tokens == EOS) & (trajectory.loss_mask == 1)).tolist()
@@ -375,8 +402,9 @@ def check(world: World, agents: list[Agent]) -> None:
         assert found == agent.replies
 
 
-async def play(world: World, agents: list[Agent], disturb: Callable[[int], Awaitable[None]]) -> None:
-    """Runs the agents. `disturb` is called each second."""
+async def play(world: World, agents: list[Agent], disturb: Callable[[int], Awaitable[None]]) -> int:
+    """Runs the agents; returns after how many seconds all samples were made. `disturb` is called each
+    second."""
     running = asyncio.gather(*(agent.run() for agent in agents))
     try:
         async with asyncio.timeout(HANG_LIMIT_S * 1000):
@@ -385,35 +413,48 @@ async def play(world: World, agents: list[Agent], disturb: Callable[[int], Await
                 await world.second()
                 if running.done() and len(world.samples) == len(agents):
                     break
-                assert second < 3000, [agent.replies for agent in agents]
+                assert second < world.scale.most_s, [agent.replies for agent in agents]
         await running
+        return second
     finally:
         running.cancel()
         for server in (*world.servers.values(), *world.zombies):
             await server.runner.close()
 
 
-def test_sessions_survive_a_kill_every_minute() -> None:
-    """24 sessions of 8 turns at 3 servers. Every 20 s one of them is killed and starts again, so that each
-    is killed once a minute; weights are pushed meanwhile."""
+@pytest.mark.parametrize(
+    "scale",
+    [SMALL, pytest.param(LARGE, marks=[pytest.mark.chaos, pytest.mark.timeout(3600)])],
+    ids=["small", "large"],
+)
+def test_sessions_survive_their_servers(scale: Scale) -> None:
+    """Every 20 s one of the servers is killed and starts again; weights are pushed meanwhile. 24 sessions of
+    8 turns at 3 servers, each of which is killed once a minute; and 1,000 sessions of forty minutes."""
 
     async def body() -> None:
-        world = World()
-        agents = [Agent(world, number) for number in range(NUM_AGENTS)]
+        world = World(scale)
+        agents = [Agent(world, number) for number in range(scale.num_agents)]
 
         async def disturb(second: int) -> None:
-            if second % 20 == 19:
-                await world.kill(f"rollout-{second // 20 % NUM_SERVERS}")
+            if second % KILL_S == KILL_S - 1:
+                await world.kill(f"rollout-{second // KILL_S % scale.num_servers}")
             if second % 35 == 34:
                 world.push()
 
-        await play(world, agents, disturb)
+        num_seconds = await play(world, agents, disturb)
         check(world, agents)
-        assert sum(agent.num_moves for agent in agents) > NUM_AGENTS
-        assert sum(len(set(one.versions)) > 2 for one in world.samples.values()) > NUM_AGENTS // 2
+        num_moves = sum(agent.num_moves for agent in agents)
+        assert num_moves > scale.num_agents
+        assert sum(len(set(one.versions)) > 2 for one in world.samples.values()) > scale.num_agents // 2
         assert set(world.verdicts) == {Verdict.ACCEPTED} and world.ledger.state.num_journal_bytes == 0
         tokens = sum(len(one.tokens) for one in world.samples.values())
         assert world.num_bytes < 100 * tokens, "each turn is written once"
+        num_turns = scale.num_agents * scale.num_turns
+        assert num_turns <= world.num_sampled < 2 * num_turns
+        print(
+            f"{len(world.samples)} samples in {num_seconds} s, {num_seconds // KILL_S} kills, "
+            f"{num_moves} moves, {world.num_sampled} turns sampled for {num_turns}"
+        )
 
     moved_clock.run(body())
 
@@ -421,10 +462,10 @@ def test_sessions_survive_a_kill_every_minute() -> None:
 def test_a_server_that_was_only_slow_adds_nothing() -> None:
     async def body() -> None:
         world = World()
-        agents = [Agent(world, number) for number in range(NUM_AGENTS)]
+        agents = [Agent(world, number) for number in range(SMALL.num_agents)]
 
         async def disturb(second: int) -> None:
-            server = world.servers[f"rollout-{second // 60 % NUM_SERVERS}"]
+            server = world.servers[f"rollout-{second // 60 % SMALL.num_servers}"]
             if second % 60 == 20:
                 server.working.clear()
             if second % 60 == 45:  # its leases have expired, and others continue its sessions
@@ -433,7 +474,7 @@ def test_a_server_that_was_only_slow_adds_nothing() -> None:
         await play(world, agents, disturb)
         check(world, agents)
         assert world.refused > 0, "no server tried to write under a lost lease"
-        assert sum(agent.num_moves for agent in agents) > NUM_AGENTS // 2
+        assert sum(agent.num_moves for agent in agents) > SMALL.num_agents // 2
 
     moved_clock.run(body())
 

@@ -1,0 +1,57 @@
+"""`areal-like router RUN`: one address for agents, in front of all rollout servers of a running job."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from areal_like.config.common import NAME, NAME_RULE
+from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import load_config
+from launch.commands.join import free_name
+from launch.commands.parser import SETTINGS, argument, command, run_argument
+from launch.local_job.child import python_path
+from launch.run_directory.rundir import find_run, is_over
+
+
+@command(
+    "router",
+    "Give external agents one address for all rollout servers of a running job, until Ctrl-C or SIGTERM. "
+    "`run` with sessions.num_routers starts routers itself; this is for clusters and other machines. On a "
+    "machine that cannot see the run's directory, give --config and the settings with which the buffer is "
+    "found: buffer.advertise_host (or buffer.host) and daemon.http_port.",
+    argument("--config", metavar="FILE", help="the job's settings, where RUN is not given"),
+    argument("--name", metavar="NAME", default="", help="of the router; by default a free one"),
+    run_argument(nargs="?"),
+    SETTINGS,
+    examples=[
+        "router myrun sessions.router_port=7700",
+        "router --config job.yaml name=myrun sessions.router_host=0.0.0.0 security.keys=keys",
+    ],
+)
+def main(args: argparse.Namespace) -> int:
+    """Becomes the router. Raises ConfigError for a wrong setting."""
+    run, settings = args.run or "", list(args.settings)
+    if "=" in run:
+        run, settings = "", [run, *settings]
+    if bool(run) == (args.config is not None):
+        raise ConfigError("router: give either RUN or --config FILE with the settings of the job")
+    if run:
+        paths = RunPaths(find_run(run))
+        if is_over(paths):
+            raise ConfigError(f"{paths.root}: this run is over; start it again with resume=latest")
+        words = [f"runs_dir={paths.root.resolve().parent}", "buffer.discovery=run_dir", "daemon.http_port=0"]
+        settings = ["--config", str(paths.config), *words, *settings]
+    else:
+        settings = ["--config", args.config, *settings]
+    config = load_config(settings)
+    if args.name and not NAME.fullmatch(args.name):
+        raise ConfigError(f"--name {args.name[:80]}: {NAME_RULE}")
+    name = args.name or free_name(RunPaths.of(config), role="router")
+    endpoint = RunPaths.of(config).endpoints / f"{name}.json"
+    print(f"{name}: its address is in {endpoint}; Ctrl-C ends it", flush=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
+    words = [sys.executable, "-m", "rollout_server.router", "--name", name, *settings]
+    os.execve(sys.executable, words, environment)

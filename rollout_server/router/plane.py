@@ -1,0 +1,190 @@
+"""The HTTP server of a router: who may send what, before a body is read.
+
+    /health, /livez, /readyz    everybody
+    /sessions                   as at a rollout server: with keys, a token of role `agent` or `operator`
+    /sessions/ID/...            requests with a key; whether it is the session's, a server decides
+
+Connections, heads and bodies are bounded as at a rollout server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.types import ASGIApp, Scope
+
+from areal_like.chat.openai import most_bytes
+from areal_like.config import Config
+from areal_like.errors import ConfigError
+from areal_like.http.access import (
+    AccessRules,
+    Reason,
+    Refusal,
+    RoleOfToken,
+    bearer_token,
+    host_names,
+)
+from areal_like.http.guard import BodyLimits, HttpGuard
+from areal_like.http.server import HttpConfig, HttpServer
+from areal_like.security.binding import require_loopback_or_keys
+from areal_like.security.keyring import Keyring
+from areal_like.security.tls import tls_files
+from areal_like.security.tokens import role_of_token
+from areal_like.wire.sockets import bound_socket
+from rollout_server.router.forwarding import HEALTH_PATHS, key_digests
+from rollout_server.router.places import BodyPlaces
+from rollout_server.router.table import MAX_CLAIMS, RoutingTable
+from rollout_server.sessions.http.rules import (
+    WRONG_KEY,
+    claim_refusal,
+    error_of_refusal,
+    most_bytes_of_body,
+    session_id,
+)
+
+_BODY_TIMEOUT_S = 30.0
+_KEEP_ALIVE_S = 75
+"""As at rollout servers."""
+_WRITE_TIMEOUT_S = 60.0
+_SPARE_CONNECTIONS = 64
+_MAX_CONNECTIONS = 8192
+_MAX_BACKLOG = 1024
+_LONGEST_CONTEXT = 1 << 20
+"""Tokens; for the largest body where `rollout.max_context` does not say it. A server has its own limit."""
+_UNSIZED_BYTES = 1 << 20
+"""Largest body of a request that does not say its length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterRules:
+    """The check of a request's head."""
+
+    hosts: frozenset[str]
+    role_of: RoleOfToken | None
+
+    def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
+        """Returns why a request is refused; None if its body may be read."""
+        refusal = AccessRules(hosts=self.hosts, open_paths=HEALTH_PATHS).refusal(scope)
+        if refusal is not None or scope["path"] in HEALTH_PATHS:
+            return refusal
+        if not session_id(scope["path"]):
+            return claim_refusal(bearer_token(scope["headers"]), self.role_of)
+        return None if key_digests(scope["headers"]) else Refusal(401, Reason.TOKEN, WRONG_KEY)
+
+
+@dataclass(eq=False, kw_only=True)
+class RouterPlane:
+    """The HTTP server; call `start`, then `close`."""
+
+    config: Config
+    app: ASGIApp
+    table: RoutingTable
+    keyring: Keyring | None
+    index: int
+    """Number of this router, added to `sessions.router_port`."""
+    on_refused: Callable[[Reason], None] = lambda reason: None
+    places: BodyPlaces = field(default_factory=BodyPlaces)
+    url: str = field(default="", init=False)
+    serving: asyncio.Task[None] | None = field(default=None, init=False)
+    """Ends when the server does."""
+    _server: HttpServer | None = field(default=None, init=False)
+
+    def start(self, *, shutdown_s: int) -> None:
+        """Binds and serves. `shutdown_s`: longest wait for open responses at the end. Raises ConfigError if
+        the address cannot be bound or needs keys."""
+        settings, security, keyring = self.config.sessions, self.config.security, self.keyring
+        host = settings.router_host
+        require_loopback_or_keys(security, host, setting="sessions.router_host")
+        certificate, private_key = tls_files(security)
+        others = [*security.allowed_hosts, settings.router_advertise_host]
+        guard = HttpGuard(
+            self.app,
+            RouterRules(
+                hosts=host_names(host, others=others),
+                role_of=None if keyring is None else lambda token: role_of_token(keyring, token),
+            ),
+            limits=BodyLimits(max_bytes=self._most_bytes, timeout_s=_BODY_TIMEOUT_S),
+            max_bytes_of=self._most_bytes_of,
+            on_refused=self.on_refused,
+            describe=error_of_refusal,
+            place=self._place,
+        )
+        num_connections = min(
+            2 * self.config.rollout.most_episodes * self.config.rollout.num_servers
+            + _SPARE_CONNECTIONS
+            + MAX_CLAIMS,
+            _MAX_CONNECTIONS,
+        )
+        self._server = HttpServer(
+            HttpConfig(
+                guard,
+                max_connections=num_connections,
+                shutdown_s=shutdown_s,
+                keep_alive_s=_KEEP_ALIVE_S,
+                write_timeout_s=_WRITE_TIMEOUT_S,
+                backlog=_MAX_BACKLOG,
+                certificate=certificate,
+                private_key=private_key,
+            )
+        )
+        port = settings.router_port and settings.router_port + self.index
+        try:
+            listener = bound_socket(host, port)
+            listener.listen(_MAX_BACKLOG)
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"cannot bind sessions.router_host={host}, port {port} "
+                f"({getattr(error, 'strerror', error)}): set sessions.router_host to an address of this "
+                "machine, and sessions.router_port to a free one (0: any)"
+            ) from None
+        shown = settings.router_advertise_host or (
+            socket.gethostname() if host in ("0.0.0.0", "::") else host
+        )
+        shown = f"[{shown}]" if ":" in shown else shown
+        self.url = f"{'https' if certificate else 'http'}://{shown}:{listener.getsockname()[1]}"
+        self.serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="router")
+
+    async def close(self, *, limit_s: float) -> None:
+        """Stops the server; open requests get `shutdown_s` to finish."""
+        if self._server is not None and self.serving is not None:
+            self._server.should_exit = True
+            await asyncio.wait([self.serving], timeout=limit_s)
+            self.serving.cancel()
+
+    @property
+    def _most_bytes(self) -> int:
+        return most_bytes(context_length=self.config.rollout.max_context or _LONGEST_CONTEXT)
+
+    def _most_bytes_of(self, scope: Scope) -> int:
+        most = most_bytes_of_body(scope, of_prompts=self._most_bytes)
+        return most if _length(scope) is not None else min(most, _UNSIZED_BYTES)
+
+    @contextlib.contextmanager
+    def _place(self, scope: Scope) -> Iterator[Refusal | None]:
+        """The memory of an accepted request with a session; yields a refusal if there is none."""
+        if not (id := session_id(scope["path"])):
+            yield None
+            return
+        length = _length(scope)
+        num_bytes = self._most_bytes_of(scope) if length is None else min(length, self._most_bytes_of(scope))
+        is_known = any(self.table.is_known(id, digest) for digest in key_digests(scope["headers"]))
+        if problem := self.places.problem(id, num_bytes, is_known=is_known):
+            yield Refusal(429 if is_known else 503, Reason.BUSY, problem)
+            return
+        try:
+            yield None
+        finally:
+            self.places.leave(id, num_bytes, is_known=is_known)
+
+
+def _length(scope: Scope) -> int | None:
+    """The length of a request's body; None if it does not say it."""
+    headers = dict(scope["headers"])
+    if b"transfer-encoding" in headers:
+        return None
+    return int(headers.get(b"content-length", b"0"))
