@@ -312,9 +312,7 @@ def _push_seconds(job: PlannedJob, formulas: list[str]) -> float:
     delta = ""
     if config.weights.delta != "off":
         takes_all = config.weights.delta_with(config.rollout.engine) == "off"
-        delta = (
-            ", all bytes: SGLang takes no deltas" if takes_all else ", all bytes, as after a join"
-        )
+        delta = ", all bytes: SGLang takes no deltas" if takes_all else ", all bytes, as after a join"
     formulas.append(
         f"push = {num_bytes / 1e9:.1f} GB / {rate / 1e9:.1f} GB/s ({name}{delta}) = {push_s:.1f} s"
     )
