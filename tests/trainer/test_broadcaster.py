@@ -312,7 +312,7 @@ def test_a_broadcast_begins_when_every_server_is_ready() -> None:
 
 
 @pytest.mark.parametrize("topology", ["shared", "per_engine"])
-def test_one_member_without_the_base_gets_all_bytes_with_its_group(topology: str) -> None:
+def test_a_member_without_the_base_costs_its_group_a_delta(topology: str) -> None:
     """After a join, a failure, and with a member that cannot have a base; with other members' groups."""
 
     async def body(broadcaster: Broadcaster) -> None:
