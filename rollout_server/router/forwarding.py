@@ -62,6 +62,8 @@ ANSWER_LIMIT_S = 3600.0
 buffer hears from is given up much sooner."""
 HEALTH_PATHS = PROBE_PATHS | {"/health"}
 """Pages that need no token."""
+HAS_KNOWN_KEY = "has_known_key"
+"""Name in `scope["state"]` of a session's request: True if a server has accepted its key before."""
 CLAIM_SPARE_S = 15.0
 """How much longer than its waiting time a claim may take at a server."""
 PIECE_LIMIT_S = 60.0
@@ -175,10 +177,14 @@ def is_passable(raw_path: bytes, query: bytes) -> bool:
     return all(segment not in (b"", b".", b"..") for segment in path[1:].split(b"/"))
 
 
+def keys_in(headers: Headers) -> list[str]:
+    """The keys in a request."""
+    return [key for key in (bearer_token(headers), header_key(headers, b"x-api-key")) if key]
+
+
 def key_digests(headers: Headers) -> list[bytes]:
     """Digests of the keys in a request."""
-    keys = (bearer_token(headers), header_key(headers, b"x-api-key"))
-    return [digest_of(key) for key in keys if key]
+    return [digest_of(key) for key in keys_in(headers)]
 
 
 def digest_of(key: str) -> bytes:
@@ -458,6 +464,9 @@ class Forwarding:
             return _Moved(url=url.rstrip("/"))
         if status == 503:
             return _Moved()
+        if status == 500 and response.content_type == "text/plain":
+            # Of the HTTP server itself: a server that is ending has cancelled the request.
+            raise _NoAnswerError(Retry.UNREACHABLE)
         if 300 <= status < 400 or status < 200:
             raise _BrokenError(
                 f"{server.name} responded with HTTP status {status}, which no rollout server sends"
@@ -467,10 +476,10 @@ class Forwarding:
             self.is_job_over |= _code_in(content) == gone_code(JOB_OVER)
             return _Gone(headers=_headers_of(response), content=content)
         if status < 500 and status not in (401, 403, 404, 421):
-            digests = key_digests(request.scope["headers"])
             known = self.table.sessions.get(id)
-            if digests and (known is None or known.server != server.name or known.key_digest not in digests):
-                self.table.learn(id, server, digests[0])
+            is_new = known is None or known.server != server.name
+            if is_new or not request.scope["state"].get(HAS_KNOWN_KEY):
+                self.table.learn(id, server, key_digests(request.scope["headers"])[0])
         length = response.headers.get("content-length", "")
         if length.isdecimal() and int(length) <= _WHOLE_BYTES:
             content = await response.read()

@@ -36,7 +36,7 @@ from areal_like.security.keyring import Keyring
 from areal_like.security.tls import tls_files
 from areal_like.security.tokens import role_of_token
 from areal_like.wire.sockets import bound_socket
-from rollout_server.router.forwarding import HEALTH_PATHS, key_digests
+from rollout_server.router.forwarding import HAS_KNOWN_KEY, HEALTH_PATHS, key_digests, keys_in
 from rollout_server.router.places import BodyPlaces
 from rollout_server.router.table import MAX_CLAIMS, RoutingTable
 from rollout_server.sessions.http.rules import (
@@ -74,7 +74,7 @@ class RouterRules:
             return refusal
         if not session_id(scope["path"]):
             return claim_refusal(bearer_token(scope["headers"]), self.role_of)
-        return None if key_digests(scope["headers"]) else Refusal(401, Reason.TOKEN, WRONG_KEY)
+        return None if keys_in(scope["headers"]) else Refusal(401, Reason.TOKEN, WRONG_KEY)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -173,6 +173,7 @@ class RouterPlane:
         length = _length(scope)
         num_bytes = self._most_bytes_of(scope) if length is None else min(length, self._most_bytes_of(scope))
         is_known = any(self.table.is_known(id, digest) for digest in key_digests(scope["headers"]))
+        scope["state"][HAS_KNOWN_KEY] = is_known
         if problem := self.places.problem(id, num_bytes, is_known=is_known):
             yield Refusal(429 if is_known else 503, Reason.BUSY, problem)
             return

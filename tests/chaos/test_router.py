@@ -64,5 +64,6 @@ def test_agents_behind_a_router_lose_nothing(tmp_path: Path) -> None:
         assert any(
             line.startswith("router-0 ended (killed by SIGKILL): starting") for line in launcher_log(root)
         )
+        agents.kill()  # else they hear from the router that it is ending
         end(process, root)
         check_books(root, agents)

@@ -82,7 +82,7 @@ class Elsewhere:
         loop = asyncio.get_running_loop()
         end_s = loop.time() + _RESTORE_S
         while self.book.is_elsewhere(id):
-            if loop.time() >= end_s:
+            if loop.time() >= end_s or self.book.is_closed:  # a request left open would be cancelled
                 return _moved(scope, "the session is being restored at this server")
             await asyncio.sleep(_POLL_S)
         return None

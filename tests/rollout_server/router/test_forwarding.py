@@ -250,6 +250,26 @@ def test_a_half_response_is_asked_for_again() -> None:
     run(body())
 
 
+def test_what_an_ending_server_cancels_goes_on_elsewhere() -> None:
+    async def cancels(one: Arrived) -> None:
+        await one.answer(500, b"Internal Server Error", "content-type: text/plain; charset=utf-8\r\n")
+
+    async def fails(one: Arrived) -> None:
+        await one.refuse(500, "engine_error", "content-type: application/json\r\n")
+
+    a, b = PlayedServer("a", cancels), PlayedServer("b", saying("continued"))
+
+    async def body() -> None:
+        async with routed(a, b) as router:
+            router.table.learn("1-0-1", router.table.servers["a"], b"")
+            assert (await router.ask("POST", CHAT, {}))[1] == {"text": "continued"}
+            assert b.arrived[0].header("x-stainless-retry-count") == "1"
+            b.handle = fails
+            assert (await router.ask("POST", CHAT, {}))[1]["error"]["code"] == "engine_error", "the agent's"
+
+    run(body())
+
+
 def test_claims_when_nobody_or_nothing_is_there() -> None:
     a = PlayedServer("a", moved())
 
