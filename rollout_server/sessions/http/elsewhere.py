@@ -18,12 +18,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from areal_like.http.access import bearer_token, header_key
 from areal_like.wire.messages.producer import SessionPlace
 from rollout_server.sessions.book import OVER, SessionBook
-from rollout_server.sessions.http.errors import ELSEWHERE, MOVED, error_response
+from rollout_server.sessions.http.errors import ELSEWHERE, ENDS, MOVED, error_response
 from rollout_server.sessions.http.rules import session_id
 
 SERVER_HEADER = "x-areal-server"
@@ -92,6 +92,28 @@ class Elsewhere:
         keys = [key for key in given if self.book.keys.is_key(id, key)]
         if keys:  # otherwise the session was here, and its server has lost it
             self.book.note_over(id, keys[0])
+
+
+def told_at_the_end(app: ASGIApp) -> ASGIApp:
+    """The application, with a response to requests that the end of the server cancels: clients ask again."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await app(scope, receive, noting)
+        except asyncio.CancelledError:
+            if has_begun or scope["type"] != "http":
+                raise
+            response = error_response(503, "the server is ending: ask again", code=ENDS, path=scope["path"])
+            await response(scope, receive, send)
+
+    return call
 
 
 def _moved(scope: Scope, why: str) -> Response:

@@ -38,7 +38,7 @@ from rollout_server.policy.engines.sglang.process import server_index
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.http.claims import MAX_WAITING
-from rollout_server.sessions.http.elsewhere import Elsewhere, Find
+from rollout_server.sessions.http.elsewhere import Elsewhere, Find, told_at_the_end
 from rollout_server.sessions.http.rules import SessionRules, error_of_refusal, most_bytes_of_body
 from rollout_server.tasks.base import Task
 
@@ -235,7 +235,7 @@ class SessionPlane:
         )
         return HttpServer(
             HttpConfig(
-                guard,
+                told_at_the_end(guard),
                 max_connections=max_connections,
                 shutdown_s=_SHUTDOWN_S,
                 keep_alive_s=_KEEP_ALIVE_S,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from areal_like.shards import WHOLE
 from areal_like.wire.messages.producer import SessionPlace
@@ -73,3 +75,22 @@ def test_a_session_being_restored_is_waited_for() -> None:
         key = server.book.keys.new_key(session.id)
         path = f"/sessions/{session.id}/v1/chat/completions"
         assert server.ask("POST", path, CHAT, {"Authorization": f"Bearer {key}"})[0] == 200
+
+
+def test_a_request_that_the_end_cancels_is_answered() -> None:
+    """With the code for which a router repeats it; the HTTP server's own response would be a bare 500."""
+    asked = threading.Event()
+
+    async def find(id: str) -> SessionPlace | None:
+        asked.set()
+        await asyncio.Event().wait()
+        return None
+
+    with PlaneServer(find=find).serving() as server, ThreadPoolExecutor(1) as threads:
+        server.call(lambda: server.book.keys.set_secret(WHOLE, SECRET))
+        headers = {"Authorization": f"Bearer {server.book.keys.new_key('7-0-1')}"}
+        answer = threads.submit(server.ask, "POST", "/sessions/7-0-1/v1/chat/completions", CHAT, headers)
+        asked.wait()
+        server.run(server.plane.close())
+        status, content, told = answer.result()
+        assert (status, content["error"]["code"], told["retry-after"]) == (503, "server_ends", "1")
