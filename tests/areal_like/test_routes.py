@@ -24,7 +24,7 @@ from areal_like.wire.routes import Routes, RoutesShape, RoutesSpec, dtype_of
 
 GOLDEN_SAMPLES = (
     (
-        "940aa753616d706c65730081a773616d706c65739183a86c656173655f696401a67265636f72649200cca0a7"
+        "940ba753616d706c65730081a773616d706c65739183a86c656173655f696401a67265636f72649200cca0a7"
         "6661696c757265a0"
     ),
     (

@@ -17,6 +17,7 @@ from launch.cli import main
 from tests.chaos.job import running_job, train
 from tests.support.closed_run import CLOSE_AFTER, MAX_STALENESS, make_closed_run
 from tests.support.launching import TEST_LIMIT_S
+from tests.support.rollout_harness import wait_until
 from tests.support.waiting import HANG_LIMIT_S
 
 pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
@@ -39,7 +40,8 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             fast.terminate()
             job.produce("rollout-1", sample_s=3600.0)
             train(link, first=5, last=6)
-            job.buffer.wait_status(lambda status: status["tickets"]["leased"])
+            # On disk: what the status shows may not be durable yet.
+            wait_until(lambda: num_leased(job.buffer.paths.root) > 0)
         job.buffer.process.kill()
         job.buffer.process.wait()
         bound = job.buffer.config.staleness_cap
@@ -49,6 +51,13 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         job.buffer.paths.metrics.write_text("\n".join(rows) + '\n{"step": 6, "max_')
         return job.buffer.paths.root
+
+
+def num_leased(run: Path) -> int:
+    """Leased tickets on disk."""
+    with closing(sqlite3.connect(run / "ledger" / "ledger.sqlite3")) as connection:
+        (found,) = connection.execute("SELECT count(*) FROM tickets WHERE state = 'leased'").fetchone()
+    return int(found)
 
 
 @pytest.fixture

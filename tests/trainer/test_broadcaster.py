@@ -452,7 +452,7 @@ def link_to(channel: PlayedSender, *, rank: int) -> SenderLink:
     return SenderLink(channel, rank=rank)  # type: ignore[arg-type]
 
 
-def test_a_session_that_one_sender_cannot_open_is_forgotten_by_the_others() -> None:
+def test_a_session_that_a_sender_cannot_open_is_forgotten() -> None:
     """Otherwise each try would leave a store behind, and a port of `weights.port_range`."""
     channels = [PlayedSender(), PlayedSender(refuses="open"), PlayedSender()]
     links = [link_to(channel, rank=rank) for rank, channel in enumerate(channels, start=1)]
