@@ -17,7 +17,7 @@ from rollout_server.tasks.base import Task, make_task
 from rollout_server.tasks.coding import CodingTask
 from rollout_server.tasks.coding.environment import RepairEnvironment
 from rollout_server.tasks.coding.repositories import TEMPLATES, TESTS, Repository, bugs_of
-from tests.rollout_server.sandbox.test_sandbox import problem_of_bwrap
+from tests.rollout_server.sandbox.test_sandbox import SEES_THE_INTERPRETER, problem_of_bwrap
 
 DONE = say("DONE")
 
@@ -103,6 +103,7 @@ def is_failing(repository: Repository, content: str) -> bool:
     return not result.wasSuccessful()
 
 
+@SEES_THE_INTERPRETER
 def test_a_repair_is_rewarded(task: CodingTask) -> None:
     repository = repository_of(task)
     episode = episode_of(

@@ -24,7 +24,12 @@ from launch.run_directory.rundir import lock
 from rollout_server.sandbox import BwrapSandbox, Limits, OpenSandbox, RlimitsSandbox, Sandbox, make_sandbox
 from rollout_server.sandbox.owner import Owner, id_of_run
 from rollout_server.sandbox.reaping import own_sandboxes
-from tests.rollout_server.sandbox.test_sandbox import problem_of_bwrap, processes_with, wait_until_gone
+from tests.rollout_server.sandbox.test_sandbox import (
+    SEES_THE_INTERPRETER,
+    problem_of_bwrap,
+    processes_with,
+    wait_until_gone,
+)
 
 LIMITS = Limits(timeout_s=600.0, memory_mb=256, max_processes=16, file_mb=4, output_bytes=4096)
 
@@ -53,6 +58,7 @@ def test_files_stay_between_commands(box: OpenSandbox) -> None:
     assert box.exec([box.python, "src/pkg/a.py"]).exit_code == 4
 
 
+@SEES_THE_INTERPRETER
 def test_two_sandboxes_share_nothing(sandbox: Sandbox) -> None:
     with sandbox.open(limits=LIMITS) as first, sandbox.open(limits=LIMITS) as second:
         first.write({"only": "here"})
