@@ -47,6 +47,7 @@ def test_baselines_break_the_bound_or_waste_samples() -> None:
     assert runs[LedgerRule]["dropped_share"] == 0
 
 
+@pytest.mark.chaos
 def test_closing_keeps_both_pools_busy_and_the_bound_by_token() -> None:
     """Where waiting costs half of the throughput and dropping a part of the samples."""
     found = {}

@@ -697,5 +697,5 @@ TestLedger.settings = settings(
 )
 TestDurableLedger = DurableLedgerMachine.TestCase
 TestDurableLedger.settings = settings(
-    max_examples=50, stateful_step_count=60, suppress_health_check=list(HealthCheck)
+    max_examples=25, stateful_step_count=60, suppress_health_check=list(HealthCheck)
 )

@@ -77,7 +77,7 @@ def killed_and_replayed(
     return root / "checkpoints" / "step_000012", rows
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_a_killed_trainer_keeps_what_it_remembers(tmp_path: Path, cache: dict[str, str]) -> None:
     checkpoint, rows = killed_and_replayed(tmp_path, cache, *AVERAGED)

@@ -33,7 +33,7 @@ def rows_of(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_rewards_of_steps_reach_the_trainer(tmp_path: Path, cache: dict[str, str]) -> None:
     settings = ("advantage=grpo_process", "kl.coef=0.1", "kl.budget=1e-6", "trainer.num_steps=4")

@@ -50,7 +50,7 @@ def drain(process: subprocess.Popen[bytes]) -> int:
     return process.returncode
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_roles_started_by_hand_and_a_replaced_trainer(roles: Roles) -> None:
     run = roles.run
     buffer, port = roles.start_buffer()

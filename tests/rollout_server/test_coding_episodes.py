@@ -49,6 +49,7 @@ def turn(tool: str, **arguments: str) -> str:
     return f"{tool}({json.dumps(arguments)})"
 
 
+@pytest.mark.chaos
 def test_many_turns_are_one_record_in_a_context_of_32k() -> None:
     given = repository()
     script = [

@@ -250,7 +250,7 @@ OTHERS = ("of_texts", "of_scores", "dpo", "kto")
 @pytest.mark.parametrize(
     ("shape", "names", "num_rows"),
     [
-        pytest.param({"world_size": 2, "size": 2}, PREFERENCES, 5, id="preferences"),
+        pytest.param({"world_size": 2, "size": 2}, PREFERENCES, 5, marks=pytest.mark.long, id="preferences"),
         pytest.param({"world_size": 2, "size": 2}, OTHERS, 13, marks=pytest.mark.chaos, id="context"),
         pytest.param(BOTH, OTHERS, 13, marks=pytest.mark.chaos, id="context and replicas"),
     ],
@@ -315,7 +315,7 @@ def test_offline_training_in_a_shape(
                 assert of_step[metric] == expected, (name, metric)
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.parametrize(
     "shape", [{"world_size": 2, "size": 2}, BOTH], ids=["context", "context and replicas"]
 )
@@ -352,14 +352,17 @@ def test_linear_attention_in_a_context(tmp_path: Path, ranks: Ranks, size: int) 
     check_cases(tmp_path, ranks, cases, world_size=size, size=size)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("saved", "others"),
     [
-        ((4, 2, 1), [(4, 4, 1), (1, 1, 1)]),
-        ((4, 2, 2), [(2, 1, 1), (2, 2, 2), (4, 1, 2)]),
+        pytest.param((4, 2, 1), [(4, 4, 1), (1, 1, 1)], marks=pytest.mark.chaos, id="a context"),
+        pytest.param(
+            (4, 2, 2),
+            [(2, 1, 1), (2, 2, 2), (4, 1, 2)],
+            marks=pytest.mark.long,
+            id="a context and replicas",
+        ),
     ],
-    ids=["a context", "a context and replicas"],
 )
 def test_checkpoints_resume_at_other_shapes(
     tmp_path: Path, path: str, saved: tuple[int, int, int], others: list[tuple[int, int, int]]

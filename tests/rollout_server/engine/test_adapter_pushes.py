@@ -98,7 +98,9 @@ async def check(client: EngineClient, adapter: PeftAdapter, *, version: int) -> 
     assert error_of(adapter.model, PROMPT, generation) < TOLERANCE
 
 
-@pytest.mark.parametrize("mode", ["recompute", "keep", "abort_resume", "drain"])
+@pytest.mark.parametrize(
+    "mode", ["recompute", "keep", pytest.param("abort_resume", marks=pytest.mark.chaos), "drain"]
+)
 def test_samples_finish_or_change_as_the_mode_says(
     engine: Engine, adapters: list[PeftAdapter], mode: str
 ) -> None:

@@ -350,6 +350,7 @@ def model_of_layers(directory: Path, num_layers: int) -> str:
     return f"model.path={directory}"
 
 
+@pytest.mark.chaos
 def test_moments_on_the_host_are_part_of_the_plan(model: str) -> None:
     on_device, on_host = small(model), small(model, "trainer.offload_optimizer=true")
     moments = 8 * on_device.trace.num_params
@@ -542,6 +543,7 @@ def test_what_the_bound_costs_is_said(model: str) -> None:
     assert advised(closing, replace(costly, masked=0.01)) == ""
 
 
+@pytest.mark.chaos
 def test_closing_changes_the_expected_lag(model: str) -> None:
     plan = small(model, "buffer.overdue=close", "max_staleness=16")
     assert plan.estimate is not None

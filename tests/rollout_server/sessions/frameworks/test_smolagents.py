@@ -129,6 +129,7 @@ def test_an_agent_hits_its_maximum_of_steps(run: Run) -> None:
     assert answer == "I give up."
 
 
+@pytest.mark.chaos
 def test_an_agent_manages_another_one(run: Run) -> None:
     def agent(model: Any) -> Any:
         searcher = smolagents.ToolCallingAgent(
