@@ -51,7 +51,7 @@ from rollout_server.router.table import (
 from rollout_server.sessions.book import JOB_OVER
 from rollout_server.sessions.http.claims import CLIENT_HEADER, MAX_WAIT_S, RETRY_AFTER_S, reached_url
 from rollout_server.sessions.http.elsewhere import SERVER_HEADER
-from rollout_server.sessions.http.errors import ENDS, MOVED, error_response, gone_code
+from rollout_server.sessions.http.errors import MOVED, error_response, gone_code
 from rollout_server.sessions.http.rules import session_id
 
 log = logging.getLogger(__name__)
@@ -463,8 +463,6 @@ class Forwarding:
         if status == 421 and (url := response.headers.get(SERVER_HEADER)):
             return _Moved(url=url.rstrip("/"))
         if status == 503:
-            if _code_in(await _content(response, _MAX_TOLD_BYTES)) == ENDS:  # it may have had the request
-                raise _NoAnswerError(Retry.UNREACHABLE)
             return _Moved()
         if 300 <= status < 400 or status < 200:
             raise _BrokenError(

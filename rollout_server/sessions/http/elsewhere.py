@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from areal_like.http.access import bearer_token, header_key
 from areal_like.wire.messages.producer import SessionPlace
 from rollout_server.sessions.book import OVER, SessionBook
-from rollout_server.sessions.http.errors import ELSEWHERE, ENDS, MOVED, error_response
+from rollout_server.sessions.http.errors import ELSEWHERE, MOVED, error_response
 from rollout_server.sessions.http.rules import session_id
 
 SERVER_HEADER = "x-areal-server"
@@ -110,8 +110,7 @@ def told_at_the_end(app: ASGIApp) -> ASGIApp:
         except asyncio.CancelledError:
             if has_begun or scope["type"] != "http":
                 raise
-            response = error_response(503, "the server is ending: ask again", code=ENDS, path=scope["path"])
-            await response(scope, receive, send)
+            await _moved(scope, "the server is ending")(scope, receive, send)
 
     return call
 

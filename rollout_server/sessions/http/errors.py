@@ -34,7 +34,7 @@ from rollout_server.sessions.book import JOB_OVER
 
 CONTEXT_LENGTH = "context_length_exceeded"
 TURN_LIMIT = "turn_limit_exceeded"
-MOVED, ELSEWHERE, ENDS = "session_moved", "session_elsewhere", "server_ends"
+MOVED, ELSEWHERE = "session_moved", "session_elsewhere"
 RETRY_SOON: Mapping[str, str] = {"retry-after": "1"}
 _ANTHROPIC = "/v1/messages"
 _RESPONSES = "/v1/responses"

@@ -252,7 +252,7 @@ def test_a_half_response_is_asked_for_again() -> None:
 
 def test_what_an_ending_server_cancels_goes_on_elsewhere() -> None:
     async def cancels(one: Arrived) -> None:
-        await one.refuse(503, "server_ends", "content-type: application/json\r\n")
+        await one.refuse(503, "session_moved", "content-type: application/json\r\n")
 
     async def fails(one: Arrived) -> None:
         await one.refuse(500, "engine_error", "content-type: application/json\r\n")

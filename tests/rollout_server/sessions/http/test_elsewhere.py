@@ -93,4 +93,4 @@ def test_a_request_that_the_end_cancels_is_answered() -> None:
         asked.wait()
         server.run(server.plane.close())
         status, content, told = answer.result()
-        assert (status, content["error"]["code"], told["retry-after"]) == (503, "server_ends", "1")
+        assert (status, content["error"]["code"], told["retry-after"]) == (503, "session_moved", "1")
