@@ -118,8 +118,12 @@ def wait_until(
 
 def _sizes(run_root: Path) -> dict[str, int]:
     """Sizes of the files that grow while the run makes progress."""
-    files = [*run_root.glob("logs/*"), run_root / "metrics.jsonl"]
-    return {path.name: path.stat().st_size for path in files if path.exists()}
+    sizes = {}
+    with contextlib.suppress(FileNotFoundError):  # a launcher that refuses to start removes its run directory
+        for path in [run_root / "metrics.jsonl", *(run_root / "logs").iterdir()]:
+            if path.exists():
+                sizes[path.name] = path.stat().st_size
+    return sizes
 
 
 def wait_for_steps(num_steps: int, run_root: Path, *, process: subprocess.Popen[str] | None = None) -> None:
