@@ -30,6 +30,10 @@ REQUIREMENTS ?= $(shell cat .venv/.requirements 2>/dev/null || echo requirements
 STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 DOCS_STAMP := $(STAMP)-docs-$(shell cksum < requirements-docs.txt | cut -d' ' -f1)
 
+# Bytecode is written even where the environment says otherwise (as in images of containers): each of the hundreds of processes
+# that the tests start would compile the sources again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run sft test test-fast test-long chaos sglang test-sglang test-gpu verifiers test-verifiers clients test-clients test-cluster trl docs lint ruff format setup clean
 .DEFAULT_GOAL := run
 
@@ -40,18 +44,14 @@ sft: $(STAMP)
 	@exec $(BIN)/python -m launch sft $(ARGS)
 
 # The types are checked beside the first tests: mypy needs one core for most of a minute if it has no cache.
-# Bytecode is written even where the environment says otherwise (as in images of containers): each of the workers and of the
-# hundreds of processes that they start would compile the sources again.
 test: ruff
-	@unset PYTHONDONTWRITEBYTECODE; \
-	$(BIN)/mypy & types=$$!; \
+	@$(BIN)/mypy & types=$$!; \
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=1 $(ARGS); tests=$$?; \
 	wait $$types || { echo "make test: mypy has found errors, printed above" >&2; exit 1; }; exit $$tests
 
 # What is fast follows from what a test uses: tests/support/selection.py.
 test-fast: $(STAMP)
-	@unset PYTHONDONTWRITEBYTECODE; \
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --fast $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --fast $(ARGS)
 
 test-long: $(STAMP)
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist load -m long $(ARGS)

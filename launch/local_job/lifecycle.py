@@ -41,7 +41,9 @@ from launch.observation.observer import Observation
 
 log = logging.getLogger(__name__)
 
-BUFFER_START_TIMEOUT_S = 60.0
+BUFFER_START_TIMEOUT_S = 300.0
+"""A buffer that has reported no address by then is hung. Reading a large journal on a loaded machine takes
+a minute."""
 START_PATIENCE = 2.0
 """Longest time without progress in STARTING, in multiples of `start_limit_s`. Above 1, because a server
 reports the reason itself if its engine does not start."""

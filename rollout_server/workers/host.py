@@ -38,8 +38,8 @@ from rollout_server.workers.zygote import MAX_PACKET_BYTES
 
 log = logging.getLogger(__name__)
 
-_START_TIMEOUT_S = 60.0
-"""Time limit for the import of a task, long because that may import a large library."""
+_START_TIMEOUT_S = 300.0
+"""Time limit for the import of a task. It ends a hang: large libraries take a minute on a loaded machine."""
 _FORK_TIMEOUT_S = 60.0
 """A fork takes milliseconds. A zygote none of whose workers starts within this time is considered hung."""
 _FORK_CHECKS = 20

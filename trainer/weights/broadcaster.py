@@ -640,7 +640,7 @@ class WeightGroupSession:
             )
         )
         try:
-            ready = asyncio.gather(*waiting)
+            ready = _unlogged(asyncio.gather(*waiting))
             await _wait_unless_refused(ready, requests, limit=limit, failing=sending)
             may_begin.set()
             has_begun = True
@@ -709,7 +709,7 @@ class WeightGroupSession:
     def _at_all_ends(self, work: Callable[[SendingEnd], T]) -> asyncio.Future[list[T]]:
         """Does something at every sender, each in a thread; the first error is that of the future."""
         name = f"weight-session-{self.number}"
-        return asyncio.gather(*(in_thread(partial(work, end), name=name) for end in self._ends))
+        return _unlogged(asyncio.gather(*(in_thread(partial(work, end), name=name) for end in self._ends)))
 
     def _form_group(self, rank: int) -> FormGroup:
         return FormGroup(
@@ -767,6 +767,12 @@ class _Limit:
     def of(cls, timeout_s: float) -> _Limit:
         """The limit that ends `timeout_s` from now."""
         return cls(timeout_s=timeout_s, end_s=asyncio.get_running_loop().time() + timeout_s)
+
+
+def _unlogged(work: asyncio.Future[T]) -> asyncio.Future[T]:
+    """`work`, without asyncio's report of its error if it is cancelled and nothing waits for it any more."""
+    work.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+    return work
 
 
 async def _wait_until_ready(receiver: Receiver, version: int) -> None:
