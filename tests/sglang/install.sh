@@ -19,7 +19,7 @@ if [[ ! -e $venv/.complete ]]; then
     rm -rf "$venv"
     "$python" -m venv "$venv"
     read -ra pip_args <<<"${PIP_ARGS:-}"
-    pip() { "$venv/bin/python" -m pip install -q -q --disable-pip-version-check "${pip_args[@]}" "$@" >&2; }
+    pip() { "$venv/bin/python" -m pip install -q -q --disable-pip-version-check --no-compile "${pip_args[@]}" "$@" >&2; }
     # First and alone: a CPU build that is there already satisfies everything that asks for torch later.
     torch=$(grep '^torch==' "$here/requirements.txt")+cpu
     pip "$torch" 2>/dev/null || pip --extra-index-url https://download.pytorch.org/whl/cpu "$torch"
@@ -29,6 +29,8 @@ if [[ ! -e $venv/.complete ]]; then
     # The package index's torchvision carries CUDA operators; beside a CPU torch the one import that registers them cannot load.
     sed -i '/^    _meta_registrations,$/d' "$site/torchvision/__init__.py"
     cp "$here/sgl_kernel.py" "$site/"
+    # On all cores, where pip would use one. Some packages carry templates that are not Python.
+    "$venv/bin/python" -m compileall -q -q -j 0 "$site" || true
     "$venv/bin/python" -c 'import sgl_kernel, torchvision, sglang.srt.server_args' >&2
     touch "$venv/.complete"
 fi

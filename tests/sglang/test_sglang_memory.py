@@ -11,7 +11,7 @@ from tests.sglang.conftest import START_S
 from tests.support.rollout_harness import PlayedBuffer, job, serving
 from trainer.models.tiny import build_tiny_model
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.long]
 
 RETRACTIONS_EVERY_S = 2.0
 NUM_LEASES = 100

@@ -16,7 +16,7 @@ from tests.support import engine_conformance as conformance
 from tests.support.engine_harness import CONTEXT, VOCAB, Engine, save_models, weights_of
 from tests.support.moe_model import run_moe_job
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.long]
 
 
 def test_pushed_experts_are_used(tmp_path: Path) -> None:

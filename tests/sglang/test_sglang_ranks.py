@@ -15,7 +15,7 @@ from rollout_server.policy.sglang_client import SglangClient
 from tests.sglang.test_sglang_update import UpdateHarness
 from tests.support.engine_harness import CONTEXT, VOCAB, Models, load_model, weights_of
 
-pytestmark = pytest.mark.timeout(480)
+pytestmark = [pytest.mark.timeout(480), pytest.mark.long]
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def agents_outside(url: str, *, num_threads: int = 8) -> Iterator[list[str]]:
             thread.join()
 
 
-@pytest.mark.parametrize("where", ["inside", "outside"])
+@pytest.mark.parametrize("where", ["inside", pytest.param("outside", marks=pytest.mark.long)])
 def test_agents_train_on_sglang(where: str, tmp_path: Path) -> None:
     if where == "inside":
         pytest.importorskip("agents", reason="needs openai-agents")
