@@ -473,7 +473,7 @@ def test_a_server_that_fails_is_quarantined_with_a_reason(tmp_path: Path) -> Non
 
 def test_a_draining_buffer_serves_its_trainer(tmp_path: Path) -> None:
     # It serves a trainer that it has heard within three heartbeats, and the one of the test sends none.
-    daemon = {"heartbeat_s": 60.0, "drain_timeout_s": 2 * HANG_LIMIT_S}
+    daemon = {"heartbeat_s": 30.0, "drain_timeout_s": 2 * HANG_LIMIT_S}
     with running_buffer(tmp_path, daemon=daemon, buffer={"lease_timeout_s": HANG_LIMIT_S}) as buffer:
         check_a_draining_buffer(buffer)
 
