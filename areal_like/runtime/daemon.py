@@ -151,7 +151,7 @@ class Runtime:
     def stop(self) -> None:
         """Begins the drain. Safe to call from any thread, and from a signal handler, even after the event
         loop has ended."""
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self.stopping.set)
 
     async def __aenter__(self) -> Self:

@@ -13,6 +13,7 @@ writer might acknowledge lost data if it continued.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -131,7 +132,7 @@ class Writer:
             self._call_in_loop(self._on_error, error)
 
     def _call_in_loop(self, callback: Callable[..., None], *arguments: object) -> None:
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(callback, *arguments)
 
     def _write_when_there_is_space(self, batch: Batch) -> list[RecordLocation] | None:

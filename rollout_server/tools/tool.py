@@ -16,6 +16,7 @@ in a thread of its own; after its time limit it cannot be stopped, only abandone
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import re
@@ -190,7 +191,7 @@ async def _in_thread(function: Callable[..., Any], values: Mapping[str, Any]) ->
             is_plain = isinstance(error, Exception) and not isinstance(error, StopIteration)
             raised = error if is_plain else RuntimeError(f"{type(error).__name__}: {error}")
             outcome = (done.set_exception, raised)
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(finish, *outcome)
 
     threading.Thread(target=run, name=f"tool-{function!r:.40}", daemon=True).start()

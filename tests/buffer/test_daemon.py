@@ -94,9 +94,16 @@ async def until(inbox: list[Any], kind: type, *, count: int = 1) -> list[Any]:
     return found
 
 
+def num_serving(status: dict[str, Any]) -> int:
+    """Rollout servers that are registered and have said that they serve."""
+    return sum(peer["role"] == "rollout" and peer["state"] == "serving" for peer in status["peers"])
+
+
 def test_a_whole_run_with_two_producers(buffer: BufferProcess) -> None:
     for name in ("rollout-0", "rollout-1"):
         buffer.produce(name)
+    # One of them alone could make all samples before the other one has started.
+    buffer.wait_status(lambda status: num_serving(status) == 2)
     config = buffer.config
 
     directories: list[Any] = []
@@ -192,7 +199,8 @@ def check_leases_of_a_killed_producer(buffer: BufferProcess) -> None:
         async with training(buffer) as trainer:
             await asyncio.to_thread(buffer.wait_status, lambda status: status["tickets"]["leased"] == 4)
             killed.send_signal(signal.SIGKILL)
-            buffer.produce("rollout-1")
+            await asyncio.to_thread(buffer.wait_status, lambda status: status["counters"]["leases_lost"] == 4)
+            buffer.produce("rollout-1")  # not before: it would have to send heartbeats in time meanwhile
             for step in range(6):
                 await trainer.train(step)
                 await trainer.call(AllocVersion(step=step + 1))
@@ -420,7 +428,6 @@ def test_a_failed_job_sends_the_reason_to_every_peer(tmp_path: Path) -> None:
 
 def test_a_server_that_fails_is_quarantined_with_a_reason(tmp_path: Path) -> None:
     with running_buffer(tmp_path, buffer={"max_consecutive_failures": 2}) as buffer:
-        buffer.produce("rollout-1")
 
         async def run() -> None:
             inbox: list[Any] = []
@@ -432,6 +439,9 @@ def test_a_server_that_fails_is_quarantined_with_a_reason(tmp_path: Path) -> Non
             async with training(buffer) as trainer, connected(buffer, broken, inbox=inbox) as link:
                 link.send(beat(free=8))
                 leases = (await until(inbox, Leases))[0].leases
+                # Not before: it could have made all samples that may be made now.
+                buffer.produce("rollout-1")
+                await asyncio.to_thread(buffer.wait_status, lambda status: num_serving(status) == 2)
                 for lease in leases[:2]:
                     link.send(
                         SampleFailed(
@@ -461,7 +471,14 @@ def test_a_server_that_fails_is_quarantined_with_a_reason(tmp_path: Path) -> Non
         assert "rollout-0 gets no leases for 30 s: 2 samples failed in a row" in buffer.terminate()[1]
 
 
-def test_a_draining_buffer_serves_its_trainer(buffer: BufferProcess) -> None:
+def test_a_draining_buffer_serves_its_trainer(tmp_path: Path) -> None:
+    # It serves a trainer that it has heard within three heartbeats, and the one of the test sends none.
+    daemon = {"heartbeat_s": 30.0, "drain_timeout_s": 2 * HANG_LIMIT_S}
+    with running_buffer(tmp_path, daemon=daemon, buffer={"lease_timeout_s": HANG_LIMIT_S}) as buffer:
+        check_a_draining_buffer(buffer)
+
+
+def check_a_draining_buffer(buffer: BufferProcess) -> None:
     buffer.produce("rollout-0")
 
     async def run() -> None:
@@ -473,10 +490,10 @@ def test_a_draining_buffer_serves_its_trainer(buffer: BufferProcess) -> None:
                     await asyncio.to_thread(buffer.get, "/readyz")
             await trainer.train(1)
             await trainer.call(CommitStep(step=1))
+            await trainer.call(Goodbye())
 
     asyncio.run(run())
-    _, stderr = buffer.process.communicate()
-    assert (buffer.process.returncode, stderr) == (0, "")
+    assert buffer.ended() == (0, "")
     assert not (buffer.paths.endpoints / "buffer.json").exists()
 
 

@@ -45,8 +45,7 @@ def keys(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def buffer(tmp_path: Path, keys: Path) -> Iterator[BufferProcess]:
-    settings = {"security": {"keys": str(keys)}, "buffer": {"lease_timeout_s": 30}}
-    with running_buffer(tmp_path, **settings) as process:
+    with running_buffer(tmp_path, security={"keys": str(keys)}) as process:
         yield process
 
 
@@ -293,7 +292,7 @@ def test_a_peer_with_an_expired_key_gets_nothing_more(buffer: BufferProcess, key
             connected(buffer, keys, KeyRole.TRAINER, hello=trainer_hello(buffer.config)) as thief,
             connected(buffer, keys, KeyRole.ROLLOUT, hello=server(buffer)) as good,
         ):
-            await until(lambda: thief.received(Directory))
+            await until(lambda: [len(each.servers) for each in thief.received(Directory)][-1:] == [1])
             rotate_keys(keys, "trainer", grace_s=0)
             num_received = len(thief.received(Directory))
             buffer.wait_status(lambda status: "trainer" not in str(status["peers"]))

@@ -60,7 +60,7 @@ async def until(inbox: list[Any], kind: type, *, count: int = 1) -> list[Any]:
 
 
 def test_the_ledger_survives_sigkill_of_the_buffer(tmp_path: Path) -> None:
-    config = job(tmp_path, buffer={"lease_timeout_s": 5.0}, trainer={"num_steps": 6, "groups_per_step": 2})
+    config = job(tmp_path, trainer={"num_steps": 6, "groups_per_step": 2})
     server = hello("rollout-0", dataset=dataset_fingerprint(config))
     rank = trainer_hello(config)
 

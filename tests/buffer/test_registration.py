@@ -25,6 +25,7 @@ from areal_like.wire.messages.consumer import AllocVersion, CommitStep, FinishRu
 from areal_like.wire.messages.hello import Drain, Goodbye, Hello, HelloRequired, JobFinished, Role, Welcome
 from areal_like.wire.messages.producer import HeartbeatAck, ReturnLeases, ServerHeartbeat, ServerState
 from buffer.ledger.recovery import recover
+from buffer.service.daemon import RunEnd
 from buffer.service.handlers import Handlers
 from buffer.service.operations import unfence_offline
 from buffer.service.outbox import Outbox
@@ -129,7 +130,7 @@ def test_a_forged_hello_displaces_nobody(tmp_path: Path) -> None:
 
 def test_a_process_that_does_not_answer_is_replaced(tmp_path: Path) -> None:
     """The successor needs no clock: its number comes from the ledger."""
-    with running_buffer(tmp_path, buffer={"lease_timeout_s": 30.0}) as buffer:
+    with running_buffer(tmp_path) as buffer:
 
         async def run() -> None:
             old_hello, inbox = server_hello(buffer), []
@@ -148,7 +149,7 @@ def test_a_process_that_does_not_answer_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_dead_process_is_replaced_at_once(tmp_path: Path) -> None:
-    with running_buffer(tmp_path, buffer={"lease_timeout_s": 30.0}) as buffer:
+    with running_buffer(tmp_path) as buffer:
 
         async def run() -> list[int]:
             granted, times_s = [], []
@@ -373,7 +374,7 @@ def module_buffer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_long_names_grow_neither_log_nor_directory(tmp_path: Path) -> None:
     """A stranger without keys: names of 3 MB, and more peers than are allowed."""
-    with running_buffer(tmp_path, buffer={"max_peers": 4, "lease_timeout_s": 5.0}) as buffer:
+    with running_buffer(tmp_path, buffer={"max_peers": 4}) as buffer:
         buffer.produce("rollout-0")
         buffer.wait_status(lambda status: status["peers"])
         log = buffer.paths.logs / "buffer.log"
@@ -433,8 +434,7 @@ def test_every_peer_is_told_that_the_run_is_finished(tmp_path: Path) -> None:
 
         asyncio.run(run())
         assert producer.wait() == 0
-        _, stderr = buffer.process.communicate()
-        assert (buffer.process.returncode, stderr) == (0, "")
+        assert buffer.ended() == (0, "")
         assert scalar(buffer, "finished_steps") == 2
 
 
@@ -451,7 +451,9 @@ def test_a_finished_run_is_continued_with_more_steps(tmp_path: Path) -> None:
         asyncio.run(run())
         buffer.process.communicate()  # after linger_s: two peers have left without a goodbye
         assert buffer.process.returncode == 0
-    again = BufferProcess(buffer.config)
+    # It would end by itself after linger_s, too.
+    longer = dataclasses.replace(buffer.config.daemon, linger_s=HANG_LIMIT_S)
+    again = BufferProcess(dataclasses.replace(buffer.config, daemon=longer))
     try:
 
         async def arrive_late() -> None:
@@ -463,8 +465,7 @@ def test_a_finished_run_is_continued_with_more_steps(tmp_path: Path) -> None:
                     await link.call(StartTraining(step=1), timeout_s=HANG_LIMIT_S)
 
         asyncio.run(arrive_late())
-        again.process.communicate()
-        assert again.process.returncode == 0
+        assert again.terminate() == (0, ""), "it has nothing to drain"
     finally:
         again.close()
     more = dataclasses.replace(buffer.config, trainer=dataclasses.replace(buffer.config.trainer, num_steps=2))
@@ -546,7 +547,21 @@ def test_an_impossible_number_needs_unfence() -> None:
     )
 
 
-# --- the decision alone ---
+# --- the decisions alone ---
+
+
+def test_a_buffer_of_a_run_that_was_finished_waits_for_late_peers() -> None:
+    peers = ConnectedPeers(job="job", dataset="d")
+    restarted = RunEnd(peers, linger_s=30.0, was_finished=True)
+    assert [restarted.has_ended(now_s=now_s) for now_s in (5.0, 34.9, 35.0)] == [False, False, True]
+    end = RunEnd(peers, linger_s=30.0, was_finished=False)
+    assert end.has_ended(now_s=5.0), "every peer has left"
+    end = RunEnd(peers, linger_s=30.0, was_finished=False)
+    end.lost("rollout-0", now_s=1.0)
+    assert [end.has_ended(now_s=now_s) for now_s in (5.0, 30.9, 31.0)] == [False, False, True]
+    peers.add(b"route", hello("rollout-1"), now_s=5.0)
+    end = RunEnd(peers, linger_s=30.0, was_finished=False)
+    assert [end.has_ended(now_s=now_s) for now_s in (5.0, 34.9, 35.0)] == [False, False, True]
 
 
 def newcomer(route: bytes) -> Newcomer:

@@ -28,6 +28,7 @@ from rollout_server.leases.client import BufferClient
 from rollout_server.leases.held_leases import HeldLeases
 from tests.support import moved_clock
 from tests.support.moved_clock import advance
+from tests.support.ports import held_port
 from tests.support.waiting import HANG_LIMIT_S
 
 HELLO = Hello(
@@ -87,13 +88,9 @@ def test_messages_to_an_absent_buffer_do_not_pile_up(tmp_path: Path, monkeypatch
     monkeypatch.setattr("rollout_server.leases.client._HELLO_TIMEOUT_S", 5.0)
 
     async def body() -> None:
-        first = PlayedBuffer()
+        first = PlayedBuffer(port=port)
         config = from_mapping(
-            {
-                "runs_dir": str(tmp_path),
-                "buffer": {"port": first.listener.port},
-                "daemon": {"heartbeat_s": 1.0},
-            }
+            {"runs_dir": str(tmp_path), "buffer": {"port": port}, "daemon": {"heartbeat_s": 1.0}}
         )
         held, leases = HeldLeases(engine_samples=4, max_episodes=8), list[Any]()
         client = BufferClient(
@@ -115,7 +112,7 @@ def test_messages_to_an_absent_buffer_do_not_pile_up(tmp_path: Path, monkeypatch
         for _ in range(150):  # heartbeats that would pile up
             advance(1.0)
             await asyncio.sleep(0.005)
-        second = PlayedBuffer(port=first.listener.port, acknowledging=True)
+        second = PlayedBuffer(port=port, acknowledging=True)
         await second.expect("SampleFailed")
         await second.expect("ServerHeartbeat")
         while held.num_unacknowledged:
@@ -127,7 +124,8 @@ def test_messages_to_an_absent_buffer_do_not_pile_up(tmp_path: Path, monkeypatch
         client.close()
         second.listener.close()
 
-    moved_clock.run(body())
+    with held_port() as port:
+        moved_clock.run(body())
 
 
 def test_a_buffer_that_moved_gets_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

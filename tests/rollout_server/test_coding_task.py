@@ -18,6 +18,7 @@ from rollout_server.tasks.coding import CodingTask
 from rollout_server.tasks.coding.environment import RepairEnvironment
 from rollout_server.tasks.coding.repositories import TEMPLATES, TESTS, Repository, bugs_of
 from tests.rollout_server.sandbox.test_sandbox import SEES_THE_INTERPRETER, problem_of_bwrap
+from tests.support.waiting import HANG_LIMIT_S
 
 DONE = say("DONE")
 
@@ -180,12 +181,14 @@ CHEATS = {
         "    with open(f'/tmp/{number}', 'wb') as file: file.write(bytes(1 << 20))\n"
     ),
 }
+ENDLESS = ("hangs", "forks", "floods")
 
 
 @pytest.mark.parametrize("cheat", CHEATS)
 def test_hostile_code_is_not_rewarded_and_ends(task: CodingTask, cheat: str) -> None:
     """The tests run it, then the hidden calls: what it does is an output, and the reward is 0."""
-    limited = CodingTask(seed=3, timeout_s=2.0, file_mb=4)
+    limit_s = 2.0 if cheat in ENDLESS else HANG_LIMIT_S
+    limited = CodingTask(seed=3, timeout_s=limit_s, file_mb=4)
     repository = repository_of(limited)
     turns = [call("edit", path=repository.broken, old="", new=CHEATS[cheat]), call("run_tests")]
     if cheat == "fills the disk":

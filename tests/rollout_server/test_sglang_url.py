@@ -12,6 +12,7 @@ from areal_like.config import Config, from_mapping
 from areal_like.errors import ConfigError, EngineError
 from rollout_server.policy.engines.sglang.process import SglangAtUrl
 from tests.support.certificates import make_certificate
+from tests.support.waiting import HANG_LIMIT_S
 
 
 def test_an_engine_that_stops_listening_is_lost_at_once(tmp_path: Path) -> None:
@@ -39,12 +40,18 @@ def test_an_engine_that_stops_listening_is_lost_at_once(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
-def at_url(directory: Path, *, model: dict[str, Any] | None = None, **sglang: str) -> SglangAtUrl:
+def at_url(
+    directory: Path,
+    *,
+    model: dict[str, Any] | None = None,
+    start_timeout_s: float = HANG_LIMIT_S,
+    **sglang: str,
+) -> SglangAtUrl:
     config: Config = from_mapping(
         {
             "runs_dir": str(directory),
             "model": model or {},
-            "rollout": {"engine": "sglang", "start_timeout_s": 2, "sglang": sglang},
+            "rollout": {"engine": "sglang", "start_timeout_s": start_timeout_s, "sglang": sglang},
         }
     )
     return SglangAtUrl(config, name="rollout-0", model="/model", context_tokens=100, vocab_size=10)
@@ -108,7 +115,7 @@ def test_engine_behind_tls_gets_the_key(tmp_path: Path) -> None:
             assert requests[-1][0] == "/model_info", "a redirection is not followed"
         num_requests = len(requests)
         with pytest.raises(EngineError, match="no engine was ready"):
-            await at_url(tmp_path, url=url, api_key_file=str(key)).start(version=0)
+            await at_url(tmp_path, url=url, api_key_file=str(key), start_timeout_s=2.0).start(version=0)
         assert len(requests) == num_requests, "the key goes to no engine whose certificate is unknown"
         await runner.cleanup()
 

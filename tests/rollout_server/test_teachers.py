@@ -27,6 +27,7 @@ from tests.rollout_server.test_lease_runner import GROUP, FixedRewards, Slow, se
 from tests.support import moved_clock
 from tests.support.moved_clock import advance
 from tests.support.played_teacher import PlayedTeacher, logprob_of
+from tests.support.ports import held_port
 from tests.support.trainer_helpers import joined, random_groups, write_model
 from tests.support.waiting import HANG_LIMIT_S
 
@@ -328,15 +329,15 @@ def test_a_late_server_is_checked_before_it_is_used(renderer: PromptRenderer) ->
 
     async def body() -> None:
         teacher = PlayedTeacher(context_length=99)
-        async with teacher.running():
-            url, port = teacher.url, int(teacher.url.rpartition(":")[2])
+        url = f"http://127.0.0.1:{port}"
         async with pool_of(renderer, {"default": url}, retry_s=0.0) as pool, teacher.running(port=port):
             with pytest.raises(TeacherError, match="its context has 99 tokens"):
                 await pool.logprobs(samples()[0])
             teacher.facts["context_length"] = 100
             assert await pool.logprobs(samples()[0]) is not None
 
-    asyncio.run(body())
+    with held_port() as port:
+        asyncio.run(body())
 
 
 def teachers_of(renderer: PromptRenderer, url: str, **settings: Any) -> Any:

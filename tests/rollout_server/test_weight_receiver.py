@@ -88,7 +88,7 @@ def push(
     in_place: bool = False,
     integrity: str = "none",
 ) -> tuple[Any, list[str]]:
-    """Pushes version 1; returns the answer and reasons to replace the engine. A silent engine has 1 s.
+    """Pushes version 1; returns the answer and reasons to replace the engine. A silent engine has 2 s.
 
     `in_place`: with SGLang's strategy and a tensor to push; quarantines are recorded in `engine.quarantined`.
     """
@@ -154,7 +154,7 @@ def push(
                 update_mode=update_mode,
                 manifest=manifest,
                 integrity=integrity,
-                timeout_s=1.0 if engine.silent_at else HANG_LIMIT_S,
+                timeout_s=2.0 if engine.silent_at else HANG_LIMIT_S,
             )
             link.send(PushChecksums(version=1, checksums=[], digests=[]))
             answer = await link.call(request, timeout_s=HANG_LIMIT_S)
@@ -196,7 +196,7 @@ def test_timed_out_receiver_leaves_the_group() -> None:
     engine = PlayedEngine()
     engine.silent_at = "receive_weights"
     answer, untrusted = push(engine)
-    assert isinstance(answer, WeightsFailed) and "not active within 1 s" in answer.reason
+    assert isinstance(answer, WeightsFailed) and "not active within 2 s" in answer.reason
     assert engine.called[-1] == "destroy_weights_update_group" and not untrusted
 
 

@@ -56,9 +56,11 @@ def main(folder: Path, world_size: int, how: str) -> int:
 
 def _run_rank(folder: Path, *, is_last: bool, how: str) -> None:
     torch.set_num_threads(1)
-    trainer = TrainerConfig(collective_timeout_s=5.0, groups_per_step=8)
+    # Only a stopped rank is noticed by a time limit. In the other cases no limit may elapse.
+    limit_s = 10.0 if how == "stop" else 60.0
+    trainer = TrainerConfig(collective_timeout_s=limit_s, groups_per_step=8)
     config = Config(name="x", runs_dir=str(folder), trainer=trainer)
-    with joined_ranks(config, torch.device("cpu"), control_timeout_s=5.0) as ranks:
+    with joined_ranks(config, torch.device("cpu"), control_timeout_s=limit_s) as ranks:
         timer = PhaseTimer(("compute_s",), place=ranks.place)
         ranks.place.enter("lockstep", step=7)
         num_microbatches = 0

@@ -130,6 +130,18 @@ def talk(port: int, *pieces: bytes) -> bytes:
         return received
 
 
+def read_request(connection: socket.socket) -> None:
+    """Reads a whole request. A connection that is closed with unread bytes is reset, and its client may lose
+    the response."""
+    with connection.makefile("rb") as file:
+        num_bytes = 0
+        while (line := file.readline()).strip():
+            name, _, value = line.partition(b":")
+            if name.lower() == b"content-length":
+                num_bytes = int(value)
+        file.read(num_bytes)
+
+
 async def get_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
     """The next answer of a connection: status, headers in lower case, body."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")

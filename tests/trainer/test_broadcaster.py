@@ -230,6 +230,14 @@ def run(body: Callable[[Broadcaster], Awaitable[None]], *, deadline_s: float = 6
     asyncio.run(bounded())
 
 
+@pytest.fixture(autouse=True)
+def no_back_off_ends_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Except where a test sets a shorter one."""
+    monkeypatch.setattr(
+        "trainer.weights.broadcaster.ReceiverBackoff", lambda: ReceiverBackoff(first_s=HANG_LIMIT_S)
+    )
+
+
 def test_a_group_serves_many_pushes_until_a_server_joins() -> None:
     async def body(broadcaster: Broadcaster) -> None:
         one, two = FakeServer("one"), FakeServer("two")
@@ -352,7 +360,7 @@ def test_a_member_without_the_base_costs_its_group_a_delta(topology: str) -> Non
         for server in servers:
             server.close()
 
-    run(body, topology=topology, deadline_s=10.0)
+    run(body, topology=topology)
 
 
 def test_a_push_without_servers_is_not_an_error() -> None:

@@ -168,7 +168,7 @@ class ScriptedBuffer:
 def test_a_request_whose_reply_was_lost_is_sent_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.buffer_client.client._RESEND_AFTER_S", 0.3)
+    monkeypatch.setattr("trainer.buffer_client.client._RESEND_AFTER_S", 1.0)
     requests: list[Any] = []
 
     def answer(message: Any) -> Any:

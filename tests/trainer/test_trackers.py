@@ -22,6 +22,7 @@ from areal_like.paths import RunPaths
 from areal_like.security.redaction import HIDDEN, without_secrets
 from tests.support.launching import ROOT
 from tests.support.trackers import Hanging, Kept, Raising, scalars, texts, wandb_config, wandb_history
+from trainer.metrics.prometheus import TRACKER_OUTCOMES
 from trainer.metrics.run_files import EvaluationsFile, MetricsFile
 from trainer.trackers import TrackedRun, Tracker, build_trackers
 from trainer.trackers.feed import MAX_WAITING, Trackers
@@ -172,12 +173,20 @@ def test_trackers_that_fail_or_hang_do_not_stop_training(caplog: pytest.LogCaptu
         {name: (tracker, run) for name, tracker in tried.items()},
         on_outcome=lambda name: counts.update([name]),
     )
+
+    def wait_for(num_rows: int) -> None:
+        for name in ("kept", "raising", "unopened"):
+            while sum(trackers.status()[name][outcome] for outcome in TRACKER_OUTCOMES) < num_rows:
+                time.sleep(0.001)
+
     num_rows = MAX_WAITING + 10
     for step in range(num_rows):
         trackers.stepped(row(step))
         if step % 100 == 0:
-            while len(kept.rows) < step:  # the other trackers keep up
-                time.sleep(0.001)
+            wait_for(step + 1)  # the other trackers keep up
+        while step == 0 and trackers.status()["hanging"]["waiting"]:
+            time.sleep(0.001)
+    wait_for(num_rows)
     waited_for = []
 
     @contextlib.contextmanager
@@ -185,7 +194,7 @@ def test_trackers_that_fail_or_hang_do_not_stop_training(caplog: pytest.LogCaptu
         waited_for.append(name)
         yield
 
-    trackers.close({}, limit_s=1.0, waits=waits)
+    trackers.close({}, limit_s=2.0, waits=waits)
     assert waited_for == [f"tracker {name} to end" for name in tried]
     assert [one.step for one in kept.rows] == list(range(num_rows)) and kept.is_closed and raising.is_closed
     status = trackers.status()

@@ -60,15 +60,23 @@ def test_no_command_is_answered_before_earlier_outputs(
     core: EngineCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop_module, "_REPORT_EVERY_S", 1e9)
+    step, has_ended, is_asked = core.step, threading.Event(), threading.Event()
+
+    def held_step() -> list[SequenceOutput]:
+        """The step in which the short one ends takes until there is a command."""
+        outputs = step()
+        if any(output.sequence.seq_id == "0" and output.finish for output in outputs):
+            has_ended.set()
+            assert is_asked.wait(LIMIT_S)
+        return outputs
+
+    monkeypatch.setattr(core, "step", held_step)
     reports = Reports(core, [1, 60])
-    short, long = reports.sequences
-    num_seen = 0
-    while long.finish is None:
-        has_ended = short.finish is not None and long.finish is None
-        reports.loop.call(lambda core: None).result(LIMIT_S)
-        assert not has_ended or ["0"] in reports.ids
-        num_seen += has_ended
-    assert num_seen and reports.complete.wait(LIMIT_S)
+    assert has_ended.wait(LIMIT_S) and reports.ids == []
+    answered = reports.loop.call(lambda core: list(reports.ids))
+    is_asked.set()
+    assert answered.result(LIMIT_S) == [["0"]]
+    assert reports.complete.wait(LIMIT_S) and reports.ids == [["0"], ["1"]]
     reports.loop.stop(timeout_s=LIMIT_S)
 
 

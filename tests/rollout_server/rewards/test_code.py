@@ -129,8 +129,8 @@ def test_programs_that_hang_have_reward_0_in_time() -> None:
         assert score.value == 0 and score.metrics["code/timeouts"] == 1
 
     async def limited() -> Score:
-        begin_reward(2.0)
         rewards = make_rewards({"name": "code", "give": "share"}, sandbox="rlimits")
+        begin_reward(2.0)
         scoring = rewards.score(
             Example(prompt="", answer=CASES), Completion("import time\nprint(2)\ntime.sleep(60)")
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
-import socket
 import time
 from email.utils import formatdate
 from pathlib import Path
@@ -20,6 +19,7 @@ from rollout_server.rewards.library.judge import Judge
 from rollout_server.rewards.time_limit import begin_reward
 from rollout_server.tasks.base import Completion, Example, Score
 from tests.support.judge_server import Answer, judge_server, run_closed
+from tests.support.ports import held_port
 
 
 @pytest.fixture(autouse=True)
@@ -182,9 +182,8 @@ def test_errors_that_stay_are_never_a_reward_of_0() -> None:
     with judge_server(Answer(endless=True)) as server:
         problem = problem_of(server.url, max_retries=0, max_reply_bytes=100_000)
         assert "a response of more than 100000 bytes, after 1 tries" in problem
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    assert "ClientConnectorError" in problem_of(f"http://127.0.0.1:{port}/v1", max_retries=1)
+    with held_port() as port:
+        assert "ClientConnectorError" in problem_of(f"http://127.0.0.1:{port}/v1", max_retries=1)
 
 
 def test_a_slow_judge_fails_before_the_limit_of_the_reward() -> None:

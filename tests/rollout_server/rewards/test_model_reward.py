@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import math
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from rollout_server.scoring.model import RewardModel
 from rollout_server.tasks.base import Completion, Example, Score
 from tests.support.judge_server import Answer, judge_server, run_closed
 from tests.support.keys import keyring, new_keys
+from tests.support.ports import held_port
 from tests.support.reward_models import CONTEXT, ScoreServer, StuckModel, loaded, write_reward_model
 from tests.support.workers import reward_pool
 
@@ -97,9 +97,11 @@ def problem(**settings: Any) -> str:
     return str(error)
 
 
-def unused_url() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+@pytest.fixture
+def unused_url() -> Iterator[str]:
+    """Where nothing listens."""
+    with held_port() as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def test_the_reward_is_the_score(server: ScoreServer) -> None:
@@ -179,9 +181,9 @@ def test_a_text_that_is_too_long_fails_at_once(server: ScoreServer) -> None:
     assert server.number("scorer_refused_total", reason="too_long") == before + 1, "not sent again"
 
 
-def test_a_scorer_that_is_out_of_reach_fails_the_sample() -> None:
-    assert "after 3 tries" in problem(url=unused_url(), max_retries=2)
-    said = problem(url=unused_url(), limit_s=0.9, first_pause_s=0.2)
+def test_a_scorer_that_is_out_of_reach_fails_the_sample(unused_url: str) -> None:
+    assert "after 3 tries" in problem(url=unused_url, max_retries=2)
+    said = problem(url=unused_url, limit_s=0.9, first_pause_s=0.2)
     assert "raise rollout.reward_timeout_s" in said
 
 
@@ -193,8 +195,8 @@ def test_a_slow_scorer_fails_the_sample(model: RewardModel) -> None:
         assert one_score(url=server.url).value > 0
 
 
-def test_another_server_takes_the_requests_of_a_dead_one(server: ScoreServer) -> None:
-    scores = scored(*["2"] * 6, url=[unused_url(), server.url])
+def test_another_server_takes_the_requests_of_a_dead_one(server: ScoreServer, unused_url: str) -> None:
+    scores = scored(*["2"] * 6, url=[unused_url, server.url])
     values = {score.value for score in scores if isinstance(score, Score)}
     assert len(scores) == 6 and len(values) == 1, scores
     assert sum(score.metrics["model/retries"] for score in scores if isinstance(score, Score)) <= 1
@@ -275,13 +277,13 @@ def test_a_score_without_an_identity_is_not_cached(path: str, tmp_path: Path) ->
     assert (first.value, second.value) == (1, 2) and second.metrics["model/scorer/unknown"] == 1
 
 
-def test_a_gold_reward_is_recorded_and_not_trained_on(server: ScoreServer) -> None:
+def test_a_gold_reward_is_recorded_and_not_trained_on(server: ScoreServer, unused_url: str) -> None:
     right, wrong = scored("2", "3", url=server.url, gold="exact")
     assert isinstance(right, Score) and isinstance(wrong, Score)
     assert (right.metrics["reward_gold"], wrong.metrics["reward_gold"]) == (1.0, 0.0)
     assert right.value == right.parts["model"] and set(right.parts) == {"model"}
     (lost,) = scored(
-        "2", url=server.url, gold={"name": "judge", "url": unused_url(), "rubric": "?", "max_retries": 0}
+        "2", url=server.url, gold={"name": "judge", "url": unused_url, "rubric": "?", "max_retries": 0}
     )
     assert isinstance(lost, Score) and lost.metrics["reward_gold/failed"] == 1
     for gold in (["exact"], {"name": "exact", "weight": 1}, "nothing", 7):
@@ -340,7 +342,7 @@ def test_wrong_settings_are_named(settings: dict[str, Any], says: str) -> None:
         make_rewards({"name": "model", **settings})
 
 
-def test_a_start_without_a_scorer_is_refused(tmp_path: Path) -> None:
+def test_a_start_without_a_scorer_is_refused(unused_url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"set scorer\.path .* or task\.reward\.url"):
         make_rewards("model").check()
     (tmp_path / "tokenizer.json").write_text('{"added_tokens": []}')
@@ -349,4 +351,4 @@ def test_a_start_without_a_scorer_is_refused(tmp_path: Path) -> None:
         spec = {"name": "model", "url": "http://a", "api": "classify", "tokenizer": str(tokenizer)}
         with pytest.raises(ConfigError, match=r"task\.reward\.tokenizer=.*its tokenizer and config\.json"):
             make_rewards(spec).check()
-    make_rewards({"name": "model", "url": unused_url()}).check()
+    make_rewards({"name": "model", "url": unused_url}).check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -50,13 +51,13 @@ def bwrap() -> Sandbox:
 
 
 def processes_with(mark: str) -> list[str]:
+    """Their command lines. Those of other programs may contain anything."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if mark in path.read_text():
-                found.append(path.read_text())
-        except OSError:
-            continue
+        with contextlib.suppress(OSError):  # it has just ended
+            command = path.read_text(errors="replace")
+            if mark in command:
+                found.append(command)
     return found
 
 
@@ -131,6 +132,7 @@ def test_only_descendants_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def begin() -> None:
         begun.append(subprocess.Popen(["sh", "-c", f"cat | ({grandchildren})"], stdin=subprocess.PIPE))
 
+    others = supervisor.listed_descendants(os.getpid()).keys()
     threads = [threading.Thread(target=begin) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -138,7 +140,7 @@ def test_only_descendants_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = subprocess.Popen(["true"])
     os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
     try:
-        while len(listed := supervisor.listed_descendants(os.getpid())) < 2 * 5:
+        while len((listed := supervisor.listed_descendants(os.getpid())).keys() - others) < 2 * 5:
             time.sleep(0.01)
         assert listed.keys() == supervisor.descendants(os.getpid()).keys() and ended.pid not in listed
         monkeypatch.setattr(supervisor, "_processes", None)

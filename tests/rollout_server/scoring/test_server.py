@@ -73,7 +73,11 @@ def test_sglangs_format(server: ScoreServer, model: RewardModel) -> None:
     assert one["embedding"] == pytest.approx(model.scores([ids]), abs=1e-5)
     for body in ({"text": ["1+1=2"] * 3}, {"input_ids": [ids] * 3}):
         status, several = server.request("POST", "/classify", body)
-        assert status == 200 and [each["embedding"] for each in several] == [one["embedding"]] * 3
+        # In a batch the last bits may differ, by what the CPU computes with.
+        assert (
+            status == 200
+            and [each["embedding"] for each in several] == [pytest.approx(one["embedding"], abs=1e-6)] * 3
+        )
     assert server.request("POST", "/classify", {"input_ids": ids})[1]["embedding"] == one["embedding"]
     status, info = server.request("GET", "/get_model_info")
     assert status == 200 and info["is_generation"] is False and info["weight_version"] == "abc"

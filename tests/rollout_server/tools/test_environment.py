@@ -299,7 +299,7 @@ class Service(BaseHTTPRequestHandler):
                 with contextlib.suppress(ConnectionError):
                     self._send(200, b"x" * (4 << 20))
             case "/slow":
-                threading.Event().wait(0.6)
+                threading.Event().wait(10)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -19,6 +19,7 @@ from rollout_server.environments.scripted import play
 from rollout_server.tools.mcp import MCPServer
 from tests.support.certificates import make_certificate
 from tests.support.mcp_servers import PATIENT, Asking, answers
+from tests.support.ports import held_port
 from tests.support.waiting import HANG_LIMIT_S
 
 
@@ -207,7 +208,8 @@ def test_certificates_are_verified(tmp_path: Path) -> None:
 
 
 def test_nobody_listens() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    with pytest.raises(ToolServerError, match="MCP server web: the connection failed: ConnectError"):
+    with (
+        held_port() as port,
+        pytest.raises(ToolServerError, match="MCP server web: the connection failed: ConnectError"),
+    ):
         play(Asking("", [web(f"http://127.0.0.1:{port}/")]), [])

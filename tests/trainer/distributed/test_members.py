@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import socket
 import sys
 import threading
 from dataclasses import replace
@@ -19,6 +18,7 @@ from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths
 from tests.support import warm_start
 from tests.support.buffer_harness import ROOT
+from tests.support.ports import held_port
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.distributed import process_group
 from trainer.distributed.connections import interface_towards
@@ -153,11 +153,13 @@ def test_each_machine_starts_its_part_of_the_ranks(tmp_path: Path, monkeypatch: 
     (tmp_path / "one_rank.py").write_text(RANK)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        at = f"127.0.0.1:{free.getsockname()[1]}"
-    for index in (0, 1):
-        code = start_ranks([], world_size=4, module="one_rank", num_hosts=2, host_index=index, rendezvous=at)
-        assert code == 0
+    with held_port() as port:
+        at = f"127.0.0.1:{port}"
+        for index in (0, 1):
+            code = start_ranks(
+                [], world_size=4, module="one_rank", num_hosts=2, host_index=index, rendezvous=at
+            )
+            assert code == 0
     ranks = [(tmp_path / f"rank-{rank}").read_text().split() for rank in range(4)]
     assert [rank[:4] for rank in ranks] == [
         ["0", "0", "4", "127.0.0.1"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ from tests.support.offline import files_of, metrics_of
 from tests.support.preferences import sorting_pairs
 from tests.support.sft_model import write_rows, write_sft_model
 
-NUM_STEPS = 40
+NUM_STEPS = 100
+"""So many that a killed run does not end before it is killed, on a slow machine either."""
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def settings(tmp_path: Path) -> Sequence[str]:
         f"model.path={tmp_path}/model",
         f"reward_model={{train: {tmp_path}/train.jsonl, eval: {tmp_path}/eval.jsonl}}",
         f"reward_model.num_steps={NUM_STEPS}",
-        "reward_model.num_epochs=9",
+        "reward_model.num_epochs=99",
         "reward_model.eval_interval=9",
         "trainer={lr: 0.001, warmup_steps: 2, checkpoint_interval: 7}",
     )
@@ -52,7 +54,8 @@ def test_a_killed_run_continues_to_the_last_bit(settings: Sequence[str], tmp_pat
     with launcher(*words, cwd=tmp_path, verb="reward-model") as process:
         wait_for_steps(9, root, process=process)
         for pid in processes_of(root):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         code, out, err = finish(process, root)
         assert code == 1, out + err
     wait_until(lambda: not processes_of(root), what="the end of the trainer")

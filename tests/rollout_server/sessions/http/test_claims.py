@@ -36,7 +36,8 @@ from rollout_server.sessions.http.plane import agents_told
 from rollout_server.sessions.open_session import SessionOutcome, SessionState
 from rollout_server.tasks.base import Example
 from tests.support.certificates import make_certificate
-from tests.support.session_plane import PlaneServer
+from tests.support.ports import held_port
+from tests.support.session_plane import PlaneServer, read_request
 from tests.support.session_server import SessionServer
 from tests.support.waiting import HANG_LIMIT_S
 
@@ -152,8 +153,9 @@ def test_the_key_of_an_undelivered_session_is_void(monkeypatch: pytest.MonkeyPat
         port = server.port_of(external=True)
         with socket.create_connection(("127.0.0.1", port)) as slow:
             slow.sendall(b"POST /sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n\r\n")
-            while b'"api_key":"key-0"' not in slow.recv(65536):
-                pass
+            received = b""
+            while b'"api_key":"key-0"' not in received:
+                received += slow.recv(65536)
             server.advance(HANG_LIMIT_S)
             server.wait(lambda: not session.is_offered)
         path, key = f"/sessions/{session.id}/v1/models", {"Authorization": "Bearer key-0"}
@@ -184,7 +186,7 @@ def answering(*answers: bytes) -> Iterator[str]:
         def serve() -> None:
             for answer in answers:
                 with listener.accept()[0] as connection:
-                    connection.recv(65536)
+                    read_request(connection)
                     connection.sendall(answer)
 
         thread = threading.Thread(target=serve)
@@ -395,12 +397,18 @@ def test_a_finished_server_waits_for_its_agents(server: SessionServer) -> None:
     assert not server.call(lambda: server.book.num_untold)
 
 
+@pytest.fixture
+def unanswered() -> Iterator[str]:
+    """A URL at which nothing listens."""
+    with held_port() as port:
+        yield f"http://127.0.0.1:{port}"
+
+
 def test_a_server_that_is_gone_is_told_apart(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    unanswered: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(client, "_RETRY_S", 0.01)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    url = unanswered
     with pytest.raises(UnreachableError, match="claim again for a while"):
         claim(url)
     monkeypatch.setattr(client, "_PAUSE_S", 0.01)
@@ -420,19 +428,19 @@ def test_a_server_that_is_gone_is_told_apart(
 
 def test_an_agent_asks_for_shorter_limits(server: SessionServer) -> None:
     session = server.add(example=EXAMPLE)
-    claimed = claim(server.url, deadline_s=90.0, idle_timeout_s=5.0)
-    assert claimed is not None and (claimed.deadline_s, claimed.idle_timeout_s) == (90.0, 5.0)
+    claimed = claim(server.url, deadline_s=400.0, idle_timeout_s=100.0)
+    assert claimed is not None and (claimed.deadline_s, claimed.idle_timeout_s) == (400.0, 100.0)
     server.wait(lambda: session.state is SessionState.OPEN)
     waiting = asyncio.run_coroutine_threadsafe(
         session.wait_ended(idle_timeout_s=500.0, deadline_s=lambda: None), server._loop
     )
-    server.advance(4.0)
+    server.advance(60.0)
     claimed.heartbeat()
-    server.advance(4.0)
+    server.advance(60.0)
     claimed._post("chat/completions", {"messages": [{"role": "user", "content": "2+2"}]})
     deadline_s = server.call(lambda: session.conversation._policy.deadline_s - session.now_s)
-    assert 80.0 < deadline_s <= 90.0
-    server.advance(5.0)
+    assert 200.0 < deadline_s <= 280.0
+    server.advance(100.0)
     assert waiting.result(HANG_LIMIT_S) == "idle"
     for wrong in ({"deadline_s": 0.5}, {"deadline_s": 10**400}, {"idle_timeout_s": "5"}, {"group": 1}):
         assert posted(server, wrong)[0] == 400

@@ -16,7 +16,7 @@ from rollout_server.sessions.book import JOB_OVER
 from rollout_server.sessions.open_session import SessionOutcome, SessionState
 from rollout_server.tasks.base import Example
 from tests.support.guide_code import code_of
-from tests.support.session_plane import PlaneServer
+from tests.support.session_plane import PlaneServer, read_request
 from tests.support.session_server import SessionServer
 from tests.support.waiting import HANG_LIMIT_S
 
@@ -71,7 +71,7 @@ def goes_on(tmp_path: Path, name: str, *command: str) -> None:
         )
         for answer in (claimed_at(port), b""):  # to the request to the model there is none
             with listener.accept()[0] as connection:
-                connection.recv(65536)
+                read_request(connection)
                 connection.sendall(answer)
     assert agent.stdout is not None
     try:

@@ -205,7 +205,7 @@ def test_a_timed_out_request_is_one_turn(server: SessionServer) -> None:
 def test_an_unread_turn_is_left_out(server: SessionServer) -> None:
     session = server.add()
     server.policy.open.clear()
-    with client_of(server, session, timeout=0.5, max_retries=0) as client:
+    with client_of(server, session, timeout=1.0, max_retries=0) as client:
         with pytest.raises(openai.APITimeoutError):
             client.chat.completions.create(model="m", messages=[{"role": "user", "content": "lost"}])
         server.policy.open.set()

@@ -75,7 +75,7 @@ def test_slow_clients_are_ended(server: PlaneServer, monkeypatch: pytest.MonkeyP
         route = "v1/chat/completions"
         head, slow_body = await asyncio.gather(
             drip(port, b"GET /sessions HTTP/1.1\r\n", b"x: y\r\n", 20),
-            drip(port, head_of(session, route, "Content-Length: 999") + b"\r\n", b" ", 5),
+            drip(port, head_of(session, route, "Content-Length: 999") + b"\r\n", b" ", 1),
         )
         assert head == b""
         assert slow_body.startswith(b"HTTP/1.1 408") and b"x-should-retry" not in slow_body
