@@ -197,17 +197,21 @@ def _marked_pids(marker: str) -> list[int]:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _tail(path: Path, *, start: int, num_lines: int, max_bytes: int = 1 << 16) -> list[str]:
     """The last non-empty lines of a file from byte `start` on."""
-    if not path.exists():
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(start if start <= size else 0, size - max_bytes))  # shorter: a new file (logs.py)
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:  # it was never written, or is just being renamed
         return []
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(start if start <= size else 0, size - max_bytes))  # shorter: a new file (logs.py)
-        text = file.read().decode(errors="replace")
     return [line.rstrip() for line in text.split("\n") if line.strip()][-num_lines:]
 
 

@@ -90,7 +90,7 @@ class LocalJob:
             self._processes.kill_everything()
             self._observer.close()
             for left in self._paths.endpoints.glob("*.json"):  # left by daemons that were killed
-                left.unlink()
+                left.unlink(missing_ok=True)  # a server that joined removes its own
         outcome = self._lifecycle.outcome
         if outcome.exit_code:
             return outcome.exit_code

@@ -97,7 +97,7 @@ def make_directory(config: Config, *, folders: Sequence[Path] = ()) -> None:
     paths = RunPaths.of(config)
     release_for_others(paths)
     for stale in paths.endpoints.glob("*.json"):
-        stale.unlink()
+        stale.unlink(missing_ok=True)
     try:
         for folder in (paths.root, paths.logs, paths.endpoints, *folders):
             folder.mkdir(parents=True, exist_ok=True)

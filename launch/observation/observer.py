@@ -171,7 +171,11 @@ class Observer:
 
 
 def look_at_daemons(
-    folder: Path, *, before: dict[str, DaemonView] | None = None, operator: Operator = NO_OPERATOR
+    folder: Path,
+    *,
+    before: dict[str, DaemonView] | None = None,
+    operator: Operator = NO_OPERATOR,
+    timeout_s: float = REQUEST_TIMEOUT_S,
 ) -> dict[str, DaemonView]:
     """Asks every daemon with an endpoint file in `folder` for its status; returns the views by name.
 
@@ -187,7 +191,9 @@ def look_at_daemons(
         if not NAME.fullmatch(path.stem) or (is_server and endpoint.get("role") in ("buffer", "trainer")):
             continue  # not written by a daemon: a server must not pass as a buffer, whose `why` is trusted
         known = (before or {}).get(path.stem)
-        daemons[path.stem] = look_at_daemon(path.stem, endpoint, known=known, operator=operator)
+        daemons[path.stem] = look_at_daemon(
+            path.stem, endpoint, known=known, operator=operator, timeout_s=timeout_s
+        )
     return daemons
 
 

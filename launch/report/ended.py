@@ -15,7 +15,7 @@ from launch.formatting import duration
 from launch.offline_verbs import offline_verb
 from launch.report.columns import read_columns
 from launch.report.logs import LogFacts, read_logs
-from launch.report.run import status_of
+from launch.report.run import modified_unix_s, status_of
 from launch.run_directory.kept_settings import read_changes
 from launch.run_directory.rundir import checkpoints, has_launcher, is_held
 from launch.run_files import read_object
@@ -68,7 +68,7 @@ def read_end(root: Path) -> Ended | None:
     status = status_of(paths, logs, read_object(paths.summary), num_rows=len(columns.steps))
     if status.word == "running":
         return None
-    times = [path.stat().st_mtime for path in (paths.metrics, *paths.logs.glob("*.log")) if path.exists()]
+    times = [at for at in map(modified_unix_s, (paths.metrics, *paths.logs.glob("*.log"))) if at]
     changes = read_changes(paths)[-_NUM_CHANGES:]
     command, note = _next(paths, is_finished=status.word == "finished")
     return Ended(

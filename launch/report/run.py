@@ -203,11 +203,11 @@ def _evaluations(path: Path) -> list[Evaluation]:
 def status_of(paths: RunPaths, logs: LogFacts, summary: dict[str, Any], *, num_rows: int) -> RunStatus:
     """The status of a run, from its files. `num_rows`: steps that have a row."""
     held = is_held(paths)
-    newest = max((_modified(path) for path in (paths.metrics, *paths.logs.glob("*.log"))), default=0.0)
+    newest = max((modified_unix_s(path) for path in (paths.metrics, *paths.logs.glob("*.log"))), default=0.0)
     steps = f"{num_rows:,} steps"
     if held or (held is None and time.time() - newest < _SILENT_S and any(paths.endpoints.glob("*.json"))):
         return RunStatus(word="running", detail=f"{steps} so far")
-    summarized = _modified(paths.summary)
+    summarized = modified_unix_s(paths.summary)
     if summary and bool(summary.get("finished")):
         return RunStatus(word="finished", detail=f"all {steps} are trained")
     failures = [one for one in logs.exits if one[0] > summarized - 1]
@@ -225,7 +225,8 @@ def status_of(paths: RunPaths, logs: LogFacts, summary: dict[str, Any], *, num_r
     )
 
 
-def _modified(path: Path) -> float:
+def modified_unix_s(path: Path) -> float:
+    """When a file was last changed; 0 if it does not exist, or has just been renamed."""
     try:
         return path.stat().st_mtime
     except OSError:

@@ -139,7 +139,8 @@ def prepared(run: OpenRun) -> OpenRun:
         return run
     try:
         for stale in (*run.paths.endpoints.glob("*.json"), *run.paths.endpoints.glob(".*.json.*")):
-            stale.unlink()  # including a file that a killed daemon left half written
+            # Including a file that a killed daemon left half written. A server that joined removes its own.
+            stale.unlink(missing_ok=True)
         if not run.is_resumed:
             run.paths.config_changes.unlink(missing_ok=True)  # from a job that failed before its first step
         for order in (restart_order_file(run.paths), restart_outcome_file(run.paths)):

@@ -160,7 +160,15 @@ def test_broadcast_of_a_closed_group_fails() -> None:
     with create() as group, receiver(JOIN, group.port, 1, 2, 1) as process, ThreadPoolExecutor() as thread:
         group.connect()
         assert read_line(process) == "joined"
-        sending = thread.submit(group.broadcast, torch.ones(NUM_BYTES, dtype=torch.uint8))
+        begun = threading.Event()
+
+        def send() -> None:
+            payload = torch.ones(NUM_BYTES, dtype=torch.uint8)
+            begun.set()
+            group.broadcast(payload)
+
+        sending = thread.submit(send)
+        begun.wait()
         time.sleep(0.3)
         group.close()
         write_line(process, "")

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import socket
 import stat
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,11 @@ from areal_like.errors import ConfigError
 from areal_like.http.discovery import DiscoveryFile, http_port
 from areal_like.runtime.daemon import Runtime
 from launch.local_job.specs import JobSpecs
+from tests.support.ports import free_port
 
 
 def config(directory: Path, **sections: Any) -> Config:
     return from_mapping({"name": "x", "runs_dir": str(directory / "runs"), **sections})
-
-
-def free_port() -> int:
-    """A free port that `daemon.http_port` accepts; the kernel also picks some above 60000."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            if (port := int(probe.getsockname()[1])) <= 60000:
-                return port
 
 
 def test_a_server_and_its_engine_are_targets(tmp_path: Path) -> None:

@@ -17,19 +17,11 @@ import torch.distributed as dist
 
 from areal_like.errors import ConfigError, WeightSyncError
 from areal_like.weights.weight_group import WeightGroup
+from tests.support.ports import free_ports
 from tests.support.waiting import HANG_LIMIT_S
 
 OTHER_LOOPBACK = "127.0.0.2"
 SECRET = secrets.token_hex(32)
-
-
-def free_ports(host: str, num: int) -> range:
-    """That many ports in a row, all free."""
-    for first in range(23000, 60000, num):
-        ports = range(first, first + num)
-        if all(not accepts(host, port) for port in ports):
-            return ports
-    raise AssertionError("no free ports")
 
 
 def accepts(host: str, port: int) -> bool:
@@ -150,13 +142,13 @@ def test_forged_address_fails_the_rendezvous_only(forge: Callable[[bytes], bytes
 
 
 def test_a_rank_with_another_secret_does_not_join() -> None:
-    with create(secret=SECRET, timeout_s=3) as group:
+    with create(secret=SECRET) as group:
 
         def join() -> None:
             with pytest.raises(WeightSyncError):
                 WeightGroup.join(
                     master_address=group.address, master_port=group.port, rank=1, world_size=2,
-                    group_name="w", timeout_s=3, secret=secrets.token_hex(32),
+                    group_name="w", timeout_s=HANG_LIMIT_S, secret=secrets.token_hex(32),
                 )  # fmt: skip
 
         joining = threading.Thread(target=join)

@@ -67,14 +67,18 @@ class ChaosJob:
         self._stack = stack
         self.buffer = BufferProcess(config, is_forked=False)
         stack.callback(lambda: self.buffer.close())
-        self.proxy = stack.enter_context(
-            FaultProxy(lambda: self.buffer.address.removeprefix("tcp://"), faults=faults, seed=seed)
-        )
+        self.proxy = stack.enter_context(FaultProxy(self._buffer_address, faults=faults, seed=seed))
         self.config = dataclasses.replace(
             config, buffer=dataclasses.replace(config.buffer, port=self.proxy.port)
         )
         self.producers: dict[str, subprocess.Popen[bytes]] = {}
         stack.callback(self._kill_producers)
+
+    def _buffer_address(self) -> str:
+        """Raises OSError while there is no buffer: another test may listen at the port of the last one."""
+        if self.buffer.process.poll() is not None:
+            raise ConnectionRefusedError("no buffer runs")
+        return self.buffer.address.removeprefix("tcp://")
 
     def restart_buffer(self) -> None:
         """Kills the buffer with SIGKILL and starts a new process on the same run."""

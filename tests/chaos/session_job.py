@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from tests.support.launching import (
     processes_of,
     wait_until,
 )
+from tests.support.ports import free_ports
 
 IDLE_TIMEOUT_S = 3.0
 SETTINGS = (
@@ -58,19 +58,6 @@ CALM_S = 60.0
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 STOPPED_S = 8.0
 """Longer than a lease and than the idle time of a session."""
-
-
-def free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
-    while True:
-        with contextlib.ExitStack() as stack:
-            first = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
-            try:
-                for port in range(first + 1, first + count):
-                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            except (OSError, OverflowError):
-                continue
-            return int(first)
 
 
 class OutsideAgents:
@@ -260,7 +247,7 @@ def external_job(
 ) -> Iterator[tuple[subprocess.Popen[str], OutsideAgents, Path]]:
     """A job of external agents, with some of them; both run. `num_routers`: with any, the agents know only
     their addresses. `calls_tools`: its model has learned to."""
-    port, root = free_ports(num_servers + num_routers), directory / "runs" / "x"
+    port, root = free_ports(num=num_servers + num_routers)[0], directory / "runs" / "x"
     urls = [f"http://127.0.0.1:{port + index}" for index in range(num_servers + num_routers)]
     urls = urls[num_servers:] or urls
     config: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ import zmq
 from launch.audit.run import audit_run
 from tests.chaos.frames import malformed
 from tests.chaos.job import check_groups, running_job, train
+from tests.support.waiting import HANG_LIMIT_S
 
 MAX_MESSAGE_BYTES = 1 << 20
 _BATCH = 1000
@@ -22,7 +23,8 @@ _BATCH = 1000
 
 def flood(directory: Path, *, num_frames: int, num_oversized: int) -> None:
     trainer = {"num_steps": 20, "groups_per_step": 8, "fetch_timeout_s": 600.0}
-    buffer = {"lease_timeout_s": 2.0, "max_message_bytes": MAX_MESSAGE_BYTES}
+    # No peer of the job may be forgotten: what it sends then is refused, too.
+    buffer = {"lease_timeout_s": HANG_LIMIT_S, "max_message_bytes": MAX_MESSAGE_BYTES}
     with running_job(directory, trainer=trainer, buffer=buffer) as job, job.trainer() as client:
         job.produce("rollout-0")
         groups = train(client, first=0, last=10)

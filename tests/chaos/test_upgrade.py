@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from tests.support.launching import (
     wait_for_steps,
     wait_until,
 )
+from tests.support.ports import free_port
 
 pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.chaos]
 PACKAGES = ("areal_like", "buffer", "rollout_server", "trainer", "configs", "launch")
@@ -42,8 +42,7 @@ class Fleet:
     def __init__(self, directory: Path) -> None:
         self.run = directory / "runs" / "x"
         self._directory = directory
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, release: Path, role: str, *words: str) -> subprocess.Popen[str]:

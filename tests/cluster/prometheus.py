@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.launching import areal_like
+from tests.support.ports import free_port
 
 _LAB = Path(__file__).with_name("prometheus_lab.sh")
 
@@ -27,9 +27,7 @@ class Prometheus:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._environment = os.environ | {"PROM_PORT": str(probe.getsockname()[1])}
+        self._environment = os.environ | {"PROM_PORT": str(free_port())}
         config = directory / "prometheus.yml"
         text = config.read_text()
         for interval in ("scrape_interval", "evaluation_interval", "refresh_interval"):

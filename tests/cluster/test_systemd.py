@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.areal_like.test_rendezvous import free_ports
 from tests.cluster.test_kubernetes import SMALL
 from tests.support.launching import areal_like, num_steps_done
+from tests.support.ports import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 UNITS = Path(__file__).parents[2] / "launch" / "deploy" / "systemd"
@@ -103,7 +103,7 @@ def test_the_units_commands_run_a_job(units: Path, tmp_path: Path) -> None:
     job = yaml.safe_load((units / "job.yaml").read_text())
     for section, values in SMALL.items():
         job[section] = job.get(section, {}) | values
-    job["buffer"]["port"] = free_ports("127.0.0.1", 1)[0]
+    job["buffer"]["port"] = free_port()
     job["model"]["path"] = str(tmp_path / "model")
     (units / "job.yaml").write_text(yaml.safe_dump(job))
     made = [sys.executable, "-m", "trainer.prepare_model", "--config", str(units / "job.yaml"), "--out"]

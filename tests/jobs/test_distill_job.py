@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,6 +27,7 @@ from tests.support.launching import (
     wait_for_steps,
     wait_until,
 )
+from tests.support.ports import free_port
 from trainer.models.tiny import build_tiny_model
 
 PAGE = (ROOT / "docs" / "guides" / "distill.md").read_text()
@@ -114,12 +114,6 @@ def embedded_teacher(path: Path, key: Path, *, port: int) -> Iterator[Any]:
     finally:
         process.kill()
         process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @pytest.mark.chaos

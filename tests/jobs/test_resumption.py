@@ -5,6 +5,7 @@ One run with three killed trainers is recorded and shared by the tests that only
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -118,16 +119,19 @@ def broken_run(tmp_path_factory: pytest.TempPathFactory, cache: dict[str, str]) 
         f"objective.deaths='{' '.join(DEATHS)}'",
     )
     seen: dict[tuple[object, object], object] = {}
+
+    def look() -> None:
+        now = filled_places(root)
+        moved = {place for place in seen if now.get(place, seen[place]) != seen[place]}
+        assert not moved, "a recorded position was given to another group"
+        seen.update(now)
+
     with launcher(*settings, cwd=folder, environment=cache) as process:
         while process.poll() is None:
-            now = filled_places(root)
-            moved = {place for place in seen if now.get(place, seen[place]) != seen[place]}
-            assert not moved, "a recorded position was given to another group"
-            seen |= now
-            try:
+            look()
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=0.3)
-            except subprocess.TimeoutExpired:
-                continue
+        look()  # the last places may have been filled since
         out, err = process.communicate()
     assert (process.returncode, err) == (0, ""), out + err
     return BrokenRun(folder=folder, root=root, out=out, places=seen)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import secrets
 import signal
@@ -31,6 +30,7 @@ from tests.support.launching import (
     processes_of,
     wait_for_steps,
 )
+from tests.support.ports import free_ports
 from trainer.buffer_client.client import TrainerBufferClient
 
 pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
@@ -43,23 +43,19 @@ class ShardedJob:
 
     def __init__(self, directory: Path, *, overdue: str) -> None:
         trainer = {"num_steps": NUM_STEPS, "groups_per_step": GROUPS_PER_STEP, "fetch_timeout_s": 600.0}
-        open_ports = chaos_config(
+        ports = list(free_ports(num=2))  # nobody else takes the port of a killed buffer
+        self.config: Config = chaos_config(
             directory,
             trainer=trainer,
-            buffer={"num_shards": 2, "lease_timeout_s": 10.0, "overdue": overdue},
+            buffer={"num_shards": 2, "ports": ports, "lease_timeout_s": 10.0, "overdue": overdue},
             staleness={"close_after": 1},  # groups are closed as they begin, so all positions are of parts
         )
-        self.buffers = [BufferProcess(open_ports, name=shard.name) for shard in all_shards(2)]
-        ports = tuple(int(buffer.address.rpartition(":")[2]) for buffer in self.buffers)
-        self._where = f"buffer.ports=[{ports[0]},{ports[1]}]"
-        self.config: Config = dataclasses.replace(
-            open_ports, buffer=dataclasses.replace(open_ports.buffer, ports=ports)
-        )
+        self.buffers = [BufferProcess(self.config, name=shard.name) for shard in all_shards(2)]
         assert buffer_addresses(self.config) == [buffer.address for buffer in self.buffers]
         self._producers = [self._produce(f"rollout-{index}") for index in range(2)]
 
     def _produce(self, name: str) -> subprocess.Popen[bytes]:
-        settings = ["--config", str(self.buffers[0].paths.config), self._where]
+        settings = ["--config", str(self.buffers[0].paths.config)]
         return subprocess.Popen(
             [sys.executable, "-m", "tests.chaos.producer", name, "32", "0.002", "64", *settings], cwd=ROOT
         )
@@ -70,8 +66,7 @@ class ShardedJob:
 
     def start_again(self, index: int) -> None:
         """Starts a killed buffer again, at its port and with its ledger."""
-        name = f"buffer-{index}"
-        self.buffers[index] = BufferProcess(self.buffers[index].config, self._where, name=name)
+        self.buffers[index] = BufferProcess(self.config, name=f"buffer-{index}")
 
     @contextlib.contextmanager
     def trainer(self) -> Iterator[TrainerBufferClient]:

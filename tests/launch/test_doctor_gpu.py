@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,6 +45,7 @@ from launch.doctor.gpu.step import relative_error
 from rollout_server.policy.engines.sglang.process import launch_options
 from tests.support import warm_start
 from tests.support.launching import ROOT
+from tests.support.ports import free_port
 from trainer.planning.lengths import lengths_of
 from trainer.planning.shapes import with_local_model
 
@@ -453,9 +453,7 @@ def test_a_request_does_not_show_its_token() -> None:
 
 def peers(scratch: Path, tokens: tuple[str, str]) -> list[tuple[Outcome, str, dict[str, Any]]]:
     """Verdicts and numbers of two processes of this machine that run the stage `peer`."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    request = Request(device="cpu", scratch="", peer=f"127.0.0.1:{port}")
+    request = Request(device="cpu", scratch="", peer=f"127.0.0.1:{free_port()}")
     processes = []
     for side, token in enumerate(tokens):
         (folder := scratch / str(side)).mkdir()

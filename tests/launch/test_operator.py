@@ -6,6 +6,7 @@ import http.server
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +15,16 @@ import pytest
 from areal_like.config.security import SecurityConfig
 from areal_like.errors import ConfigError
 from areal_like.paths import write_json
-from launch.observation.http_json import Operator, fetch_json, may_belong_to, post_json
+from launch.observation import http_json
+from launch.observation.http_json import Operator, may_belong_to
 from tests.launch.test_supervision import ENDLESS, drain, run, scripted_workplace
 from tests.support.keys import make_keys
 from tests.support.launching import TEST_LIMIT_S, areal_like, launcher, launcher_log, wait_for_steps
+from tests.support.waiting import HANG_LIMIT_S
 
 pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
+fetch_json = partial(http_json.fetch_json, timeout_s=HANG_LIMIT_S)
+post_json = partial(http_json.post_json, timeout_s=HANG_LIMIT_S)
 
 
 @pytest.fixture

@@ -80,7 +80,8 @@ def test_status_as_an_object(buffer: BufferProcess, capsys: pytest.CaptureFixtur
         return dict(json.loads(capsys.readouterr().out))
 
     def age_s(status: dict[str, Any]) -> float:
-        return max((one.get("weights_age_s") or 0.0 for one in status["daemons"]), default=0.0)
+        ages = {one["name"]: one.get("weights_age_s") for one in status["daemons"]}
+        return ages.get("rollout-1") or 0.0
 
     wait_until(lambda: age_s(status_of("--buffer", buffer.http)) > 0, what="weights of some age")
     for where in ([str(buffer.paths.root)], ["--buffer", buffer.http]):
@@ -170,8 +171,9 @@ def test_verbs_by_directory_and_by_address(buffer: BufferProcess, capsys: pytest
 
 @pytest.mark.usefixtures("elsewhere")
 def test_mistakes_are_one_message(buffer: BufferProcess, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        nobody = f"127.0.0.1:{silent.getsockname()[1]}"
+    silent = socket.socket()  # it keeps its port from others, and does not listen
+    silent.bind(("127.0.0.1", 0))
+    nobody = f"127.0.0.1:{silent.getsockname()[1]}"
     stream = buffer.address.removeprefix("tcp://")
     for words, message in (
         (["status", "--buffer", "here"], "give HOST:PORT of the buffer's HTTP server"),
@@ -187,6 +189,7 @@ def test_mistakes_are_one_message(buffer: BufferProcess, capsys: pytest.CaptureF
         assert main(words) == 2
         captured = capsys.readouterr()
         assert message in captured.err and captured.out == "" and captured.err.count("\n") == 1, captured
+    silent.close()
 
 
 @pytest.mark.usefixtures("elsewhere")

@@ -3,6 +3,7 @@ die."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -49,7 +50,8 @@ def root(tmp_path: Path) -> Iterator[Path]:
     yield path
     left = processes_of(path)
     for pid in left:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     assert not left, "processes of the run are left"
 
 

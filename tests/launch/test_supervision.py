@@ -3,6 +3,7 @@ model."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -48,7 +49,8 @@ def scripted_workplace(folder: Path) -> Iterator[Path]:
     yield folder
     left = processes_of(folder / "runs" / "x")
     for pid in left:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     assert not left, "processes of the run are left"
 
 
@@ -340,7 +342,7 @@ def test_sigterm_drains_and_the_run_can_be_resumed(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = workplace / "runs" / "x"
-    with launcher("name=x", cwd=workplace) as process:
+    with launcher("name=x", ENDLESS, cwd=workplace) as process:
         wait_for_steps(3, root, process=process)
         code, out, err = drain(process, root)
     assert (code, err) == (0, "")
@@ -357,9 +359,9 @@ def test_sigterm_drains_and_the_run_can_be_resumed(
 
 def test_a_daemon_that_ignores_sigterm_is_killed(workplace: Path) -> None:
     root = workplace / "runs" / "x"
-    settings = ("name=x", "daemon.drain_timeout_s=4")
+    settings = ("name=x", ENDLESS, "daemon.drain_timeout_s=4")
     with launcher(*settings, cwd=workplace, environment=scripted({"rollout-0": "ignore signals"})) as process:
-        wait_for_steps(3, root, process=process)
+        wait_for_notice("running", root, process)  # from then on it ignores them
         code, out, _ = drain(process, root)
     # test_lifecycle.py checks that the others have time left, with simulated time.
     assert code == 1 and "rollout-0 did not end in time" in out
@@ -368,9 +370,9 @@ def test_a_daemon_that_ignores_sigterm_is_killed(workplace: Path) -> None:
 def test_a_second_signal_ends_everything_at_once(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     # A drain would take longer than the test may.
-    settings = ("name=x", f"daemon.drain_timeout_s={2 * TEST_LIMIT_S}")
+    settings = ("name=x", ENDLESS, f"daemon.drain_timeout_s={2 * TEST_LIMIT_S}")
     with launcher(*settings, cwd=workplace, environment=scripted({"rollout-0": "ignore signals"})) as process:
-        wait_for_steps(3, root, process=process)
+        wait_for_notice("running", root, process)  # from then on it ignores them
         process.send_signal(signal.SIGINT)
         wait_for_notice("trainer ended: exit code 75", root, process)
         time.sleep(1.3)  # two signals within a second count as one
@@ -383,7 +385,7 @@ def test_a_killed_launcher_leaves_its_lock_to_its_daemons(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = workplace / "runs" / "x"
-    with launcher("name=x", cwd=workplace) as process:
+    with launcher("name=x", ENDLESS, cwd=workplace) as process:
         wait_for_steps(3, root, process=process)
         monkeypatch.chdir(workplace)
         assert main(["run", "name=x"]) == 2

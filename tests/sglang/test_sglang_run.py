@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -59,5 +60,6 @@ def test_a_job_on_sglang_from_start_to_summary(tmp_path: Path) -> None:
     finally:
         left = processes_of(root)
         for pid in left:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     assert not left, "processes of the job outlived it"

@@ -17,7 +17,7 @@ from rollout_server.tasks.sort import SortTask
 from tests.rollout_server.test_server import logprobs_under, perturbed, push
 from tests.sglang.conftest import START_S
 from tests.support.rollout_harness import PlayedBuffer, job, serving, wait_until
-from tests.support.waiting import descendants, is_alive
+from tests.support.waiting import command_line, descendants, is_alive
 from trainer.models.tiny import build_tiny_model, character_tokenizer
 from trainer.weights.broadcaster import PushOutcome
 
@@ -48,9 +48,7 @@ def test_server_samples_takes_pushes_and_restarts_its_engine(model: Path, tmp_pa
             buffer.newest_version = 6
             buffer.grant(*(buffer.lease(i, samples=8, prompt=i) for i in range(101, 131)))
             buffer.expect_beat(lambda beat: beat.stats["running"] > 0 and len(beat.leases) > 5)
-            (engine,) = (
-                pid for pid in children if b"launch_with_key" in Path(f"/proc/{pid}/cmdline").read_bytes()
-            )
+            (engine,) = (pid for pid in children if "launch_with_key" in command_line(pid))
             below = descendants(engine)
             assert below, "SGLang's schedulers are separate processes"
             os.kill(engine, signal.SIGKILL)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from launch.audit.run import audit_run
 from rollout_server.policy.engines.sglang.process import find_python
 from tests.sglang.conftest import START_S
 from tests.support.launching import ROOT, launcher, processes_of
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.timeout(900)
 NUM_STEPS = 4
@@ -89,9 +89,7 @@ def agents_outside(url: str, *, num_threads: int = 8) -> Iterator[list[str]]:
 def test_agents_train_on_sglang(where: str, tmp_path: Path) -> None:
     if where == "inside":
         pytest.importorskip("agents", reason="needs openai-agents")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     root = tmp_path / "runs" / "x"
     # With max_staleness=0 the weights that sampled compute the log-probs again, so the two must agree.
     settings = (
@@ -128,5 +126,6 @@ def test_agents_train_on_sglang(where: str, tmp_path: Path) -> None:
     finally:
         left = processes_of(root)
         for pid in left:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     assert not left, "processes of the job outlived it"

@@ -76,14 +76,14 @@ def judge_server(*answers: Answer, reply: Callable[[str], str] | None = None) ->
                 num_open += 1
                 server.most_at_once = max(server.most_at_once, num_open)
             answer = server.answers[min(number, len(server.answers) - 1)]
+            ended.wait(answer.delay_s)
+            # Before the answer: the client may send its next request as soon as it has that.
+            with lock:
+                num_open -= 1
             try:
-                ended.wait(answer.delay_s)
                 self._send(answer, reply(body["messages"][-1]["content"]) if reply else answer.text)
             except OSError:  # the client has gone
                 self.close_connection = True
-            finally:
-                with lock:
-                    num_open -= 1
 
         def do_GET(self) -> None:
             page = server.pages.get(self.path)

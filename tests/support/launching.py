@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from launch.local_job.child import RUN_MARKER
 from tests.support import warm_start
+from tests.support.growing_files import complete_lines, log_entries, sizes_of
 
 ROOT = Path(__file__).resolve().parents[2]
 STALL_LIMIT_S = 240.0
@@ -118,12 +118,7 @@ def wait_until(
 
 def _sizes(run_root: Path) -> dict[str, int]:
     """Sizes of the files that grow while the run makes progress."""
-    sizes = {}
-    with contextlib.suppress(FileNotFoundError):  # a launcher that refuses to start removes its run directory
-        for path in [run_root / "metrics.jsonl", *(run_root / "logs").iterdir()]:
-            if path.exists():
-                sizes[path.name] = path.stat().st_size
-    return sizes
+    return {path.name: size for path, size in sizes_of(run_root / "metrics.jsonl", run_root / "logs").items()}
 
 
 def wait_for_steps(num_steps: int, run_root: Path, *, process: subprocess.Popen[str] | None = None) -> None:
@@ -145,12 +140,9 @@ def finish(process: subprocess.Popen[str], run_root: Path) -> tuple[int, str, st
 
 def num_steps_done(run_root: Path) -> int:
     """The number of optimizer steps in metrics.jsonl."""
-    path = run_root / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
+    return len(complete_lines(run_root / "metrics.jsonl"))
 
 
 def launcher_log(run_root: Path) -> list[str]:
     """The messages in the launcher's log."""
-    path = run_root / "logs" / "launcher.log"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line)["message"] for line in lines]
+    return [str(entry["message"]) for entry in log_entries(run_root / "logs" / "launcher.log")]

@@ -56,10 +56,12 @@ class Roles:
 
 @contextlib.contextmanager
 def started_roles(folder: Path, settings: Sequence[str], environment: Mapping[str, str]) -> Iterator[Roles]:
-    """Roles of the run `folder/runs/x`; fails if a process is alive at the end."""
+    """Roles of the run `folder/runs/x`; fails if a process outlives them."""
     roles = Roles(folder, settings, environment)
     try:
         yield roles
+        # A role's workers end when they notice that it has ended.
+        wait_until(lambda: not processes_of(roles.run), what="the end of all processes", timeout_s=60)
     finally:
         left = processes_of(roles.run)
         for pid in left:

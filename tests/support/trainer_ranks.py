@@ -325,13 +325,13 @@ def outage(_: Ranks, out_dir: Path, path: str) -> None:
         store=dist.FileStore(f"{out_dir}/short-timeout", 2),
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=2),
+        timeout=timedelta(seconds=4),
     )
     ranks = Ranks(control_timeout_s=30)
     runner = make_runner(path, ranks)
 
     def groups() -> Iterator[Any]:
-        time.sleep(5.0 * rank)
+        time.sleep(6.0 * rank)
         yield from random_groups(4)[rank::2]
 
     assert runner.run(groups(), step=0, num_groups=4)["num_groups"] == 4

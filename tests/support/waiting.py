@@ -9,11 +9,14 @@ uses CPU time (with its children).
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.support.growing_files import sizes_of
 
 STALLED_AFTER_S = 120.0
 """A start without progress for this long has failed."""
@@ -37,7 +40,7 @@ def wait_until_ready(
     while not probe():
         now_s = time.monotonic()
         assert process.poll() is None, f"{what}: the process ended with code {process.returncode}"
-        if (latest := (_num_bytes(logs), _cpu_ticks(process.pid))) != progress:
+        if (latest := (sum(sizes_of(logs).values()), _cpu_ticks(process.pid))) != progress:
             progress, progressed_s = latest, now_s
         assert now_s - progressed_s < STALLED_AFTER_S, f"{what}: no progress for {STALLED_AFTER_S:g} s"
         assert now_s - started_s < START_LIMIT_S, f"{what}: not ready after {START_LIMIT_S:g} s"
@@ -56,24 +59,30 @@ def is_alive(pid: int) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    """Process ids below `pid`."""
+    """Process ids below `pid`; processes that end meanwhile are left out."""
     found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found += [child, *descendants(child)]
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, _text(task / "children").split()):
+                found += [child, *descendants(child)]
     return found
 
 
-def _num_bytes(logs: Path) -> int:
-    files = logs.iterdir() if logs.is_dir() else [logs]
-    return sum(file.stat().st_size for file in files if file.exists())
+def command_line(pid: int) -> str:
+    """The words of a process's command; empty if it has ended."""
+    return _text(Path(f"/proc/{pid}/cmdline")).replace("\0", " ")
+
+
+def _text(path: Path) -> str:
+    """The content of a file in /proc; empty if its thread or process has ended."""
+    try:
+        return path.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def _cpu_ticks(pid: int) -> int:
     """CPU time of a process and its descendants, in clock ticks."""
-    try:
-        pids = [pid, *descendants(pid)]
-        stats = [Path(f"/proc/{one}/stat").read_text().rsplit(")", 1)[1].split() for one in pids]
-    except (FileNotFoundError, ProcessLookupError):  # one of them has just ended: that is a change too
-        return 0
-    return sum(int(fields[11]) + int(fields[12]) for fields in stats)
+    stats = [_text(Path(f"/proc/{one}/stat")) for one in (pid, *descendants(pid))]
+    fields = [stat.rpartition(")")[2].split() for stat in stats if stat]
+    return sum(int(each[11]) + int(each[12]) for each in fields)
