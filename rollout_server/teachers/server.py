@@ -70,8 +70,7 @@ class TeacherServer:
 
         `longest`: tokens of the longest sample. `renderer`, `model`: of the policy.
         """
-        facts = await self._http.call("GET", "/server_info", timeout_s=self._timeout_s)
-        facts = facts if isinstance(facts, dict) else {}
+        facts = await self._facts("/server_info")
         self._most_scored = _MOST_SCORED if facts.get("engine") == "embedded" else 0
         context = facts.get("context_length") or facts.get("max_total_num_tokens")
         if type(context) is int and context < longest:
@@ -95,8 +94,7 @@ class TeacherServer:
 
         No token ids are sent before: one outside the vocabulary would end an SGLang server.
         """
-        info = await self._http.call("GET", "/model_info", timeout_s=self._timeout_s)
-        info = info if isinstance(info, dict) else {}
+        info = await self._facts("/model_info")
         path = Path(str(info.get("tokenizer_path") or info.get("model_path") or ""))
         if path.is_absolute() and _is_file(path / "tokenizer_config.json"):
             check_vocabulary(str(path), model)
@@ -112,6 +110,16 @@ class TeacherServer:
                 "its tokenizer is not the policy's: it makes other tokens of a text with some from all over "
                 "the vocabulary"
             )
+
+    async def _facts(self, route: str) -> dict[str, Any]:
+        """What the server tells about itself; empty if it has no such route."""
+        try:
+            facts = await self._http.call("GET", route, timeout_s=self._timeout_s)
+        except EngineError as error:
+            if not _REFUSED.match(str(error)):
+                raise
+            facts = None
+        return facts if isinstance(facts, dict) else {}
 
     async def _score(self, tokens: list[int], *, first: int) -> NDArray[np.float32]:
         # The entry of the token before the first scored one comes first, and has no log-prob.

@@ -292,6 +292,8 @@ def test_unsuitable_servers_are_refused_at_the_start(
 
         without.answer = absent
         await refused(without, "it returns no log-probs of prompts")
+        without.has_facts = False  # as a server with OpenAI's API alone
+        await refused(without, "it returns no log-probs of prompts .*no such route")
         foreign = PlayedTeacher(tokenizer_path="/on/another/machine")
         foreign.tokens_of_text = lambda text: [1, 2, 3]
         await refused(foreign, "its tokenizer is not the policy's: it makes other tokens of a text")

@@ -23,6 +23,8 @@ class PlayedTeacher:
     def __init__(self, **facts: Any) -> None:
         """`facts`: its /server_info and /model_info."""
         self.facts = facts
+        self.has_facts = True
+        """False: it has neither route."""
         self.bodies: list[dict[str, Any]] = []
         self.answer: Answer = lambda body, entries: {"meta_info": {"input_token_logprobs": entries}}
         """Its response to a request, whose right entries are given; it may raise a web.HTTPException."""
@@ -48,6 +50,8 @@ class PlayedTeacher:
             await runner.cleanup()
 
     async def _info(self, _: web.Request) -> web.Response:
+        if not self.has_facts:
+            raise web.HTTPNotFound(text="no such route")
         return web.json_response(self.facts)
 
     async def _generate(self, http: web.Request) -> web.Response:

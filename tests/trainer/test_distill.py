@@ -322,6 +322,9 @@ def test_unsuitable_teachers_are_refused(paths: dict[str, str], tmp_path: Path) 
         check_teacher(full, paths["first"], label="x", student=str(tmp_path / "larger"))
     with pytest.raises(ConfigError, match=r"distill\.teachers\.x=/nowhere/at/all: "):
         check_teacher(config, "/nowhere/at/all", label="x", student=llama)
+    (tmp_path / "llama" / "model.safetensors").rename(tmp_path / "llama" / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"^distill\.teachers\.x=.*llama: .*its weights are pickles"):
+        check_teacher(config, llama, label="x", student=llama)
 
 
 def test_a_runner_without_teachers_is_refused(paths: dict[str, str], ranks: Ranks) -> None:

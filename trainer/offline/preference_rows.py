@@ -150,8 +150,9 @@ class PreferenceRows(OfflineRows):
 
     def _problem(self) -> str:
         counts, facts = self.counts, self.facts
-        if counts.num_pairs and counts.num_pairs == counts.num_ties:
-            return "every comparison is a tie, so there is nothing to learn"
+        if counts.num_pairs and counts.num_pairs == counts.num_ties and not counts.num_labels:
+            first = self._rows.place(int(np.flatnonzero(facts["num_ties"])[0]))
+            return f"every comparison is a tie, so there is nothing to learn; the first one: {first}"
         if self._key.endswith(".eval") and not counts.num_tokens:
             return "no row is left that could be measured"
         labelled = np.flatnonzero(facts["label"] != _NO_LABEL)

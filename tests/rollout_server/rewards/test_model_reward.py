@@ -7,6 +7,8 @@ import contextlib
 import json
 import logging
 import math
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,7 @@ def unused_url() -> Iterator[str]:
 def test_the_reward_is_the_score(server: ScoreServer) -> None:
     asked = server.request("POST", "/score", {"prompt": "1+1=", "completion": "2"})[1]["score"]
     score = one_score(url=server.url)
+    assert one_score("", url=server.url).value != asked, "an empty completion is scored"
     assert score.value == asked and score.parts == {"model": asked}
     counts = {"calls": 1.0, "cache_hits": 0.0, "retries": 0.0, "failures": 0.0}
     expected = {"score": asked, "scorer/abc": 1.0, **counts}
@@ -149,6 +152,20 @@ def test_responses_that_are_no_scores(path: str, body: bytes, says: str) -> None
         url = other.url.removesuffix("/v1")
         said = problem(url=url, api="classify", tokenizer=path, max_retries=1)
         assert (says in said and said.startswith(f"scorer {url}")) or "returned 2 numbers" in said
+
+
+def test_a_tokenizer_that_is_not_the_models_sends_nothing(path: str, tmp_path: Path) -> None:
+    """A token id outside the vocabulary would end an SGLang server."""
+    folder = Path(shutil.copytree(path, tmp_path / "rm"))
+    config = json.loads((folder / "config.json").read_text())
+    size = config.pop("vocab_size")
+    for facts in ({"vocab_size": 5}, {"text_config": {"vocab_size": 5}}):
+        (folder / "config.json").write_text(json.dumps(config | facts))
+        with judge_server(Answer(body=b'{"embedding": [0.5]}')) as other:
+            url = other.url.removesuffix("/v1")
+            said = problem(url=url, api="classify", tokenizer=str(folder))
+            assert re.search(r"cannot read this text: token id \d+: the model's vocabulary has 5", said)
+            assert size > 5 and not other.requests
 
 
 def test_a_server_without_an_identity_still_scores(path: str) -> None:

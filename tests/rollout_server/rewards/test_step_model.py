@@ -176,8 +176,11 @@ def test_other_models_are_refused(classifier: Path, tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path)
     shutil.copytree(classifier, tmp_path / "broken")
     (tmp_path / "broken" / "tokenizer.json").write_text('{"added_tokens": []}')
-    with pytest.raises(ConfigError, match="cannot be loaded"):
-        score_steps("add", STEPS, model=str(tmp_path / "broken"))
+    shutil.copytree(classifier, tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    for name in ("broken", "pickled"):
+        with pytest.raises(ConfigError, match="cannot be loaded"):
+            score_steps("add", STEPS, model=str(tmp_path / name))
     settings = json.loads((classifier / "config.json").read_text())
     for changes, message in (
         ({"architectures": ["LlamaModel"]}, "want one of ...ForTokenClassification"),

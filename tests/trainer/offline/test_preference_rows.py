@@ -80,12 +80,14 @@ def test_labels_are_units_of_one(tmp_path: Path, ranks: Ranks) -> None:
     assert rows.counts.num_labels == 3 and rows.counts.num_pairs == 0
     batch = collate([sample for index in range(3) for (unit,) in [rows.units(index)] for sample in unit])
     assert batch.rewards_N.tolist() == [1, 0, 1]
+    counts = read(tmp_path, [GOOD, TIE], ranks, takes_labels=True).counts
+    assert (counts.num_labels, counts.num_ties) == (1, 1), "beside ties, labels are learned"
 
 
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
-        ([TIE, TIE], {}, "reward_model.train: every comparison is a tie"),
+        ([TIE, TIE], {}, "reward_model.train: every comparison is a tie, .*: .*rows.jsonl:1$"),
         ([PAIR, {**PAIR, "rejected": ""}], {}, "rows.jsonl:2: `rejected` is empty"),
         ([PAIR, {**PAIR, "rejected": "2"}], {}, "rows.jsonl:2: `chosen` and `rejected` are equal"),
         ([TIE, {**PAIR, "chosen": "123456"}], {}, "rows.jsonl:2: .* has 11 tokens, and at most 10"),

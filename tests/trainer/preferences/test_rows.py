@@ -61,6 +61,14 @@ def test_comparisons_are_units(tmp_path: Path) -> None:
     assert collate(unit).groups_N.tolist() == [4] * 4
 
 
+@pytest.mark.parametrize("of_pairs", [True, False])
+def test_ties_alone_teach_nothing(tmp_path: Path, of_pairs: bool) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^preferences\.train: every comparison is a tie, .*rows\.jsonl:1$"
+    ):
+        rows_of(tmp_path, [TIE, {**TIE, "rejected": "002"}], of_pairs=of_pairs)
+
+
 def test_single_completions_have_labels(tmp_path: Path) -> None:
     """Of labelled rows, of pairs, and the best and the worst of a ranking."""
     labelled = sum_pairs(4, seed=2, kind="label")

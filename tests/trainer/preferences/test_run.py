@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -236,6 +237,10 @@ def test_an_adapter_has_its_base_as_reference(root: Path) -> None:
 
 
 def test_a_reference_that_does_not_fit_is_refused(root: Path) -> None:
+    shutil.copytree(root / "reference", root / "pickled")
+    (root / "pickled" / "model.safetensors").rename(root / "pickled" / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"^preferences\.reference=.*pickled: .*its weights are pickles"):
+        run(config_of(root, "pickled", reference=str(root / "pickled")))
     for file in (root / "model").glob("*token*"):
         swapped = (
             file.read_text().replace('"1": ', '"@": ').replace('"2": ', '"1": ').replace('"@": ', '"2": ')

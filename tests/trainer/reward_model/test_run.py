@@ -167,6 +167,9 @@ def test_models_that_cannot_be_used_are_refused(root: Path, trained: RunPaths, t
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"lack score\.weight"):
         RewardModel.build(str(tmp_path)).check_initial_weights()
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"its weights are pickles"):
+        RewardModel.build(str(tmp_path)).check_initial_weights()
     config = config_of(root, "adapter")
     object.__setattr__(config.model.lora, "rank", 2)
     with pytest.raises(ConfigError, match="a reward model is trained whole"):

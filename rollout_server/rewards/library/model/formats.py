@@ -67,14 +67,21 @@ class ScoreFormat:
 
 class ClassifyFormat:
     """A server with SGLang's /classify. The tokens are made here, by the reward model's own tokenizer: a
-    server that got text would add a second BOS to that of the chat template."""
+    server that got text would add a second BOS to that of the chat template. A token outside the model's
+    vocabulary is not sent: it would end an SGLang server."""
 
     path = "/classify"
 
     def __init__(
-        self, tokenizer: Any, *, pad_token_id: int | None, template_kwargs: Mapping[str, Any]
+        self,
+        tokenizer: Any,
+        *,
+        pad_token_id: int | None,
+        vocab_size: int,
+        template_kwargs: Mapping[str, Any],
     ) -> None:
-        self._tokenizer, self._pad_token_id = tokenizer, pad_token_id
+        """`pad_token_id`, `vocab_size`: of the model's config.json; None and 0: not known."""
+        self._tokenizer, self._pad_token_id, self._vocab_size = tokenizer, pad_token_id, vocab_size
         self._template_kwargs = template_kwargs
         self._info: Mapping[str, Any] | None = None
         """What the server tells about its model; None: not asked yet."""
@@ -86,6 +93,7 @@ class ClassifyFormat:
                 prompt,
                 completion,
                 pad_token_id=self._pad_token_id,
+                vocab_size=self._vocab_size,
                 template_kwargs=self._template_kwargs,
             )
         except ConfigError as error:

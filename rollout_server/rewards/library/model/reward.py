@@ -183,15 +183,18 @@ class ModelReward(RewardFunction):
         path = Path(self.tokenizer).expanduser()
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-            pad = json.loads((path / "config.json").read_bytes()).get("pad_token_id")
+            config = json.loads((path / "config.json").read_bytes())
+            config |= config.get("text_config") or {}
         except Exception as error:  # for a broken file, tokenizers raises plain exceptions
             raise ConfigError(
                 f"task.reward.tokenizer={self.tokenizer}: want the directory of the reward model, with its "
                 f"tokenizer and config.json ({first_line(error)})"
             ) from None
+        pad, size = config.get("pad_token_id"), config.get("vocab_size")
         return ClassifyFormat(
             tokenizer,
             pad_token_id=pad if isinstance(pad, int) else None,
+            vocab_size=size if isinstance(size, int) else 0,
             template_kwargs=self.chat_template_kwargs,
         )
 
