@@ -190,12 +190,12 @@ def check_versions(root: Path, model: Path, trajectories: list[Trajectory]) -> N
     """Each log-prob is that of the weights of its token's version: the model's, or those of a checkpoint."""
     steps = {0: 0, **dict(rows_of(root, "SELECT version, step FROM versions"))}
     versions = sorted({version for one in trajectories for version in one.versions.tolist() if version >= 0})
-    for version in versions:
-        step = steps[version]
+    for step, same in itertools.groupby(versions, key=lambda version: steps[version]):
         weights = root / "checkpoints" / f"step_{step:06d}" if step else model
         reference = AutoModelForCausalLM.from_pretrained(weights)
-        for trajectory in trajectories:
-            check_logprobs(trajectory, reference, version=version)
+        for version, trajectory in itertools.product(same, trajectories):
+            if version in trajectory.versions:
+                check_logprobs(trajectory, reference, version=version)
     # The weights differ by more than the comparison allows.
     first = AutoModelForCausalLM.from_pretrained(model)
     for version in versions[len(versions) // 2 :]:
