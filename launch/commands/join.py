@@ -18,7 +18,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError
@@ -27,10 +26,11 @@ from areal_like.runtime.command_line import load_config
 from areal_like.runtime.process import PARENT_PID
 from areal_like.shards import all_shards
 from areal_like.wire.addresses import buffer_addresses
+from launch.commands.configuration import RUNNING_JOB, running_job
 from launch.commands.foreground import StopSignals
-from launch.commands.parser import SETTINGS, argument, command, run_argument
+from launch.commands.parser import argument, command
 from launch.local_job.child import python_path
-from launch.run_directory.rundir import find_run, is_over
+from launch.run_directory.rundir import is_over
 
 _TICK_S = 0.2
 
@@ -48,50 +48,22 @@ _TICK_S = 0.2
         help="the stream of the first shard's buffer: buffer.host and buffer.port",
     ),
     argument("--name", metavar="NAME", default="", help="of the server; by default a free one"),
-    argument("--config", metavar="FILE", help="the job's settings, where RUN is not given"),
-    run_argument(nargs="?"),
-    SETTINGS,
+    *RUNNING_JOB,
     examples=[
         "rollout myrun --join rollout.engine_device=cuda:1",
         "rollout --join --buffer node7:5555 --config job.yaml name=myrun",
     ],
 )
 def main(args: argparse.Namespace) -> int:
-    """Runs the server until it ends; returns its exit code."""
-    run, settings = args.run or "", list(args.settings)
-    if "=" in run:
-        run, settings = "", [run, *settings]
-    if args.config is not None:
-        if run:
-            raise ConfigError(
-                f"rollout: --config is for the form without RUN: the settings of {run} are in its directory"
-            )
-        settings = ["--config", args.config, *settings]
-    return join(run, settings, buffer=args.buffer, name=args.name)
-
-
-def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "") -> int:
-    """Runs one more rollout server for a job until it ends; returns its exit code.
-
-    `run`: name or directory of a run that this machine can see, or empty. If empty, `buffer` (host:port of
-    the first shard's buffer) and all settings are needed; the settings may begin with `--config FILE`. Raises
-    ConfigError before it starts the server.
-    """
-    paths = RunPaths(find_run(run)) if run else None
-    arguments = list(settings)
-    if paths:
-        arguments = [
-            *("--config", str(paths.config), f"runs_dir={paths.root.resolve().parent}"),
-            *settings,
-        ]
-    arguments += buffer_settings(load_config(arguments), paths, buffer)
+    """Runs one more rollout server for a job until it ends; returns its exit code. Raises ConfigError before
+    it starts the server."""
+    paths, arguments = running_job("rollout", args)
+    arguments += buffer_settings(load_config(arguments), paths, args.buffer)
     config = load_config(arguments)
     addresses = ", ".join(address.removeprefix("tcp://") for address in buffer_addresses(config))
-    if paths is not None and is_over(paths):
-        raise ConfigError(f"{paths.root}: this run is over; start it again with resume=latest")
     if config.daemon.http_port and not any(each.startswith("daemon.http_port=") for each in arguments):
         arguments = [*arguments, "daemon.http_port=0"]  # the job's own daemons use the configured ports
-    name = name or free_name(RunPaths.of(config))
+    name = args.name or free_name(RunPaths.of(config))
     environment = os.environ | {
         PARENT_PID: str(os.getpid()),
         "OMP_NUM_THREADS": str(config.rollout.least_threads),
@@ -103,7 +75,7 @@ def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "")
         env=environment,
         start_new_session=True,
     )
-    ends = f"Ctrl-C, or `areal-like drain {run or 'RUN'} {name}`, ends it"
+    ends = f"Ctrl-C, or `areal-like drain {args.run if paths else 'RUN'} {name}`, ends it"
     print(f"{name} joins the job at {addresses}; {ends}", flush=True)
     return _wait(server, paths, stops=stops)
 

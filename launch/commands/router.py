@@ -10,10 +10,10 @@ from areal_like.config.common import NAME, NAME_RULE
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
+from launch.commands.configuration import RUNNING_JOB, running_job
 from launch.commands.join import free_name
-from launch.commands.parser import SETTINGS, argument, command, run_argument
+from launch.commands.parser import argument, command
 from launch.local_job.child import python_path
-from launch.run_directory.rundir import find_run, is_over
 
 
 @command(
@@ -22,10 +22,8 @@ from launch.run_directory.rundir import find_run, is_over
     "`run` with sessions.num_routers starts routers itself; this is for clusters and other machines. On a "
     "machine that cannot see the run's directory, give --config and the settings with which the buffer is "
     "found: buffer.advertise_host (or buffer.host) and daemon.http_port.",
-    argument("--config", metavar="FILE", help="the job's settings, where RUN is not given"),
     argument("--name", metavar="NAME", default="", help="of the router; by default a free one"),
-    run_argument(nargs="?"),
-    SETTINGS,
+    *RUNNING_JOB,
     examples=[
         "router myrun sessions.router_port=7700",
         "router --config job.yaml name=myrun sessions.router_host=0.0.0.0 security.keys=keys",
@@ -33,19 +31,9 @@ from launch.run_directory.rundir import find_run, is_over
 )
 def main(args: argparse.Namespace) -> int:
     """Becomes the router. Raises ConfigError for a wrong setting."""
-    run, settings = args.run or "", list(args.settings)
-    if "=" in run:
-        run, settings = "", [run, *settings]
-    if bool(run) == (args.config is not None):
+    paths, settings = running_job("router", args, "buffer.discovery=run_dir", "daemon.http_port=0")
+    if paths is None and args.config is None:
         raise ConfigError("router: give either RUN or --config FILE with the settings of the job")
-    if run:
-        paths = RunPaths(find_run(run))
-        if is_over(paths):
-            raise ConfigError(f"{paths.root}: this run is over; start it again with resume=latest")
-        words = [f"runs_dir={paths.root.resolve().parent}", "buffer.discovery=run_dir", "daemon.http_port=0"]
-        settings = ["--config", str(paths.config), *words, *settings]
-    else:
-        settings = ["--config", args.config, *settings]
     config = load_config(settings)
     if args.name and not NAME.fullmatch(args.name):
         raise ConfigError(f"--name {args.name[:80]}: {NAME_RULE}")

@@ -20,7 +20,9 @@ The end of an agent is a line, too: `told` that the job is over, or `gave up` to
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import math
 import random
 import sys
 import time
@@ -50,6 +52,8 @@ PATIENCE_S = 60.0
 _CLAIM_WAIT_S = 2.0
 _PAUSE_AFTER_REFUSAL_S = 0.3
 _NUM_TRIES = 3
+_PAUSE_S = 0.1
+"""Between two tries."""
 _NO_ROOM = ("context_length_exceeded", "turn_limit_exceeded")
 _NO_ROOM_IN_MESSAGES = "prompt is too long"
 _JOB_OVER = "the job has ended:"
@@ -66,7 +70,10 @@ class Plan:
     num_agents: int
     pause_s: float
     """Mean pause after a turn."""
+    min_turns: int = 1
     max_turns: int = 3
+    num_sessions: int = 0
+    """Sessions of each agent, which ends after them; 0: it goes on until the job is over."""
     mishaps: dict[str, float] = field(default_factory=dict)
     """Name -> probability: `silent`, `abandoned`, `unrewarded` in each session, `repeated` in each turn."""
     apis: list[str] = field(default_factory=lambda: ["chat"])
@@ -76,6 +83,9 @@ class Plan:
     has_groups: bool = False
     gives_up_s: float = 0.0
     """An agent ends if it has reached no server for this time; 0: it never does."""
+    outage_s: float = 0.0
+    """How long a request is sent again, at least, while it gets no response or, in a session, status 503: as
+    by an SDK with many retries."""
     seed: int = 0
 
 
@@ -112,9 +122,10 @@ class Agents:
 
     async def _agent(self, number: int) -> None:
         reached_s = time.monotonic()
-        while True:
+        num_sessions = 0
+        while num_sessions < (self._plan.num_sessions or math.inf):
             try:
-                await self._work(number, self._rng.choice(self._plan.urls))
+                num_sessions += await self._work(number, self._rng.choice(self._plan.urls))
             except JobOverError as over:
                 self._note("told", message=str(over))
                 return
@@ -131,13 +142,14 @@ class Agents:
                 self._note("hung", at="claim")
             reached_s = time.monotonic()
 
-    async def _work(self, number: int, url: str) -> None:
-        """Claims, and makes the samples. Raises JobOverError; of the claim RefusedError, UnreachableError."""
+    async def _work(self, number: int, url: str) -> int:
+        """Claims, and makes the samples; returns how many sessions it had. Raises JobOverError; of the claim
+        RefusedError, UnreachableError."""
         is_group = self._plan.has_groups and number % _EACH_GROUP == 0
         claims: Callable[..., ClaimedGroup | ClaimedSession | None] = claim_group if is_group else claim
         claimed = await self._called(claims, url, wait_s=_CLAIM_WAIT_S, name="chaos")
         if claimed is None:
-            return
+            return 0
         sessions = claimed.sessions if isinstance(claimed, ClaimedGroup) else (claimed,)
         for session in sessions:
             self._note("claimed", id=session.id, url=url, api=self._api(number), is_group=is_group)
@@ -145,7 +157,7 @@ class Agents:
         if mishap == "silent":
             for session in sessions:
                 self._note("silent", id=session.id)
-            return
+            return len(sessions)
         max_turns = 1 if mishap == "abandoned" else self._plan.max_turns
         made = await asyncio.gather(
             *(self._conversed(session, number, max_turns=max_turns) for session in sessions),
@@ -160,6 +172,7 @@ class Agents:
         for problem in made:
             if isinstance(problem, BaseException):
                 raise problem
+        return len(sessions)
 
     async def _conversed(self, session: ClaimedSession, number: int, *, max_turns: int) -> list[str] | None:
         """The ids of the session's turns, or None if it is no sample and that is noted. Raises
@@ -170,7 +183,7 @@ class Agents:
         url = urlsplit(session.base_url)
         assert url.hostname is not None and url.port is not None
         connection = Connection(url.hostname, url.port)
-        num_turns = self._rng.randint(1, max_turns)
+        num_turns = self._rng.randint(min(self._plan.min_turns, max_turns), max_turns)
         ids: list[str] = []
         try:
             while True:
@@ -269,14 +282,17 @@ class Agents:
     ) -> dict[str, Any]:
         """The response, after some repetitions as those of an SDK. Raises _RefusedError, _HungError, OSError,
         EOFError."""
-        first = 0
+        count = 0
         if self._mishap("repeated"):
-            await connection.send(path, body, api_key=key)
-            await asyncio.sleep(self._rng.choice([0.0, 0.005, 0.05]))
+            with contextlib.suppress(OSError):
+                await connection.send(path, body, api_key=key)
+                await asyncio.sleep(self._rng.choice([0.0, 0.005, 0.05]))
+                count = 1
             connection.close()
-            first = 1
-        for count in range(first, _NUM_TRIES):
+        end_s = time.monotonic() + self._plan.outage_s
+        while True:
             headers = {"x-stainless-retry-count": str(count)}
+            count += 1
             limit = asyncio.timeout(PATIENCE_S)
             try:
                 async with limit:
@@ -284,25 +300,34 @@ class Agents:
             except (OSError, EOFError):  # also TimeoutError
                 if limit.expired():
                     raise _HungError from None
-                if count == _NUM_TRIES - 1:
+                if count >= _NUM_TRIES and time.monotonic() >= end_s:
                     raise
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(_PAUSE_S)
+                continue
+            if status == 503 and time.monotonic() < end_s:
+                await asyncio.sleep(_PAUSE_S)
                 continue
             if status != 200:
                 raise _RefusedError(status, response["error"])
             return dict(response)
-        raise AssertionError
 
     async def _called(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
-        """Calls a function of the client, in a thread. Raises as it does, and _HungError."""
-        limit = asyncio.timeout(PATIENCE_S)
-        try:
-            async with limit:
-                return await asyncio.to_thread(function, *args, **options)
-        except TimeoutError:
-            if limit.expired():
-                raise _HungError from None
-            raise
+        """Calls a function of the client, in a thread, and again while there is no response. Raises as it
+        does, and _HungError."""
+        end_s = time.monotonic() + self._plan.outage_s
+        while True:
+            limit = asyncio.timeout(PATIENCE_S)
+            try:
+                async with limit:
+                    return await asyncio.to_thread(function, *args, **options)
+            except TimeoutError:
+                if limit.expired():
+                    raise _HungError from None
+                raise
+            except UnreachableError:
+                if time.monotonic() >= end_s:
+                    raise
+            await asyncio.sleep(_PAUSE_S)
 
     def _api(self, number: int) -> str:
         return self._plan.apis[number % len(self._plan.apis)]

@@ -11,10 +11,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from areal_like.paths import RunPaths, read_endpoint
+from areal_like.shards import Shard
+from areal_like.trajectory import Trajectory
 from areal_like.wire.records import RecordLocation, read_record
 from launch.audit.run import audit_run
 from tests.chaos.agents import Plan, dumps, events_of, kinds_of
@@ -135,15 +138,20 @@ def end(process: subprocess.Popen[str], root: Path) -> None:
     wait_until(lambda: not processes_of(root), what="the end of all processes", timeout_s=20)
 
 
+def rows_of(root: Path, query: str) -> list[tuple[Any, ...]]:
+    """What the ledgers of the job respond to a query."""
+    found: list[tuple[Any, ...]] = []
+    for directory in RunPaths(root).ledgers:
+        file = f"file:{directory}/ledger.sqlite3?mode=ro"
+        with contextlib.closing(sqlite3.connect(file, uri=True)) as ledger:
+            found += ledger.execute(query)
+    return found
+
+
 def recorded(root: Path) -> dict[str, float]:
     """Rewards of the samples that did not fail, by the ids of their sessions."""
-    with contextlib.closing(
-        sqlite3.connect(f"file:{root}/ledger/ledger.sqlite3?mode=ro", uri=True)
-    ) as ledger:
-        rows = ledger.execute(
-            "SELECT ticket_id, sample_index, lease_id, reward FROM samples WHERE failure = ''"
-        )
-        return {f"{ticket}-{sample}-{lease}": reward for ticket, sample, lease, reward in rows}
+    rows = rows_of(root, "SELECT ticket_id, sample_index, lease_id, reward FROM samples WHERE failure = ''")
+    return {f"{ticket}-{sample}-{lease}": reward for ticket, sample, lease, reward in rows}
 
 
 def check_books(root: Path, agents: OutsideAgents) -> None:
@@ -164,11 +172,26 @@ def check_books(root: Path, agents: OutsideAgents) -> None:
 
 def check_rewards(root: Path, ended: dict[str, float]) -> int:
     """Each sample has as many turns as its agent has counted. Returns the number of samples."""
-    rewards, turns = recorded(root), num_turns_of(root)
+    rewards = recorded(root)
+    turns = {id: trajectory.num_turns for id, trajectory in trajectories_of(root)}
     for id, reward in rewards.items():
         # An agent that was killed after it had ended its session has not written so.
         assert reward == turns[id] == ended.get(id, reward), (id, reward, turns[id], ended.get(id))
     return len(rewards)
+
+
+def check_ended(root: Path, unmade: list[dict[str, Any]]) -> int:
+    """Of sessions that are no samples, because their servers died or the job was over: the sample was made in
+    another session, or is not needed. Returns the former's number."""
+    states = dict(rows_of(root, "SELECT ticket_id, state FROM tickets"))
+    samples = set(rows_of(root, "SELECT ticket_id, sample_index FROM samples"))
+    num_remade = 0
+    for event in unmade:
+        ticket, sample = map(int, event["id"].split("-")[:2])
+        is_made = (ticket, sample) in samples
+        assert is_made or states[ticket] in ("queued", "leased", "closed", "dropped"), (event, states[ticket])
+        num_remade += is_made
+    return num_remade
 
 
 def lease_of(event: dict[str, Any]) -> str:
@@ -176,21 +199,35 @@ def lease_of(event: dict[str, Any]) -> str:
     return "-".join(event["id"].split("-")[:3])
 
 
-def num_turns_of(root: Path) -> dict[str, int]:
-    """Turns of the accepted samples, by the ids of their sessions, from the records on disk."""
-    found = {}
-    with contextlib.closing(
-        sqlite3.connect(f"file:{root}/ledger/ledger.sqlite3?mode=ro", uri=True)
-    ) as ledger:
-        rows = ledger.execute(
-            "SELECT ticket_id, sample_index, lease_id, segment, offset, num_bytes, crc32 FROM samples"
-        )
-        for ticket, sample, lease, *place in rows:
-            record = read_record(
-                root / "ledger", RecordLocation(*place), ticket_id=ticket, sample_index=sample
-            )
-            found[f"{ticket}-{sample}-{lease}"] = record.trajectory().num_turns
-    return found
+def trajectories_of(root: Path) -> Iterator[tuple[str, Trajectory]]:
+    """The accepted samples by the ids of their sessions, from the records on disk."""
+    names = "ticket_id, sample_index, lease_id, segment, offset, num_bytes, crc32"
+    num_ledgers = len(RunPaths(root).ledgers)
+    for ticket, sample, lease, *place in rows_of(root, f"SELECT {names} FROM samples"):
+        directory = root / Shard.of(ticket, count=num_ledgers).ledger
+        record = read_record(directory, RecordLocation(*place), ticket_id=ticket, sample_index=sample)
+        yield f"{ticket}-{sample}-{lease}", record.trajectory()
+
+
+def sample_of(id: str) -> str:
+    """Ticket and sample in a session's id, without the lease: a server that continues a session records it
+    under its own."""
+    return "-".join(id.split("-")[:2])
+
+
+def kill(root: Path, name: str) -> Callable[[], bool]:
+    """Kills a daemon; returns a function that says whether another process serves sessions in its place."""
+    file = root / "endpoints" / f"{name}.json"
+    killed = read_endpoint(file)
+    assert killed is not None
+    os.kill(int(killed["pid"]), signal.SIGKILL)
+    print(f"killed {name}", flush=True)
+
+    def is_back() -> bool:
+        found = read_endpoint(file) or {}
+        return "sessions" in found and found["pid"] != killed["pid"]
+
+    return is_back
 
 
 class Strikes:

@@ -9,25 +9,29 @@ none and what to do.
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import sqlite3
 import subprocess
 import time
 import urllib.request
 from collections import Counter
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from areal_like.paths import read_endpoint
 from benchmarks.conversations import CONVERSATIONS
 from launch.audit.run import audit_run
-from tests.chaos.session_job import OutsideAgents, check_books, external_job, lease_of, recorded
+from tests.chaos.session_job import (
+    OutsideAgents,
+    check_books,
+    check_ended,
+    external_job,
+    kill,
+    lease_of,
+    recorded,
+)
 from tests.support.launching import (
     TEST_LIMIT_S,
     finish,
@@ -123,11 +127,9 @@ def kill_servers(root: Path, urls: list[str], process: subprocess.Popen[str]) ->
         wait_until(may_kill, what=f"kill {len(kills)}", run_root=root, process=process)
         if not is_due:
             break
-        endpoint = read_endpoint(root / "endpoints" / f"rollout-{index}.json")
-        assert endpoint is not None
-        os.kill(int(endpoint["pid"]), signal.SIGKILL)
+        kill(root, f"rollout-{index}")
         kills.append(Kill(url=url, at_s=time.monotonic()))
-        print(f"killed rollout-{index} after step {num_steps_done(root)}", flush=True)
+        print(f"after step {num_steps_done(root)}", flush=True)
     return kills
 
 
@@ -170,22 +172,6 @@ def check_sessions(root: Path, agents: OutsideAgents, kills: list[Kill], *, over
     print(
         f"{len(kills)} kills", dict(num_ended), f"made again {num_remade}", f"named {num_named}", dict(ends)
     )
-
-
-def check_ended(root: Path, unmade: list[dict[str, Any]]) -> int:
-    """Of sessions that agents have ended and that are no samples, because their servers died at that moment
-    or the job was over: the sample was made in another session, or is not needed. Returns the former's
-    number."""
-    with closing(sqlite3.connect(f"file:{root}/ledger/ledger.sqlite3?mode=ro", uri=True)) as ledger:
-        states = dict(ledger.execute("SELECT ticket_id, state FROM tickets"))
-        samples = set(ledger.execute("SELECT ticket_id, sample_index FROM samples"))
-    num_remade = 0
-    for event in unmade:
-        ticket, sample = map(int, event["id"].split("-")[:2])
-        is_made = (ticket, sample) in samples
-        assert is_made or states[ticket] in ("queued", "leased", "closed", "dropped"), (event, states[ticket])
-        num_remade += is_made
-    return num_remade
 
 
 def check_mishaps(

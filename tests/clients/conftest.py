@@ -53,7 +53,9 @@ class _Jobs:
 
     def running(self) -> AgentJob:
         if self._job is None:
-            self._job = self._stack.enter_context(running_agent_job(self._paths.mktemp("job")))
+            self._job = self._stack.enter_context(
+                running_agent_job(self._paths.mktemp("job"), has_router=True)
+            )
         return self._job
 
     def close(self) -> None:
@@ -74,6 +76,12 @@ def job(jobs: _Jobs, request: pytest.FixtureRequest) -> Iterator[AgentJob]:
     yield jobs.running()
     if request.session.testsfailed > failed:
         jobs.close()
+
+
+@pytest.fixture(params=["server", "router"])
+def url(job: AgentJob, request: pytest.FixtureRequest) -> str:
+    """Where a client claims its session."""
+    return {"server": job.url, "router": job.router_url}[request.param]
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ RUNS = [(client, run) for client in CLIENTS for run in client.runs]
 )
 def test_a_client_makes_a_sample(
     job: AgentJob,
+    url: str,
     place_of: Callable[[str], Path],
     check_row: Callable[[Row], None],
     tmp_path: Path,
@@ -41,7 +42,7 @@ def test_a_client_makes_a_sample(
     place = place_of(client.environment)
     start = (started_in_node if client.environment == NODE else started_in_python)(place, tmp_path)
     process = subprocess.run(
-        [*start, job.url, client.program, *run],
+        [*start, url, client.program, *run],
         env={
             "HOME": str(tmp_path),
             "PATH": os.environ["PATH"],

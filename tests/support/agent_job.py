@@ -59,6 +59,8 @@ class AgentJob:
     config: Config
     server: ServerProcess
     """rollout-0."""
+    router_url: str = ""
+    """Of the router, for claims; empty: there is none."""
     num_fetched: int = 0
 
     @property
@@ -92,7 +94,9 @@ class AgentJob:
 
 
 @contextlib.contextmanager
-def running_agent_job(directory: Path, *, max_episodes: int = 0) -> Iterator[AgentJob]:
+def running_agent_job(
+    directory: Path, *, max_episodes: int = 0, has_router: bool = False
+) -> Iterator[AgentJob]:
     """A job in this directory, ready for claims; its processes are killed at the end. `max_episodes`: the
     most samples of one server; 0: the default."""
     model = save_chat_model(directory / "model", context=CONTEXT)
@@ -119,8 +123,14 @@ def running_agent_job(directory: Path, *, max_episodes: int = 0) -> Iterator[Age
         file = server.paths.endpoints / "rollout-0.json"
         url = sessions_url(server, "rollout-0")
         endpoint = json.loads(file.read_text())
+        router_url = ""
+        if has_router:
+            router = ServerProcess(config, name="router-0", module="rollout_server.router")
+            stack.callback(router.close)
+            router_url = sessions_url(router, "router-0")
         yield AgentJob(
             url=url,
+            router_url=router_url,
             config=config,
             server=server,
             policy=policy,
@@ -130,7 +140,7 @@ def running_agent_job(directory: Path, *, max_episodes: int = 0) -> Iterator[Age
 
 
 def sessions_url(server: ServerProcess, name: str) -> str:
-    """Waits for the address of a server's sessions."""
+    """Waits for the address of the sessions of a server, or of a router."""
     file = server.paths.endpoints / f"{name}.json"
     server.wait_until(
         lambda: (
@@ -148,6 +158,7 @@ def _settings(model: Path, *, engine: str, max_episodes: int) -> dict[str, Any]:
         "model": {"path": str(model)},
         "task": {"name": "external"},
         "max_staleness": 0,
+        "buffer": {"lease_timeout_s": 30.0, "discovery": "run_dir"},
         "sampling": {"group_size": 1, "max_new_tokens": 2048},
         "trainer": {"num_steps": 1, "groups_per_step": NUM_SAMPLES, "tokens_per_microbatch": CONTEXT},
         "episode": {"max_turns": 64, "max_tokens": 16 * CONTEXT},

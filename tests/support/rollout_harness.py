@@ -169,14 +169,14 @@ def job(directory: Path, *, port: int, model_dir: Path, **overrides: Any) -> Con
 
 
 class ServerProcess:
-    """`python -m rollout_server` with this configuration."""
+    """`python -m rollout_server` with this configuration, or another daemon beside it (`module`)."""
 
-    def __init__(self, config: Config, *, name: str = "rollout-0") -> None:
+    def __init__(self, config: Config, *, name: str = "rollout-0", module: str = "rollout_server") -> None:
         self.paths = RunPaths.of(config)
         path = self.paths.config
         save_config(config, path)
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "rollout_server", "--name", name, "--config", str(path)]
+        command = [sys.executable, "-m", module, "--name", name, "--config", str(path)]
         self.process = warm_start.Popen(
             command, cwd=path.parent, env=environment, stderr=subprocess.PIPE, text=True
         )

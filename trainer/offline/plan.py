@@ -43,9 +43,7 @@ class StepPlan:
         """
         usable_N = np.flatnonzero(num_tokens_N)
         if not len(usable_N):
-            raise ConfigError(
-                f"{settings.key}.train: no row is left to learn from (see the counts in the log)"
-            )
+            raise ConfigError(f"{settings.key}.train: no row is left to learn from")
         plan = cls(
             seed=seed,
             usable_N=usable_N,

@@ -82,8 +82,8 @@ class OfflineRows(abc.ABC):
 
         `source`: a value like that of `sft.train`; `key`: that setting's name.
 
-        Raises ConfigError for a row that cannot be rendered, with its place, and if the ranks do not see the
-        same rows.
+        Raises ConfigError for a row that cannot be rendered, with its place, if every row is left out, and if
+        the ranks do not see the same rows.
         """
         self._rows: Rows = open_rows(
             source if isinstance(source, str) else list(source),
@@ -94,7 +94,7 @@ class OfflineRows(abc.ABC):
         facts_NF = self._measured(ranks)
         self.facts: dict[str, NDArray[np.int64]] = dict(zip(self.fact_names, facts_NF.T, strict=True))
         """Name -> int64 [N] facts of all rows."""
-        if problem := self._problem():
+        if problem := self._problem() or self._emptiness():
             raise ConfigError(f"{key}: {problem}")
         if ranks.rank == 0:
             log.info(
@@ -103,6 +103,13 @@ class OfflineRows(abc.ABC):
             for num, what in self._warnings():
                 if num:
                     log.warning("%s: %d of %d rows %s", key, num, len(self._rows), what)
+
+    def _emptiness(self) -> str:
+        """Why no row is left; empty if one is."""
+        if self.num_tokens_N.any():
+            return ""
+        reasons = [f"{num} of {len(self._rows)} {what}" for num, what in self._warnings() if num]
+        return "; ".join(["no row is left to learn from", *reasons])
 
     @property
     @abc.abstractmethod

@@ -100,6 +100,11 @@ def test_labels_are_units_of_one(tmp_path: Path, ranks: Ranks) -> None:
             "rows.jsonl:1 and rows.jsonl:3 have the same prompt and completion, and different labels",
         ),
         ([{**PAIR, "chosen": "123456"}], {"long_rows": "drop", "key": "eval"}, "eval: no row is left"),
+        (
+            [{**PAIR, "chosen": "123456"}],
+            {"long_rows": "drop"},
+            "train: no row is left to learn from; 1 of 1 are left out: they have .* more than 10 tokens",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(
