@@ -19,7 +19,7 @@ from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths, read_endpoint
 from areal_like.runtime.command_line import load_config
 from launch.commands.parser import RUN, argument, command, flag
-from launch.observation.http_json import Operator, fetch_json, post_json
+from launch.observation.http_json import COMMAND_TIMEOUT_S, Operator, fetch_json, post_json
 from launch.run_directory.rundir import find_run
 from launch.view.profile import profile_lines
 
@@ -141,7 +141,7 @@ def _ranks_of(given: str, paths: RunPaths, operator: Operator) -> list[_Rank]:
         )
     ranks = []
     for number in numbers:
-        status = fetch_json(found[number], "/status", operator=operator)
+        status = fetch_json(found[number], "/status", operator=operator, timeout_s=COMMAND_TIMEOUT_S)
         if status is None:
             raise ConfigError(
                 f"profile: rank {number} at {found[number]} does not respond; is the job running?"

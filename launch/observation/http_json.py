@@ -37,6 +37,9 @@ from areal_like.terminal_text import harmless, harmless_values
 from launch.observation.responses import checked_status, parsed_object
 
 REQUEST_TIMEOUT_S = 1.0
+"""Time limit of a request of the launcher, which polls again."""
+COMMAND_TIMEOUT_S = 5.0
+"""Time limit of a request of a command, which asks once: the machine may be busy, or behind a tunnel."""
 _MAX_RESPONSE_BYTES = 64 << 20
 _REFUSED = (401, 403, 421)
 """HTTP statuses that mean that a daemon refuses this caller, whatever the request is."""

@@ -19,7 +19,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, read_endpoint
 from areal_like.runtime.command_line import load_config
 from areal_like.shards import all_shards
-from launch.observation.http_json import Operator, fetch_json, post_json
+from launch.observation.http_json import COMMAND_TIMEOUT_S, Operator, fetch_json, post_json
 from launch.observation.observer import (
     DaemonView,
     look_at_daemon,
@@ -29,9 +29,6 @@ from launch.observation.observer import (
 )
 from launch.run_directory.rundir import find_run
 
-_TIMEOUT_S = 5.0
-"""Time limit of a request of a command: the address may be behind a tunnel, and the machine busy. (The
-launcher's own polls are shorter, and come again.)"""
 _MIN_SILENCE_S = 2.0
 """A peer is alive if the buffer has heard from it within this time, or within three heartbeats."""
 
@@ -90,7 +87,7 @@ class RunningJob:
 
     def get(self, address: str, path: str) -> dict[str, Any] | None:
         """The JSON object at a page of a buffer; None if it does not respond. Raises ConfigError."""
-        return fetch_json(address, path, operator=self.operator, timeout_s=_TIMEOUT_S)
+        return fetch_json(address, path, operator=self.operator, timeout_s=COMMAND_TIMEOUT_S)
 
     def statuses(self) -> list[dict[str, Any]]:
         """/status of each buffer that responds, in the order of the shards. Raises ConfigError."""
@@ -163,7 +160,7 @@ class RunningJob:
         """
         if self.paths is not None:
             views = look_at_daemons(
-                self.paths.endpoints, before=before, operator=self.operator, timeout_s=_TIMEOUT_S
+                self.paths.endpoints, before=before, operator=self.operator, timeout_s=COMMAND_TIMEOUT_S
             )
         else:
             views = {view.name: view for view in self._given_buffers(before or {})}
@@ -192,7 +189,7 @@ class RunningJob:
                 {"role": "buffer", "http": address},
                 known=known,
                 operator=self.operator,
-                timeout_s=_TIMEOUT_S,
+                timeout_s=COMMAND_TIMEOUT_S,
             )
             yield dataclasses.replace(view, name=str((view.status or {}).get("name") or view.name))
 
@@ -225,14 +222,14 @@ def peer_view(
 def _config_from(addresses: Sequence[str], operator: Operator) -> Config:
     """The settings that the first responding buffer serves."""
     for address in addresses:
-        status = fetch_json(address, "/status", operator=operator, timeout_s=_TIMEOUT_S)
+        status = fetch_json(address, "/status", operator=operator, timeout_s=COMMAND_TIMEOUT_S)
         if status is None:
             continue
         if status.get("role") != "buffer":
             raise ConfigError(
                 f"--buffer {address}: this is {status.get('name', 'a daemon')}: give a buffer's address"
             )
-        settings = fetch_json(address, "/config", operator=operator, timeout_s=_TIMEOUT_S)
+        settings = fetch_json(address, "/config", operator=operator, timeout_s=COMMAND_TIMEOUT_S)
         if settings is None:
             raise ConfigError(
                 f"--buffer {address}: it does not serve /config: was it started by an earlier release?"
