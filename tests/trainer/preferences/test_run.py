@@ -24,6 +24,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from tests.support.offline import StopAfter, files_of, metrics_of
 from tests.support.preference_rows import rows_of, sum_pairs
+from tests.support.quick import only_in_chaos, others_in_chaos
 from tests.support.sft_model import write_rows, write_sft_model
 from trainer.distributed.ranks import Ranks
 from trainer.offline.plan import StepPlan
@@ -153,7 +154,7 @@ def test_a_step_is_that_of_plain_autograd(name: str, root: Path) -> None:
     assert found["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto"])
+@pytest.mark.parametrize("name", [*only_in_chaos("dpo"), "kto"])
 def test_a_resumed_run_is_the_run_itself(name: str, root: Path) -> None:
     """To the last bit, also with log-probs of the reference that were lost and are computed again."""
     whole = run(config_of(root, "whole", method=name))
@@ -177,7 +178,7 @@ def test_a_resumed_run_is_the_run_itself(name: str, root: Path) -> None:
     assert summaries[0]["eval_accuracy_after"] == rows[-1]["eval_accuracy"]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", others_in_chaos(METHODS, quick=["dpo", "kto"]))
 def test_rewards_move_apart(name: str, root: Path) -> None:
     """Every method raises the margin of its rewards on the rows that it learns from."""
     config = config_of(root, name, method=name, num_epochs=6, lr=3e-3)
