@@ -139,6 +139,7 @@ def ends_at_once(server: SessionServer, tmp_path: Path, name: str, *command: str
     assert server.call(lambda: server.book.num_refused) == {410: 1}
 
 
+@pytest.mark.chaos
 def test_the_agent_in_python_ends_with_its_request(server: SessionServer, tmp_path: Path) -> None:
     ends_at_once(server, tmp_path, "outside.py", sys.executable)
 
