@@ -66,6 +66,7 @@ def test_closing_keeps_both_pools_busy_and_the_bound_by_token() -> None:
     assert found[LedgerDropRule]["goodput"] < closed["goodput"] and found[LedgerDropRule]["untrained"] > 0.05
 
 
+@pytest.mark.chaos
 def test_closing_survives_the_failures_of_servers() -> None:
     simulation = LedgerCloseRule(SMALL)
     simulation.run(40)

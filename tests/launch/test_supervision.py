@@ -369,6 +369,7 @@ def test_a_daemon_that_ignores_sigterm_is_killed(workplace: Path) -> None:
     assert code == 1 and "rollout-0 did not end in time" in out
 
 
+@pytest.mark.chaos
 def test_a_second_signal_ends_everything_at_once(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     # A drain would take longer than the test may.

@@ -183,7 +183,7 @@ def vcpo_loss(settings: dict[str, Any]) -> Callable[[Any, list[Sample]], Tensor]
     )
 
 
-@pytest.mark.parametrize("settings", others_in_chaos(VCPO, quick=VCPO[2:6]), ids=label)
+@pytest.mark.parametrize("settings", others_in_chaos(VCPO, quick=VCPO[4:6]), ids=label)
 def test_vcpo_has_one_term_for_each_sample(path: str, ranks: Ranks, settings: dict[str, Any]) -> None:
     """The norm of a sample's gradient includes the products of its segments' gradients."""
     is_whole = settings["baseline"] == "group" and settings["norms"] != "exact"

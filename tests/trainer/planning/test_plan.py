@@ -81,7 +81,10 @@ QUICK = "1xh100_1.7b"
 
 @pytest.mark.parametrize(
     "name",
-    [name if name == QUICK else pytest.param(name, marks=pytest.mark.chaos) for name in PARAMETERS],
+    [
+        pytest.param(name, marks=pytest.mark.long if name == QUICK else pytest.mark.chaos)
+        for name in PARAMETERS
+    ],
 )
 def test_preset_fits(name: str) -> None:
     plan = make_plan(load_config([f"scale={name}"]))

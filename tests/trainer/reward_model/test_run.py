@@ -128,6 +128,7 @@ def scores(path: Path, tokens: list[list[int]]) -> torch.Tensor:
         dist.destroy_process_group()
 
 
+@pytest.mark.chaos
 def test_a_resumed_run_is_the_run_itself(root: Path, trained: RunPaths) -> None:
     """From a checkpoint in the middle, as if the run had ended after it."""
     config = config_of(root, "stopped")

@@ -98,6 +98,7 @@ def claimed_at(port: int) -> bytes:
     return f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
 
 
+@pytest.mark.chaos
 def test_the_agent_in_python_outlives_a_server(tmp_path: Path) -> None:
     goes_on(tmp_path, "outside.py", sys.executable)
 
