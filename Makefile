@@ -3,7 +3,7 @@
 #   make sft ARGS="CONFIG ..."         supervised training
 #   make test [JOBS=4]                 lint, types and the tests, in that many processes
 #   make test-fast                     the tests without processes, connections, models and command lines
-#   make test-long [JOBS=4]            the tests of whole jobs that `make test` leaves out: five minutes
+#   make test-long [JOBS=4]            the tests of whole jobs that `make test` leaves out
 #   make chaos                         crashes, faults, shapes of ranks and whole trainings at length: about two hours
 #   make sglang                        an environment with SGLang on this CPU, for rollout.engine=sglang
 #   make test-sglang                   the tests against it

@@ -93,7 +93,7 @@ def test_the_guide_has_the_commands_of_an_agent() -> None:
     assert install == "pip install openai" and "model=smollm2" in real and "TinyRenderer" in check
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_the_agent_of_the_guide_runs_without_a_model(tmp_path: Path, cache: dict[str, str]) -> None:
     """With the command that the guide gives for it, and a small budget."""

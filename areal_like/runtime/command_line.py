@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -247,9 +247,11 @@ def _merged(file: Path | None, settings: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{where}no such file")
         else:
             merged = OmegaConf.load(file)
+            if not isinstance(merged, DictConfig):
+                raise ConfigError(f"{where}want a mapping of settings")
+            _add_defaults_before(merged)
             # A single setting of a section that the file leaves out changes that section's default.
-            open_ones = {key: defaults[key] for key in OPEN_SECTIONS if key not in merged}
-            merged = OmegaConf.merge(open_ones, _with_defaults_before(merged))
+            merged.update({key: defaults[key] for key in OPEN_SECTIONS if key not in merged})
         overrides = [(setting, *_parsed(setting)) for setting in settings]
         for setting, key, value in overrides:
             section = key.removesuffix("._target_")
@@ -277,11 +279,16 @@ _MODEL_BEFORE = frozenset(
 """Settings of `model` that every file of a run of an earlier release has."""
 
 
-def _with_defaults_before(file: Any) -> Any:
-    """The settings of a file; if a run of an earlier release wrote it, with DEFAULTS_BEFORE."""
-    # Only the file that a run has written names every setting of its release.
-    is_recorded = _MODEL_BEFORE.issubset(file.get("model") or {})
-    return OmegaConf.merge(DEFAULTS_BEFORE, file) if is_recorded else file
+def _add_defaults_before(file: DictConfig) -> None:
+    """Adds DEFAULTS_BEFORE to the settings of a file that a run of an earlier release wrote."""
+    # Only the file that a run has written names every setting of its release. `OmegaConf.merge` would take as
+    # long as reading the file.
+    if not _MODEL_BEFORE.issubset(file.get("model") or {}):
+        return
+    for section, settings in DEFAULTS_BEFORE.items():
+        known = file.setdefault(section, {})
+        if isinstance(known, DictConfig):
+            known.update({key: value for key, value in settings.items() if key not in known})
 
 
 def _parsed(setting: str) -> tuple[str, Any]:

@@ -44,6 +44,7 @@ from areal_like.wire.messages.producer import (
 from areal_like.wire.messages.weights import PushChecksums, PushWeights
 from areal_like.wire.records import Record
 from tests.support.cpu_time import cpu_units
+from tests.support.quick import others_in_chaos
 
 
 def trajectory(num_prompt: int = 3, num_sampled: int = 5, *, version: int = 7) -> Trajectory:
@@ -343,20 +344,26 @@ CONTENTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "field"),
-    [
-        ("Hello", "role"),
-        ("Samples", "samples"),
-        ("ServerHeartbeat", "leases"),
-        ("ServerHeartbeat", "state"),
-        ("ServerHeartbeat", "stats"),
-        ("StartTraining", "stream"),
-        ("PushWeights", "manifest"),
-        ("PushChecksums", "checksums"),
-    ],
+FIELDS = (
+    ("Hello", "role"),
+    ("Samples", "samples"),
+    ("ServerHeartbeat", "leases"),
+    ("ServerHeartbeat", "state"),
+    ("ServerHeartbeat", "stats"),
+    ("StartTraining", "stream"),
+    ("PushWeights", "manifest"),
+    ("PushChecksums", "checksums"),
 )
-@pytest.mark.parametrize("content", CONTENTS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "content"),
+    others_in_chaos(
+        [(*field, content) for content in CONTENTS for field in FIELDS],
+        # Every field once at least, and every content.
+        quick=[(*FIELDS[number % len(FIELDS)], content) for number, content in enumerate(CONTENTS)],
+    ),
+)
 def test_any_header_is_decoded_or_refused_at_once(kind: str, field: str, content: str) -> None:
     frames = long_header(kind, field, CONTENTS[content](HEADER_LIMITS[kind] - 1000))
     assert HEADER_LIMITS[kind] - 2000 < len(frames[0]) <= HEADER_LIMITS[kind]

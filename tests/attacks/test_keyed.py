@@ -47,6 +47,7 @@ from tests.attacks.job import AttackedJob, attacked_job
 from tests.attacks.ports import listening_ports
 from tests.support.keys import new_keys
 from tests.support.launching import TEST_LIMIT_S, processes_of
+from tests.support.quick import only_in_chaos
 
 pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.slow]
 CURVE_GREETING = 64
@@ -75,7 +76,7 @@ def large(config: Config) -> Iterable[list[bytes]]:
     return large_messages(140)
 
 
-@pytest.mark.parametrize("attack", [guesses, as_trainer, as_server, long_names, large])
+@pytest.mark.parametrize("attack", [guesses, *only_in_chaos(as_trainer), as_server, long_names, large])
 def test_strangers_are_not_even_answered(job: AttackedJob, attack: Attack) -> None:
     public, secret = zmq.curve_keypair()
     unknown = Identity(
@@ -240,7 +241,9 @@ def test_a_server_gets_weights_only_with_its_key(job: AttackedJob) -> None:
     job.goes_on()
 
 
-@pytest.mark.parametrize("key", ["", "rollout", "gpu-7", "buffer", "operator"])
+@pytest.mark.parametrize(
+    "key", ["", "rollout", *only_in_chaos("gpu-7"), "buffer", *only_in_chaos("operator")]
+)
 def test_only_a_trainer_may_push_weights(job: AttackedJob, key: str) -> None:
     """10: also for the holder of the buffer's key."""
     rollout = job.identity("rollout").public

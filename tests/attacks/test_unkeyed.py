@@ -29,7 +29,7 @@ from tests.attacks.forgeries import (
 from tests.attacks.job import AttackedJob, attacked_job
 from tests.support.launching import TEST_LIMIT_S, areal_like
 
-pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ from benchmarks.selection_trial import (
     write_model,
 )
 from benchmarks.staleness import Results
+from tests.support.quick import only_in_chaos
 
 
 def result(*, greedy: float = 0.9, seconds: float = 10.0, collapsed: bool = False) -> TrialResult:
@@ -225,7 +226,7 @@ def test_no_candidate_needs_gradients_of_sequences(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("job", JOBS)
-@pytest.mark.parametrize("lag", [0, 4, 16])
+@pytest.mark.parametrize("lag", [0, *only_in_chaos(4, 16)])
 def test_settings_of_every_trial_are_a_job(job: str, lag: int) -> None:
     for method in METHODS:
         config = load_config(trial_of(job, method, lag=lag, factor=2, seed=1).arguments)

@@ -27,6 +27,7 @@ from areal_like.wire.messages.consumer import AllocVersion, CommitStep, StartTra
 from areal_like.wire.messages.hello import Hello
 from launch.audit.run import audit_run
 from tests.support.buffer_harness import ROOT, BufferProcess, FakeTrainer, connected, trainer_hello
+from tests.support.quick import only_in_chaos
 from tests.support.waiting import HANG_LIMIT_S
 
 SAVED = Path(__file__).with_name("release_before")
@@ -34,7 +35,7 @@ RESUMED, RECORDED, LAST = 12, 15, 18
 """Step of the newest checkpoint; first step that was not whole; first step that is not trained here."""
 
 
-@pytest.fixture(params=["wait", "close"])
+@pytest.fixture(params=[*only_in_chaos("wait"), "close"])
 def config(tmp_path: Path, request: pytest.FixtureRequest) -> Config:
     """The run of the release before, in a directory of its own, with an empty model, under its own rule for
     overdue groups or under the new one."""

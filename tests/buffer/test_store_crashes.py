@@ -24,7 +24,7 @@ from tests.support.lost_writes import Disk, compile_shim, read_log
 from tests.support.store_load import KEPT, SIZE, is_same, raising, store_settings, trajectory_of
 
 NUM_KILLS = 20
-NUM_POWER_LOSSES = 30
+NUM_POWER_LOSSES = 15
 
 
 def start_load(

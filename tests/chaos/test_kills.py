@@ -83,6 +83,7 @@ def kill_producers(directory: Path, *, num_kills: int, num_steps: int, overdue: 
         check_audit(job, num_steps=num_steps)
 
 
+@pytest.mark.chaos
 def test_killed_producers_cost_only_their_leases(tmp_path: Path) -> None:
     """Also those of the late samples of closed groups."""
     kill_producers(tmp_path, num_kills=2, num_steps=40, overdue="close")

@@ -137,6 +137,7 @@ def test_agents_of_a_job_and_no_sample_is_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(TEST_LIMIT_S)
+@pytest.mark.chaos
 def test_agents_from_outside_make_the_samples(tmp_path: Path) -> None:
     limits = {"sessions": {"idle_timeout_s": 3.0}}  # a loaded machine makes each turn slow
     groups, evaluation, _ = run_job(tmp_path, {"name": "external"}, num_outside=6, **limits)

@@ -42,6 +42,7 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.mark.timeout(TEST_LIMIT_S)
+@pytest.mark.long
 def test_rewards_that_fail_for_held_out_prompts_end_no_job(tmp_path: Path, cache: dict[str, str]) -> None:
     run = areal_like(
         "run",

@@ -80,6 +80,7 @@ def make_group(url: str, token: str) -> list[str]:
     return [session.id for session in group.sessions if session.id not in unmade]
 
 
+@pytest.mark.long
 def test_agents_from_outside_make_all_samples(tmp_path: Path, cache: dict[str, str]) -> None:
     tokens = make_keys(tmp_path / "keys")
     run = tmp_path / "runs" / "x"

@@ -153,6 +153,7 @@ NUM_STEPS, GROUPS = 2, 4
 
 
 @pytest.mark.timeout(TEST_LIMIT_S)
+@pytest.mark.long
 def test_real_servers_give_one_greedy_answer(tmp_path: Path) -> None:
     """Under the same weights, real processes give the same greedy answer to a prompt every time."""
     model = tmp_path / "model"

@@ -137,6 +137,7 @@ def broken_run(tmp_path_factory: pytest.TempPathFactory, cache: dict[str, str]) 
     return BrokenRun(folder=folder, root=root, out=out, places=seen)
 
 
+@pytest.mark.long
 def test_a_trainer_killed_at_each_point_loses_nothing(broken_run: BrokenRun) -> None:
     """Long, because the run before it starts its trainer four times and trains some steps twice."""
     root, out = broken_run.root, broken_run.out

@@ -35,6 +35,7 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.mark.timeout(TEST_LIMIT_S)
+@pytest.mark.long
 def test_a_run_survives_a_killed_server(tmp_path: Path) -> None:
     """Long, because the dead server's leases expire, and its samples are generated again."""
     model = tmp_path / "model"

@@ -31,6 +31,7 @@ from tests.support.launching import (
     wait_for_steps,
 )
 from tests.support.ports import free_ports
+from tests.support.quick import only_in_chaos
 from trainer.buffer_client.client import TrainerBufferClient
 
 pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
@@ -85,7 +86,7 @@ class ShardedJob:
             buffer.close()
 
 
-@pytest.fixture(params=["wait", "close"])
+@pytest.fixture(params=[*only_in_chaos("wait"), "close"])
 def job(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ShardedJob]:
     job = ShardedJob(tmp_path, overdue=request.param)
     try:

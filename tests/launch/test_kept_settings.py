@@ -114,6 +114,7 @@ def test_the_number_of_shards_cannot_change(resume: Open) -> None:
     resume("buffer.num_shards=1").close()
 
 
+@pytest.mark.chaos
 def test_a_model_of_other_settings_is_prepared_again(
     resume: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

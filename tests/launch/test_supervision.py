@@ -130,6 +130,7 @@ def test_a_failed_run_leaves_its_trainer_time_to_drain(
     assert list((root / "checkpoints").iterdir())
 
 
+@pytest.mark.chaos
 def test_settings_that_worked_once_do_not_end_the_run(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     environment = scripted({"rollout-1": "loses its device"})
@@ -151,6 +152,7 @@ def test_settings_that_worked_once_do_not_end_the_run(workplace: Path) -> None:
     assert out.count("rollout-1 ended (exit code 2): starting it again") == 1
 
 
+@pytest.mark.chaos
 def test_a_run_continues_when_its_output_pipe_is_closed(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     with launcher("name=x", ENDLESS, cwd=workplace) as process:
@@ -166,6 +168,7 @@ def test_a_run_continues_when_its_output_pipe_is_closed(workplace: Path) -> None
     assert list((root / "checkpoints").iterdir())
 
 
+@pytest.mark.chaos
 def test_the_launcher_reopens_its_log_and_shows_its_stacks(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     log = root / "logs" / "launcher.log"
@@ -357,6 +360,7 @@ def test_sigterm_drains_and_the_run_can_be_resumed(
     assert (root / "config.yaml").read_bytes() == settings
 
 
+@pytest.mark.chaos
 def test_a_daemon_that_ignores_sigterm_is_killed(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     settings = ("name=x", ENDLESS, "daemon.drain_timeout_s=4")
@@ -367,6 +371,7 @@ def test_a_daemon_that_ignores_sigterm_is_killed(workplace: Path) -> None:
     assert code == 1 and "rollout-0 did not end in time" in out
 
 
+@pytest.mark.chaos
 def test_a_second_signal_ends_everything_at_once(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     # A drain would take longer than the test may.
@@ -381,6 +386,7 @@ def test_a_second_signal_ends_everything_at_once(workplace: Path) -> None:
     assert code == 1 and "stopped at once" in out
 
 
+@pytest.mark.long
 def test_a_killed_launcher_leaves_its_lock_to_its_daemons(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -404,6 +410,7 @@ def test_a_killed_launcher_leaves_its_lock_to_its_daemons(
     assert load_config(["--config", str(root / "config.yaml")]).trainer.num_steps == 3
 
 
+@pytest.mark.chaos
 def test_a_server_that_a_user_stopped_is_not_replaced(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     with launcher("name=x", "rollout.num_servers=2", ENDLESS, cwd=workplace) as process:

@@ -46,6 +46,7 @@ from tests.support.chat_models import (
 )
 from tests.support.engine_harness import load_model
 from tests.support.hostile_client import REWRITES, rewritten
+from tests.support.quick import only_in_chaos
 from tests.support.scripted_policy import CONTEXT, VOCAB, check_logprobs, save_chat_model
 
 TOOL = {
@@ -153,8 +154,9 @@ async def converse(
     return len(replies), sum(reply.num_tokens for reply in replies)
 
 
+@pytest.mark.parametrize("num_examples", [8, *only_in_chaos(20)])
 @pytest.mark.parametrize("name", list(RENDERERS))
-def test_recorded_logprobs_are_those_of_the_segments(name: str, served: Served) -> None:
+def test_recorded_logprobs_are_those_of_the_segments(name: str, num_examples: int, served: Served) -> None:
     renderer = RENDERERS[name]
     tools = [TOOL] if renderer.supports_tools and name != "llama-3 by its template" else []
     num_bridged, num_continued = 0, served.core.contexts.num_continued
@@ -165,7 +167,7 @@ def test_recorded_logprobs_are_those_of_the_segments(name: str, served: Served) 
         budgets=(CONTEXT, 10 * CONTEXT),
         seed=0,
     )
-    @settings(max_examples=20, database=None, derandomize=True)
+    @settings(max_examples=num_examples, database=None, derandomize=True)
     @given(
         actions=st.lists(REWRITES, min_size=2, max_size=6),
         interrupt_after=st.lists(st.integers(0, 6), max_size=3),

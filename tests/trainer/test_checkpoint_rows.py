@@ -163,6 +163,7 @@ def test_damaged_files_are_named(tmp_path: Path, ranks: Ranks) -> None:
         assert str(bad / name) in str(caught.value), (case, caught.value)
 
 
+@pytest.mark.long
 def test_ranks_write_their_rows_or_no_checkpoint(tmp_path: Path, ranks: Ranks) -> None:
     """Long, because ranks hang or die in checkpoints, and the others wait for them."""
     path = write_model(tmp_path / "model", dtype=torch.float32)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from areal_like.runtime.command_line import load_config
 from areal_like.trajectory import FinishReason, Trajectory
 from tests.support.full_state import gather_full_state
+from tests.support.quick import only_in_chaos
 from tests.support.trainer_helpers import dense_logprobs, flattened, random_groups, write_model
 from trainer.advantages import ADVANTAGES
 from trainer.advantages.reward_shaping import SHAPINGS
@@ -78,26 +79,26 @@ def of_older_weights(group: list[Trajectory]) -> list[Trajectory]:
     return [replace(moved[0], logprobs=moved[0].logprobs - 40 * moved[0].loss_mask), *moved[1:]]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", *only_in_chaos("float32")])
 @pytest.mark.parametrize("overrides", PRESETS + MASKED + SHAPED, ids=" ".join)
 def test_steps_on_new_and_old_samples(
-    path: str, teacher: str, ranks: Ranks, groups: list[list[Trajectory]], overrides: list[str]
+    path: str, teacher: str, ranks: Ranks, groups: list[list[Trajectory]], overrides: list[str], dtype: str
 ) -> None:
     taught = [f"distill.teachers.default={teacher}"] if overrides == ["objective=distill"] else []
     config = load_config([*overrides, *taught, "trainer.warmup_steps=1"])
     size, greedy = min(config.sampling.group_size, 3), config.sampling.greedy_baseline
     of_job = [[*group[:size], *[replace(t, is_greedy=True) for t in group[3:] if greedy]] for group in groups]
-    for dtype in ("float32", "bfloat16"):
-        config = replace(config, model=replace(config.model, dtype=dtype))
-        runner = build_step_runner(config, build_policy(config, path, ranks), ranks, initial=path)
-        before = [tensor.clone() for _, tensor in gather_full_state(runner.policy)]
-        for lag in (0, 4):
-            used = [of_older_weights(group) for group in of_job] if lag else of_job
-            metrics = flattened(runner.run(used, step=VERSION + lag))
-            unusual = {name: value for name, value in metrics.items() if not np.isfinite(value)}
-            assert not unusual, (dtype, lag)
-        after = [tensor for _, tensor in gather_full_state(runner.policy)]
-        assert all(tensor.isfinite().all() for tensor in after)
-        assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), dtype
+    config = replace(config, model=replace(config.model, dtype=dtype))
+    runner = build_step_runner(config, build_policy(config, path, ranks), ranks, initial=path)
+    before = [tensor.clone() for _, tensor in gather_full_state(runner.policy)]
+    for lag in (0, 4):
+        used = [of_older_weights(group) for group in of_job] if lag else of_job
+        metrics = flattened(runner.run(used, step=VERSION + lag))
+        unusual = {name: value for name, value in metrics.items() if not np.isfinite(value)}
+        assert not unusual, lag
+    after = [tensor for _, tensor in gather_full_state(runner.policy)]
+    assert all(tensor.isfinite().all() for tensor in after)
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_every_registered_name_has_a_preset() -> None:

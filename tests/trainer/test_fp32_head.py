@@ -173,6 +173,7 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     assert hidden.grad is not None and head.weight.grad is None
 
 
+@pytest.mark.chaos
 def test_two_ranks_give_the_gradient_of_one(tmp_path: Path, ranks: Ranks) -> None:
     """For a head of its own and for one that is tied to the embedding."""
     for architecture in ("qwen3", "llama"):

@@ -29,6 +29,7 @@ from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from areal_like.weights.buckets import unflatten
 from tests.support.families import HYBRIDS, write_family
+from tests.support.quick import others_in_chaos
 from tests.support.trainer_helpers import joined, random_groups
 from tests.support.trainer_ranks import make_runner
 from tests.trainer.test_families import unpacked
@@ -105,8 +106,12 @@ def dtypes_of(file: Path) -> dict[str, str]:
         return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize(
+    ("family", "checkpointing"),
+    others_in_chaos(
+        itertools.product(HYBRIDS, (False, True)), quick=[("qwen3_next", True), ("qwen3_5_text", False)]
+    ),
+)
 def test_packed_equals_unpacked(
     paths: dict[str, str], family: str, checkpointing: bool, ranks: Ranks
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from launch import cli
 from tests.support.lazily import lazily
 from tests.support.lora_ranks import LORA, METHODS, adapter_of, pushed
 from tests.support.moe_model import write_moe_model
+from tests.support.quick import only_in_chaos, others_in_chaos
 from tests.support.trainer_helpers import VOCAB, dense_logprobs, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import last_gradient, make_runner
 from trainer.batching.packing import collate
@@ -128,8 +130,13 @@ def test_a_new_adapter_and_the_reference_are_the_base(base: str, ranks: Ranks) -
     assert policy.with_entropy
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-@pytest.mark.parametrize("kind", [BackgroundGather, BoundaryGather])
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    others_in_chaos(
+        itertools.product((BackgroundGather, BoundaryGather), ("qwen3", "llama")),
+        quick=[(BackgroundGather, "qwen3"), (BoundaryGather, "llama")],
+    ),
+)
 def test_merged_pushes_have_the_trainers_log_probs(
     tmp_path: Path, ranks: Ranks, kind: Any, architecture: str
 ) -> None:
@@ -198,7 +205,7 @@ def test_gradients_of_a_bfloat16_forward_are_float32(base: str, tmp_path: Path) 
         assert ".lora_A." in name or float((narrow[name] - value).norm()) < 0.05 * float(value.norm()), name
 
 
-@pytest.mark.parametrize("method", ["plain", *METHODS])
+@pytest.mark.parametrize("method", others_in_chaos(["plain", *METHODS], quick=["plain"]))
 def test_a_resumed_run_is_the_same_to_the_last_bit(
     base: str, tmp_path: Path, ranks: Ranks, method: str
 ) -> None:
@@ -221,6 +228,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(
     assert not list(folder.glob("model*")) and not (folder / "config.json").exists()
 
 
+@pytest.mark.long
 def test_a_checkpoint_resumes_at_another_number_of_ranks(base: str, tmp_path: Path, ranks: Ranks) -> None:
     runner = trained_runner(base, ranks)
     saved(runner, ranks, tmp_path / "checkpoints", base)
@@ -334,7 +342,7 @@ def test_a_checkpoint_is_refused_by_another_adapter_or_base(base: str, tmp_path:
             load(path, lora)
 
 
-@pytest.mark.parametrize("dtype", ["", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["", *only_in_chaos("bfloat16")])
 def test_merge_writes_the_model_that_is_pushed(
     base: str, tmp_path: Path, ranks: Ranks, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

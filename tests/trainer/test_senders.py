@@ -98,6 +98,7 @@ def check_log_probs(engine: Engine, generations: list[Generation], folder: Path,
             assert abs(expected - each.logprobs)[each.versions == version].max() < TOLERANCE, version
 
 
+@pytest.mark.long
 def test_every_number_of_senders_pushes_the_same_weights(engine: Engine, tmp_path: Path) -> None:
     """Both ways to gather, one, two and three senders, with digests, while the engine generates; all bytes,
     and what differs."""

@@ -7,10 +7,11 @@ import torch
 
 from areal_like.config import WeightsConfig
 from areal_like.errors import ConfigError
+from tests.support.quick import only_in_chaos
 from tests.support.trainer_helpers import run_ranks, write_model
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [*only_in_chaos(1), 3])
 def test_a_snapshot_is_not_changed_by_later_steps(tmp_path: Path, world_size: int) -> None:
     path = write_model(tmp_path / "model", dtype=torch.float32)
     run_ranks("snapshots", str(tmp_path), path, world_size=world_size, module="tests.support.snapshot_ranks")
@@ -27,7 +28,7 @@ def test_with_one_copy_the_next_snapshot_waits_for_the_push(tmp_path: Path, worl
     run_ranks("one_copy", str(tmp_path), path, world_size=world_size, module="tests.support.snapshot_ranks")
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [*only_in_chaos(1), 2])
 def test_the_last_push_is_kept_as_a_base(tmp_path: Path, world_size: int) -> None:
     path = write_model(tmp_path / "model", dtype=torch.float32)
     run_ranks("bases", str(tmp_path), path, world_size=world_size, module="tests.support.snapshot_ranks")

@@ -86,6 +86,7 @@ def test_two_ranks_match_one_padded_batch(tmp_path: Path) -> None:
                 assert_same_gradient(load_file(tmp_path / f"{name}.safetensors"), want, relative=tolerance)
 
 
+@pytest.mark.long
 def test_ranks_wait_for_groups_and_abandon_together(tmp_path: Path) -> None:
     run_ranks("outage", str(tmp_path), write_model(tmp_path / "model"), world_size=2)
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.support import votes
+from tests.support.quick import only_in_chaos, others_in_chaos
 from tests.support.trainer_helpers import run_ranks
 from tests.support.trainer_ranks import last_gradient, make_runner
 from tests.support.votes import Sample
@@ -97,7 +98,7 @@ def label(settings: Any) -> str:
     return str(settings.get("name", "-".join(map(str, settings.values()))))
 
 
-@pytest.mark.parametrize("budget_tokens", [400, 60, 12])
+@pytest.mark.parametrize("budget_tokens", [*only_in_chaos(400, 60), 12])
 @pytest.mark.parametrize(("objective", "loss"), WEIGHTS, ids=label)
 def test_weights_are_those_of_samples(
     path: str, ranks: Ranks, objective: dict[str, Any], loss: Losses, budget_tokens: int
@@ -115,7 +116,7 @@ def test_weights_are_those_of_samples(
         assert 0 < metrics["clipped_fraction"] + 1 - metrics["kept_fraction"] < 1, "some and not all"
 
 
-@pytest.mark.parametrize("budget_tokens", [400, 60, 12])
+@pytest.mark.parametrize("budget_tokens", [400, *only_in_chaos(60), 12])
 @pytest.mark.parametrize(("mask", "loss"), MASKS, ids=label)
 def test_a_mask_drops_whole_samples(
     path: str, ranks: Ranks, mask: dict[str, Any], loss: Losses, budget_tokens: int
@@ -131,7 +132,7 @@ def test_a_mask_drops_whole_samples(
 
 
 @pytest.mark.parametrize("normalizer", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"])
-@pytest.mark.parametrize("budget_tokens", [60, 12])
+@pytest.mark.parametrize("budget_tokens", [60, *only_in_chaos(12)])
 def test_a_sample_counts_once_in_normalizers(
     path: str, ranks: Ranks, normalizer: str, budget_tokens: int
 ) -> None:
@@ -182,7 +183,7 @@ def vcpo_loss(settings: dict[str, Any]) -> Callable[[Any, list[Sample]], Tensor]
     )
 
 
-@pytest.mark.parametrize("settings", VCPO, ids=label)
+@pytest.mark.parametrize("settings", others_in_chaos(VCPO, quick=VCPO[4:6]), ids=label)
 def test_vcpo_has_one_term_for_each_sample(path: str, ranks: Ranks, settings: dict[str, Any]) -> None:
     """The norm of a sample's gradient includes the products of its segments' gradients."""
     is_whole = settings["baseline"] == "group" and settings["norms"] != "exact"

@@ -34,6 +34,7 @@ from tests.support.engine_harness import (
     save_model,
     weights_of,
 )
+from tests.support.quick import only_in_chaos
 from tests.support.snapshots import Held
 from trainer.weights.broadcaster import Broadcaster
 
@@ -98,9 +99,7 @@ async def check(client: EngineClient, adapter: PeftAdapter, *, version: int) -> 
     assert error_of(adapter.model, PROMPT, generation) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "mode", ["recompute", "keep", pytest.param("abort_resume", marks=pytest.mark.chaos), "drain"]
-)
+@pytest.mark.parametrize("mode", ["recompute", "keep", *only_in_chaos("abort_resume", "drain")])
 def test_samples_finish_or_change_as_the_mode_says(
     engine: Engine, adapters: list[PeftAdapter], mode: str
 ) -> None:

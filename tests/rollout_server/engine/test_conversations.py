@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,7 @@ from rollout_server.engine.models.loading import load
 from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from tests.support.engine_harness import KINDS, load_model, reference_logprobs, save_model, weights_of
+from tests.support.quick import others_in_chaos
 
 CONTEXT = 64
 
@@ -68,8 +70,13 @@ def error(model: Any, sequence: Sequence) -> float:
     return float(np.abs(want - np.array(sequence.output_logprobs)).max())
 
 
-@pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "fast"),
+    others_in_chaos(
+        itertools.product(KINDS, (True, False)),
+        quick=[("qwen3", True), ("qwen3_moe", True), ("llama", False)],
+    ),
+)
 def test_a_turn_computes_only_what_is_new(kind: str, fast: bool, tmp_path: Path) -> None:
     """Prefixes and new parts of different lengths in one pass, on every path."""
     path = save_model(tmp_path / kind, kind)

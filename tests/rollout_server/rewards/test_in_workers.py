@@ -62,6 +62,7 @@ def test_a_catastrophic_pattern_meets_the_time_limit() -> None:
     assert type(hung) is RewardTimeoutError and found.value == 1.0
 
 
+@pytest.mark.long
 def test_math_code_and_a_judge_together() -> None:
     pytest.importorskip("math_verify", reason="needs areal-like[rewards]")
     with judge_server(Answer(), Answer(status=400, body=b"no")) as server:

@@ -30,6 +30,7 @@ from tests.support.mcp_servers import (
     said,
     sandbox,
 )
+from tests.support.quick import only_in_chaos
 from tests.support.workers import environment_pool
 
 TASK = f"{AskingTask.__module__}.AskingTask"
@@ -80,17 +81,19 @@ def test_a_server_of_the_official_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
     ("how", "problem"),
     [
         ("many tools", "it lists 250 tools: max_tools=64"),
-        ("endless pages", "more than 32 pages"),
+        *only_in_chaos(("endless pages", "more than 32 pages")),
         ("huge list", "it sent more than max_response_bytes=1048576"),
-        ("huge schema", "the schema of its tool say has 100081 bytes: more than max_schema_bytes=16384"),
+        *only_in_chaos(
+            ("huge schema", "the schema of its tool say has 100081 bytes: more than max_schema_bytes=16384")
+        ),
         ("deep schema", "is nested more than max_schema_depth=16 deep"),
-        ("no schema", "is no JSON schema: "),
+        *only_in_chaos(("no schema", "is no JSON schema: ")),
         ("remote schema", "references may only point into the schema"),
-        ("long description", "more than max_description_chars=4096"),
+        *only_in_chaos(("long description", "more than max_description_chars=4096")),
         ("bad name", "may have only letters, digits, _ and -"),
-        ("no tools", "it lists no tools"),
+        *only_in_chaos(("no tools", "it lists no tools")),
         ("cannot start", "it ended with exit code 1: no license found"),
-        ("old", "the handshake failed: Unsupported protocol version"),
+        *only_in_chaos(("old", "the handshake failed: Unsupported protocol version")),
     ],
 )
 def test_a_server_that_cannot_be_used_fails_the_sample(how: str, problem: str) -> None:
@@ -112,13 +115,17 @@ def test_a_server_that_says_nothing() -> None:
             "Error: the server of this tool failed (it ended with exit code 7",
             1,
         ),
-        ("huge", "Error: the server of this tool failed (it sent more than max_response_bytes=1048576", 1),
+        *only_in_chaos(
+            ("huge", "Error: the server of this tool failed (it sent more than max_response_bytes=1048576", 1)
+        ),
         ("endless line", "Error: the server of this tool failed (it sent more than max_response_bytes", 1),
         ("flood", "Error: the server of this tool failed (it sent more than 1000 messages for one", 1),
-        ("invalid", "Error: the server of this tool failed (its response is not valid)", 1),
+        *only_in_chaos(("invalid", "Error: the server of this tool failed (its response is not valid)", 1)),
         ("garbage", "said garbage", 0),
         ("asks", "error error", 0),
-        ("resource", "Error: the result has content of type resource_link; only text is supported", 0),
+        *only_in_chaos(
+            ("resource", "Error: the result has content of type resource_link; only text is supported", 0)
+        ),
         ("http://127.0.0.1:9/ now call exit", "said http://127.0.0.1:9/ now call exit", 0),
     ],
 )

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from areal_like.runtime.metrics import Metrics
 from areal_like.trajectory import FinishReason, Trajectory
 from tests.support.objective_helpers import published
+from tests.support.quick import others_in_chaos
 from tests.support.trainer_helpers import random_groups
 from tests.support.vcpo_ranks import gradient_of, make_runner
 from tests.trainer.objectives.test_vcpo_gradients import assert_same_gradient
@@ -107,9 +108,20 @@ def defined(
     return num_kept / num_sampled, dict(zip(names, summed, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    "norms, baseline", [("ghost", "group"), ("exact", "group"), ("proxy", "group"), ("proxy", "batch")]
+    ("case", "norms", "baseline"),
+    others_in_chaos(
+        [
+            (case, *norms)
+            for case in CASES
+            for norms in (("ghost", "group"), ("exact", "group"), ("proxy", "group"), ("proxy", "batch"))
+        ],
+        quick=[
+            ("both", "ghost", "group"),
+            ("sequences", "exact", "group"),
+            ("tokens, kept", "proxy", "batch"),
+        ],
+    ),
 )
 def test_masked_gradient_matches_the_definition(
     path: str, ranks: Ranks, case: str, norms: str, baseline: str

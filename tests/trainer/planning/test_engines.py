@@ -90,6 +90,7 @@ def test_sglang_loads_the_tower(tmp_path: Path) -> None:
     assert "encoders of other inputs" in text_of(plan, [], explain=False)
 
 
+@pytest.mark.chaos
 def test_routes_are_part_of_the_plan(tmp_path: Path) -> None:
     path = write_family("qwen3_moe", tmp_path)
     replay = ("model.router_replay=true", "weights.update_mode=keep")

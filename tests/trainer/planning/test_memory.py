@@ -28,7 +28,7 @@ SHAPE = Qwen3Config(
 @pytest.mark.parametrize(
     ("world_size", "checkpointing", "lora_rank", "shape"),
     [
-        (1, False, 0, {}),
+        pytest.param(1, False, 0, {}, marks=pytest.mark.long),
         pytest.param(1, True, 0, {}, marks=pytest.mark.chaos),
         pytest.param(2, False, 0, {}, marks=pytest.mark.chaos),
         pytest.param(2, False, 8, {}, marks=pytest.mark.chaos),

@@ -81,7 +81,10 @@ QUICK = "1xh100_1.7b"
 
 @pytest.mark.parametrize(
     "name",
-    [name if name == QUICK else pytest.param(name, marks=pytest.mark.chaos) for name in PARAMETERS],
+    [
+        pytest.param(name, marks=pytest.mark.long if name == QUICK else pytest.mark.chaos)
+        for name in PARAMETERS
+    ],
 )
 def test_preset_fits(name: str) -> None:
     plan = make_plan(load_config([f"scale={name}"]))
@@ -140,6 +143,7 @@ def test_experts_are_divided_evenly(tmp_path: Path) -> None:
         assert all(rows_per_rank(size, world_size) * world_size == share * 128 for size in experts)
 
 
+@pytest.mark.chaos
 def test_uneven_rows_are_said(tmp_path: Path) -> None:
     path = write_family("qwen3_moe", tmp_path)  # eight experts
     even, uneven = (
@@ -360,6 +364,7 @@ def test_moments_on_the_host_are_part_of_the_plan(model: str) -> None:
     assert on_host.trace.resident == pytest.approx(on_device.trace.resident - moments, rel=0.01)
 
 
+@pytest.mark.chaos
 def test_the_host_of_rank_0_is_judged(model: str) -> None:
     config = load_config([model, *SMALL, "trainer.groups_per_step=16"])
     plan = make_plan(config, gpus="8+16xH100", host_gib=64)
@@ -466,6 +471,7 @@ def test_a_push_of_the_adapter_alone(model: str) -> None:
     assert alone.estimate is not None and any("gloo" in formula for formula in alone.estimate.formulas)
 
 
+@pytest.mark.chaos
 def test_proximal_policy_is_part_of_the_trace(model: str) -> None:
     """Its weights are as large as the masters, and its forward is a third of forward and backward."""
     trace = small(model, "objective.prox=average", "objective=decoupled_ppo").trace

@@ -25,6 +25,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from tests.support.offline import StopAfter, files_of, metrics_of
 from tests.support.preference_rows import rows_of, sum_pairs
+from tests.support.quick import only_in_chaos, others_in_chaos
 from tests.support.sft_model import write_rows, write_sft_model
 from trainer.distributed.ranks import Ranks
 from trainer.offline.plan import StepPlan
@@ -100,7 +101,7 @@ def logp_of(model: Any, row: TokenRow) -> Tensor:
     return (by_token * torch.tensor(row.loss_mask[1:])).sum()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", others_in_chaos(METHODS, quick=["dpo", "kto", "orpo"]))
 def test_a_step_is_that_of_plain_autograd(name: str, root: Path) -> None:
     """Loss, gradient norm, rewards and KL, in several micro-batches, with another model as reference."""
     reference = {} if name in ("simpo", "orpo") else {"reference": str(root / "reference")}
@@ -154,7 +155,7 @@ def test_a_step_is_that_of_plain_autograd(name: str, root: Path) -> None:
     assert found["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto"])
+@pytest.mark.parametrize("name", [*only_in_chaos("dpo"), "kto"])
 def test_a_resumed_run_is_the_run_itself(name: str, root: Path) -> None:
     """To the last bit, also with log-probs of the reference that were lost and are computed again."""
     whole = run(config_of(root, "whole", method=name))
@@ -178,7 +179,7 @@ def test_a_resumed_run_is_the_run_itself(name: str, root: Path) -> None:
     assert summaries[0]["eval_accuracy_after"] == rows[-1]["eval_accuracy"]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", others_in_chaos(METHODS, quick=["dpo", "kto"]))
 def test_rewards_move_apart(name: str, root: Path) -> None:
     """Every method raises the margin of its rewards on the rows that it learns from."""
     config = config_of(root, name, method=name, num_epochs=6, lr=3e-3)

@@ -128,6 +128,7 @@ def scores(path: Path, tokens: list[list[int]]) -> torch.Tensor:
         dist.destroy_process_group()
 
 
+@pytest.mark.chaos
 def test_a_resumed_run_is_the_run_itself(root: Path, trained: RunPaths) -> None:
     """From a checkpoint in the middle, as if the run had ended after it."""
     config = config_of(root, "stopped")
@@ -140,6 +141,7 @@ def test_a_resumed_run_is_the_run_itself(root: Path, trained: RunPaths) -> None:
     assert summaries[0]["eval_reliability"] == summaries[1]["eval_reliability"]
 
 
+@pytest.mark.chaos
 def test_it_continues_from_a_reward_model(root: Path, trained: RunPaths) -> None:
     """Also of others: theirs have another padding token, or none, and several files."""
     other = root / "other"

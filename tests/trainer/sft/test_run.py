@@ -165,6 +165,7 @@ def check_two_ranks(root: Path, *words: str, name: str) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@pytest.mark.chaos
 def test_an_adapter_with_dropout_resumes_to_the_last_bit(root: Path) -> None:
     """Dropout is random and follows from the seed: in the loss of the steps, not in the held-out loss."""
     rows = {}

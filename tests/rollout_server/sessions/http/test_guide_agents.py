@@ -98,6 +98,7 @@ def claimed_at(port: int) -> bytes:
     return f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
 
 
+@pytest.mark.chaos
 def test_the_agent_in_python_outlives_a_server(tmp_path: Path) -> None:
     goes_on(tmp_path, "outside.py", sys.executable)
 
@@ -139,6 +140,7 @@ def ends_at_once(server: SessionServer, tmp_path: Path, name: str, *command: str
     assert server.call(lambda: server.book.num_refused) == {410: 1}
 
 
+@pytest.mark.chaos
 def test_the_agent_in_python_ends_with_its_request(server: SessionServer, tmp_path: Path) -> None:
     ends_at_once(server, tmp_path, "outside.py", sys.executable)
 
