@@ -25,7 +25,6 @@ from areal_like.runtime.waits import PendingWaits
 from areal_like.wire.fingerprint import canonical_json
 from rollout_server.context_length import longest_evaluation, longest_sequence
 from rollout_server.environments.base import Message
-from rollout_server.rendering.base import ChatRenderer
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.tasks.base import Task, make_task
 from rollout_server.workers.environment_pool import EnvironmentPool
@@ -167,7 +166,7 @@ async def running_sources(
                 workers[key] = await stack.enter_async_context(_running_workers(of_task, task, waits=waits))
             rewards, environments, first = workers[key]
             if first is not None:
-                _check_first(renderer.chat, first, context_tokens=contexts[name])
+                _check_first(renderer, first, context_tokens=contexts[name])
             limited = renderer
             if one is not None:
                 max_new_tokens = one.max_new_tokens or config.sampling.max_new_tokens
@@ -220,10 +219,10 @@ async def _running_workers(
         yield rewards, environments, first
 
 
-def _check_first(chat: ChatRenderer, first: First, *, context_tokens: int) -> None:
+def _check_first(renderer: PromptRenderer, first: First, *, context_tokens: int) -> None:
     """Raises ConfigError unless the first environment's messages and tools can be rendered and fit into the
     context."""
-    messages, tools = first
+    chat, (messages, tools) = renderer.chat, first
     if tools and not chat.supports_tools:
         raise ConfigError(
             "the task's environments have tools, and the model's chat template does not render them: "
@@ -234,10 +233,15 @@ def _check_first(chat: ChatRenderer, first: First, *, context_tokens: int) -> No
     except EpisodeError as error:
         raise ConfigError(f"the messages of the first environment cannot be rendered: {error}") from error
     if num_tokens >= context_tokens:
+        advice = (
+            "raise rollout.max_context, or without it the smallest of task.max_prompt_tokens, "
+            "episode.max_tokens and trainer.tokens_per_microbatch"
+        )
+        if context_tokens >= renderer.max_positions:
+            advice = "that is the model's limit, so use another model (model.path)"
         raise ConfigError(
             f"the messages of the first environment have {num_tokens} tokens, and a sequence at most "
-            f"{context_tokens}: raise rollout.max_context, or without it the smallest of "
-            "task.max_prompt_tokens, episode.max_tokens and trainer.tokens_per_microbatch"
+            f"{context_tokens}: {advice}"
         )
 
 

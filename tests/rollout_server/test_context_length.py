@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from areal_like.config import Config, EvalSetConfig, from_mapping
 from areal_like.errors import ConfigError
 from rollout_server.context_length import longest_evaluation, longest_sequence
 from rollout_server.environments.base import Environment
+from rollout_server.sources import _check_first
 from rollout_server.tasks.base import Completion, Example, Split, Task
 
 
@@ -92,3 +94,14 @@ def test_an_evaluation_without_room_is_refused() -> None:
     small = config_of(buffer={"max_message_bytes": 1 << 16})
     with pytest.raises(ConfigError, match=r"buffer\.max_message_bytes=65536: raise it"):
         longest_evaluation(small, EvalSetConfig(max_new_tokens=9000), task, max_positions=20_000)
+
+
+@pytest.mark.parametrize(
+    ("max_positions", "advice"),
+    [(512, "the model's limit, so use another"), (513, "raise rollout.max_context")],
+)
+def test_a_first_message_without_room(max_positions: int, advice: str) -> None:
+    chat = SimpleNamespace(supports_tools=True, render=lambda messages, tools: [0] * 512)
+    renderer: Any = SimpleNamespace(chat=chat, max_positions=max_positions)
+    with pytest.raises(ConfigError, match=f"have 512 tokens, and a sequence at most 512: .*{advice}"):
+        _check_first(renderer, ([], []), context_tokens=512)
