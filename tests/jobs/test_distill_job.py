@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from tests.support.launching import (
     TEST_LIMIT_S,
     areal_like,
     finish,
+    free_port,
     launcher,
     num_steps_done,
     wait_for_steps,
@@ -114,12 +114,6 @@ def embedded_teacher(path: Path, key: Path, *, port: int) -> Iterator[Any]:
     finally:
         process.kill()
         process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @pytest.mark.chaos

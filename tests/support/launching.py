@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -154,3 +155,10 @@ def launcher_log(run_root: Path) -> list[str]:
     path = run_root / "logs" / "launcher.log"
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line)["message"] for line in lines]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at now."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
