@@ -61,6 +61,7 @@ MODULES = (
     "trainer",
     "trainer.evaluate",
     "trainer.planning",
+    "trainer.preferences",
     "trainer.prepare_model",
     "trainer.replay.trace",
     "trainer.reward_model",
@@ -90,6 +91,7 @@ _PARENTS = (
     "launch.doctor.gpu.process",
     "rollout_server",
     "trainer",
+    "trainer.preferences",
     "trainer.reward_model",
     "trainer.sft",
 )
