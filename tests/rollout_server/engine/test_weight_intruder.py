@@ -27,7 +27,7 @@ from rollout_server.policy.client import EngineClient
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.weights.receiver import WeightReceiver
 from rollout_server.weights.shadow import ShadowWeightUpdate
-from tests.areal_like.test_rendezvous import accepts, free_ports, listening_addresses
+from tests.areal_like.test_rendezvous import accepts, listening_addresses
 from tests.support import engine_conformance as conformance
 from tests.support.engine_harness import (
     Engine,
@@ -39,6 +39,7 @@ from tests.support.engine_harness import (
     sample,
     weights_of,
 )
+from tests.support.ports import free_ports
 from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.weights.broadcaster import Broadcaster, PushOutcome
