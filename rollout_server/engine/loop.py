@@ -245,8 +245,7 @@ class EngineLoop:
         """Runs all queued commands; waits for one while no sequence is runnable."""
         while True:
             wait = not self._core.scheduler.runnable
-            # The caller must not see a command's result before the outputs of the steps that preceded it.
-            if wait or not self._commands.empty():
+            if wait:
                 self._report()
             try:
                 entry = self._commands.get_nowait()
@@ -257,6 +256,8 @@ class EngineLoop:
                 entry = self._commands.get()
                 self._idle_s += time.perf_counter() - self._idle_since_s
                 self._idle_since_s = None
+            # The caller must not see a command's result before the outputs of the steps that preceded it.
+            self._report()
             if entry is None:
                 self._stopping = True
                 return

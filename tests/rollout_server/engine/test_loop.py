@@ -62,13 +62,13 @@ def test_no_command_is_answered_before_earlier_outputs(
     monkeypatch.setattr(loop_module, "_REPORT_EVERY_S", 1e9)
     step, has_ended, is_asked = core.step, threading.Event(), threading.Event()
 
-    def held_step() -> list[SequenceOutput]:
+    def held_step() -> list[Sequence]:
         """The step in which the short one ends takes until there is a command."""
-        outputs = step()
-        if any(output.sequence.seq_id == "0" and output.finish for output in outputs):
+        with_output = step()
+        if any(sequence.seq_id == "0" and sequence.finish is not None for sequence in with_output):
             has_ended.set()
-            assert is_asked.wait(LIMIT_S)
-        return outputs
+            is_asked.wait(LIMIT_S)
+        return with_output
 
     monkeypatch.setattr(core, "step", held_step)
     reports = Reports(core, [1, 60])
