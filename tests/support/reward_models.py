@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from areal_like.config import from_mapping
 from areal_like.http.access import Reason
@@ -28,14 +28,22 @@ from trainer.models.tiny_chat import chat_tokenizer
 CONTEXT = 64
 
 
-def write_reward_model(out_dir: Path, *, seed: int = 0, num_labels: int = 1, context: int = CONTEXT) -> str:
-    """Writes a Llama with a head of `num_labels` outputs, and the character tokenizer; returns the path."""
+def write_reward_model(
+    out_dir: Path, *, kind: str = "llama", seed: int = 0, num_labels: int = 1, context: int = CONTEXT
+) -> str:
+    """Writes a decoder with a head of `num_labels` outputs, and the character tokenizer; returns the path.
+
+    `kind`: a model type of transformers with the settings of Llama.
+    """
     tokenizer = chat_tokenizer()
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        kind,
         vocab_size=len(tokenizer),
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
         intermediate_size=32,
         max_position_embeddings=context,
         num_labels=num_labels,
@@ -44,7 +52,7 @@ def write_reward_model(out_dir: Path, *, seed: int = 0, num_labels: int = 1, con
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        LlamaForSequenceClassification(config).save_pretrained(out_dir)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
     return str(out_dir)
 
