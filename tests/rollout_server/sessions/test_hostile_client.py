@@ -16,13 +16,13 @@ from tests.support.scripted_policy import VOCAB
 
 
 def test_record_is_what_the_engine_sampled(engine: Engine, models: tuple[Path, Path]) -> None:
-    """Long, because every example is a conversation with a real engine, nine of them."""
+    """Long, because every example is a conversation with a real engine, sixteen of them."""
     sessions = HostileSessions(engine, models)
     stripping = jinja_renderer(STRIPPING)
     stripping.vocab_size = VOCAB
-    sessions.play(stripping, num_examples=5, seed=None)
+    sessions.play(stripping, num_examples=8, seed=None)
     tokenizer = qwen3_tokenizer()
     qwen3 = LibraryRenderer(tokenizer, name="qwen3", **options_of(tokenizer) | {"vocab_size": VOCAB})
-    sessions.play(qwen3, num_examples=4, seed=None)
+    sessions.play(qwen3, num_examples=8, seed=None)
     print(sessions.seen)
     check_seen(sessions.seen)
