@@ -30,9 +30,11 @@ from rollout_server.tasks.base import Completion, Example, Score
 from tests.sglang.conftest import START_S
 from tests.support.engine_harness import TOLERANCE
 from tests.support.judge_server import run_closed
-from tests.support.launching import ROOT, free_port, wait_until
+from tests.support.launching import ROOT, wait_until
+from tests.support.ports import free_port
 from tests.support.reward_models import write_reward_model
 
+pytestmark = pytest.mark.long
 CONTEXT = 256
 PROMPTS: Sequence[Any] = ("1+1=", [{"role": "user", "content": "What is 1+1?"}])
 TEXTS = ("2", "", "3" * 40, "It is 2.", "<|im_end|>", "1+1=2, and 2+2=4.")
