@@ -550,7 +550,7 @@ def test_an_impossible_number_needs_unfence() -> None:
 # --- the decisions alone ---
 
 
-def test_a_buffer_of_a_run_that_was_finished_waits_for_late_peers() -> None:
+def test_buffer_of_a_finished_run_waits_for_late_peers() -> None:
     peers = ConnectedPeers(job="job", dataset="d")
     restarted = RunEnd(peers, linger_s=30.0, was_finished=True)
     assert [restarted.has_ended(now_s=now_s) for now_s in (5.0, 34.9, 35.0)] == [False, False, True]
