@@ -21,7 +21,7 @@ from tests.sglang.conftest import START_S
 from tests.support.launching import ROOT, launcher, processes_of
 from tests.support.ports import free_port
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.long]
 NUM_STEPS = 4
 TOOL = {
     "type": "function",
@@ -85,7 +85,7 @@ def agents_outside(url: str, *, num_threads: int = 8) -> Iterator[list[str]]:
             thread.join()
 
 
-@pytest.mark.parametrize("where", ["inside", pytest.param("outside", marks=pytest.mark.long)])
+@pytest.mark.parametrize("where", ["inside", "outside"])
 def test_agents_train_on_sglang(where: str, tmp_path: Path) -> None:
     if where == "inside":
         pytest.importorskip("agents", reason="needs openai-agents")
