@@ -4,8 +4,8 @@
     python -m benchmarks.real_model status                  what is done, and hours that are left
     python -m benchmarks.real_model report                  results -> docs/results.md, docs/real_model.png
 
-    cells   base, start-0..2, rl-0..2, killed-0, sft-0, lag0-0, trl-0, lora-0, tools-start-0..1, tools-0..1
-            (benchmarks/real_model_cells.py says what each one is)
+    cells   base, start-0..2, rl-0..2, killed-2, sft-2, lag0-2, trl-2, lora-2, tools-start-0..1, tools-0..1
+            distill-2 (benchmarks/real_model_cells.py says what each one is)
 
 Data, number of steps, learning rates and evaluation are fixed before the first run: the last checkpoint of a
 cell is evaluated, whatever its score, and every seed is reported. Held-out questions are in no training file,
@@ -16,7 +16,7 @@ kill, or when the machine was cut off, the same command continues from the newes
 SIGTERM end a cell with a checkpoint. Whether it ends or is stopped, its results go to
 benchmarks/results/real_model/NAME/ (benchmarks/real_model_result.py); `report` refreshes them.
 
-`trl-0` needs `make trl`. The processes of a cell use less than 16 GB; the largest sum of their proportional
+`trl-2` needs `make trl`. The processes of a cell use less than 16 GB; the largest sum of their proportional
 set sizes is in the results. `key=value` changes a setting of all cells, for a machine that needs others
 (`model.dtype=float32` where there is no fast bfloat16).
 """
@@ -100,13 +100,14 @@ def kept_settings(work: Path, settings: Mapping[str, Any], *, begins: bool) -> d
 
 
 def run_cell(study: Study, name: str) -> None:
-    """Runs what is missing of a cell, after the cell from which it starts.
+    """Runs what is missing of a cell, after the cell from which it starts and that of its teacher.
 
     Raises ValueError if a held-out question is in a training file, RuntimeError if a program fails.
     """
     cell = study.cells[name]
-    if cell.start:
-        run_cell(study, cell.start)
+    for other in (cell.start, cell.teacher):
+        if other:
+            run_cell(study, other)
     if study.is_trained(cell) and study.is_evaluated(cell):
         print(f"{name}: complete", flush=True)
         if not (study.results / name / "result.json").exists():
@@ -149,14 +150,16 @@ def _train(study: Study, cell: Cell, began_unix_s: float) -> None:
     start = study.cells[cell.start]
     config = study.config(cell)
     config["model"] |= {"path": study.checkpoint(start)}
+    if cell.teacher:
+        config["distill"] |= {"teachers": {"default": study.checkpoint(study.cells[cell.teacher])}}
     if cell.kind == "trl":
         command = trl_command(study, cell, config)
     else:
         verb = {"sft": "sft", "rl": "run"}[cell.kind]
-        command = _command(study, verb, name=cell.name, config=config)
+        command = command_of(study, verb, name=cell.name, config=config)
     for kill in (step for step in cell.kills if step not in study.kills(cell)):
-        _run(study, cell, command, began_unix_s=began_unix_s, what=cell.name, kill=kill)
-    _run(study, cell, command, began_unix_s=began_unix_s, what=cell.name)
+        run_logged(study, cell, command, began_unix_s=began_unix_s, what=cell.name, kill=kill)
+    run_logged(study, cell, command, began_unix_s=began_unix_s, what=cell.name)
     if cell.kind == "trl":
         summary = {"finished": True, "steps": len(study.step_rows(cell))}
         write_json(study.run(cell) / "summary.json", summary)
@@ -170,20 +173,21 @@ def _evaluate(study: Study, cell: Cell, began_unix_s: float) -> None:
         merged = study.work / f"{cell.name}-merged"
         if not (merged / "config.json").exists():
             command = [sys.executable, "-m", "launch", "merge", model, "--into", str(merged)]
-            _run(study, cell, command, began_unix_s=began_unix_s, what=f"{cell.name}-merged")
+            run_logged(study, cell, command, began_unix_s=began_unix_s, what=f"{cell.name}-merged")
         model = str(merged)
     config = study.evaluation_config(cell)
-    command = _command(study, "eval", model, name=f"{cell.name}-eval", config=config)
-    _run(study, cell, command, began_unix_s=began_unix_s, what=f"{cell.name}-eval")
+    command = command_of(study, "eval", model, name=f"{cell.name}-eval", config=config)
+    run_logged(study, cell, command, began_unix_s=began_unix_s, what=f"{cell.name}-eval")
 
 
-def _command(study: Study, verb: str, *words: str, name: str, config: Mapping[str, Any]) -> list[str]:
+def command_of(study: Study, verb: str, *words: str, name: str, config: Mapping[str, Any]) -> list[str]:
+    """Writes the settings of a run and returns its command."""
     file = write_config(study.work / "configs" / f"{name}.yaml", config)
     own = [f"name={name}", f"runs_dir={study.work}", "resume=auto"]
     return [sys.executable, "-m", "launch", verb, *words, "--config", str(file), *own]
 
 
-def _run(
+def run_logged(
     study: Study, cell: Cell, command: list[str], *, began_unix_s: float, what: str, kill: int | None = None
 ) -> None:
     """Runs a program to its end, or, with `kill`, until it has made so many steps and is killed. Raises

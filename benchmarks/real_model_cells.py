@@ -1,8 +1,10 @@
 """The cells of the real model's study, what each one runs, and how far it is.
 
-    base -> start-0 -> rl-0, killed-0, sft-0, lag0-0, trl-0, lora-0
-            start-1 -> rl-1 ...
+    base -> start-0 -> rl-0
+            start-1 -> rl-1
+            start-2 -> rl-2, killed-2, sft-2, lag0-2, trl-2, lora-2
             tools-start-0 -> tools-0 ...
+            distill-2, with rl-2 as its teacher
 
 A cell is one training, from the model of another cell, and an evaluation of its last checkpoint. Its number
 of steps is fixed here, before any run: no checkpoint is chosen by its score. Each cell's configuration is its
@@ -26,7 +28,7 @@ from benchmarks.report import RESULTS, ROOT
 from launch.run_files import read_object, read_rows
 
 Kind = Literal["base", "sft", "rl", "trl"]
-NUM_STEPS, TOOL_STEPS = 500, 200
+NUM_STEPS, TOOL_STEPS, DISTILL_STEPS = 500, 200, 200
 """Optimizer steps of a cell. 500 steps of 12 questions are all 6,000 training questions, once."""
 ROWS = "runs/real_model/rows"
 """Where the job's files expect the rows, relative to the repository."""
@@ -50,6 +52,8 @@ class Cell:
     seed: int = 0
     start: str = ""
     """The cell from whose last model it starts, and with which it is compared."""
+    teacher: str = ""
+    """The cell whose last model is the teacher, in the trainer."""
     job: str = "smollm2"
     """The file in configs/jobs."""
     num_steps: int = 0
@@ -73,12 +77,13 @@ def cells_of(
     *,
     num_steps: int = NUM_STEPS,
     tool_steps: int = TOOL_STEPS,
+    distill_steps: int = DISTILL_STEPS,
     seeds: Sequence[int] = (0, 1, 2),
     tool_seeds: Sequence[int] = (0, 1),
 ) -> dict[str, Cell]:
-    """Name -> cell, in an order in which each comes after its start. The single cells have the first seed."""
-    first = seeds[0]
-    own: dict[str, Any] = {"start": f"start-{first}", "seed": first, "num_steps": num_steps}
+    """Name -> cell, in an order in which each comes after its start. The single cells have the last seed."""
+    last = seeds[-1]
+    own: dict[str, Any] = {"start": f"start-{last}", "seed": last, "num_steps": num_steps}
     names = ("chain_sum", "word_sequence_reversal", "number_sequence")
     supervised = {
         **GENTLE,
@@ -93,6 +98,14 @@ def cells_of(
         "model.lora.alpha": 32.0,
         "weights.lora": "adapter",
         "trainer.lr": 1.2e-4,
+    }
+    # The KL needs no group of completions of one question, so a step has more questions instead.
+    distilled = {
+        "objective.name": "distill",
+        "distill.loss": "full",
+        "sampling.group_size": 2,
+        "trainer.groups_per_step": 24,
+        "trainer.lr": 2e-5,
     }
     cells = [Cell(name="base", about="the published model", kind="base")]
     for seed in seeds:
@@ -110,20 +123,20 @@ def cells_of(
         )
     cells += [
         Cell(
-            name=f"killed-{first}", about="the same as the first, killed three times with SIGKILL", kind="rl",
+            name=f"killed-{last}", about="the same once more, killed three times with SIGKILL", kind="rl",
             kills=[num_steps * share // 100 for share in (22, 47, 73)], **own,
         ),
         Cell(
-            name=f"sft-{first}", about="as many supervised steps on the same questions, with their answers",
+            name=f"sft-{last}", about="as many supervised steps on the same questions, with their answers",
             kind="sft", settings=supervised, **own,
         ),
         Cell(
-            name=f"lag0-{first}", about="no staleness: max_staleness=0", kind="rl",
+            name=f"lag0-{last}", about="no staleness: max_staleness=0", kind="rl",
             settings={"max_staleness": 0}, **own,
         ),
-        Cell(name=f"trl-{first}", about="TRL's GRPOTrainer on the same prompts", kind="trl", **own),
+        Cell(name=f"trl-{last}", about="TRL's GRPOTrainer on the same prompts", kind="trl", **own),
         Cell(
-            name=f"lora-{first}", about="an adapter of rank 16, at ten times the rate", kind="rl",
+            name=f"lora-{last}", about="an adapter of rank 16, at ten times the rate", kind="rl",
             settings=adapter, **own,
         ),
     ]  # fmt: skip
@@ -142,6 +155,12 @@ def cells_of(
                 start=f"tools-start-{seed}", job="smollm2_tools", num_steps=tool_steps,
             )
         )  # fmt: skip
+    cells.append(
+        Cell(
+            name=f"distill-{last}", about=f"the published model, distilled from rl-{last}", kind="rl",
+            seed=last, start="base", teacher=f"rl-{last}", num_steps=distill_steps, settings=distilled,
+        )
+    )  # fmt: skip
     return {cell.name: cell for cell in cells}
 
 
@@ -186,6 +205,7 @@ class Study:
         """The settings of the evaluation: each set of the job greedily, and sampled at temperature 1. The
         seed is the same for all cells."""
         config = self.config(cell) | {"seed": 0}
+        config.pop("objective", None)  # it may need a teacher
         sets = dict(config["eval"]["sets"])
         for name, one in list(sets.items()):
             k = sorted({1, min(8, self.num_samples)})

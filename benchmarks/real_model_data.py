@@ -129,6 +129,14 @@ def write_rows(folder: Path) -> None:
     _write(folder / "sft.jsonl", warm)
 
 
+def write_more(folder: Path, num: int) -> None:
+    """Writes `<name>.more.jsonl` for each of DATA: `num` held-out questions beside those of `write_rows`."""
+    for data in DATA:
+        if not (path := folder / f"{data.name}.more.jsonl").exists():
+            first = NUM_EVAL + NUM_SFT + NUM_TRAIN
+            _write(path, list(itertools.islice(data.questions(), first, first + num)))
+
+
 def disjoint(folder: Path) -> dict[str, Any]:
     """Facts about the files: number of rows and SHA-256 of each, and number of questions.
 

@@ -38,7 +38,7 @@ MEANS = (
     "reward_mean", "loss", "grad_norm", "entropy", "response_length_mean", "truncated_fraction", "turns",
     "lag_mean", "ess_ratio_geometric", "clipped_fraction", "mismatch_abs", "mismatch_k3", "masked_share",
     "late_share", "num_groups", "zero_advantage_groups", "tokens_trained", "step_s", "wait_data_s",
-    "compute_s", "reward_parts", "sample_metrics", "by_label",
+    "compute_s", "reverse_kl", "reward_parts", "sample_metrics", "by_label",
 )  # fmt: skip
 LARGEST = ("lag_max", "mismatch_abs_max", "weight_check_abs", "memory_peak_gb")
 OF_SUMMARY = (

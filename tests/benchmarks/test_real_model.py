@@ -22,6 +22,7 @@ from benchmarks.processes import run_program
 from benchmarks.real_model import kept_settings, status
 from benchmarks.real_model_cells import SAMPLED, Cell, Study, cells_of, hours_left, write_config
 from benchmarks.real_model_data import CALCULATOR, DATA, NUM_TRAIN, TOOL_PROMPT, calculations, disjoint
+from benchmarks.real_model_gap import scores_of, share_of
 from benchmarks.real_model_report import BEGIN, END, curve, write_report
 from benchmarks.real_model_result import binned, num_solved
 from benchmarks.real_model_statistics import gain_of
@@ -104,13 +105,16 @@ def test_each_cell_is_a_job(cell: Cell, tmp_path: Path) -> None:
     study = Study(work=tmp_path)
     settings = study.config(cell)
     settings["model"] |= {"path": study.model}
+    if cell.teacher:
+        settings["distill"] |= {"teachers": {"default": study.model}}
+        assert study.cells[cell.teacher].seed == cell.seed
     config = load_config(["--config", str(write_config(tmp_path / "config.yaml", settings))])
-    assert config.resolved_objective["name"] == "gspo"
+    assert config.resolved_objective["name"] == ("distill" if cell.teacher else "gspo")
     assert config.overdue == ("wait" if config.max_staleness == 0 else "close")
     assert config.seed == cell.seed and (cell.start in study.cells or cell.name == "base")
     assert cell.num_steps in (0, config.trainer.num_steps)
     assert str(config.task).count(f"{tmp_path}/rows/") == (6 if cell.job == "smollm2" else 2)
-    if cell.name == "sft-0":
+    if cell.name == "sft-2":
         assert config.sft.num_steps * config.sft.batch_rows == len(DATA) * NUM_TRAIN
         assert all(str(file).startswith(f"{tmp_path}/rows/") for file in config.sft.train)
     evaluation = from_mapping(study.evaluation_config(cell))
@@ -172,6 +176,19 @@ def row_of(prompt: int, sample: int, *, reward: float, failure: str = "") -> Row
     )  # fmt: skip
 
 
+def test_share_of_a_gap() -> None:
+    """Three of four questions that the teacher gained; of 400 questions, so that the interval is narrow."""
+    base = {"a": np.zeros(200), "b": np.tile([1.0, 0.0], 100)}
+    teacher = {"a": np.ones(200), "b": np.ones(200)}
+    student = {"a": np.tile([1.0, 1.0, 1.0, 0.0], 50), "b": np.tile([1.0, 1.0, 1.0, 0.0], 50)}
+    share = share_of(base, teacher, student)
+    assert share["share"] == pytest.approx(200 / 300)
+    assert 0.59 < share["low"] < 0.64 and 0.69 < share["high"] < 0.74
+    scores = scores_of(student)
+    assert scores["all"]["score"] == 0.75
+    assert scores["all"]["error"] == pytest.approx((0.75 * 0.25 / 399) ** 0.5)
+
+
 def test_missing_and_failed_completions_are_not_solved() -> None:
     rows = [row_of(0, 0, reward=1.0), row_of(0, 1, reward=1.0, failure="reward_timeout")]
     rows += [row_of(2, 0, reward=0.5), row_of(2, 1, reward=1.0)]
@@ -212,8 +229,8 @@ def test_hours_are_those_of_steps_and_evaluations(tmp_path: Path) -> None:
     )
     left = hours_left(study)
     assert left["base"] == 0 and left["rl-0"] == pytest.approx(400 * 18 / 3600 + 0.1)
-    assert left["rl-1"] == left["lag0-0"] == pytest.approx(2.6)  # as fast as the cell that has run
-    assert left["trl-0"] is left["tools-0"] is left["sft-0"] is None
+    assert left["rl-1"] == left["lag0-2"] == pytest.approx(2.6)  # as fast as the cell that has run
+    assert left["trl-2"] is left["tools-0"] is left["sft-2"] is None
     study.note_attempt(study.cells["rl-0"], began_unix_s=1.0, wall_s=1800.0, peak_mib=2048.0)
     study.note_attempt(study.cells["rl-0"], began_unix_s=5.0, wall_s=360.0, peak_mib=1024.0)
     own = study.progress(study.cells["rl-0"])

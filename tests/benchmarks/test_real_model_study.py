@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from areal_like.paths import RunPaths, find_checkpoints
+from benchmarks import real_model_gap as gap
 from benchmarks.real_model import run_cell
 from benchmarks.real_model_cells import Study
 from benchmarks.real_model_report import BEGIN, END, write_report
@@ -20,7 +21,7 @@ from benchmarks.real_model_result import collect
 from benchmarks.real_model_trl import trl_spec
 from launch.samples.reading import RunLedgers, Selection
 from tests.support.launching import ROOT, TEST_LIMIT_S, processes_of, wait_until
-from tests.support.tiny_study import NAMES, NUM_EVAL, NUM_STEPS, tiny_study
+from tests.support.tiny_study import NAMES, NUM_EVAL, NUM_MORE, NUM_STEPS, tiny_study
 
 
 def processes_in(folder: Path) -> list[int]:
@@ -118,3 +119,21 @@ def test_the_calculator_is_learned_by_the_same_way(tmp_path: Path) -> None:
     lines = (study.results / "tools-0" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert rows[0]["sample_metrics"]["tool_errors"] >= 0 and rows[0]["turns"] >= 1
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_a_student_is_compared_with_its_teacher(tmp_path: Path) -> None:
+    study = tiny_study(tmp_path)
+    measured = gap.measure(study, "distill-0", num_more=NUM_MORE)
+    scores, rows = measured["scores"], gap.rows_of(measured)[1]
+    assert list(scores) == ["base", "teacher", "student"] and len(rows) == 4
+    assert list(scores["student"]) == [*NAMES, "all"]
+    assert all(0.0 <= one["score"] <= 1.0 for sets in scores.values() for one in sets.values())
+    result = result_of(study, "distill-0")
+    assert result["finished"] is True and result["steps"] == NUM_STEPS
+    metrics = result["metrics"]
+    assert isinstance(metrics, dict) and metrics["reverse_kl"] > 0
+    hours = study.progress(study.cells["rl-0"]).hours
+    assert gap.measure(study, "distill-0", num_more=NUM_MORE) == measured
+    assert study.progress(study.cells["rl-0"]).hours == hours

@@ -17,7 +17,7 @@ from benchmarks.real_model_data import CALCULATOR, DATA, demonstration
 from trainer.models.tiny import untrained_model
 from trainer.models.tiny_chat import chat_tokenizer
 
-NUM_EVAL, NUM_STEPS = 4, 4
+NUM_EVAL, NUM_MORE, NUM_STEPS = 4, 6, 4
 NAMES = [data.name for data in DATA]
 SETTINGS: dict[str, Any] = {
     "model.dtype": "float32",
@@ -39,7 +39,7 @@ def tiny_study(folder: Path) -> Study:
         tokenizer = chat_tokenizer()
         untrained_model(tokenizer, seed=0, hidden_size=32, num_layers=1).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
-    cells = cells_of(num_steps=NUM_STEPS, tool_steps=2, seeds=(0,), tool_seeds=(0,))
+    cells = cells_of(num_steps=NUM_STEPS, tool_steps=2, distill_steps=NUM_STEPS, seeds=(0,), tool_seeds=(0,))
     for name, cell in cells.items():
         sets = [CALCULATOR] if "tools" in name else NAMES
         few = {f"eval.sets.{one}.num_prompts": NUM_EVAL for one in sets}
@@ -56,15 +56,17 @@ def tiny_study(folder: Path) -> Study:
     warm = []
     for name in [*NAMES, CALCULATOR]:
         rows = [
-            {"question": f"{name} {number}", "answer": str(number % 2), "label": name} for number in range(36)
+            {"question": f"{name} {number}", "answer": str(number % 2), "label": name}
+            for number in range(36 + NUM_MORE)
         ]
         write(study.rows / f"{name}.eval.jsonl", rows[:NUM_EVAL])
         write(study.rows / f"{name}.train.jsonl", rows[NUM_EVAL:20])
         if name == CALCULATOR:
-            shown = [demonstration(row, uses_calculator=False) for row in rows[20:]]
+            shown = [demonstration(row, uses_calculator=False) for row in rows[20:36]]
             write(study.rows / f"{name}.sft.jsonl", shown)
         else:
-            warm += rows[20:]
+            write(study.rows / f"{name}.more.jsonl", rows[36:])
+            warm += rows[20:36]
     write(study.rows / "sft.jsonl", warm)
     return study
 
