@@ -35,6 +35,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from areal_like.config import WeightsConfig
+from areal_like.errors import ConfigError
 from areal_like.weights.buckets import cut_buckets, flatten, spec_of
 from areal_like.weights.deltas import HEADER_BYTES, Form, apply, encode, word_bytes
 from benchmarks.report import ROOT, table, write
@@ -188,7 +189,10 @@ def main() -> None:
     torch.set_num_threads(1)
     model = FOLDER / "model"
     if not (model / "config.json").exists():
-        convert_smollm2(model)
+        try:
+            convert_smollm2(model)
+        except ConfigError as error:
+            parser.exit(2, f"benchmarks.delta_push: {error}\n")
     steps = train(model, num_steps=options.steps)
     links = []
     for mbit in options.mbit if options.rounds else ():

@@ -66,10 +66,13 @@ def trainer(buffer: BufferProcess, *settings: str) -> Iterator["subprocess.Popen
         process.communicate()
 
 
-def wait_for_state(buffer: BufferProcess, state: str) -> None:
-    while not any(
-        peer["name"] == "trainer-0" and peer["state"] == state for peer in buffer.status()["peers"]
-    ):
+def wait_for_state(buffer: BufferProcess, state: str, *, after: str = "") -> str:
+    """Waits for a trainer in this state, at another address than that of the trainer before it (`after`),
+    which the buffer still lists. Returns its address."""
+    while True:
+        for peer in buffer.status()["peers"]:
+            if (peer["name"], peer["state"]) == ("trainer-0", state) and peer["http"] != after:
+                return str(peer["http"])
         time.sleep(0.1)
 
 
@@ -112,10 +115,12 @@ def test_a_trainer_killed_at_its_start_has_rolled_back(tmp_path: Path) -> None:
     checkpoints.wait()
     dist.destroy_process_group()
     buffer = BufferProcess(config)
+    address = ""
     try:
         for resume in ("step:2", "latest"):
             with trainer(buffer, f"resume={resume}"):  # killed when the block ends
-                wait_for_state(buffer, "pushing")  # there is no server to push to
+                # There is no server to push to.
+                address = wait_for_state(buffer, "pushing", after=address)
                 assert checkpoints.steps() == [2], "resume=latest would undo the rollback"
     finally:
         buffer.close()

@@ -34,6 +34,9 @@ from trainer.batching.attention_layout import AttentionLayout, RectangleLayout
 
 ATTENTION_NAME = "areal_packed"
 Kind = Literal["auto", "rectangles", "varlen"]
+_SHORT = 192
+"""Keys up to which a CPU attends in float32 whatever the dtype: the backward of its kernel in bfloat16 calls
+oneDNN for each small block and takes up to three times as long (torch 2.13)."""
 
 
 class _Pad(torch.autograd.Function):
@@ -84,6 +87,7 @@ def rectangle_attention(
         # Autograd's backward sums the gradients of a row's uses in the order of `key_row_K`.
         keys, values = (x.index_select(0, layout.key_row_K) for x in (key_UHD, value_UHD))
     settings: dict[str, Any] = {"scale": scale, "enable_gqa": query_UHD.shape[1] != key_UHD.shape[1]}
+    is_narrow = query_UHD.device.type == "cpu" and query_UHD.element_size() < 4
     query_sizes = [r.num_sequences * r.num_queries for r in layout.rectangles]
     key_sizes = [r.num_sequences * r.num_keys for r in layout.rectangles]
     outs = []
@@ -94,6 +98,8 @@ def rectangle_attention(
         torch.split(values, key_sizes),
         strict=True,
     ):
+        if is_narrow and rectangle.num_keys <= _SHORT:
+            qkv = [x.float() for x in qkv]
         q, k, v = (x.view(rectangle.num_sequences, -1, *x.shape[1:]).transpose(1, 2) for x in qkv)
         if rectangle.is_plain(window):
             out_NHLD = F.scaled_dot_product_attention(q, k, v, is_causal=True, **settings)
@@ -105,7 +111,7 @@ def rectangle_attention(
                 for queries, columns, mask in rectangle.parts(window=window, dtype=q.dtype, device=q.device)
             ]
             out_NHLD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        outs.append(out_NHLD.transpose(1, 2).flatten(0, 1))
+        outs.append(out_NHLD.transpose(1, 2).flatten(0, 1).to(query_UHD.dtype))
     return unpad_rows(outs[0] if len(outs) == 1 else torch.cat(outs), layout)
 
 
