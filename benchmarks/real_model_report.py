@@ -68,6 +68,9 @@ def section(study: Study, found: Mapping[str, Result], *, plot: str) -> str:
             "the policy choose more often what it already could, pass@1 would rise and pass@8 would not.",
             passes_table(compared),
         ]
+    if twins := comparisons_with_rl(study, found):
+        parts += ["The other cells beside reinforcement learning from the same start, on the same questions:"]
+        parts += [twins_table(twins)]
     parts += [f"![held-out score, reward and entropy by step]({plot})", runs_table(study, found)]
     if rewards := rewards_table(study, found):
         parts += [
@@ -137,6 +140,18 @@ def comparisons(study: Study, found: Mapping[str, Result]) -> list[Comparison]:
     return compared
 
 
+def comparisons_with_rl(study: Study, found: Mapping[str, Result]) -> list[Comparison]:
+    """Each other cell with the start of a cell of reinforcement learning, after that cell."""
+    by_start = {study.cells[name].start: name for name in found if study.cells[name].group == "rl"}
+    compared = []
+    for name, after in found.items():
+        twin = by_start.get(study.cells[name].start, name)
+        before = found[twin]
+        if twin != name and before.get("evaluation") and after.get("evaluation"):
+            compared.append(Comparison(f"{name} beside {twin}", [(before, after)]))
+    return compared
+
+
 def _have_same_sets(before: Result, after: Result) -> bool:
     """True if both were asked the same questions; the start of the tool task comes from another job."""
     one, other = (
@@ -167,13 +182,17 @@ def _verdict(compared: Sequence[Comparison]) -> str:
 
 def _head(found: Mapping[str, Result]) -> str:
     result = next(iter(found.values()))
-    own = result["machine"]
+    machines = dict.fromkeys(_cpu(one) + f", {one['machine']['cores']} cores" for one in found.values())
     return (
         "SmolLM2-135M-Instruct on three kinds of questions from reasoning_gym, and on expressions with a "
         "calculator ([the guide](guides/real-model.md)). Data, steps and rates were fixed before the first "
         f"run, and the last checkpoint is evaluated. All {result['rows']['questions']:,} questions are "
-        f"different, and each is in one file only (compared by hash). {own['cpu']}, {own['cores']} cores."
+        f"different, and each is in one file only (compared by hash). {'; '.join(machines)}."
     )
+
+
+def _cpu(result: Result) -> str:
+    return str(result["machine"]["cpu"]).replace("(R)", "").removesuffix(" Processor")
 
 
 def _num_samples(found: Mapping[str, Result]) -> int:
@@ -219,6 +238,18 @@ def passes_table(compared: Sequence[Comparison]) -> str:
     return table(["cell", *header], rows)
 
 
+def twins_table(compared: Sequence[Comparison]) -> str:
+    """Greedy score and pass@1 of both cells of each comparison, and the differences."""
+    rows = []
+    for one in compared:
+        gains = one.gain("greedy"), one.gain("pass", k=1)
+        numbers = [
+            text for gain in gains for text in (f"{gain.before:.3f}", f"{gain.after:.3f}", _signed(gain))
+        ]
+        rows.append([one.label, *numbers])
+    return table(["cells", "greedy, rl", "other", "difference", "pass@1, rl", "other", "difference"], rows)
+
+
 def runs_table(study: Study, found: Mapping[str, Result]) -> str:
     """Steps, time, memory and what went on in each training."""
     rows = []
@@ -230,6 +261,7 @@ def runs_table(study: Study, found: Mapping[str, Result]) -> str:
         rows.append(
             [
                 name,
+                _cpu(result),
                 f"{result['steps']} / {result['num_steps']}",
                 f"{result['hours']:.2f}",
                 _number(result["step_seconds"], ".1f"),
@@ -244,7 +276,7 @@ def runs_table(study: Study, found: Mapping[str, Result]) -> str:
             ]
         )
     header = [
-        "cell", "steps", "hours", "s a step", "peak GiB", "lag mean / max", "mismatch, mean",
+        "cell", "CPU", "steps", "hours", "s a step", "peak GiB", "lag mean / max", "mismatch, mean",
         "entropy", "sampled tokens", "truncated", "failed samples", "audit",
     ]  # fmt: skip
     return (

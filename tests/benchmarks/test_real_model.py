@@ -288,6 +288,12 @@ def test_page_shows_every_seed(tmp_path: Path) -> None:
     assert "| rl-0 | `1\\|2` | `3` | `of start-0` | `of rl-0` | 1 → 1 |" in lines
     assert curve(study, "rl-0") == {0: 0.25, 20: 1.0}  # the last evaluation was not complete
 
+    for name, greedy in (("start-2", "0000"), ("rl-2", "1100"), ("lag0-2", "1110")):
+        write_result(study, name, greedy=greedy, solved=[8, 8, 0, 0])
+    text = write_report(study, page=page, plot=plot)
+    assert "| lag0-2 beside rl-2 | 0.500 | 0.750 | +0.250 (" in text
+    assert text.count(" beside rl-") == 1
+
     page.write_text("no section")
     with pytest.raises(ValueError, match="has no lines"):
         write_report(study, page=page, plot=plot)
