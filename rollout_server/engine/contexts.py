@@ -69,7 +69,9 @@ class Contexts:
         self._routes = routes
         self._cache = cache
         self._rows = rows
-        self._max_prefill_tokens = options.max_prefill_tokens
+        self._max_prefill_tokens = min(
+            options.max_prefill_tokens, model.max_pass_tokens or options.max_prefill_tokens
+        )
         """Also the maximum number of tokens in one forward pass."""
         self._state_tokens = cache.state_tokens
         # Kept routes take the place of KV.

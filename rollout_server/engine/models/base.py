@@ -116,6 +116,8 @@ class CausalModel(Protocol):
     """Records the chosen experts of every pass; None: they are not wanted."""
     copies_weights: bool
     """True if `activate` copies the set, which may be filled again at once."""
+    max_pass_tokens: int | None
+    """Context tokens of one forward pass beyond which each of them takes longer; None: no such number."""
 
     def make_slots(self, header: AdapterHeader, *, num_slots: int) -> AdapterSlots:
         """Allocates slots for adapters of this model. Raises WeightSyncError for an unknown target."""

@@ -62,6 +62,7 @@ class GenericModel:
         self.adapters: AdapterSlots | None = None
         self.routes: RouteRecorder | None = None
         self.copies_weights = False
+        self.max_pass_tokens: int | None = None
         self._module = module
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         self._cache = RowCache(facts)

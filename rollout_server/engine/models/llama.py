@@ -29,6 +29,9 @@ from rollout_server.engine.models.adapters import AdapterSlots
 from rollout_server.engine.models.base import ModelFacts, Weights, new_arena
 from rollout_server.engine.models.routes import RouteRecorder
 
+_CACHE_BYTES = 2 << 20
+"""Of the level-2 cache of a core."""
+
 
 class _MatrixNames(NamedTuple):
     """The first linear layer of each matrix of a decoder layer, by which adapters are found."""
@@ -180,7 +183,11 @@ class LlamaModel:
         # On a CPU in float32 a few plain kernels are faster than the composite ones at these sizes (32 rows:
         # attention takes 42 us instead of 60, a norm 6 us instead of 10, with seven norms per step).
         self._plain = facts.device.type == "cpu" and facts.dtype == torch.float32
+        self._rounds_norms = facts.device.type == "cpu" and not self._plain
         self.copies_weights = packed.can_pack(dtype=facts.dtype, device=facts.device)
+        # So that a pass's gates and up-projections stay in the core's own cache.
+        of_token = 2 * config.intermediate_size * facts.dtype.itemsize
+        self.max_pass_tokens = _CACHE_BYTES // of_token if self.copies_weights else None
         self._mean_C1 = torch.full(
             (config.hidden_size, 1), 1 / config.hidden_size, dtype=facts.dtype, device=facts.device
         )
@@ -341,8 +348,14 @@ class LlamaModel:
     def _rms_norm(self, x: Tensor, weight_C: Tensor) -> Tensor:
         """Divides x [rows, C] by its root mean square.
 
-        On the plain path the mean is a product with a constant column.
+        On the plain path the mean is a product with a constant column. In bfloat16 on a CPU it is rounded
+        before the weights and after them, as in the trainer; F.rms_norm rounds once and takes longer.
         """
+        if self._rounds_norms:
+            wide = x.float()
+            norm_N1 = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+            scale_N1 = norm_N1.square_().div_(x.shape[-1]).add_(self._eps).rsqrt_()
+            return wide.mul_(scale_N1).to(x.dtype).mul_(weight_C)
         if not self._plain:
             return F.rms_norm(x, x.shape[-1:], weight_C, self._eps)
         return (x * weight_C).mul_(torch.addmm(self._eps_11, x * x, self._mean_C1).rsqrt_())
