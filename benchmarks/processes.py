@@ -42,6 +42,15 @@ def pss_mib(root: int) -> float:
     return total / 1024
 
 
+def wait_for_end(pids: Sequence[int], *, limit_s: float = STOP_S) -> None:
+    """Waits until none of these processes exists. Raises TimeoutError after the limit."""
+    ends_s = time.monotonic() + limit_s
+    while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        if time.monotonic() > ends_s:
+            raise TimeoutError(f"processes {left} have been killed and did not end in {limit_s:g} s")
+        time.sleep(0.1)
+
+
 def run_program(
     command: Sequence[str],
     *,
@@ -77,9 +86,13 @@ def run_program(
                 on_look(pss_mib(process.pid))
                 next_look_s = time.monotonic() + look_s
             if is_to_be_killed():
-                for pid in descendants(process.pid):
+                killed = descendants(process.pid)
+                for pid in killed:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
+                process.wait()
+                # The kernel needs a moment for a large process, which holds its files until then.
+                wait_for_end(killed)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0)
     except BaseException:
