@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from areal_like.runtime.process import die_with_parent
+from tests.support.waiting import is_alive
 
 STOP_S = 180.0
 """Time in which a program that was told to stop has to end: a run writes a checkpoint."""
@@ -42,18 +43,10 @@ def pss_mib(root: int) -> float:
     return total / 1024
 
 
-def is_running(pid: int) -> bool:
-    """False if the process is gone, or a zombie, which holds no files."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def wait_for_end(pids: Sequence[int], *, limit_s: float = STOP_S) -> None:
     """Waits until none of these processes exists. Raises TimeoutError after the limit."""
     ends_s = time.monotonic() + limit_s
-    while left := [pid for pid in pids if is_running(pid)]:
+    while left := [pid for pid in pids if is_alive(pid)]:
         if time.monotonic() > ends_s:
             raise TimeoutError(f"processes {left} have been killed and did not end in {limit_s:g} s")
         time.sleep(0.1)
