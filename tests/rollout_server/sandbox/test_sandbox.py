@@ -126,7 +126,9 @@ def test_only_descendants_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children of other threads and grandchildren, too; a process that has ended is none."""
     if not supervisor._lists_children():
         pytest.skip("this kernel lists no children")
-    grandchildren = f"{sys.executable} -c 'input()' & {sys.executable} -c 'input()' & wait"
+    # A shell gives what it starts with & an empty input of its own, with which these would end at once.
+    waiting = f"{sys.executable} -c 'import sys; sys.stdin.read()' <&3"
+    grandchildren = f"exec 3<&0; {waiting} & {waiting} & wait"
     begun: list[subprocess.Popen[bytes]] = []
 
     def begin() -> None:
