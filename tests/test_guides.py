@@ -30,6 +30,7 @@ from rollout_server.environments.scripted import call, play, say
 from rollout_server.tasks import Completion, Score, Task, make_task
 from rollout_server.tasks.tools import ToolTask
 from rollout_server.tools import Tool
+from tests.rollout_server.sandbox.test_sandbox import problem_of_bwrap
 from tests.support.launching import (
     ROOT,
     TEST_LIMIT_S,
@@ -189,6 +190,8 @@ def test_an_environment_has_twenty_lines_and_a_tool_five() -> None:
 
 def test_a_reader_of_the_coding_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Its programs run, its environment rewards a repair, and its commands have settings that exist."""
+    if problem := problem_of_bwrap():
+        pytest.skip(problem)
     monkeypatch.syspath_prepend(str(tmp_path))
     for name, code in modules_of("coding").items():
         (tmp_path / f"{name}.py").write_text(code)
