@@ -4,7 +4,7 @@
     python -m benchmarks.real_model status                  what is done, and hours that are left
     python -m benchmarks.real_model report                  results -> docs/results.md, docs/real_model.png
 
-    cells   base, start-0..2, rl-0..2, killed-2, sft-2, lag0-2, trl-2, lora-2, tools-start-0..1, tools-0..1
+    cells   base, start-0..2, rl-0..2, killed-2, sft-2, lag0-2, trl-2, lora-2, tools-start-0..1, tools-0..1,
             distill-2 (benchmarks/real_model_cells.py says what each one is)
 
 Data, number of steps, learning rates and evaluation are fixed before the first run: the last checkpoint of a
@@ -16,8 +16,8 @@ kill, or when the machine was cut off, the same command continues from the newes
 SIGTERM end a cell with a checkpoint. Whether it ends or is stopped, its results go to
 benchmarks/results/real_model/NAME/ (benchmarks/real_model_result.py); `report` refreshes them.
 
-`trl-2` needs `make trl`. The processes of a cell use less than 16 GB; the largest sum of their proportional
-set sizes is in the results. `key=value` changes a setting of all cells, for a machine that needs others
+`trl-2` needs `make trl`. The goal is that the processes of a cell use less than 16 GB; the largest sum of
+their proportional set sizes is in the results (`killed-2` has taken 17, `distill-2` 17.9). `key=value` changes a setting of all cells, for a machine that needs others
 (`model.dtype=float32` where there is no fast bfloat16).
 """
 

@@ -349,7 +349,8 @@ class LlamaModel:
         """Divides x [rows, C] by its root mean square.
 
         On the plain path the mean is a product with a constant column. In bfloat16 on a CPU it is rounded
-        before the weights and after them, as in the trainer; F.rms_norm rounds once and takes longer.
+        before the weights and after them, as in the trainer; F.rms_norm rounds once, and takes longer for
+        hundreds of rows.
         """
         if self._rounds_norms:
             wide = x.float()
