@@ -183,7 +183,7 @@ class LlamaModel:
         # On a CPU in float32 a few plain kernels are faster than the composite ones at these sizes (32 rows:
         # attention takes 42 us instead of 60, a norm 6 us instead of 10, with seven norms per step).
         self._plain = facts.device.type == "cpu" and facts.dtype == torch.float32
-        self._rounds_norms = facts.device.type == "cpu" and not self._plain
+        self._rounds_norms = facts.device.type == "cpu" and facts.dtype.itemsize < torch.float32.itemsize
         self.copies_weights = packed.can_pack(dtype=facts.dtype, device=facts.device)
         # So that a pass's gates and up-projections stay in the core's own cache.
         of_token = 2 * config.intermediate_size * facts.dtype.itemsize
