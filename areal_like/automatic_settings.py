@@ -6,6 +6,7 @@ into the run's config.yaml, and the buffer refuses a peer whose dtype differs fr
     model.dtype                      a GPU anywhere in the job: the checkpoint's dtype; else bfloat16 where
                                      the CPU is fast in it and the model is large enough, or float32
     rollout.num_threads              1; a large model on a CPU also uses the cores that are idle
+    trainer.num_threads              1; a large model on CPUs has all cores where it trains from rows
     model.fp32_head                  on where model.dtype is bfloat16; in float32 it changes nothing
     model.router_dtype               bfloat16 where model.dtype is bfloat16; in float32 it changes nothing
     trainer.gradient_checkpointing   on where the trainer is on GPUs
@@ -96,9 +97,18 @@ def most_threads(config: Config) -> int:
     if rollout.num_threads != "auto":
         return rollout.num_threads
     gains = rollout.engine == "embedded" and _is_on_cpu(rollout.engine_device)
-    if not gains or usable_cores() == 1 or _num_parameters(config) < LEAST_PARAMETERS:
-        return rollout.least_threads
-    return usable_cores()
+    return usable_cores() if gains and _gains_from_threads(config) else rollout.least_threads
+
+
+def threads_alone(config: Config) -> int:
+    """The threads of a rank of the trainer in a run without engines: `trainer.num_threads`, or with `auto`
+    its share of the cores, for a model that gains from them. Raises ConfigError as `compute_dtype` does."""
+    trainer = config.trainer
+    if trainer.num_threads != "auto":
+        return trainer.num_threads
+    share = usable_cores() // (trainer.world_size // trainer.num_hosts)
+    gains = share > 1 and _is_on_cpu(trainer.device)
+    return share if gains and _gains_from_threads(config) else trainer.least_threads
 
 
 def uses_fp32_head(config: Config) -> bool:
@@ -194,6 +204,10 @@ def _dtype_on_cpu(config: Config) -> tuple[Dtype, str]:
     # A model is looked at only where its size matters.
     num_parameters = _num_parameters(config) if fast_bfloat16(flags) else 0
     return cpu_dtype(flags, num_parameters=num_parameters)
+
+
+def _gains_from_threads(config: Config) -> bool:
+    return usable_cores() > 1 and _num_parameters(config) >= LEAST_PARAMETERS
 
 
 def _num_parameters(config: Config) -> int:

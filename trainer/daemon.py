@@ -312,7 +312,7 @@ def run_rank(config: Config) -> bool:
     recipe = StepRecipe.of(config)
     recipe.check_stream(config)  # reports a mistake in the settings before the model is loaded
     build_trackers(config.trackers)  # reports a missing package
-    torch.set_num_threads(config.trainer.num_threads)
+    torch.set_num_threads(config.trainer.least_threads)
     device = device_of(config)
     activations = {True: "recomputed", False: "kept", "selective": "recomputed in part"}[
         recomputation(config)

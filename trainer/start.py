@@ -53,7 +53,7 @@ def start(
         die_with_parent()
     else:
         die_with_launcher()
-        os.environ.setdefault("OMP_NUM_THREADS", str(config.trainer.num_threads))
+        os.environ.setdefault("OMP_NUM_THREADS", str(config.trainer.least_threads))
         if config.trainer.world_size > 1:
             return start_ranks_of(config, argv, module=module)
     code = run_to_end(config, f"{name}-{os.environ.get('RANK', '0')}", run_rank)

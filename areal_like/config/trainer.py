@@ -164,13 +164,24 @@ class TrainerConfig(Section, key="trainer"):
     buffer_timeout_s: PositiveFloat = 300.0
     """Longest time without a response of the buffer, in seconds, that the trainer tolerates. If the buffer
     restarts within this time, the run continues without loss."""
-    num_threads: PositiveInt = 1
-    """CPU threads of one rank."""
+    num_threads: int | Literal["auto"] = "auto"
+    """CPU threads of one rank. `auto`: one. In training from rows (`areal-like sft` and the like), where no
+    engine needs the other cores, the ranks share all cores of the machine, with a model of 20 million
+    parameters or more on CPUs."""
     peak_tflops: NonNegativeFloat = 0.0
     """Peak dense bfloat16 rate of one rank's device in TFLOP/s, the denominator of `mfu`. 0: determined by
     the GPU's name; a CPU, a part of a GPU (MIG) or an unknown GPU then has no `mfu`."""
 
+    @property
+    def least_threads(self) -> int:
+        """CPU threads that a rank always has."""
+        return 1 if self.num_threads == "auto" else self.num_threads
+
     def check(self) -> None:
+        require(
+            self.num_threads == "auto" or self.num_threads >= 1,
+            f"trainer.num_threads must be at least 1 or auto, not {self.num_threads}",
+        )
         for key in ("context_parallel", "replicas"):
             require(
                 self.world_size % getattr(self, key) == 0,

@@ -140,7 +140,7 @@ def _train(recorded: Path, run: OpenRun, *, view: View, options: Sequence[str]) 
         tail=MetricsTail(run.paths.metrics),
         num_stops=lambda: stops.count,
     )
-    spec = ChildSpec(name="replay", command=command, num_threads=run.config.trainer.num_threads)
+    spec = ChildSpec(name="replay", command=command, num_threads=run.config.trainer.least_threads)
     return foreground.run(
         spec,
         phase="replaying",

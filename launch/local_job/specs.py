@@ -90,7 +90,7 @@ class JobSpecs:
     def offline(self, verb: OfflineVerb) -> ChildSpec:
         """The trainer of an offline run; with several ranks, the process that starts the ranks."""
         command = (verb.module, *self._common)
-        return ChildSpec(name=verb.verb, command=command, num_threads=self._config.trainer.num_threads)
+        return ChildSpec(name=verb.verb, command=command, num_threads=self._config.trainer.least_threads)
 
     def _http_port(self, index: int) -> list[str]:
         """The setting for the process with this index after the buffers; none if every port is free."""
@@ -101,7 +101,7 @@ class JobSpecs:
         """The trainer; with several ranks, the process that starts the ranks."""
         port = self._http_port(self._config.rollout.num_servers)
         command = ("trainer", *self._common, *port)
-        return ChildSpec(name="trainer", command=command, num_threads=self._config.trainer.num_threads)
+        return ChildSpec(name="trainer", command=command, num_threads=self._config.trainer.least_threads)
 
 
 class EvaluationSpecs(JobSpecs):

@@ -111,7 +111,7 @@ def start(role: str, config: Config, paths: RunPaths, place: RolePlace) -> None:
         _take_name(paths)
     name = ["--name", place.server_name] if role == "rollout" else []
     module = "rollout_server" if role == "rollout" else role
-    threads = {"trainer": config.trainer.num_threads, "rollout": config.rollout.least_threads}.get(role, 1)
+    threads = {"trainer": config.trainer.least_threads, "rollout": config.rollout.least_threads}.get(role, 1)
     settings = role_settings(role, place)
     _become([module, "--config", str(paths.config), *name, *settings], num_threads=threads)
 

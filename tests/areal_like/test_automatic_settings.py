@@ -16,6 +16,7 @@ from areal_like.automatic_settings import (
     recomputation,
     resolved,
     router_dtype,
+    threads_alone,
     uses_fp32_head,
 )
 from areal_like.config import Config, from_mapping
@@ -101,6 +102,23 @@ def test_threads_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         _job(large, rollout={"num_threads": 0})
     monkeypatch.setattr(automatic_settings, "usable_cores", lambda: 1)
     assert most_threads(_job(str(tmp_path / "absent"))) == 1
+
+
+def test_threads_of_training_from_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = _model(tmp_path / "large", **LARGE)
+    monkeypatch.setattr(automatic_settings, "usable_cores", lambda: 6)
+    assert threads_alone(_job(large)) == 6
+    assert threads_alone(_job("tiny")) == threads_alone(_job(large, trainer="cuda")) == 1
+    several = _job(large)
+    several = dataclasses.replace(several, trainer=dataclasses.replace(several.trainer, world_size=4))
+    assert threads_alone(several) == several.trainer.least_threads == 1
+    two_machines = dataclasses.replace(several.trainer, num_hosts=2, rendezvous="node-0:29500")
+    assert threads_alone(dataclasses.replace(several, trainer=two_machines)) == 3
+    fixed = _job(large)
+    fixed = dataclasses.replace(fixed, trainer=dataclasses.replace(fixed.trainer, num_threads=2))
+    assert threads_alone(fixed) == fixed.trainer.least_threads == 2
+    with pytest.raises(ConfigError, match=r"trainer.num_threads must be at least 1 or auto, not 0"):
+        from_mapping({"trainer": {"num_threads": 0}})
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def start_offline(
         with uncollected():
             import torch
 
-            from areal_like.automatic_settings import resolved
+            from areal_like.automatic_settings import resolved, threads_alone
             from trainer.distributed.process_group import device_of, joined_ranks
             from trainer.offline.run import OfflineRun
             from trainer.trackers import build_trackers
@@ -43,7 +43,7 @@ def start_offline(
             training = kind()
         config = resolved(config)
         build_trackers(config.trackers)  # reports a missing package
-        torch.set_num_threads(config.trainer.num_threads)
+        torch.set_num_threads(threads_alone(config))
         stopping = threading.Event()
         DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=stopping.set)
         with joined_ranks(config, device_of(config)) as ranks:

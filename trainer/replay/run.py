@@ -109,7 +109,7 @@ def run(config: Config, root: Path, *, follows_changes: bool) -> None:
         signal.signal(number, lambda *_: stopping.set())
     config = resolved(config)
     StepRecipe.of(config)  # reports a mistake in the settings before the model is loaded
-    torch.set_num_threads(config.trainer.num_threads)
+    torch.set_num_threads(config.trainer.least_threads)
     device = device_of(config)
     with joined_ranks(config, device) as ranks, contextlib.closing(Recording(root)) as recording:
         replay(config, recording, ranks, stopping=stopping, follows_changes=follows_changes)

@@ -145,7 +145,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         values, rest = options.parse_known_args(list(argv))
         config = resolved(load_config(rest))
-        torch.set_num_threads(config.trainer.num_threads)
+        torch.set_num_threads(config.trainer.least_threads)
         with (
             joined_ranks(config, device_of(config)) as ranks,
             contextlib.closing(Recording(values.recording)) as recording,
