@@ -225,9 +225,12 @@ def _num_parameters(config: Config) -> int:
         return next((value for value in values if type(value) is int and value > 0), 0)
 
     hidden, layers = number("hidden_size"), number("num_hidden_layers")
+    heads = number("num_attention_heads") or 1
+    head_dim = number("head_dim") or hidden // heads
+    attention = 2 * hidden * head_dim * (heads + (number("num_key_value_heads") or heads))
     experts = number("num_experts", "n_routed_experts") or 1
     inner = experts * number("moe_intermediate_size", "intermediate_size")
-    return number("vocab_size") * hidden + layers * (4 * hidden * hidden + 3 * hidden * inner)
+    return number("vocab_size") * hidden + layers * (attention + 3 * hidden * inner)
 
 
 def _is_on_cpu(device: str) -> bool:
