@@ -25,16 +25,15 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
-import aiohttp
-from multidict import CIMultiDict
 from starlette.datastructures import URL
 from starlette.types import Message, Receive, Scope, Send
-from yarl import URL as Target
 
 from areal_like.errors import UserError
 from areal_like.http.access import PROBE_PATHS, bearer_token, header_key
 from areal_like.http.bodies import number, parse_bounded_object
+from areal_like.http.guard import Headers
 from areal_like.http.streams import disconnected
+from rollout_server.router.client import ConnectError, Connection, ServerClient
 from rollout_server.router.metrics import Outcome, RouterSeries
 from rollout_server.router.table import (
     MAX_CLAIMS,
@@ -56,7 +55,6 @@ from rollout_server.sessions.http.rules import session_id
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 5.0
 ANSWER_LIMIT_S = 3600.0
 """Longest time until the first byte of a response. Servers limit their work themselves, and one that no
 buffer hears from is given up much sooner."""
@@ -69,8 +67,6 @@ CLAIM_SPARE_S = 15.0
 PIECE_LIMIT_S = 60.0
 """Longest time between two pieces of a response; streams have a comment every 5 s."""
 COUNTS_TIMEOUT_S = 5.0
-_WHOLE_BYTES = 4 << 20
-"""A response of known length is read before it is passed on up to this length."""
 _MAX_CLAIM_BYTES = 16 << 20
 _MAX_TOLD_BYTES = 1 << 16
 _LONG_S = 1.0
@@ -82,10 +78,9 @@ _HOP_BY_HOP = frozenset(
 )  # fmt: skip
 _OWN_OF_REQUEST = _HOP_BY_HOP | {b"host", b"content-length", b"expect", CLIENT_HEADER}
 _OWN_OF_RESPONSE = _HOP_BY_HOP | {b"date", b"server"}
-_NOT_ADDED = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
-_RETRY_COUNT = "x-stainless-retry-count"
+_SERVER_HEADER = SERVER_HEADER.encode()
+_RETRY_COUNT = b"x-stainless-retry-count"
 
-Headers = list[tuple[bytes, bytes]]
 T = TypeVar("T")
 
 
@@ -141,17 +136,15 @@ class _Request:
         return str(self.scope["path"])
 
     @property
-    def target(self) -> str:
+    def target(self) -> bytes:
         """The path as it was sent, with the query."""
         query: bytes = self.scope["query_string"]
         path: bytes = self.scope["raw_path"]
-        return (path + (b"?" + query if query else b"")).decode("ascii")
+        return path + b"?" + query if query else path
 
-    def headers(self) -> CIMultiDict[str]:
+    def headers(self) -> Headers:
         """Those that are passed on."""
-        kept = passed_on(self.scope["headers"], without=_OWN_OF_REQUEST)
-        # Another value would be sent in another encoding, and none that is used here has one.
-        return CIMultiDict((name.decode(), value.decode()) for name, value in kept if value.isascii())
+        return passed_on(self.scope["headers"], without=_OWN_OF_REQUEST)
 
     def expire(self, _: object) -> None:
         """Ends the wait: the client has gone."""
@@ -161,8 +154,8 @@ class _Request:
 def passed_on(headers: Headers, *, without: frozenset[bytes]) -> Headers:
     """The headers without those of the connection, which `Connection` may name too. Names in lower case."""
     named = b",".join(value for name, value in headers if name == b"connection")
-    if named:
-        without = without | {name.strip().lower() for name in named.split(b",")}
+    if more := {name.strip().lower() for name in named.split(b",")} - without:
+        without = without | more
     return [(name, value) for name, value in headers if name not in without]
 
 
@@ -200,7 +193,7 @@ class Forwarding:
     """
 
     table: RoutingTable
-    http: aiohttp.ClientSession
+    client: ServerClient
     series: RouterSeries
     advertise_host: str
     """Host in the base URLs of sessions; empty: the one by which the client reached the router."""
@@ -323,9 +316,9 @@ class Forwarding:
         """None: the claim goes on elsewhere."""
         content = json.dumps({**body, "wait_s": ask.wait_s}).encode()
         headers = request.headers()
-        headers[CLIENT_HEADER.decode()] = str((request.scope.get("client") or ("",))[0])
+        headers.append((CLIENT_HEADER, str((request.scope.get("client") or ("",))[0]).encode()))
 
-        async def take(response: aiohttp.ClientResponse) -> tuple[int, Headers, bytes]:
+        async def take(response: Connection) -> tuple[int, Headers, bytes]:
             return response.status, _headers_of(response), await _content(response, _MAX_CLAIM_BYTES)
 
         try:
@@ -387,7 +380,7 @@ class Forwarding:
     async def _counts(self, request: _Request) -> Outcome:
         """The sum of what the servers respond to GET /sessions."""
 
-        async def take(response: aiohttp.ClientResponse) -> tuple[int, bytes]:
+        async def take(response: Connection) -> tuple[int, bytes]:
             return response.status, await _content(response, _MAX_TOLD_BYTES)
 
         now_s = asyncio.get_running_loop().time()
@@ -423,15 +416,12 @@ class Forwarding:
                 continue
             server = step.server
 
-            async def take(
-                response: aiohttp.ClientResponse, server: Server = server
-            ) -> Outcome | _Moved | _Gone:
+            async def take(response: Connection, server: Server = server) -> Outcome | _Moved | _Gone:
                 return await self._judged(response, server, request, id)
 
             headers = request.headers()
             if way.is_repetition:
-                count = headers.get(_RETRY_COUNT, "")
-                headers[_RETRY_COUNT] = str(int(count) + 1 if re.fullmatch("[0-9]{1,6}", count) else 1)
+                headers = _as_repetition(headers)
             try:
                 found = await self._asked(
                     step, request, take, body=request.body, headers=headers, limit_s=ANSWER_LIMIT_S
@@ -456,12 +446,12 @@ class Forwarding:
             self.series.retried(Retry.ELSEWHERE if found.url else Retry.MOVED)
 
     async def _judged(
-        self, response: aiohttp.ClientResponse, server: Server, request: _Request, id: str
+        self, response: Connection, server: Server, request: _Request, id: str
     ) -> Outcome | _Moved | _Gone:
         """Passes a response on, unless it says that the session is not at this server."""
         status = response.status
-        if status == 421 and (url := response.headers.get(SERVER_HEADER)):
-            return _Moved(url=url.rstrip("/"))
+        if status == 421 and (url := dict(response.headers).get(_SERVER_HEADER)):
+            return _Moved(url=url.decode("latin-1").rstrip("/"))
         if status == 503:
             return _Moved()
         if 300 <= status < 400 or status < 200:
@@ -477,19 +467,17 @@ class Forwarding:
             is_new = known is None or known.server != server.name
             if is_new or not request.scope["state"].get(HAS_KNOWN_KEY):
                 self.table.learn(id, server, key_digests(request.scope["headers"])[0])
-        length = response.headers.get("content-length", "")
-        if length.isdecimal() and int(length) <= _WHOLE_BYTES:
-            content = await response.read()
-            return await self._passed(request, status, _headers_of(response), content)
+        if response.is_complete:
+            return await self._passed(request, status, _headers_of(response), response.content())
         return await self._streamed(response, request)
 
-    async def _streamed(self, response: aiohttp.ClientResponse, request: _Request) -> Outcome:
+    async def _streamed(self, response: Connection, request: _Request) -> Outcome:
         """Passes a response on piece by piece."""
         loop = asyncio.get_running_loop()
         self.num_streams += 1
         try:
             await self._begin(request, response.status, _headers_of(response))
-            async for piece in response.content.iter_any():
+            async for piece in response.pieces():
                 request.limit.reschedule(loop.time() + PIECE_LIMIT_S)
                 await request.send({"type": "http.response.body", "body": piece, "more_body": True})
         finally:
@@ -501,10 +489,10 @@ class Forwarding:
         self,
         ask: Ask,
         request: _Request,
-        take: Callable[[aiohttp.ClientResponse], Awaitable[T]],
+        take: Callable[[Connection], Awaitable[T]],
         *,
         body: bytes,
-        headers: CIMultiDict[str],
+        headers: Headers,
         limit_s: float,
         is_claim: bool = False,
     ) -> T:
@@ -513,23 +501,18 @@ class Forwarding:
         Raises _NoAnswerError, _BrokenError, _ClientGoneError.
         """
         try:
-            async with (
-                self._limit(ask.server, request, limit_s=limit_s, is_claim=is_claim),
-                self.http.request(
-                    request.scope["method"],
-                    Target(ask.url + request.target, encoded=True),
-                    data=body or None,
-                    headers=headers,
-                    skip_auto_headers=_NOT_ADDED,
-                    allow_redirects=False,
-                ) as response,
-            ):
-                return await take(response)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            async with self._limit(ask.server, request, limit_s=limit_s, is_claim=is_claim):
+                response = await self.client.connection(ask.url)
+                try:
+                    await response.ask(request.scope["method"], request.target, headers=headers, body=body)
+                    return await take(response)
+                finally:
+                    response.release()
+        except ConnectError:
             reason, is_sent = Retry.UNREACHABLE, False
         except TimeoutError:
             reason, is_sent = Retry.LOST, True
-        except (aiohttp.ClientError, OSError):
+        except OSError:
             reason, is_sent = Retry.UNREACHABLE, True
         if request.gone.done():
             raise _ClientGoneError
@@ -621,16 +604,23 @@ def _expire(scope: asyncio.Timeout) -> None:
         scope.reschedule(-1.0)
 
 
-def _headers_of(response: aiohttp.ClientResponse) -> Headers:
+def _headers_of(response: Connection) -> Headers:
     """The headers of a response that are passed on."""
-    headers = [(name.lower(), value) for name, value in response.raw_headers]
-    return passed_on(headers, without=_OWN_OF_RESPONSE)
+    return passed_on(response.headers, without=_OWN_OF_RESPONSE)
 
 
-async def _content(response: aiohttp.ClientResponse, most: int) -> bytes:
+def _as_repetition(headers: Headers) -> Headers:
+    """The headers with one more in the number of attempts."""
+    counts = [value for name, value in headers if name == _RETRY_COUNT]
+    is_number = len(counts) == 1 and re.fullmatch(rb"[0-9]{1,6}", counts[0])
+    kept = [header for header in headers if header[0] != _RETRY_COUNT]
+    return [*kept, (_RETRY_COUNT, b"%d" % (int(counts[0]) + 1 if is_number else 1))]
+
+
+async def _content(response: Connection, most: int) -> bytes:
     """The whole body. Raises _BrokenError if it is longer than `most` bytes."""
     content = bytearray()
-    async for piece in response.content.iter_any():
+    async for piece in response.pieces():
         content += piece
         if len(content) > most:
             message = f"the server's response has more than {most} bytes"
