@@ -9,6 +9,10 @@
   uvicorn keeps as many as arrive, at several kilobytes of memory each.
 * TLS handshakes are bounded in number and time; a connection is counted only after its handshake.
 * With `write_timeout_s`, a client that does not read its response ends its connection.
+* A response's head leaves with the first piece of its body, if that follows at once: uvicorn would make two
+  system calls, and the client would wake up twice.
+* A request's `scope["state"][ON_DISCONNECT]` calls back when the client has disconnected, for applications to
+  which a task that waits for it costs too much.
 * At `max_connections`, the oldest connection that has no complete request or does not read its response is
   closed. uvicorn's own limit would respond with 503 to every request, /livez included, for as long as one
   client holds connections.
@@ -19,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import uvicorn
@@ -27,8 +31,11 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from areal_like.http.access import MAX_HEAD_BYTES
-from areal_like.http.guard import ADMITTED
+from areal_like.http.guard import ADMITTED, HAS_ARRIVED
 
+ON_DISCONNECT = "on_disconnect"
+"""Name in `scope["state"]` of a function that takes a function: the latter is called when the client has
+disconnected before it had the whole response. One for each request, which must have read its body."""
 _HEAD_TIMEOUT_S = 10.0
 _HANDSHAKE_TIMEOUT_S = 5.0
 _KEEP_ALIVE_S = 5
@@ -39,6 +46,8 @@ _MAX_PIPELINED = 8
 """Requests of one connection that may wait for the response to an earlier one."""
 _OVERHEAD_PER_BODY_BYTE = 8
 """Bytes of chunk sizes for each byte of a body; chunks of one byte need five."""
+_JOINED_BYTES = 1 << 16
+"""A longer piece of a body is not copied behind the head."""
 
 
 class HttpConfig(uvicorn.Config):
@@ -140,6 +149,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._num_body_bytes = 0
         self._num_other_bytes = 0
         """Bytes of this request outside its body."""
+        self._on_disconnect: Callable[[], None] | None = None
 
     @property
     def is_in_handshake(self) -> bool:
@@ -169,6 +179,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._stop_head_timer()
         self._stop_write_timer()
         super().connection_lost(exc)
+        if self._on_disconnect is not None:
+            self._on_disconnect()
 
     def pause_writing(self) -> None:
         """The client has not yet read much of the response."""
@@ -186,6 +198,8 @@ class BoundedHttp(HttpToolsProtocol):
         before = self._num_body_bytes
         self._has_begun = False
         super().data_received(data)
+        if self._is_in_head and self._has_begun:
+            self._start_head_timer()
         if not self._has_begun:
             self._num_other_bytes += len(data) - (self._num_body_bytes - before)
         if self._num_other_bytes > MAX_HEAD_BYTES + _OVERHEAD_PER_BODY_BYTE * self._num_body_bytes:
@@ -196,7 +210,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_message_begin()
         self._has_begun = self._is_in_head = True
         self._num_body_bytes = self._num_other_bytes = 0
-        self._start_head_timer()
+        self.scope["state"][ON_DISCONNECT] = self._watch
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Refuses trailers: uvicorn would add them to the headers that the access rules have checked."""
@@ -212,14 +226,27 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.abort()
             raise ValueError("too many requests at once")  # ends the parsing of what has arrived
         super().on_headers_complete()
+        self.cycle.transport = cast("asyncio.Transport", _ResponseWriter(self.transport, self.loop))
 
     def on_body(self, body: bytes) -> None:
         self._num_body_bytes += len(body)
         super().on_body(body)
 
+    def on_message_complete(self) -> None:
+        self.cycle.scope["state"][HAS_ARRIVED] = True
+        super().on_message_complete()
+
     def on_response_complete(self) -> None:
+        self._on_disconnect = None
         self._was_admitted |= self.cycle.scope.get("state", {}).get(ADMITTED, False)
         super().on_response_complete()
+
+    def _watch(self, call: Callable[[], None]) -> None:
+        self._on_disconnect = call
+        if self.transport.is_closing():
+            self.loop.call_soon(call)
+        else:
+            self.flow.resume_reading()  # or its end would not be noticed
 
     def _start_head_timer(self) -> None:
         self._stop_head_timer()
@@ -246,3 +273,40 @@ class BoundedHttp(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+
+class _ResponseWriter:
+    """The part of a transport that uvicorn uses for a response; the first write waits for the next."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._first: bytes | None = b""
+        """What waits; None once something was written."""
+        self._writing: asyncio.Handle | None = None
+
+    def write(self, data: bytes) -> None:
+        if self._first is None:
+            self._transport.write(data)
+        elif self._writing is None:
+            self._first = data
+            self._writing = self._loop.call_soon(self._flush)
+        elif len(data) > _JOINED_BYTES:
+            self._flush()
+            self._transport.write(data)
+        else:
+            self._first += data
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def _flush(self) -> None:
+        first, self._first = self._first, None
+        if self._writing is not None:
+            self._writing.cancel()
+        if first:
+            self._transport.write(first)
