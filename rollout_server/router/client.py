@@ -5,8 +5,8 @@
     connection.release()                        idle again if all is well and at its end, else closed
 
 aiohttp's client needs more CPU time for a request than all other parts of a router together. The parser is
-that of the servers (httptools, which is llhttp), without leniency. Heads, chunk sizes and buffers are bounded.
-Only connection attempts are limited in time here: whoever asks limits the rest.
+that of the servers (httptools, which is llhttp), without leniency. Heads, chunk sizes and buffers have
+bounds. Only connection attempts are limited in time here: whoever asks limits the rest.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
@@ -29,10 +29,10 @@ from starlette.datastructures import URL
 from starlette.types import Message, Receive, Scope, Send
 
 from areal_like.errors import UserError
-from areal_like.http.access import PROBE_PATHS, bearer_token, header_key
+from areal_like.http.access import PROBE_PATHS, HeadersByName, bearer_token, header_key, headers_by_name
 from areal_like.http.bodies import number, parse_bounded_object
 from areal_like.http.guard import Headers
-from areal_like.http.streams import disconnected
+from areal_like.http.server import ON_DISCONNECT
 from rollout_server.router.client import ConnectError, Connection, ServerClient
 from rollout_server.router.metrics import Outcome, RouterSeries
 from rollout_server.router.table import (
@@ -67,6 +67,8 @@ CLAIM_SPARE_S = 15.0
 PIECE_LIMIT_S = 60.0
 """Longest time between two pieces of a response; streams have a comment every 5 s."""
 COUNTS_TIMEOUT_S = 5.0
+_LOOK_S = 1.0
+"""How often requests whose time is over are looked for."""
 _MAX_CLAIM_BYTES = 16 << 20
 _MAX_TOLD_BYTES = 1 << 16
 _LONG_S = 1.0
@@ -128,8 +130,12 @@ class _Request:
     begun_s: float
     has_begun: bool = False
     """True once a byte of the response has been sent."""
-    limit: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
-    """Of what the request waits for now."""
+    asked_s: float = 0.0
+    """When the request was sent to the server that has it now."""
+    end_s: float = 0.0
+    """When it is given up."""
+    limit: asyncio.Timeout | None = None
+    """Ends when the request is given up."""
 
     @property
     def path(self) -> str:
@@ -146,9 +152,16 @@ class _Request:
         """Those that are passed on."""
         return passed_on(self.scope["headers"], without=_OWN_OF_REQUEST)
 
-    def expire(self, _: object) -> None:
-        """Ends the wait: the client has gone."""
-        _expire(self.limit)
+    def leave(self) -> None:
+        """The client has disconnected."""
+        self.gone.set_result(None)
+        self.expire()
+
+    def expire(self) -> None:
+        """Gives up what the request waits for at a server."""
+        if self.limit is not None:
+            with contextlib.suppress(RuntimeError):  # it is ending
+                self.limit.reschedule(-1.0)
 
 
 def passed_on(headers: Headers, *, without: frozenset[bytes]) -> Headers:
@@ -170,12 +183,12 @@ def is_passable(raw_path: bytes, query: bytes) -> bool:
     return all(segment not in (b"", b".", b"..") for segment in path[1:].split(b"/"))
 
 
-def keys_in(headers: Headers) -> list[str]:
+def keys_in(headers: HeadersByName) -> list[str]:
     """The keys in a request."""
     return [key for key in (bearer_token(headers), header_key(headers, b"x-api-key")) if key]
 
 
-def key_digests(headers: Headers) -> list[bytes]:
+def key_digests(headers: HeadersByName) -> list[bytes]:
     """Digests of the keys in a request."""
     return [digest_of(key) for key in keys_in(headers)]
 
@@ -204,9 +217,12 @@ class Forwarding:
     is_job_over: bool = field(default=False, init=False)
     """True once a server has said so."""
     _is_closing: bool = field(default=False, init=False)
-    _pending: dict[Server, dict[asyncio.Timeout, float]] = field(default_factory=dict, init=False)
-    """Requests at each server, and since when they have been there."""
-    _claims: set[asyncio.Timeout] = field(default_factory=set, init=False)
+    _pending: dict[Server, set[_Request]] = field(default_factory=dict, init=False)
+    """Requests at each server."""
+    _claims: set[_Request] = field(default_factory=set, init=False)
+    """Those that are claims."""
+    _looking: asyncio.TimerHandle | None = field(default=None, init=False)
+    """Looks for requests whose time is over, while there are any."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request, whose body the guard has read."""
@@ -216,9 +232,9 @@ class Forwarding:
         if message["type"] != "http.request":
             self.series.ended(Outcome.GONE)
             return
-        gone = asyncio.ensure_future(disconnected(receive))
         body = message.get("body", b"")
-        request = _Request(scope=scope, body=body, send=send, gone=gone, begun_s=begun_s)
+        request = _Request(scope=scope, body=body, send=send, gone=loop.create_future(), begun_s=begun_s)
+        scope["state"][ON_DISCONNECT](request.leave)
         try:
             outcome = await self._handled(request)
         except _ClientGoneError:
@@ -229,27 +245,25 @@ class Forwarding:
             if not request.has_begun:
                 await self._told(request, 502, str(error), code="bad_gateway")
             # Otherwise the server closes the connection, because the response is incomplete.
-        finally:
-            gone.cancel()
         self.series.ended(outcome)
 
     def lost(self, servers: list[Server]) -> None:
         """Gives up what waits at servers that no buffer hears from any more."""
         for server in servers:
-            for scope in self._pending.get(server, ()):
-                _expire(scope)
+            for request in self._pending.get(server, ()):
+                request.expire()
 
     def close(self) -> None:
         """Sends the claims that wait away, and requests that would be sent to a server from now on."""
         self._is_closing = True
-        for scope in self._claims:
-            _expire(scope)
+        for request in self._claims:
+            request.expire()
 
     def give_up(self) -> None:
         """Ends the requests that are still at servers, after `close`."""
         for at_server in self._pending.values():
-            for scope in at_server:
-                _expire(scope)
+            for request in at_server:
+                request.expire()
 
     @property
     def num_pending(self) -> int:
@@ -260,9 +274,9 @@ class Forwarding:
         """What requests wait for -> seconds of the longest wait, for the router's status."""
         now_s = asyncio.get_running_loop().time()
         found = {
-            f"router: responses of {server.name} to {len(since)} requests": now_s - min(since.values())
-            for server, since in self._pending.items()
-            if since
+            f"router: responses of {server.name} to {len(requests)} requests": now_s
+            - min(request.asked_s for request in requests)
+            for server, requests in self._pending.items()
         }
         return {name: round(seconds, 3) for name, seconds in found.items() if seconds >= _LONG_S}
 
@@ -466,7 +480,7 @@ class Forwarding:
             known = self.table.sessions.get(id)
             is_new = known is None or known.server != server.name
             if is_new or not request.scope["state"].get(HAS_KNOWN_KEY):
-                self.table.learn(id, server, key_digests(request.scope["headers"])[0])
+                self.table.learn(id, server, key_digests(headers_by_name(request.scope))[0])
         if response.is_complete:
             return await self._passed(request, status, _headers_of(response), response.content())
         return await self._streamed(response, request)
@@ -478,7 +492,7 @@ class Forwarding:
         try:
             await self._begin(request, response.status, _headers_of(response))
             async for piece in response.pieces():
-                request.limit.reschedule(loop.time() + PIECE_LIMIT_S)
+                request.end_s = loop.time() + PIECE_LIMIT_S
                 await request.send({"type": "http.response.body", "body": piece, "more_body": True})
         finally:
             self.num_streams -= 1
@@ -500,8 +514,11 @@ class Forwarding:
 
         Raises _NoAnswerError, _BrokenError, _ClientGoneError.
         """
+        limit = self._enter(ask.server, request, limit_s=limit_s, is_claim=is_claim)
         try:
-            async with self._limit(ask.server, request, limit_s=limit_s, is_claim=is_claim):
+            async with limit:
+                if request.gone.done():
+                    raise TimeoutError
                 response = await self.client.connection(ask.url)
                 try:
                     await response.ask(request.scope["method"], request.target, headers=headers, body=body)
@@ -514,37 +531,45 @@ class Forwarding:
             reason, is_sent = Retry.LOST, True
         except OSError:
             reason, is_sent = Retry.UNREACHABLE, True
+        finally:
+            self._leave(ask.server, request)
         if request.gone.done():
             raise _ClientGoneError
         if request.has_begun:
             raise _BrokenError("the response broke off")
         raise _NoAnswerError(reason, is_sent=is_sent)
 
-    @contextlib.asynccontextmanager
-    async def _limit(
-        self, server: Server, request: _Request, *, limit_s: float, is_claim: bool
-    ) -> AsyncIterator[None]:
-        """Ends the block with TimeoutError after `limit_s`, when the client disconnects, or when the server
-        is lost."""
+    def _enter(self, server: Server, request: _Request, *, limit_s: float, is_claim: bool) -> asyncio.Timeout:
+        """A block for a request at a server, until `_leave`. It ends with TimeoutError after `limit_s`, when
+        the client disconnects, or when the server is lost."""
         loop = asyncio.get_running_loop()
-        begun_s = loop.time()
-        scope = request.limit = asyncio.timeout_at(begun_s + limit_s)
-        at_server = self._pending.setdefault(server, {})
-        at_server[scope] = begun_s
+        request.asked_s = loop.time()
+        request.end_s = request.asked_s + limit_s
+        limit = request.limit = asyncio.timeout(None)
+        self._pending.setdefault(server, set()).add(request)
         if is_claim:
-            self._claims.add(scope)
-        try:
-            async with scope:
-                if request.gone.done():
-                    raise TimeoutError
-                request.gone.add_done_callback(request.expire)
-                yield
-        finally:
-            request.gone.remove_done_callback(request.expire)
-            self._claims.discard(scope)
-            del at_server[scope]
-            if not at_server:
-                del self._pending[server]
+            self._claims.add(request)
+        if self._looking is None:
+            self._looking = loop.call_later(_LOOK_S, self._look)
+        return limit
+
+    def _leave(self, server: Server, request: _Request) -> None:
+        request.limit = None
+        self._claims.discard(request)
+        at_server = self._pending[server]
+        at_server.discard(request)
+        if not at_server:
+            del self._pending[server]
+
+    def _look(self) -> None:
+        """Gives up the requests whose time is over: one timer for all costs less than one for each."""
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        for at_server in self._pending.values():
+            for request in at_server:
+                if request.end_s <= now_s:
+                    request.expire()
+        self._looking = loop.call_later(_LOOK_S, self._look) if self._pending else None
 
     async def _pause(self, seconds: float, request: _Request) -> None:
         """Raises _ClientGoneError."""
@@ -596,12 +621,6 @@ class Forwarding:
 
 async def _nothing() -> Message:
     return {"type": "http.disconnect"}
-
-
-def _expire(scope: asyncio.Timeout) -> None:
-    """Ends a limited block now."""
-    with contextlib.suppress(RuntimeError):  # it is ending
-        scope.reschedule(-1.0)
 
 
 def _headers_of(response: Connection) -> Headers:

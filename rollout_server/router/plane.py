@@ -14,6 +14,7 @@ import contextlib
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from starlette.types import ASGIApp, Scope
@@ -27,6 +28,7 @@ from areal_like.http.access import (
     Refusal,
     RoleOfToken,
     bearer_token,
+    headers_by_name,
     host_names,
 )
 from areal_like.http.guard import BodyLimits, HttpGuard
@@ -64,17 +66,19 @@ _UNSIZED_BYTES = 1 << 20
 class RouterRules:
     """The check of a request's head."""
 
-    hosts: frozenset[str]
+    access: AccessRules
+    """Of all requests."""
     role_of: RoleOfToken | None
 
     def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
         """Returns why a request is refused; None if its body may be read."""
-        refusal = AccessRules(hosts=self.hosts, open_paths=HEALTH_PATHS).refusal(scope)
+        refusal = self.access.refusal(scope)
         if refusal is not None or scope["path"] in HEALTH_PATHS:
             return refusal
+        headers = headers_by_name(scope)
         if not session_id(scope["path"]):
-            return claim_refusal(bearer_token(scope["headers"]), self.role_of)
-        return None if keys_in(scope["headers"]) else Refusal(401, Reason.TOKEN, WRONG_KEY)
+            return claim_refusal(bearer_token(headers), self.role_of)
+        return None if keys_in(headers) else Refusal(401, Reason.TOKEN, WRONG_KEY)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -105,7 +109,7 @@ class RouterPlane:
         guard = HttpGuard(
             self.app,
             RouterRules(
-                hosts=host_names(host, others=others),
+                access=AccessRules(hosts=host_names(host, others=others), open_paths=HEALTH_PATHS),
                 role_of=None if keyring is None else lambda token: role_of_token(keyring, token),
             ),
             limits=BodyLimits(max_bytes=self._most_bytes, timeout_s=_BODY_TIMEOUT_S),
@@ -156,7 +160,7 @@ class RouterPlane:
             await asyncio.wait([self.serving], timeout=limit_s)
             self.serving.cancel()
 
-    @property
+    @cached_property
     def _most_bytes(self) -> int:
         return most_bytes(context_length=self.config.rollout.max_context or _LONGEST_CONTEXT)
 
@@ -170,9 +174,9 @@ class RouterPlane:
         if not (id := session_id(scope["path"])):
             yield None
             return
-        length = _length(scope)
-        num_bytes = self._most_bytes_of(scope) if length is None else min(length, self._most_bytes_of(scope))
-        is_known = any(self.table.is_known(id, digest) for digest in key_digests(scope["headers"]))
+        most, length = self._most_bytes_of(scope), _length(scope)
+        num_bytes = most if length is None else min(length, most)
+        is_known = any(self.table.is_known(id, digest) for digest in key_digests(headers_by_name(scope)))
         scope["state"][HAS_KNOWN_KEY] = is_known
         if problem := self.places.problem(id, num_bytes, is_known=is_known):
             yield Refusal(429 if is_known else 503, Reason.BUSY, problem)
@@ -185,7 +189,5 @@ class RouterPlane:
 
 def _length(scope: Scope) -> int | None:
     """The length of a request's body; None if it does not say it."""
-    headers = dict(scope["headers"])
-    if b"transfer-encoding" in headers:
-        return None
-    return int(headers.get(b"content-length", b"0"))
+    headers = headers_by_name(scope)
+    return None if b"transfer-encoding" in headers else int(headers.get(b"content-length") or b"0")
