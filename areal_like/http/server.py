@@ -36,6 +36,8 @@ from areal_like.http.guard import ADMITTED, HAS_ARRIVED
 ON_DISCONNECT = "on_disconnect"
 """Name in `scope["state"]` of a function that takes a function: the latter is called when the client has
 disconnected before it had the whole response. One for each request, which must have read its body."""
+_TICK_S = 1.0
+"""Interval at which the `Date` of responses is updated."""
 _HEAD_TIMEOUT_S = 10.0
 _HANDSHAKE_TIMEOUT_S = 5.0
 _KEEP_ALIVE_S = 5
@@ -97,9 +99,29 @@ class HttpServer(uvicorn.Server):
     config: HttpConfig
 
     def __init__(self, config: HttpConfig) -> None:
+        self._waking: asyncio.Future[None] | None = None
         super().__init__(config)
         self._handshakes: list[BoundedHttp] = []
         """Connections in a TLS handshake, and some that have ended since."""
+
+    @property
+    def should_exit(self) -> bool:
+        """Set it to end `serve`."""
+        return self._should_exit
+
+    @should_exit.setter
+    def should_exit(self, should_exit: bool) -> None:
+        self._should_exit = should_exit
+        if self._waking is not None and not self._waking.done():
+            self._waking.set_result(None)
+
+    async def main_loop(self) -> None:
+        """Until `should_exit`. uvicorn's own method looks at it ten times a second, which is most of what an
+        idle process costs; if another thread sets it, it is seen after a second."""
+        loop = asyncio.get_running_loop()
+        while not await self.on_tick(0):
+            self._waking = loop.create_future()
+            await asyncio.wait([self._waking], timeout=_TICK_S)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -216,7 +238,11 @@ class BoundedHttp(HttpToolsProtocol):
         """Refuses trailers: uvicorn would add them to the headers that the access rules have checked."""
         if not self._is_in_head:
             raise ValueError("trailers are not accepted")
-        super().on_header(name, value)
+        name = name.lower()
+        if name == b"expect":
+            super().on_header(name, value)
+        else:  # as there, with one call less for each header
+            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The end of the head."""

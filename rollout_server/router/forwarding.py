@@ -74,6 +74,7 @@ _MAX_TOLD_BYTES = 1 << 16
 _LONG_S = 1.0
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,79}")
 _TARGET = re.compile(rb"/[\x21-\x7e]+")
+_PLAIN_PATH = re.compile(rb"(/[A-Za-z0-9_-]+)+")
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
      b"trailer", b"transfer-encoding", b"upgrade")
@@ -166,15 +167,16 @@ class _Request:
 
 def passed_on(headers: Headers, *, without: frozenset[bytes]) -> Headers:
     """The headers without those of the connection, which `Connection` may name too. Names in lower case."""
-    named = b",".join(value for name, value in headers if name == b"connection")
-    if more := {name.strip().lower() for name in named.split(b",")} - without:
-        without = without | more
-    return [(name, value) for name, value in headers if name not in without]
+    if named := [value for name, value in headers if name == b"connection"]:
+        without = without | {name.strip().lower() for name in b",".join(named).split(b",")}
+    return [header for header in headers if header[0] not in without]
 
 
 def is_passable(raw_path: bytes, query: bytes) -> bool:
     """True for a path that means the same to every server: printable ASCII, no empty or dotted segments,
     nothing encoded that would be one."""
+    if not query and _PLAIN_PATH.fullmatch(raw_path):  # most are
+        return True
     if not _TARGET.fullmatch(raw_path) or (query and not re.fullmatch(rb"[\x21-\x7e]+", query)):
         return False
     path = unquote_to_bytes(raw_path)
