@@ -1,8 +1,9 @@
 """The HTTP/1.1 client of a router: a request to a rollout server, with as little work for each as it takes.
 
-    connection = await client.connection(url)   an idle one, or a new one
-    await connection.ask(...)                   a request; returns when the response is there, or its head
-    connection.release()                        idle again if all is well and at its end, else closed
+    connection = client.idle(url) or await client.connect(url)
+    await connection.ask(...)    a request; returns when the response is there, or its head
+    connection.give_up()         ends that with TimeoutError
+    connection.release()         idle again if all is well and at its end, else closed
 
 aiohttp's client needs more CPU time for a request than all other parts of a router together. The parser is
 that of the servers (httptools, which is llhttp), without leniency. Heads, chunk sizes and buffers have
@@ -83,14 +84,19 @@ class ServerClient:
             for connection in origin.idle:
                 connection.transport.abort()
 
-    async def connection(self, url: str) -> Connection:
-        """A connection that is not used, until `release`. Raises ConnectError."""
+    def idle(self, url: str) -> Connection | None:
+        """A connection that is not used, until `release`."""
+        origin = self._origins.get(url)
+        while origin is not None and origin.idle:
+            if not (connection := origin.idle.pop()).transport.is_closing():
+                return connection
+        return None
+
+    async def connect(self, url: str) -> Connection:
+        """A new connection. Raises ConnectError."""
         origin = self._origins.get(url)
         if origin is None:
             origin = self._origins[url] = self._origin_of(url)
-        while origin.idle:
-            if not (connection := origin.idle.pop()).transport.is_closing():
-                return connection
         made = Connection(origin)
         origin.connections.add(made)
         try:
@@ -152,12 +158,13 @@ class Connection(asyncio.Protocol):
         self._pieces: list[bytes] = []
         self._num_pending = self._num_body_bytes = self._num_other_bytes = 0
         self._is_reading = True
-        self._error: ResponseError | None = None
+        self._error: OSError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     async def ask(self, method: str, target: bytes, *, headers: Headers, body: bytes) -> None:
         """Sends a request, and waits for the response: the whole if it says its length and is not longer than
-        WHOLE_BYTES, else its head. `headers`: without those of the connection. Raises ResponseError."""
+        WHOLE_BYTES, else its head. `headers`: without those of the connection. Raises ResponseError, and
+        TimeoutError after `give_up`."""
         lines = [b"%b %b HTTP/1.1" % (method.encode("ascii"), target), b"host: " + self._origin.name]
         lines += [b"%b: %b" % header for header in headers]
         if body or method not in _BODILESS:
@@ -178,7 +185,7 @@ class Connection(asyncio.Protocol):
             await self._more()
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """What arrives of the body. Raises ResponseError."""
+        """What arrives of the body. Raises as `ask`."""
         while self._pieces or not self.is_complete:
             if self._pieces:
                 yield self.content()
@@ -192,6 +199,10 @@ class Connection(asyncio.Protocol):
             self._is_reading = True
             self.transport.resume_reading()
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def give_up(self) -> None:
+        """Ends the wait for more of the response with TimeoutError."""
+        self._fail(TimeoutError())
 
     def release(self) -> None:
         """Makes the connection idle, or closes it if it cannot be used again."""
@@ -208,17 +219,17 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Parses, and ends the connection after anything that is no response."""
         if self.is_complete:
-            self._fail("the server sent something without a request")
+            self._fail(ResponseError("the server sent something without a request"))
             return
         num_body_bytes = self._num_body_bytes
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._fail(f"the response is malformed: {error.__context__ or error}")
+            self._fail(ResponseError(f"the response is malformed: {error.__context__ or error}"))
             return
         self._num_other_bytes += len(data) - (self._num_body_bytes - num_body_bytes)
         if self._num_other_bytes > MAX_HEAD_BYTES + _OVERHEAD_PER_BODY_BYTE * self._num_body_bytes:
-            self._fail("the response has too much besides its body")
+            self._fail(ResponseError("the response has too much besides its body"))
         elif self.is_complete or (self.status and not self._is_short):
             if self._num_pending > _BUFFERED_BYTES and not self.is_complete:
                 self._is_reading = False
@@ -227,7 +238,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._origin.connections.discard(self)
-        self._fail("the connection broke")
+        self._fail(ResponseError("the connection broke"))
 
     def on_message_begin(self) -> None:
         if self.status:
@@ -265,7 +276,7 @@ class Connection(asyncio.Protocol):
         return self.length is not None and self.length <= WHOLE_BYTES
 
     async def _more(self) -> None:
-        """Returns when there may be more. Raises ResponseError."""
+        """Returns when there may be more. Raises as `ask`."""
         if self._error is not None:
             raise self._error
         self._waiter = self._loop.create_future()
@@ -275,8 +286,8 @@ class Connection(asyncio.Protocol):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, error: OSError) -> None:
         self._is_usable = False
-        self._error = self._error or ResponseError(why)
+        self._error = self._error or error
         self.transport.abort()
         self._wake()

@@ -135,8 +135,12 @@ class _Request:
     """When the request was sent to the server that has it now."""
     end_s: float = 0.0
     """When it is given up."""
-    limit: asyncio.Timeout | None = None
-    """Ends when the request is given up."""
+    connecting: asyncio.Timeout | None = None
+    """Of the attempt to connect to that server."""
+    response: Connection | None = None
+    """From that server."""
+    is_given_up: bool = False
+    """True if that server's response is not waited for any more."""
 
     @property
     def path(self) -> str:
@@ -160,9 +164,12 @@ class _Request:
 
     def expire(self) -> None:
         """Gives up what the request waits for at a server."""
-        if self.limit is not None:
+        self.is_given_up = True
+        if self.response is not None:
+            self.response.give_up()
+        elif self.connecting is not None:
             with contextlib.suppress(RuntimeError):  # it is ending
-                self.limit.reschedule(-1.0)
+                self.connecting.reschedule(-1.0)
 
 
 def passed_on(headers: Headers, *, without: frozenset[bytes]) -> Headers:
@@ -188,11 +195,6 @@ def is_passable(raw_path: bytes, query: bytes) -> bool:
 def keys_in(headers: HeadersByName) -> list[str]:
     """The keys in a request."""
     return [key for key in (bearer_token(headers), header_key(headers, b"x-api-key")) if key]
-
-
-def key_digests(headers: HeadersByName) -> list[bytes]:
-    """Digests of the keys in a request."""
-    return [digest_of(key) for key in keys_in(headers)]
 
 
 def digest_of(key: str) -> bytes:
@@ -482,7 +484,7 @@ class Forwarding:
             known = self.table.sessions.get(id)
             is_new = known is None or known.server != server.name
             if is_new or not request.scope["state"].get(HAS_KNOWN_KEY):
-                self.table.learn(id, server, key_digests(headers_by_name(request.scope))[0])
+                self.table.learn(id, server, digest_of(keys_in(headers_by_name(request.scope))[0]))
         if response.is_complete:
             return await self._passed(request, status, _headers_of(response), response.content())
         return await self._streamed(response, request)
@@ -516,23 +518,25 @@ class Forwarding:
 
         Raises _NoAnswerError, _BrokenError, _ClientGoneError.
         """
-        limit = self._enter(ask.server, request, limit_s=limit_s, is_claim=is_claim)
+        reason, is_sent = Retry.UNREACHABLE, True
+        self._enter(ask.server, request, limit_s=limit_s, is_claim=is_claim)
         try:
-            async with limit:
-                if request.gone.done():
+            response = self.client.idle(ask.url) or await self._connected(ask.url, request)
+            request.response = response
+            try:
+                if request.is_given_up:
                     raise TimeoutError
-                response = await self.client.connection(ask.url)
-                try:
-                    await response.ask(request.scope["method"], request.target, headers=headers, body=body)
-                    return await take(response)
-                finally:
-                    response.release()
+                await response.ask(request.scope["method"], request.target, headers=headers, body=body)
+                return await take(response)
+            finally:
+                request.response = None
+                response.release()
         except ConnectError:
-            reason, is_sent = Retry.UNREACHABLE, False
+            is_sent = False
         except TimeoutError:
-            reason, is_sent = Retry.LOST, True
+            reason = Retry.LOST
         except OSError:
-            reason, is_sent = Retry.UNREACHABLE, True
+            pass
         finally:
             self._leave(ask.server, request)
         if request.gone.done():
@@ -541,22 +545,26 @@ class Forwarding:
             raise _BrokenError("the response broke off")
         raise _NoAnswerError(reason, is_sent=is_sent)
 
-    def _enter(self, server: Server, request: _Request, *, limit_s: float, is_claim: bool) -> asyncio.Timeout:
-        """A block for a request at a server, until `_leave`. It ends with TimeoutError after `limit_s`, when
-        the client disconnects, or when the server is lost."""
+    async def _connected(self, url: str, request: _Request) -> Connection:
+        """Raises ConnectError, and TimeoutError if the request is given up."""
+        async with asyncio.timeout(None) as request.connecting:
+            return await self.client.connect(url)
+
+    def _enter(self, server: Server, request: _Request, *, limit_s: float, is_claim: bool) -> None:
+        """Begins the wait for a server, until `_leave`. The request is given up after `limit_s`, when the
+        client disconnects, and when the server is lost."""
         loop = asyncio.get_running_loop()
+        request.is_given_up = request.gone.done()
         request.asked_s = loop.time()
         request.end_s = request.asked_s + limit_s
-        limit = request.limit = asyncio.timeout(None)
         self._pending.setdefault(server, set()).add(request)
         if is_claim:
             self._claims.add(request)
         if self._looking is None:
             self._looking = loop.call_later(_LOOK_S, self._look)
-        return limit
 
     def _leave(self, server: Server, request: _Request) -> None:
-        request.limit = None
+        request.connecting = None
         self._claims.discard(request)
         at_server = self._pending[server]
         at_server.discard(request)

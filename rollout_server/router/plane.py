@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -38,7 +38,7 @@ from areal_like.security.keyring import Keyring
 from areal_like.security.tls import tls_files
 from areal_like.security.tokens import role_of_token
 from areal_like.wire.sockets import bound_socket
-from rollout_server.router.forwarding import HAS_KNOWN_KEY, HEALTH_PATHS, key_digests, keys_in
+from rollout_server.router.forwarding import HAS_KNOWN_KEY, HEALTH_PATHS, digest_of, keys_in
 from rollout_server.router.places import BodyPlaces
 from rollout_server.router.table import MAX_CLAIMS, RoutingTable
 from rollout_server.sessions.http.rules import (
@@ -168,23 +168,35 @@ class RouterPlane:
         most = most_bytes_of_body(scope, of_prompts=self._most_bytes)
         return most if _length(scope) is not None else min(most, _UNSIZED_BYTES)
 
-    @contextlib.contextmanager
-    def _place(self, scope: Scope) -> Iterator[Refusal | None]:
-        """The memory of an accepted request with a session; yields a refusal if there is none."""
+    def _place(self, scope: Scope) -> contextlib.AbstractContextManager[Refusal | None]:
+        """The memory of an accepted request with a session."""
         if not (id := session_id(scope["path"])):
-            yield None
-            return
+            return contextlib.nullcontext()
         most, length = self._most_bytes_of(scope), _length(scope)
-        num_bytes = most if length is None else min(length, most)
-        is_known = any(self.table.is_known(id, digest) for digest in key_digests(headers_by_name(scope)))
+        keys = keys_in(headers_by_name(scope))
+        is_known = any(self.table.is_known(id, digest_of(key)) for key in keys)
         scope["state"][HAS_KNOWN_KEY] = is_known
-        if problem := self.places.problem(id, num_bytes, is_known=is_known):
-            yield Refusal(429 if is_known else 503, Reason.BUSY, problem)
-            return
-        try:
-            yield None
-        finally:
-            self.places.leave(id, num_bytes, is_known=is_known)
+        return _Place(self.places, id, most if length is None else min(length, most), is_known)
+
+
+@dataclass(eq=False, slots=True)
+class _Place(contextlib.AbstractContextManager["Refusal | None", None]):
+    """The memory of a request: a refusal on entry if there is none."""
+
+    places: BodyPlaces
+    id: str
+    num_bytes: int
+    is_known: bool
+    has_place: bool = False
+
+    def __enter__(self) -> Refusal | None:
+        problem = self.places.problem(self.id, self.num_bytes, is_known=self.is_known)
+        self.has_place = not problem
+        return Refusal(429 if self.is_known else 503, Reason.BUSY, problem) if problem else None
+
+    def __exit__(self, *exc: object) -> None:
+        if self.has_place:
+            self.places.leave(self.id, self.num_bytes, is_known=self.is_known)
 
 
 def _length(scope: Scope) -> int | None:
