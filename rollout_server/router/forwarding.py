@@ -199,7 +199,7 @@ def keys_in(headers: HeadersByName) -> list[str]:
 
 def digest_of(key: str) -> bytes:
     """Of a session's key."""
-    return hashlib.sha256(key.encode()).digest()
+    return hashlib.blake2b(key.encode(), digest_size=32).digest()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -221,6 +221,7 @@ class Forwarding:
     is_job_over: bool = field(default=False, init=False)
     """True once a server has said so."""
     _is_closing: bool = field(default=False, init=False)
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop, init=False)
     _pending: dict[Server, set[_Request]] = field(default_factory=dict, init=False)
     """Requests at each server."""
     _claims: set[_Request] = field(default_factory=set, init=False)
@@ -230,14 +231,15 @@ class Forwarding:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request, whose body the guard has read."""
-        loop = asyncio.get_running_loop()
-        begun_s = loop.time()
+        begun_s = self._loop.time()
         message = await receive()
         if message["type"] != "http.request":
             self.series.ended(Outcome.GONE)
             return
         body = message.get("body", b"")
-        request = _Request(scope=scope, body=body, send=send, gone=loop.create_future(), begun_s=begun_s)
+        request = _Request(
+            scope=scope, body=body, send=send, gone=self._loop.create_future(), begun_s=begun_s
+        )
         scope["state"][ON_DISCONNECT](request.leave)
         try:
             outcome = await self._handled(request)
@@ -276,7 +278,7 @@ class Forwarding:
 
     def waits(self) -> dict[str, float]:
         """What requests wait for -> seconds of the longest wait, for the router's status."""
-        now_s = asyncio.get_running_loop().time()
+        now_s = self._loop.time()
         found = {
             f"router: responses of {server.name} to {len(requests)} requests": now_s
             - min(request.asked_s for request in requests)
@@ -288,7 +290,7 @@ class Forwarding:
         scope, path, method = request.scope, request.path, request.scope["method"]
         id = session_id(path)
         if path in HEALTH_PATHS and method in ("GET", "HEAD"):
-            is_well = path == "/livez" or self.table.available(now_s=asyncio.get_running_loop().time())
+            is_well = path == "/livez" or self.table.available(now_s=self._loop.time())
             content = b"ok" if is_well else b"no rollout server can be reached"
             headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(content))]
             return await self._passed(request, 200 if is_well else 503, headers, content)
@@ -312,7 +314,7 @@ class Forwarding:
             return await self._told(
                 request, 429, message, code="no_session_waits", after_s=RETRY_AFTER_S, outcome=Outcome.BUSY
             )
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         way = ClaimWay(table=self.table, end_s=loop.time() + wait_s)
         try:
             while True:
@@ -351,7 +353,7 @@ class Forwarding:
             )
             sessions = _sessions_in(answer) if status == 200 else []
         except (_NoAnswerError, ValueError) as error:
-            way.failed(now_s=asyncio.get_running_loop().time())
+            way.failed(now_s=self._loop.time())
             self.series.retried(error.reason if isinstance(error, _NoAnswerError) else Retry.UNREACHABLE)
             return None
         code = _code_in(answer) if status in (410, 429, 503) else ""
@@ -361,7 +363,7 @@ class Forwarding:
             self.series.retried(Retry.NONE)
             return None
         if status >= 500 or 300 <= status < 400:
-            way.failed(now_s=asyncio.get_running_loop().time())
+            way.failed(now_s=self._loop.time())
             self.series.retried(Retry.UNREACHABLE)
             return None
         if status == 200:
@@ -401,7 +403,7 @@ class Forwarding:
         async def take(response: Connection) -> tuple[int, bytes]:
             return response.status, await _content(response, _MAX_TOLD_BYTES)
 
-        now_s = asyncio.get_running_loop().time()
+        now_s = self._loop.time()
         total = {"waiting": 0, "open": 0}
         for server in self.table.available(now_s=now_s):
             try:
@@ -423,7 +425,7 @@ class Forwarding:
         return await self._passed(request, 200, headers, content)
 
     async def _in_session(self, request: _Request, id: str) -> Outcome:
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         way = SessionWay(table=self.table, id=id, limit_s=self.search_s)
         while True:
             step = way.next(now_s=loop.time())
@@ -491,7 +493,7 @@ class Forwarding:
 
     async def _streamed(self, response: Connection, request: _Request) -> Outcome:
         """Passes a response on piece by piece."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         self.num_streams += 1
         try:
             await self._begin(request, response.status, _headers_of(response))
@@ -553,7 +555,7 @@ class Forwarding:
     def _enter(self, server: Server, request: _Request, *, limit_s: float, is_claim: bool) -> None:
         """Begins the wait for a server, until `_leave`. The request is given up after `limit_s`, when the
         client disconnects, and when the server is lost."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         request.is_given_up = request.gone.done()
         request.asked_s = loop.time()
         request.end_s = request.asked_s + limit_s
@@ -573,8 +575,7 @@ class Forwarding:
 
     def _look(self) -> None:
         """Gives up the requests whose time is over: one timer for all costs less than one for each."""
-        loop = asyncio.get_running_loop()
-        now_s = loop.time()
+        loop, now_s = self._loop, self._loop.time()
         for at_server in self._pending.values():
             for request in at_server:
                 if request.end_s <= now_s:
@@ -625,7 +626,7 @@ class Forwarding:
 
     async def _begin(self, request: _Request, status: int, headers: Headers) -> None:
         request.has_begun = True
-        self.series.began(after_s=asyncio.get_running_loop().time() - request.begun_s)
+        self.series.began(after_s=self._loop.time() - request.begun_s)
         await request.send({"type": "http.response.start", "status": status, "headers": headers})
 
 
