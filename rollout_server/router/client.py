@@ -96,7 +96,10 @@ class ServerClient:
         """A new connection. Raises ConnectError."""
         origin = self._origins.get(url)
         if origin is None:
-            origin = self._origins[url] = self._origin_of(url)
+            try:
+                origin = self._origins[url] = self._origin_of(url)
+            except ValueError as error:
+                raise ConnectError(f"{url}: {error}") from None
         made = Connection(origin)
         origin.connections.add(made)
         try:
@@ -110,14 +113,15 @@ class ServerClient:
                 )
         except BaseException as error:
             origin.connections.discard(made)
-            if isinstance(error, OSError):  # TimeoutError is one
+            if isinstance(error, OSError | UnicodeError):  # TimeoutError is one; a host that is no name
                 raise ConnectError(f"{url}: {error or type(error).__name__}") from None
             raise
         return made
 
     def _origin_of(self, url: str) -> _Origin:
         parts = urlsplit(url)
-        assert parts.hostname and parts.port
+        if not parts.hostname or not parts.port:
+            raise ValueError("no host and port")
         tls = None
         if parts.scheme == "https":
             tls = self._tls = self._tls or ssl.create_default_context()
@@ -181,7 +185,7 @@ class Connection(asyncio.Protocol):
         else:
             self.transport.write(head)
             self.transport.write(body)
-        while not self.is_complete and (not self.status or self._is_short):
+        while not self.is_complete and (not self.status or self._is_short or self._error):
             await self._more()
 
     async def pieces(self) -> AsyncIterator[bytes]:
@@ -225,10 +229,12 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self.is_complete = False
             self._fail(ResponseError(f"the response is malformed: {error.__context__ or error}"))
             return
         self._num_other_bytes += len(data) - (self._num_body_bytes - num_body_bytes)
         if self._num_other_bytes > MAX_HEAD_BYTES + _OVERHEAD_PER_BODY_BYTE * self._num_body_bytes:
+            self.is_complete = False
             self._fail(ResponseError("the response has too much besides its body"))
         elif self.is_complete or (self.status and not self._is_short):
             if self._num_pending > _BUFFERED_BYTES and not self.is_complete:

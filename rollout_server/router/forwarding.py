@@ -294,12 +294,13 @@ class Forwarding:
             content = b"ok" if is_well else b"no rollout server can be reached"
             headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(content))]
             return await self._passed(request, 200 if is_well else 503, headers, content)
-        if path == "/sessions" and method == "POST":
-            return await self._claim(request)
-        if path == "/sessions" and method == "GET":
-            return await self._counts(request)
-        if _ID.fullmatch(id) and is_passable(scope["raw_path"], scope["query_string"]):
-            return await self._in_session(request, id)
+        if is_passable(scope["raw_path"], scope["query_string"]):
+            if _ID.fullmatch(id):
+                return await self._in_session(request, id)
+            if path == "/sessions" and method == "POST":
+                return await self._claim(request)
+            if path == "/sessions" and method == "GET":
+                return await self._counts(request)
         message = f"{method} {path!r:.200}: a router has /sessions, and the routes under /sessions/ID"
         return await self._told(request, 404 if path != "/sessions" else 405, message)
 
