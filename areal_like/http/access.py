@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from itertools import chain
 from typing import Any, Protocol
 
@@ -162,6 +163,7 @@ def host_names(bound: str, *, others: Iterable[str] = ()) -> frozenset[str]:
     return frozenset(name.lower() for name in names if name)
 
 
+@lru_cache(maxsize=64)
 def host_of(header: bytes) -> str:
     """The name in a Host header, in lower case and without port and brackets; empty if there is none."""
     text = header.decode("latin-1").strip().lower()

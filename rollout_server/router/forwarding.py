@@ -29,7 +29,7 @@ from starlette.datastructures import URL
 from starlette.types import Message, Receive, Scope, Send
 
 from areal_like.errors import UserError
-from areal_like.http.access import PROBE_PATHS, HeadersByName, bearer_token, header_key, headers_by_name
+from areal_like.http.access import PROBE_PATHS, HeadersByName, bearer_token, header_key
 from areal_like.http.bodies import number, parse_bounded_object
 from areal_like.http.guard import Headers
 from areal_like.http.server import ON_DISCONNECT
@@ -60,6 +60,8 @@ ANSWER_LIMIT_S = 3600.0
 buffer hears from is given up much sooner."""
 HEALTH_PATHS = PROBE_PATHS | {"/health"}
 """Pages that need no token."""
+KEYS = "keys"
+"""Name in `scope["state"]` of a session's request: the keys that it has."""
 HAS_KNOWN_KEY = "has_known_key"
 """Name in `scope["state"]` of a session's request: True if a server has accepted its key before."""
 CLAIM_SPARE_S = 15.0
@@ -487,7 +489,7 @@ class Forwarding:
             known = self.table.sessions.get(id)
             is_new = known is None or known.server != server.name
             if is_new or not request.scope["state"].get(HAS_KNOWN_KEY):
-                self.table.learn(id, server, digest_of(keys_in(headers_by_name(request.scope))[0]))
+                self.table.learn(id, server, digest_of(request.scope["state"][KEYS][0]))
         if response.is_complete:
             return await self._passed(request, status, _headers_of(response), response.content())
         return await self._streamed(response, request)

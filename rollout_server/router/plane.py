@@ -38,7 +38,7 @@ from areal_like.security.keyring import Keyring
 from areal_like.security.tls import tls_files
 from areal_like.security.tokens import role_of_token
 from areal_like.wire.sockets import bound_socket
-from rollout_server.router.forwarding import HAS_KNOWN_KEY, HEALTH_PATHS, digest_of, keys_in
+from rollout_server.router.forwarding import HAS_KNOWN_KEY, HEALTH_PATHS, KEYS, digest_of, keys_in
 from rollout_server.router.places import BodyPlaces
 from rollout_server.router.table import MAX_CLAIMS, RoutingTable
 from rollout_server.sessions.http.rules import (
@@ -58,6 +58,8 @@ _MAX_CONNECTIONS = 8192
 _MAX_BACKLOG = 1024
 _LONGEST_CONTEXT = 1 << 20
 """Tokens; for the largest body where `rollout.max_context` does not say it. A server has its own limit."""
+_MOST_BYTES = "most_bytes"
+"""Name in `scope["state"]`: see `RouterPlane._most_bytes_of`."""
 _UNSIZED_BYTES = 1 << 20
 """Largest body of a request that does not say its length."""
 
@@ -78,7 +80,8 @@ class RouterRules:
         headers = headers_by_name(scope)
         if not session_id(scope["path"]):
             return claim_refusal(bearer_token(headers), self.role_of)
-        return None if keys_in(headers) else Refusal(401, Reason.TOKEN, WRONG_KEY)
+        keys = scope["state"][KEYS] = keys_in(headers)
+        return None if keys else Refusal(401, Reason.TOKEN, WRONG_KEY)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -165,16 +168,19 @@ class RouterPlane:
         return most_bytes(context_length=self.config.rollout.max_context or _LONGEST_CONTEXT)
 
     def _most_bytes_of(self, scope: Scope) -> int:
-        most = most_bytes_of_body(scope, of_prompts=self._most_bytes)
-        return most if _length(scope) is not None else min(most, _UNSIZED_BYTES)
+        most: int | None = scope["state"].get(_MOST_BYTES)
+        if most is None:
+            most = most_bytes_of_body(scope, of_prompts=self._most_bytes)
+            most = most if _length(scope) is not None else min(most, _UNSIZED_BYTES)
+            scope["state"][_MOST_BYTES] = most
+        return most
 
     def _place(self, scope: Scope) -> contextlib.AbstractContextManager[Refusal | None]:
         """The memory of an accepted request with a session."""
         if not (id := session_id(scope["path"])):
             return contextlib.nullcontext()
         most, length = self._most_bytes_of(scope), _length(scope)
-        keys = keys_in(headers_by_name(scope))
-        is_known = any(self.table.is_known(id, digest_of(key)) for key in keys)
+        is_known = any(self.table.is_known(id, digest_of(key)) for key in scope["state"][KEYS])
         scope["state"][HAS_KNOWN_KEY] = is_known
         return _Place(self.places, id, most if length is None else min(length, most), is_known)
 
