@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import hmac
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
+from itertools import chain
 from typing import Any, Protocol
 
 from areal_like.security.keys import KeyRole
@@ -24,11 +27,15 @@ MAX_HEAD_BYTES = 64 << 10
 """Maximum bytes of a request's headers."""
 PROBE_PATHS = frozenset({"/livez", "/readyz"})
 """Paths that need neither token nor known host: they say only `ok` or `not ready`."""
+_BY_NAME = "headers_by_name"
+"""Name in `scope["state"]`: see `headers_by_name`."""
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 _SAFE_METHODS = ("GET", "HEAD")
 
 RoleOfToken = Callable[[str], KeyRole | None]
 """The role of a bearer token; None if the token is unknown, revoked or expired."""
+HeadersByName = dict[bytes, bytes | None]
+"""None: the header is repeated."""
 
 
 class Reason(StrEnum):
@@ -87,15 +94,15 @@ class AccessRules:
 
     def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
         """Checks the head of a request; None if its body may be read."""
-        headers: list[tuple[bytes, bytes]] = scope["headers"]
-        if sum(len(name) + len(value) for name, value in headers) > MAX_HEAD_BYTES:
+        if sum(map(len, chain.from_iterable(scope["headers"]))) > MAX_HEAD_BYTES:
             return Refusal(431, Reason.HEAD, f"the headers are longer than {MAX_HEAD_BYTES} bytes")
-        site = _only(headers, b"sec-fetch-site") or b"none"
-        if any(name == b"origin" for name, _ in headers) or site not in (b"none", b"same-origin"):
+        headers = headers_by_name(scope)
+        site = headers.get(b"sec-fetch-site") or b"none"
+        if b"origin" in headers or site not in (b"none", b"same-origin"):
             return Refusal(403, Reason.ORIGIN, "requests from web pages are refused (Origin, Sec-Fetch-Site)")
         if scope["path"] in self.open_paths and scope["method"] in _SAFE_METHODS:
             return None
-        host = host_of(_only(headers, b"host") or b"")
+        host = host_of(headers.get(b"host") or b"")
         # A numeric address cannot be rebound: the one at which the request arrived is always accepted.
         if host not in self.hosts and host != (scope.get("server") or ("",))[0]:
             return Refusal(
@@ -103,7 +110,7 @@ class AccessRules:
             )
         return None if self.role_of is None else self._token_refusal(headers, scope["method"])
 
-    def _token_refusal(self, headers: list[tuple[bytes, bytes]], method: str) -> Refusal | None:
+    def _token_refusal(self, headers: HeadersByName, method: str) -> Refusal | None:
         assert self.role_of is not None
         role = self.role_of(bearer_token(headers))
         # Tokens for sessions and scores are unknown here: they permit nothing on this server.
@@ -116,15 +123,28 @@ class AccessRules:
         return None
 
 
-def bearer_token(headers: list[tuple[bytes, bytes]]) -> str:
+def headers_by_name(scope: Mapping[str, Any]) -> HeadersByName:
+    """A request's headers; None is the value of one that is repeated. Computed once for each request."""
+    state: dict[str, Any] = scope.get("state", {})
+    found: HeadersByName | None = state.get(_BY_NAME)
+    if found is None:
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        found = state[_BY_NAME] = dict(headers)
+        if len(found) < len(headers):
+            counts = Counter(name for name, _ in headers)
+            found |= {name: None for name, count in counts.items() if count > 1}
+    return found
+
+
+def bearer_token(headers: HeadersByName) -> str:
     """The token of a request; empty if it has none, or more than one."""
-    scheme, _, token = (_only(headers, b"authorization") or b"").decode("latin-1").partition(" ")
+    scheme, _, token = (headers.get(b"authorization") or b"").decode("latin-1").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
-def header_key(headers: list[tuple[bytes, bytes]], name: bytes) -> str:
+def header_key(headers: HeadersByName, name: bytes) -> str:
     """The key in a header of its own, such as `x-api-key`; empty if there is none, or more than one."""
-    return (_only(headers, name) or b"").decode("latin-1").strip()
+    return (headers.get(name) or b"").decode("latin-1").strip()
 
 
 def single_key(key: str) -> RoleOfToken:
@@ -143,13 +163,8 @@ def host_names(bound: str, *, others: Iterable[str] = ()) -> frozenset[str]:
     return frozenset(name.lower() for name in names if name)
 
 
+@lru_cache(maxsize=64)
 def host_of(header: bytes) -> str:
     """The name in a Host header, in lower case and without port and brackets; empty if there is none."""
     text = header.decode("latin-1").strip().lower()
     return text[1:].partition("]")[0] if text.startswith("[") else text.partition(":")[0]
-
-
-def _only(headers: list[tuple[bytes, bytes]], name: bytes) -> bytes | None:
-    """The value of a header that occurs once; None if it is absent or repeated."""
-    values = [value for key, value in headers if key == name]
-    return values[0] if len(values) == 1 else None

@@ -16,10 +16,12 @@ from dataclasses import KW_ONLY, dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from areal_like.http.access import Reason, Refusal, Rules
+from areal_like.http.access import Reason, Refusal, Rules, headers_by_name
 
 ADMITTED = "is_admitted"
 """Key in `scope["state"]` of a request that the rules accept: in a flood its connection is closed last."""
+HAS_ARRIVED = "has_arrived"
+"""Key in `scope["state"]` of a request whose whole body has arrived, so that reading it takes no time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,25 +86,17 @@ class HttpGuard:
 
     async def _body(self, scope: Scope, receive: Receive) -> Refusal | Message | None:
         """Reads the body as one message; None if the request has none."""
-        headers = dict(scope["headers"])
+        headers = headers_by_name(scope)
         most = self.limits.max_bytes if self.max_bytes_of is None else self.max_bytes_of(scope)
-        too_long = Refusal(413, Reason.BODY, f"the body is larger than the {most} bytes accepted here")
         if b"content-length" not in headers and b"transfer-encoding" not in headers:
             return None
-        if int(headers.get(b"content-length", b"0")) > most:
-            return too_long
-        body = bytearray()
+        if int(headers.get(b"content-length") or b"0") > most:
+            return _too_long(most)
+        if HAS_ARRIVED in scope.get("state", ()):
+            return await _read(receive, most)
         try:
             async with asyncio.timeout(self.limits.timeout_s):
-                while True:
-                    message = await receive()
-                    if message["type"] != "http.request":
-                        return message
-                    body += message.get("body", b"")
-                    if len(body) > most:
-                        return too_long
-                    if not message.get("more_body", False):
-                        return {"type": "http.request", "body": bytes(body), "more_body": False}
+                return await _read(receive, most)
         except TimeoutError:
             return Refusal(408, Reason.SLOW, f"the body did not arrive within {self.limits.timeout_s:g} s")
 
@@ -118,6 +112,25 @@ class HttpGuard:
             headers.append((b"www-authenticate", b"Bearer"))
         await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
+
+
+async def _read(receive: Receive, most: int) -> Refusal | Message:
+    """The body as one message, of up to `most` bytes."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return message
+        piece = message.get("body", b"")
+        if len(body) + len(piece) > most:
+            return _too_long(most)
+        if not message.get("more_body", False):
+            return message if not body else {**message, "body": bytes(body + piece)}
+        body += piece
+
+
+def _too_long(most: int) -> Refusal:
+    return Refusal(413, Reason.BODY, f"the body is larger than the {most} bytes accepted here")
 
 
 def _replay(body: Message, receive: Receive) -> Receive:

@@ -9,6 +9,10 @@
   uvicorn keeps as many as arrive, at several kilobytes of memory each.
 * TLS handshakes are bounded in number and time; a connection is counted only after its handshake.
 * With `write_timeout_s`, a client that does not read its response ends its connection.
+* A response's head leaves with the first piece of its body, if that follows at once: uvicorn would make two
+  system calls, and the client would wake up twice.
+* A request's `scope["state"][ON_DISCONNECT]` calls back when the client has disconnected, for applications to
+  which a task that waits for it costs too much.
 * At `max_connections`, the oldest connection that has no complete request or does not read its response is
   closed. uvicorn's own limit would respond with 503 to every request, /livez included, for as long as one
   client holds connections.
@@ -19,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import uvicorn
@@ -27,8 +31,13 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from areal_like.http.access import MAX_HEAD_BYTES
-from areal_like.http.guard import ADMITTED
+from areal_like.http.guard import ADMITTED, HAS_ARRIVED
 
+ON_DISCONNECT = "on_disconnect"
+"""Name in `scope["state"]` of a function that takes a function: the latter is called when the client has
+disconnected before it had the whole response. One for each request, which must have read its body."""
+_TICK_S = 1.0
+"""Interval at which the `Date` of responses is updated."""
 _HEAD_TIMEOUT_S = 10.0
 _HANDSHAKE_TIMEOUT_S = 5.0
 _KEEP_ALIVE_S = 5
@@ -39,6 +48,8 @@ _MAX_PIPELINED = 8
 """Requests of one connection that may wait for the response to an earlier one."""
 _OVERHEAD_PER_BODY_BYTE = 8
 """Bytes of chunk sizes for each byte of a body; chunks of one byte need five."""
+_JOINED_BYTES = 1 << 16
+"""A longer piece of a body is not copied behind the head."""
 
 
 class HttpConfig(uvicorn.Config):
@@ -88,9 +99,29 @@ class HttpServer(uvicorn.Server):
     config: HttpConfig
 
     def __init__(self, config: HttpConfig) -> None:
+        self._waking: asyncio.Future[None] | None = None
         super().__init__(config)
         self._handshakes: list[BoundedHttp] = []
         """Connections in a TLS handshake, and some that have ended since."""
+
+    @property
+    def should_exit(self) -> bool:
+        """Set it to end `serve`."""
+        return self._should_exit
+
+    @should_exit.setter
+    def should_exit(self, should_exit: bool) -> None:
+        self._should_exit = should_exit
+        if self._waking is not None and not self._waking.done():
+            self._waking.set_result(None)
+
+    async def main_loop(self) -> None:
+        """Until `should_exit`. uvicorn's own method looks at it ten times a second, which is most of what an
+        idle process costs; if another thread sets it, it is seen after a second."""
+        loop = asyncio.get_running_loop()
+        while not await self.on_tick(0):
+            self._waking = loop.create_future()
+            await asyncio.wait([self._waking], timeout=_TICK_S)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -140,6 +171,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._num_body_bytes = 0
         self._num_other_bytes = 0
         """Bytes of this request outside its body."""
+        self._on_disconnect: Callable[[], None] | None = None
 
     @property
     def is_in_handshake(self) -> bool:
@@ -169,6 +201,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._stop_head_timer()
         self._stop_write_timer()
         super().connection_lost(exc)
+        if self._on_disconnect is not None:
+            self._on_disconnect()
 
     def pause_writing(self) -> None:
         """The client has not yet read much of the response."""
@@ -186,6 +220,8 @@ class BoundedHttp(HttpToolsProtocol):
         before = self._num_body_bytes
         self._has_begun = False
         super().data_received(data)
+        if self._is_in_head and self._has_begun:
+            self._start_head_timer()
         if not self._has_begun:
             self._num_other_bytes += len(data) - (self._num_body_bytes - before)
         if self._num_other_bytes > MAX_HEAD_BYTES + _OVERHEAD_PER_BODY_BYTE * self._num_body_bytes:
@@ -196,13 +232,17 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_message_begin()
         self._has_begun = self._is_in_head = True
         self._num_body_bytes = self._num_other_bytes = 0
-        self._start_head_timer()
+        self.scope["state"][ON_DISCONNECT] = self._watch
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Refuses trailers: uvicorn would add them to the headers that the access rules have checked."""
         if not self._is_in_head:
             raise ValueError("trailers are not accepted")
-        super().on_header(name, value)
+        name = name.lower()
+        if name == b"expect":
+            super().on_header(name, value)
+        else:  # as there, with one call less for each header
+            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The end of the head."""
@@ -212,14 +252,27 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.abort()
             raise ValueError("too many requests at once")  # ends the parsing of what has arrived
         super().on_headers_complete()
+        self.cycle.transport = cast("asyncio.Transport", _ResponseWriter(self.transport, self.loop))
 
     def on_body(self, body: bytes) -> None:
         self._num_body_bytes += len(body)
         super().on_body(body)
 
+    def on_message_complete(self) -> None:
+        self.cycle.scope["state"][HAS_ARRIVED] = True
+        super().on_message_complete()
+
     def on_response_complete(self) -> None:
+        self._on_disconnect = None
         self._was_admitted |= self.cycle.scope.get("state", {}).get(ADMITTED, False)
         super().on_response_complete()
+
+    def _watch(self, call: Callable[[], None]) -> None:
+        self._on_disconnect = call
+        if self.transport.is_closing():
+            self.loop.call_soon(call)
+        else:
+            self.flow.resume_reading()  # or its end would not be noticed
 
     def _start_head_timer(self) -> None:
         self._stop_head_timer()
@@ -246,3 +299,40 @@ class BoundedHttp(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+
+class _ResponseWriter:
+    """The part of a transport that uvicorn uses for a response; the first write waits for the next."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._first: bytes | None = b""
+        """What waits; None once something was written."""
+        self._writing: asyncio.Handle | None = None
+
+    def write(self, data: bytes) -> None:
+        if self._first is None:
+            self._transport.write(data)
+        elif self._writing is None:
+            self._first = data
+            self._writing = self._loop.call_soon(self._flush)
+        elif len(data) > _JOINED_BYTES:
+            self._flush()
+            self._transport.write(data)
+        else:
+            self._first += data
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def _flush(self) -> None:
+        first, self._first = self._first, None
+        if self._writing is not None:
+            self._writing.cancel()
+        if first:
+            self._transport.write(first)

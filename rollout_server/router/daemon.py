@@ -12,14 +12,13 @@ import asyncio
 import logging
 from typing import Any
 
-import aiohttp
-
 from areal_like.config import Config
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
 from areal_like.security.tls import client_context
 from rollout_server.policy.engines.sglang.process import server_index
+from rollout_server.router.client import ServerClient
 from rollout_server.router.directory import Directory, status_urls
-from rollout_server.router.forwarding import CONNECT_TIMEOUT_S, Forwarding
+from rollout_server.router.forwarding import Forwarding
 from rollout_server.router.metrics import RouterSeries
 from rollout_server.router.plane import RouterPlane
 from rollout_server.router.table import Listed, RoutingTable
@@ -28,8 +27,6 @@ log = logging.getLogger(__name__)
 
 _RESTORE_S = 20.0
 """How long a server may take to lease a session that has lost its server, and to restore it."""
-_KEEP_ALIVE_S = 30.0
-"""How long idle connections to servers are kept: less than the servers keep theirs."""
 _MAX_SHUTDOWN_S, _SHUTDOWN_SHARE = 10, 1 / 3
 
 
@@ -41,10 +38,10 @@ async def main(runtime: Runtime) -> None:
     table = RoutingTable(lease_timeout_s=config.buffer.lease_timeout_s)
     loop = asyncio.get_running_loop()
     series = RouterSeries(runtime.metrics)
-    async with client_of(config) as http:
+    async with client_of(config) as client:
         forwarding = Forwarding(
             table=table,
-            http=http,
+            client=client,
             series=series,
             advertise_host=config.sessions.router_advertise_host,
             search_s=config.buffer.lease_timeout_s + _RESTORE_S,
@@ -95,19 +92,9 @@ async def main(runtime: Runtime) -> None:
             await plane.close(limit_s=0.1)
 
 
-def client_of(config: Config) -> aiohttp.ClientSession:
-    """For requests to rollout servers. It keeps no cookies, and does not decode what it passes on."""
-    tls = client_context(config.security)
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(
-            limit=0, keepalive_timeout=_KEEP_ALIVE_S, ssl=tls if tls is not None else True
-        ),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(
-            total=None, connect=2 * CONNECT_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S
-        ),
-        auto_decompress=False,
-    )
+def client_of(config: Config) -> ServerClient:
+    """For requests to rollout servers."""
+    return ServerClient(tls=client_context(config.security))
 
 
 def _status(table: RoutingTable, forwarding: Forwarding, directory: Directory, *, url: str) -> dict[str, Any]:

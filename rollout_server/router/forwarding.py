@@ -20,21 +20,20 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
-import aiohttp
-from multidict import CIMultiDict
 from starlette.datastructures import URL
 from starlette.types import Message, Receive, Scope, Send
-from yarl import URL as Target
 
 from areal_like.errors import UserError
-from areal_like.http.access import PROBE_PATHS, bearer_token, header_key
+from areal_like.http.access import PROBE_PATHS, HeadersByName, bearer_token, header_key
 from areal_like.http.bodies import number, parse_bounded_object
-from areal_like.http.streams import disconnected
+from areal_like.http.guard import Headers
+from areal_like.http.server import ON_DISCONNECT
+from rollout_server.router.client import ConnectError, Connection, ServerClient
 from rollout_server.router.metrics import Outcome, RouterSeries
 from rollout_server.router.table import (
     MAX_CLAIMS,
@@ -56,12 +55,13 @@ from rollout_server.sessions.http.rules import session_id
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 5.0
 ANSWER_LIMIT_S = 3600.0
 """Longest time until the first byte of a response. Servers limit their work themselves, and one that no
 buffer hears from is given up much sooner."""
 HEALTH_PATHS = PROBE_PATHS | {"/health"}
 """Pages that need no token."""
+KEYS = "keys"
+"""Name in `scope["state"]` of a session's request: the keys that it has."""
 HAS_KNOWN_KEY = "has_known_key"
 """Name in `scope["state"]` of a session's request: True if a server has accepted its key before."""
 CLAIM_SPARE_S = 15.0
@@ -69,23 +69,23 @@ CLAIM_SPARE_S = 15.0
 PIECE_LIMIT_S = 60.0
 """Longest time between two pieces of a response; streams have a comment every 5 s."""
 COUNTS_TIMEOUT_S = 5.0
-_WHOLE_BYTES = 4 << 20
-"""A response of known length is read before it is passed on up to this length."""
+_LOOK_S = 1.0
+"""How often requests whose time is over are looked for."""
 _MAX_CLAIM_BYTES = 16 << 20
 _MAX_TOLD_BYTES = 1 << 16
 _LONG_S = 1.0
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,79}")
 _TARGET = re.compile(rb"/[\x21-\x7e]+")
+_PLAIN_PATH = re.compile(rb"(/[A-Za-z0-9_-]+)+")
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
      b"trailer", b"transfer-encoding", b"upgrade")
 )  # fmt: skip
 _OWN_OF_REQUEST = _HOP_BY_HOP | {b"host", b"content-length", b"expect", CLIENT_HEADER}
 _OWN_OF_RESPONSE = _HOP_BY_HOP | {b"date", b"server"}
-_NOT_ADDED = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
-_RETRY_COUNT = "x-stainless-retry-count"
+_SERVER_HEADER = SERVER_HEADER.encode()
+_RETRY_COUNT = b"x-stainless-retry-count"
 
-Headers = list[tuple[bytes, bytes]]
 T = TypeVar("T")
 
 
@@ -133,42 +133,59 @@ class _Request:
     begun_s: float
     has_begun: bool = False
     """True once a byte of the response has been sent."""
-    limit: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
-    """Of what the request waits for now."""
+    asked_s: float = 0.0
+    """When the request was sent to the server that has it now."""
+    end_s: float = 0.0
+    """When it is given up."""
+    connecting: asyncio.Timeout | None = None
+    """Of the attempt to connect to that server."""
+    response: Connection | None = None
+    """From that server."""
+    is_given_up: bool = False
+    """True if that server's response is not waited for any more."""
 
     @property
     def path(self) -> str:
         return str(self.scope["path"])
 
     @property
-    def target(self) -> str:
+    def target(self) -> bytes:
         """The path as it was sent, with the query."""
         query: bytes = self.scope["query_string"]
         path: bytes = self.scope["raw_path"]
-        return (path + (b"?" + query if query else b"")).decode("ascii")
+        return path + b"?" + query if query else path
 
-    def headers(self) -> CIMultiDict[str]:
+    def headers(self) -> Headers:
         """Those that are passed on."""
-        kept = passed_on(self.scope["headers"], without=_OWN_OF_REQUEST)
-        # Another value would be sent in another encoding, and none that is used here has one.
-        return CIMultiDict((name.decode(), value.decode()) for name, value in kept if value.isascii())
+        return passed_on(self.scope["headers"], without=_OWN_OF_REQUEST)
 
-    def expire(self, _: object) -> None:
-        """Ends the wait: the client has gone."""
-        _expire(self.limit)
+    def leave(self) -> None:
+        """The client has disconnected."""
+        self.gone.set_result(None)
+        self.expire()
+
+    def expire(self) -> None:
+        """Gives up what the request waits for at a server."""
+        self.is_given_up = True
+        if self.response is not None:
+            self.response.give_up()
+        elif self.connecting is not None:
+            with contextlib.suppress(RuntimeError):  # it is ending
+                self.connecting.reschedule(-1.0)
 
 
 def passed_on(headers: Headers, *, without: frozenset[bytes]) -> Headers:
     """The headers without those of the connection, which `Connection` may name too. Names in lower case."""
-    named = b",".join(value for name, value in headers if name == b"connection")
-    if named:
-        without = without | {name.strip().lower() for name in named.split(b",")}
-    return [(name, value) for name, value in headers if name not in without]
+    if named := [value for name, value in headers if name == b"connection"]:
+        without = without | {name.strip().lower() for name in b",".join(named).split(b",")}
+    return [header for header in headers if header[0] not in without]
 
 
 def is_passable(raw_path: bytes, query: bytes) -> bool:
     """True for a path that means the same to every server: printable ASCII, no empty or dotted segments,
     nothing encoded that would be one."""
+    if not query and _PLAIN_PATH.fullmatch(raw_path):  # most are
+        return True
     if not _TARGET.fullmatch(raw_path) or (query and not re.fullmatch(rb"[\x21-\x7e]+", query)):
         return False
     path = unquote_to_bytes(raw_path)
@@ -177,19 +194,14 @@ def is_passable(raw_path: bytes, query: bytes) -> bool:
     return all(segment not in (b"", b".", b"..") for segment in path[1:].split(b"/"))
 
 
-def keys_in(headers: Headers) -> list[str]:
+def keys_in(headers: HeadersByName) -> list[str]:
     """The keys in a request."""
     return [key for key in (bearer_token(headers), header_key(headers, b"x-api-key")) if key]
 
 
-def key_digests(headers: Headers) -> list[bytes]:
-    """Digests of the keys in a request."""
-    return [digest_of(key) for key in keys_in(headers)]
-
-
 def digest_of(key: str) -> bytes:
     """Of a session's key."""
-    return hashlib.sha256(key.encode()).digest()
+    return hashlib.blake2b(key.encode(), digest_size=32).digest()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -200,7 +212,7 @@ class Forwarding:
     """
 
     table: RoutingTable
-    http: aiohttp.ClientSession
+    client: ServerClient
     series: RouterSeries
     advertise_host: str
     """Host in the base URLs of sessions; empty: the one by which the client reached the router."""
@@ -211,21 +223,26 @@ class Forwarding:
     is_job_over: bool = field(default=False, init=False)
     """True once a server has said so."""
     _is_closing: bool = field(default=False, init=False)
-    _pending: dict[Server, dict[asyncio.Timeout, float]] = field(default_factory=dict, init=False)
-    """Requests at each server, and since when they have been there."""
-    _claims: set[asyncio.Timeout] = field(default_factory=set, init=False)
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop, init=False)
+    _pending: dict[Server, set[_Request]] = field(default_factory=dict, init=False)
+    """Requests at each server."""
+    _claims: set[_Request] = field(default_factory=set, init=False)
+    """Those that are claims."""
+    _looking: asyncio.TimerHandle | None = field(default=None, init=False)
+    """Looks for requests whose time is over, while there are any."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request, whose body the guard has read."""
-        loop = asyncio.get_running_loop()
-        begun_s = loop.time()
+        begun_s = self._loop.time()
         message = await receive()
         if message["type"] != "http.request":
             self.series.ended(Outcome.GONE)
             return
-        gone = asyncio.ensure_future(disconnected(receive))
         body = message.get("body", b"")
-        request = _Request(scope=scope, body=body, send=send, gone=gone, begun_s=begun_s)
+        request = _Request(
+            scope=scope, body=body, send=send, gone=self._loop.create_future(), begun_s=begun_s
+        )
+        scope["state"][ON_DISCONNECT](request.leave)
         try:
             outcome = await self._handled(request)
         except _ClientGoneError:
@@ -236,27 +253,25 @@ class Forwarding:
             if not request.has_begun:
                 await self._told(request, 502, str(error), code="bad_gateway")
             # Otherwise the server closes the connection, because the response is incomplete.
-        finally:
-            gone.cancel()
         self.series.ended(outcome)
 
     def lost(self, servers: list[Server]) -> None:
         """Gives up what waits at servers that no buffer hears from any more."""
         for server in servers:
-            for scope in self._pending.get(server, ()):
-                _expire(scope)
+            for request in self._pending.get(server, ()):
+                request.expire()
 
     def close(self) -> None:
         """Sends the claims that wait away, and requests that would be sent to a server from now on."""
         self._is_closing = True
-        for scope in self._claims:
-            _expire(scope)
+        for request in self._claims:
+            request.expire()
 
     def give_up(self) -> None:
         """Ends the requests that are still at servers, after `close`."""
         for at_server in self._pending.values():
-            for scope in at_server:
-                _expire(scope)
+            for request in at_server:
+                request.expire()
 
     @property
     def num_pending(self) -> int:
@@ -265,11 +280,11 @@ class Forwarding:
 
     def waits(self) -> dict[str, float]:
         """What requests wait for -> seconds of the longest wait, for the router's status."""
-        now_s = asyncio.get_running_loop().time()
+        now_s = self._loop.time()
         found = {
-            f"router: responses of {server.name} to {len(since)} requests": now_s - min(since.values())
-            for server, since in self._pending.items()
-            if since
+            f"router: responses of {server.name} to {len(requests)} requests": now_s
+            - min(request.asked_s for request in requests)
+            for server, requests in self._pending.items()
         }
         return {name: round(seconds, 3) for name, seconds in found.items() if seconds >= _LONG_S}
 
@@ -277,16 +292,17 @@ class Forwarding:
         scope, path, method = request.scope, request.path, request.scope["method"]
         id = session_id(path)
         if path in HEALTH_PATHS and method in ("GET", "HEAD"):
-            is_well = path == "/livez" or self.table.available(now_s=asyncio.get_running_loop().time())
+            is_well = path == "/livez" or self.table.available(now_s=self._loop.time())
             content = b"ok" if is_well else b"no rollout server can be reached"
             headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(content))]
             return await self._passed(request, 200 if is_well else 503, headers, content)
-        if path == "/sessions" and method == "POST":
-            return await self._claim(request)
-        if path == "/sessions" and method == "GET":
-            return await self._counts(request)
-        if _ID.fullmatch(id) and is_passable(scope["raw_path"], scope["query_string"]):
-            return await self._in_session(request, id)
+        if is_passable(scope["raw_path"], scope["query_string"]):
+            if _ID.fullmatch(id):
+                return await self._in_session(request, id)
+            if path == "/sessions" and method == "POST":
+                return await self._claim(request)
+            if path == "/sessions" and method == "GET":
+                return await self._counts(request)
         message = f"{method} {path!r:.200}: a router has /sessions, and the routes under /sessions/ID"
         return await self._told(request, 404 if path != "/sessions" else 405, message)
 
@@ -301,7 +317,7 @@ class Forwarding:
             return await self._told(
                 request, 429, message, code="no_session_waits", after_s=RETRY_AFTER_S, outcome=Outcome.BUSY
             )
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         way = ClaimWay(table=self.table, end_s=loop.time() + wait_s)
         try:
             while True:
@@ -323,9 +339,9 @@ class Forwarding:
         """None: the claim goes on elsewhere."""
         content = json.dumps({**body, "wait_s": ask.wait_s}).encode()
         headers = request.headers()
-        headers[CLIENT_HEADER.decode()] = str((request.scope.get("client") or ("",))[0])
+        headers.append((CLIENT_HEADER, str((request.scope.get("client") or ("",))[0]).encode()))
 
-        async def take(response: aiohttp.ClientResponse) -> tuple[int, Headers, bytes]:
+        async def take(response: Connection) -> tuple[int, Headers, bytes]:
             return response.status, _headers_of(response), await _content(response, _MAX_CLAIM_BYTES)
 
         try:
@@ -340,7 +356,7 @@ class Forwarding:
             )
             sessions = _sessions_in(answer) if status == 200 else []
         except (_NoAnswerError, ValueError) as error:
-            way.failed(now_s=asyncio.get_running_loop().time())
+            way.failed(now_s=self._loop.time())
             self.series.retried(error.reason if isinstance(error, _NoAnswerError) else Retry.UNREACHABLE)
             return None
         code = _code_in(answer) if status in (410, 429, 503) else ""
@@ -350,7 +366,7 @@ class Forwarding:
             self.series.retried(Retry.NONE)
             return None
         if status >= 500 or 300 <= status < 400:
-            way.failed(now_s=asyncio.get_running_loop().time())
+            way.failed(now_s=self._loop.time())
             self.series.retried(Retry.UNREACHABLE)
             return None
         if status == 200:
@@ -387,10 +403,10 @@ class Forwarding:
     async def _counts(self, request: _Request) -> Outcome:
         """The sum of what the servers respond to GET /sessions."""
 
-        async def take(response: aiohttp.ClientResponse) -> tuple[int, bytes]:
+        async def take(response: Connection) -> tuple[int, bytes]:
             return response.status, await _content(response, _MAX_TOLD_BYTES)
 
-        now_s = asyncio.get_running_loop().time()
+        now_s = self._loop.time()
         total = {"waiting": 0, "open": 0}
         for server in self.table.available(now_s=now_s):
             try:
@@ -412,7 +428,7 @@ class Forwarding:
         return await self._passed(request, 200, headers, content)
 
     async def _in_session(self, request: _Request, id: str) -> Outcome:
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         way = SessionWay(table=self.table, id=id, limit_s=self.search_s)
         while True:
             step = way.next(now_s=loop.time())
@@ -423,15 +439,12 @@ class Forwarding:
                 continue
             server = step.server
 
-            async def take(
-                response: aiohttp.ClientResponse, server: Server = server
-            ) -> Outcome | _Moved | _Gone:
+            async def take(response: Connection, server: Server = server) -> Outcome | _Moved | _Gone:
                 return await self._judged(response, server, request, id)
 
             headers = request.headers()
             if way.is_repetition:
-                count = headers.get(_RETRY_COUNT, "")
-                headers[_RETRY_COUNT] = str(int(count) + 1 if re.fullmatch("[0-9]{1,6}", count) else 1)
+                headers = _as_repetition(headers)
             try:
                 found = await self._asked(
                     step, request, take, body=request.body, headers=headers, limit_s=ANSWER_LIMIT_S
@@ -456,12 +469,12 @@ class Forwarding:
             self.series.retried(Retry.ELSEWHERE if found.url else Retry.MOVED)
 
     async def _judged(
-        self, response: aiohttp.ClientResponse, server: Server, request: _Request, id: str
+        self, response: Connection, server: Server, request: _Request, id: str
     ) -> Outcome | _Moved | _Gone:
         """Passes a response on, unless it says that the session is not at this server."""
         status = response.status
-        if status == 421 and (url := response.headers.get(SERVER_HEADER)):
-            return _Moved(url=url.rstrip("/"))
+        if status == 421 and (url := dict(response.headers).get(_SERVER_HEADER)):
+            return _Moved(url=url.decode("latin-1").rstrip("/"))
         if status == 503:
             return _Moved()
         if 300 <= status < 400 or status < 200:
@@ -476,21 +489,19 @@ class Forwarding:
             known = self.table.sessions.get(id)
             is_new = known is None or known.server != server.name
             if is_new or not request.scope["state"].get(HAS_KNOWN_KEY):
-                self.table.learn(id, server, key_digests(request.scope["headers"])[0])
-        length = response.headers.get("content-length", "")
-        if length.isdecimal() and int(length) <= _WHOLE_BYTES:
-            content = await response.read()
-            return await self._passed(request, status, _headers_of(response), content)
+                self.table.learn(id, server, digest_of(request.scope["state"][KEYS][0]))
+        if response.is_complete:
+            return await self._passed(request, status, _headers_of(response), response.content())
         return await self._streamed(response, request)
 
-    async def _streamed(self, response: aiohttp.ClientResponse, request: _Request) -> Outcome:
+    async def _streamed(self, response: Connection, request: _Request) -> Outcome:
         """Passes a response on piece by piece."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         self.num_streams += 1
         try:
             await self._begin(request, response.status, _headers_of(response))
-            async for piece in response.content.iter_any():
-                request.limit.reschedule(loop.time() + PIECE_LIMIT_S)
+            async for piece in response.pieces():
+                request.end_s = loop.time() + PIECE_LIMIT_S
                 await request.send({"type": "http.response.body", "body": piece, "more_body": True})
         finally:
             self.num_streams -= 1
@@ -501,10 +512,10 @@ class Forwarding:
         self,
         ask: Ask,
         request: _Request,
-        take: Callable[[aiohttp.ClientResponse], Awaitable[T]],
+        take: Callable[[Connection], Awaitable[T]],
         *,
         body: bytes,
-        headers: CIMultiDict[str],
+        headers: Headers,
         limit_s: float,
         is_claim: bool = False,
     ) -> T:
@@ -512,56 +523,67 @@ class Forwarding:
 
         Raises _NoAnswerError, _BrokenError, _ClientGoneError.
         """
+        reason, is_sent = Retry.UNREACHABLE, True
+        self._enter(ask.server, request, limit_s=limit_s, is_claim=is_claim)
         try:
-            async with (
-                self._limit(ask.server, request, limit_s=limit_s, is_claim=is_claim),
-                self.http.request(
-                    request.scope["method"],
-                    Target(ask.url + request.target, encoded=True),
-                    data=body or None,
-                    headers=headers,
-                    skip_auto_headers=_NOT_ADDED,
-                    allow_redirects=False,
-                ) as response,
-            ):
+            response = self.client.idle(ask.url) or await self._connected(ask.url, request)
+            request.response = response
+            try:
+                if request.is_given_up:
+                    raise TimeoutError
+                await response.ask(request.scope["method"], request.target, headers=headers, body=body)
                 return await take(response)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
-            reason, is_sent = Retry.UNREACHABLE, False
+            finally:
+                request.response = None
+                response.release()
+        except ConnectError:
+            is_sent = False
         except TimeoutError:
-            reason, is_sent = Retry.LOST, True
-        except (aiohttp.ClientError, OSError):
-            reason, is_sent = Retry.UNREACHABLE, True
+            reason = Retry.LOST
+        except OSError:
+            pass
+        finally:
+            self._leave(ask.server, request)
         if request.gone.done():
             raise _ClientGoneError
         if request.has_begun:
             raise _BrokenError("the response broke off")
         raise _NoAnswerError(reason, is_sent=is_sent)
 
-    @contextlib.asynccontextmanager
-    async def _limit(
-        self, server: Server, request: _Request, *, limit_s: float, is_claim: bool
-    ) -> AsyncIterator[None]:
-        """Ends the block with TimeoutError after `limit_s`, when the client disconnects, or when the server
-        is lost."""
-        loop = asyncio.get_running_loop()
-        begun_s = loop.time()
-        scope = request.limit = asyncio.timeout_at(begun_s + limit_s)
-        at_server = self._pending.setdefault(server, {})
-        at_server[scope] = begun_s
+    async def _connected(self, url: str, request: _Request) -> Connection:
+        """Raises ConnectError, and TimeoutError if the request is given up."""
+        async with asyncio.timeout(None) as request.connecting:
+            return await self.client.connect(url)
+
+    def _enter(self, server: Server, request: _Request, *, limit_s: float, is_claim: bool) -> None:
+        """Begins the wait for a server, until `_leave`. The request is given up after `limit_s`, when the
+        client disconnects, and when the server is lost."""
+        loop = self._loop
+        request.is_given_up = request.gone.done()
+        request.asked_s = loop.time()
+        request.end_s = request.asked_s + limit_s
+        self._pending.setdefault(server, set()).add(request)
         if is_claim:
-            self._claims.add(scope)
-        try:
-            async with scope:
-                if request.gone.done():
-                    raise TimeoutError
-                request.gone.add_done_callback(request.expire)
-                yield
-        finally:
-            request.gone.remove_done_callback(request.expire)
-            self._claims.discard(scope)
-            del at_server[scope]
-            if not at_server:
-                del self._pending[server]
+            self._claims.add(request)
+        if self._looking is None:
+            self._looking = loop.call_later(_LOOK_S, self._look)
+
+    def _leave(self, server: Server, request: _Request) -> None:
+        request.connecting = None
+        self._claims.discard(request)
+        at_server = self._pending[server]
+        at_server.discard(request)
+        if not at_server:
+            del self._pending[server]
+
+    def _look(self) -> None:
+        """Gives up the requests whose time is over: one timer for all costs less than one for each."""
+        loop, now_s = self._loop, self._loop.time()
+        for at_server in self._pending.values():
+            for request in at_server:
+                if request.end_s <= now_s:
+                    request.expire()
+        self._looking = loop.call_later(_LOOK_S, self._look) if self._pending else None
 
     async def _pause(self, seconds: float, request: _Request) -> None:
         """Raises _ClientGoneError."""
@@ -607,7 +629,7 @@ class Forwarding:
 
     async def _begin(self, request: _Request, status: int, headers: Headers) -> None:
         request.has_begun = True
-        self.series.began(after_s=asyncio.get_running_loop().time() - request.begun_s)
+        self.series.began(after_s=self._loop.time() - request.begun_s)
         await request.send({"type": "http.response.start", "status": status, "headers": headers})
 
 
@@ -615,22 +637,23 @@ async def _nothing() -> Message:
     return {"type": "http.disconnect"}
 
 
-def _expire(scope: asyncio.Timeout) -> None:
-    """Ends a limited block now."""
-    with contextlib.suppress(RuntimeError):  # it is ending
-        scope.reschedule(-1.0)
-
-
-def _headers_of(response: aiohttp.ClientResponse) -> Headers:
+def _headers_of(response: Connection) -> Headers:
     """The headers of a response that are passed on."""
-    headers = [(name.lower(), value) for name, value in response.raw_headers]
-    return passed_on(headers, without=_OWN_OF_RESPONSE)
+    return passed_on(response.headers, without=_OWN_OF_RESPONSE)
 
 
-async def _content(response: aiohttp.ClientResponse, most: int) -> bytes:
+def _as_repetition(headers: Headers) -> Headers:
+    """The headers with one more in the number of attempts."""
+    counts = [value for name, value in headers if name == _RETRY_COUNT]
+    is_number = len(counts) == 1 and re.fullmatch(rb"[0-9]{1,6}", counts[0])
+    kept = [header for header in headers if header[0] != _RETRY_COUNT]
+    return [*kept, (_RETRY_COUNT, b"%d" % (int(counts[0]) + 1 if is_number else 1))]
+
+
+async def _content(response: Connection, most: int) -> bytes:
     """The whole body. Raises _BrokenError if it is longer than `most` bytes."""
     content = bytearray()
-    async for piece in response.content.iter_any():
+    async for piece in response.pieces():
         content += piece
         if len(content) > most:
             message = f"the server's response has more than {most} bytes"

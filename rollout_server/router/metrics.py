@@ -38,9 +38,10 @@ class RouterSeries:
     """Counts what one router does."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self._requests = metrics.counter(
+        requests = metrics.counter(
             "router_requests", "Requests of agents, by outcome.", label="outcome", values=list(Outcome)
         )
+        self._requests = {outcome: requests.labels(outcome.value) for outcome in Outcome}
         self._retries = metrics.counter(
             "router_retries", "Requests that were sent again, by reason.", label="reason", values=list(Retry)
         )
@@ -60,7 +61,7 @@ class RouterSeries:
 
     def ended(self, outcome: Outcome) -> None:
         """A request is over."""
-        self._requests.labels(outcome.value).inc()
+        self._requests[outcome].inc()
 
     def retried(self, reason: Retry) -> None:
         """A request is sent again."""

@@ -6,7 +6,6 @@ a server has accepted before have a share of their own, which strangers cannot u
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 
@@ -22,16 +21,17 @@ class BodyPlaces:
     """Of one session, with its key."""
     num_bytes: int = field(default=0, init=False)
     num_bytes_of_others: int = field(default=0, init=False)
-    _num_requests: Counter[str] = field(default_factory=Counter, init=False)
+    _num_requests: dict[str, int] = field(default_factory=dict, init=False)
 
     def problem(self, id: str, num_bytes: int, *, is_known: bool) -> str:
         """Why a request must not be read now; empty if it may, and then it has a place until `leave`."""
         if is_known:
-            if self._num_requests[id] >= self.max_requests:
+            num_requests = self._num_requests.get(id, 0)
+            if num_requests >= self.max_requests:
                 return f"{self.max_requests} requests of this session are in progress: wait for one of them"
             if self.num_bytes + num_bytes > self.max_bytes:
                 return "the router has no memory left for this request: send it again"
-            self._num_requests[id] += 1
+            self._num_requests[id] = num_requests + 1
             self.num_bytes += num_bytes
         elif self.num_bytes_of_others + num_bytes > self.max_bytes_of_others:
             return "many clients send requests of sessions that the router does not know yet: send it again"

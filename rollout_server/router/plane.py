@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from starlette.types import ASGIApp, Scope
@@ -27,6 +28,7 @@ from areal_like.http.access import (
     Refusal,
     RoleOfToken,
     bearer_token,
+    headers_by_name,
     host_names,
 )
 from areal_like.http.guard import BodyLimits, HttpGuard
@@ -36,7 +38,7 @@ from areal_like.security.keyring import Keyring
 from areal_like.security.tls import tls_files
 from areal_like.security.tokens import role_of_token
 from areal_like.wire.sockets import bound_socket
-from rollout_server.router.forwarding import HAS_KNOWN_KEY, HEALTH_PATHS, key_digests, keys_in
+from rollout_server.router.forwarding import HAS_KNOWN_KEY, HEALTH_PATHS, KEYS, digest_of, keys_in
 from rollout_server.router.places import BodyPlaces
 from rollout_server.router.table import MAX_CLAIMS, RoutingTable
 from rollout_server.sessions.http.rules import (
@@ -56,6 +58,8 @@ _MAX_CONNECTIONS = 8192
 _MAX_BACKLOG = 1024
 _LONGEST_CONTEXT = 1 << 20
 """Tokens; for the largest body where `rollout.max_context` does not say it. A server has its own limit."""
+_MOST_BYTES = "most_bytes"
+"""Name in `scope["state"]`: see `RouterPlane._most_bytes_of`."""
 _UNSIZED_BYTES = 1 << 20
 """Largest body of a request that does not say its length."""
 
@@ -64,17 +68,20 @@ _UNSIZED_BYTES = 1 << 20
 class RouterRules:
     """The check of a request's head."""
 
-    hosts: frozenset[str]
+    access: AccessRules
+    """Of all requests."""
     role_of: RoleOfToken | None
 
     def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
         """Returns why a request is refused; None if its body may be read."""
-        refusal = AccessRules(hosts=self.hosts, open_paths=HEALTH_PATHS).refusal(scope)
+        refusal = self.access.refusal(scope)
         if refusal is not None or scope["path"] in HEALTH_PATHS:
             return refusal
+        headers = headers_by_name(scope)
         if not session_id(scope["path"]):
-            return claim_refusal(bearer_token(scope["headers"]), self.role_of)
-        return None if keys_in(scope["headers"]) else Refusal(401, Reason.TOKEN, WRONG_KEY)
+            return claim_refusal(bearer_token(headers), self.role_of)
+        keys = scope["state"][KEYS] = keys_in(headers)
+        return None if keys else Refusal(401, Reason.TOKEN, WRONG_KEY)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -105,7 +112,7 @@ class RouterPlane:
         guard = HttpGuard(
             self.app,
             RouterRules(
-                hosts=host_names(host, others=others),
+                access=AccessRules(hosts=host_names(host, others=others), open_paths=HEALTH_PATHS),
                 role_of=None if keyring is None else lambda token: role_of_token(keyring, token),
             ),
             limits=BodyLimits(max_bytes=self._most_bytes, timeout_s=_BODY_TIMEOUT_S),
@@ -156,36 +163,49 @@ class RouterPlane:
             await asyncio.wait([self.serving], timeout=limit_s)
             self.serving.cancel()
 
-    @property
+    @cached_property
     def _most_bytes(self) -> int:
         return most_bytes(context_length=self.config.rollout.max_context or _LONGEST_CONTEXT)
 
     def _most_bytes_of(self, scope: Scope) -> int:
-        most = most_bytes_of_body(scope, of_prompts=self._most_bytes)
-        return most if _length(scope) is not None else min(most, _UNSIZED_BYTES)
+        most: int | None = scope["state"].get(_MOST_BYTES)
+        if most is None:
+            most = most_bytes_of_body(scope, of_prompts=self._most_bytes)
+            most = most if _length(scope) is not None else min(most, _UNSIZED_BYTES)
+            scope["state"][_MOST_BYTES] = most
+        return most
 
-    @contextlib.contextmanager
-    def _place(self, scope: Scope) -> Iterator[Refusal | None]:
-        """The memory of an accepted request with a session; yields a refusal if there is none."""
+    def _place(self, scope: Scope) -> contextlib.AbstractContextManager[Refusal | None]:
+        """The memory of an accepted request with a session."""
         if not (id := session_id(scope["path"])):
-            yield None
-            return
-        length = _length(scope)
-        num_bytes = self._most_bytes_of(scope) if length is None else min(length, self._most_bytes_of(scope))
-        is_known = any(self.table.is_known(id, digest) for digest in key_digests(scope["headers"]))
+            return contextlib.nullcontext()
+        most, length = self._most_bytes_of(scope), _length(scope)
+        is_known = any(self.table.is_known(id, digest_of(key)) for key in scope["state"][KEYS])
         scope["state"][HAS_KNOWN_KEY] = is_known
-        if problem := self.places.problem(id, num_bytes, is_known=is_known):
-            yield Refusal(429 if is_known else 503, Reason.BUSY, problem)
-            return
-        try:
-            yield None
-        finally:
-            self.places.leave(id, num_bytes, is_known=is_known)
+        return _Place(self.places, id, most if length is None else min(length, most), is_known)
+
+
+@dataclass(eq=False, slots=True)
+class _Place(contextlib.AbstractContextManager["Refusal | None", None]):
+    """The memory of a request: a refusal on entry if there is none."""
+
+    places: BodyPlaces
+    id: str
+    num_bytes: int
+    is_known: bool
+    has_place: bool = False
+
+    def __enter__(self) -> Refusal | None:
+        problem = self.places.problem(self.id, self.num_bytes, is_known=self.is_known)
+        self.has_place = not problem
+        return Refusal(429 if self.is_known else 503, Reason.BUSY, problem) if problem else None
+
+    def __exit__(self, *exc: object) -> None:
+        if self.has_place:
+            self.places.leave(self.id, self.num_bytes, is_known=self.is_known)
 
 
 def _length(scope: Scope) -> int | None:
     """The length of a request's body; None if it does not say it."""
-    headers = dict(scope["headers"])
-    if b"transfer-encoding" in headers:
-        return None
-    return int(headers.get(b"content-length", b"0"))
+    headers = headers_by_name(scope)
+    return None if b"transfer-encoding" in headers else int(headers.get(b"content-length") or b"0")

@@ -186,11 +186,15 @@ async def routed(
     for server in servers:
         await server.start()
     async with (
-        client_of(config) as http,
+        client_of(config) as servers_client,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as client,
     ):
         forwarding = Forwarding(
-            table=table, http=http, series=RouterSeries(metrics), advertise_host="", search_s=LEASE_S + 20.0
+            table=table,
+            client=servers_client,
+            series=RouterSeries(metrics),
+            advertise_host="",
+            search_s=LEASE_S + 20.0,
         )
         plane = RouterPlane(
             config=config, app=forwarding, table=table, keyring=keyring, index=0, on_refused=refused.append

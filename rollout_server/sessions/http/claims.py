@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from areal_like.errors import SessionMovedError
-from areal_like.http.access import bearer_token, header_key
+from areal_like.http.access import bearer_token, header_key, headers_by_name
 from areal_like.http.bodies import ParamError, flag, number, parse_bounded_object, text
 from areal_like.http.streams import disconnected
 from areal_like.security.session_keys import nonce_of
@@ -247,13 +247,14 @@ def reached_url(url: URL, *, advertise_host: str) -> str:
 
 
 def _claimant(request: Request, body: Mapping[str, Any], *, has_routers: bool) -> Claimant:
-    token = bearer_token(request.scope["headers"])
+    headers = headers_by_name(request.scope)
+    token = bearer_token(headers)
     name = "" if body.get("name") is None else text(body, "name")
     if len(name) > MAX_NAME_CHARS:
         raise ParamError(f"name may have at most {MAX_NAME_CHARS} characters", param="name")
     address = request.client.host if request.client is not None else ""
     # Of a router; another client can only tell apart its own claims by it, as by its name.
-    if has_routers and (behind := header_key(request.scope["headers"], CLIENT_HEADER)):
+    if has_routers and (behind := header_key(headers, CLIENT_HEADER)):
         address = f"{behind[:MAX_ADDRESS_CHARS]} via {address}"
     return Claimant(
         address=address,

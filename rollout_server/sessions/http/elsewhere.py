@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from areal_like.http.access import bearer_token, header_key
+from areal_like.http.access import bearer_token, header_key, headers_by_name
 from areal_like.wire.messages.producer import SessionPlace
 from rollout_server.sessions.book import OVER, SessionBook
 from rollout_server.sessions.http.errors import ELSEWHERE, MOVED, error_response
@@ -88,7 +88,8 @@ class Elsewhere:
         return None
 
     def _note_over(self, id: str, scope: Scope) -> None:
-        given = (bearer_token(scope["headers"]), header_key(scope["headers"], b"x-api-key"))
+        headers = headers_by_name(scope)
+        given = (bearer_token(headers), header_key(headers, b"x-api-key"))
         keys = [key for key in given if self.book.keys.is_key(id, key)]
         if keys:  # otherwise the session was here, and its server has lost it
             self.book.note_over(id, keys[0])

@@ -19,7 +19,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from areal_like.errors import SessionGoneError
-from areal_like.http.access import AccessRules, Reason, Refusal, RoleOfToken, bearer_token, header_key
+from areal_like.http.access import (
+    AccessRules,
+    Reason,
+    Refusal,
+    RoleOfToken,
+    bearer_token,
+    header_key,
+    headers_by_name,
+)
 from areal_like.http.guard import Headers
 from areal_like.security.keys import KeyRole
 from rollout_server.sessions.book import SessionBook
@@ -63,11 +71,12 @@ class SessionRules:
         refusal = AccessRules(hosts=self.hosts, open_paths=frozenset()).refusal(scope)
         if refusal is not None:
             return refusal
-        token = bearer_token(scope["headers"])
+        headers = headers_by_name(scope)
+        token = bearer_token(headers)
         if not (id := session_id(scope["path"])):
             return self._claim_refusal(token)
         # Programs that use Anthropic's API send the key in one header or the other, or another key besides.
-        return self._session_refusal(id, token, header_key(scope["headers"], b"x-api-key"))
+        return self._session_refusal(id, token, header_key(headers, b"x-api-key"))
 
     @contextlib.contextmanager
     def place(self, scope: Mapping[str, Any]) -> Iterator[Refusal | None]:
