@@ -137,7 +137,8 @@ class OpenEnvEnvironment(ToolEnvironment):
         except TimeoutError:
             limit = f"task.timeout_s={self._task.timeout_s:g}"
             raise self._server.failed(f"no episode has started within {limit}{waited}") from None
-        return self._task.first_messages(self._first_text(first))
+        with self._explained():
+            return self._task.first_messages(self._first_text(first))
 
     async def step(self, reply: Reply) -> Step:
         """Performs the reply as an action, or its calls. Metric: `invalid_actions`, or those of
