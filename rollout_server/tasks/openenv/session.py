@@ -151,15 +151,14 @@ class Session:
             raise self._server.failed(self._problem)
 
     async def close(self) -> None:
-        """Ends the session, for the server too."""
-        self._reading.cancel()
-        await asyncio.wait([self._reading])
+        """Ends the session, for the server too, which closes the connection then."""
         try:
             with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
                 async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                     await self._socket.send_str('{"type": "close"}')
-                    await self._socket.close()
+                    await asyncio.wait([self._reading])
         finally:
+            self._reading.cancel()
             await self._client.close()
 
     async def _request(self, kind: str, data: Mapping[str, Any]) -> Observed:
