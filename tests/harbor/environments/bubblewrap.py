@@ -63,7 +63,13 @@ class BubblewrapEnvironment(BaseEnvironment):
         words = ["bwrap", "--bind", str(self._root), "/", "--proc", "/proc", "--dev", "/dev", "--clearenv"]
         for path in _READ_ONLY:
             words += ["--ro-bind-try", path, path]
-        variables = {"PATH": "/usr/bin:/bin", "HOME": "/root", "TERM": "xterm", "LANG": "C.UTF-8", **(env or {})}
+        variables = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": "/root",
+            "TERM": "xterm",
+            "LANG": "C.UTF-8",
+            **(env or {}),
+        }
         for name, value in variables.items():
             words += ["--setenv", name, value]
         words += ["--chdir", cwd or "/app", "bash", "-c", command]
