@@ -172,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         token = Path(args.token_file).read_text().strip() if args.token_file else ""
         rows = Rows(tasks_of(args.tasks, num_rows=args.rows), args.eval_rows)
         check(args.agent, args.environment)
+        logging.getLogger("harbor.utils.logger").setLevel(logging.WARNING)  # it has set DEBUG
         return asyncio.run(_run(args, token, rows))
     except (UserError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
