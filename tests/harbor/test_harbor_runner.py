@@ -50,10 +50,11 @@ async def running(
             await process.wait()
 
 
-@pytest.mark.skipif(sandbox() != "bwrap", reason="bwrap does not work here")
 async def test_rewards_are_those_of_the_verifiers(
     interpreter: str, engine: Engine, model: Path, tasks: Path
 ) -> None:
+    if sandbox() != "bwrap":
+        pytest.skip("bwrap does not work here")
     async with engine.client() as client, serving_plane() as plane:
         answers = ["abcd", "fail", "a longer one than that"]
         sessions = [plane.script(client, [answer], is_waiting=True) for answer in answers]

@@ -216,8 +216,11 @@ def _listed(tool: Mapping[str, Any]) -> ListedTool:
 
 
 def result_text(observed: Mapping[str, Any], *, fields: Sequence[str], max_chars: int) -> str:
-    """Returns what the policy reads after a call. Raises ToolError if the call failed."""
-    if "tool_name" not in observed or fields:
+    """Returns what the policy reads after a call. Raises ToolError if the call failed.
+
+    `fields`: of an observation that is not the usual one of a call.
+    """
+    if "tool_name" not in observed:
         return observation_text(observed, fields=fields, max_chars=max_chars)
     if isinstance(error := observed.get("error"), dict):
         raise ToolError(str(error.get("message", "the tool failed")))

@@ -528,7 +528,8 @@ def test_the_text_of_a_result() -> None:
 
     assert of({"content": [], "structured_content": {"a": 1}}) == '{"a": 1}'
     assert of("plain") == "plain" and of([1]) == "[1]"
-    assert result_text({"board": "x"}, fields=(), max_chars=100) == "x"
+    assert result_text({"board": "x", "more": "y"}, fields=("board",), max_chars=100) == "x"
+    assert result_text({"tool_name": "add", "result": "5"}, fields=("board",), max_chars=100) == "5"
     for odd in ({"content": [{"type": "image"}]}, {"content": [], "is_error": True}):
         with pytest.raises(ToolError, match=r"content of type image|the tool failed"):
             of(odd)
