@@ -24,6 +24,7 @@ from areal_like.errors import EpisodeError
 from areal_like.trajectory import LARGEST_REWARD
 
 _CLOSE_TIMEOUT_S = 1.0
+"""Of each of the two steps of a close."""
 _MAX_PINGS = 1000
 """Pings for one request, each of which costs CPU time."""
 _MAX_SHOWN_CHARS = 300
@@ -153,12 +154,16 @@ class Session:
     async def close(self) -> None:
         """Ends the session, for the server too, which closes the connection then."""
         try:
-            with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+            with contextlib.suppress(aiohttp.ClientError, OSError):
                 async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                     await self._socket.send_str('{"type": "close"}')
                     await asyncio.wait([self._reading])
-        finally:
             self._reading.cancel()
+            await asyncio.wait([self._reading])
+            with contextlib.suppress(aiohttp.ClientError, OSError):
+                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                    await self._socket.close()
+        finally:
             await self._client.close()
 
     async def _request(self, kind: str, data: Mapping[str, Any]) -> Observed:
@@ -217,8 +222,10 @@ class Session:
                 await self._socket.pong(message.data)
             case kinds.PONG:
                 pass
-            case kinds.CLOSE | kinds.CLOSING | kinds.CLOSED:
-                self._problem = f"it closed the connection (code {self._socket.close_code})"
+            case kinds.CLOSE:
+                self._problem = f"it closed the connection (code {message.data})"
+            case kinds.CLOSING | kinds.CLOSED:
+                self._problem = f"the connection was lost (code {self._socket.close_code})"
             case kinds.ERROR if getattr(message.data, "code", 0) == aiohttp.WSCloseCode.MESSAGE_TOO_BIG:
                 self._problem = f"it sent more than max_response_bytes={self._server.max_bytes} in a message"
             case _:

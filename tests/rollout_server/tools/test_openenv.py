@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -30,6 +31,13 @@ ACTION = {
 TOOL_ACTION = {"type": "object", "properties": {"type": {"const": "call_tool", "type": "string"}}}
 Socket = web.WebSocketResponse
 Response = str | bytes | dict[str, Any] | Callable[[Socket], Awaitable[None]]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_open() -> Iterator[None]:
+    """A connection that a test has left open fails this test, and not a later one."""
+    yield
+    gc.collect()
 
 
 def observation(reward: Any = None, done: Any = False, **fields: Any) -> dict[str, Any]:
