@@ -10,6 +10,10 @@
 #   make test-gpu                      the tests on this machine's GPUs, against the CPU's numbers
 #   make verifiers                     an environment with verifiers (areal_like/agents/verifiers_runner.py)
 #   make test-verifiers                the tests against it
+#   make openenv                       an environment with OpenEnv, whose servers task=openenv uses
+#   make test-openenv                  the tests against it
+#   make harbor                        an environment with Harbor and Python 3.12 (areal_like/agents/harbor_runner.py)
+#   make test-harbor                   the tests against it
 #   make clients                       environments with clients and frameworks of agents (tests/clients/requirements*.txt, package.json)
 #   make test-clients                  the tests of sessions with them; ARGS=--write-table writes docs/reference/clients.md
 #   make test-cluster                  the tests against real schedulers and a real Prometheus, of what is installed
@@ -34,7 +38,7 @@ DOCS_STAMP := $(STAMP)-docs-$(shell cksum < requirements-docs.txt | cut -d' ' -f
 # that the tests start would compile the sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run sft test test-fast test-long chaos sglang test-sglang test-gpu verifiers test-verifiers clients test-clients test-cluster trl docs lint ruff format setup clean
+.PHONY: run sft test test-fast test-long chaos sglang test-sglang test-gpu verifiers test-verifiers openenv test-openenv harbor test-harbor clients test-clients test-cluster trl docs lint ruff format setup clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -78,6 +82,18 @@ verifiers: $(STAMP)
 
 test-verifiers: verifiers
 	@$(BIN)/python -m pytest -q -m verifiers tests/verifiers $(ARGS)
+
+openenv: $(STAMP)
+	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" tests/openenv/install.sh
+
+test-openenv: openenv
+	@$(BIN)/python -m pytest -q -m openenv tests/openenv $(ARGS)
+
+harbor: $(STAMP)
+	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" tests/harbor/install.sh
+
+test-harbor: harbor
+	@$(BIN)/python -m pytest -q -m harbor tests/harbor $(ARGS)
 
 clients: $(STAMP)
 	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" tests/clients/install.sh

@@ -11,79 +11,35 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import importlib
-import json
 import logging
-import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from areal_like.client.areal_like_client import (
-    ClaimedSession,
-    ClientError,
-    JobOverError,
-    RefusedError,
-    SessionOverError,
-    claim,
+from areal_like.agents.session_runner import (
+    Rows,
+    SessionRunner,
+    add_session_arguments,
+    json_object,
+    run_until_stopped,
 )
+from areal_like.client.areal_like_client import ClaimedSession
 from areal_like.errors import UserError
 
-_LOG = logging.getLogger("areal_like.agents.verifiers")
-_WAIT_S = 5.0
-"""Longest wait of one claim, which also bounds how long a stop takes."""
-_UNREACHABLE_S = 2.0
 _ROLLOUTS_PER_SERVING = 500
 """verifiers keeps a client for each endpoint until an environment stops serving, and each session has one."""
-_TRIES = 30
-
-
-@dataclass(frozen=True)
-class TasksetRows:
-    """The tasks of an environment by split and index."""
-
-    tasks: Sequence[Any]
-    num_eval: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.num_eval < len(self.tasks):
-            raise UserError(
-                f"--eval-rows={self.num_eval}: the environment has {len(self.tasks)} rows; "
-                "leave at least one of them for training"
-            )
-
-    def task(self, split: str, index: int) -> Any:
-        """The task of one row. Raises UserError if there is none: other sessions would fail too."""
-        num_train = len(self.tasks) - self.num_eval
-        rows = self.tasks[num_train:] if split == "eval" else self.tasks[:num_train]
-        if not 0 <= index < len(rows):
-            setting = "task.num_eval" if split == "eval" else "task.num_train"
-            raise UserError(
-                f"the job asks for row {index} of the split {split}, which has {len(rows)} rows: start the "
-                f"job with {setting}={len(rows)}" + (", or give --eval-rows" if split == "eval" else "")
-            )
-        return rows[index]
 
 
 @dataclass(kw_only=True)
-class Runner:
-    """Claims sessions and plays a rollout in each, `concurrency` at a time."""
+class Runner(SessionRunner):
+    """Plays a rollout in each session."""
 
-    url: str
-    token: str = field(repr=False)
-    ca_file: str
     env_config: Any
-    rows: TasksetRows
     client: dict[str, Any]
     """Settings of verifiers' train client."""
-    concurrency: int
-    stopping: asyncio.Event = field(default_factory=asyncio.Event)
-    num_done: int = 0
-    num_failed: int = 0
-    _failure: UserError | None = None
 
     async def run(self) -> None:
         """Runs until `stopping` is set; rollouts in progress are played to the end. Raises UserError."""
@@ -100,74 +56,24 @@ class Runner:
             if serving.done():
                 await serving
         await asyncio.gather(*servings)
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
 
     async def _serve(self, slots: asyncio.Semaphore, has_claimed: asyncio.Event) -> None:
         env = _loaders().load_environment(self.env_config)
         async with env.serving(), asyncio.TaskGroup() as group:
             for _ in range(_ROLLOUTS_PER_SERVING):
                 await slots.acquire()
-                session = await self._claim()
+                session = await self.claim()
                 if session is None:
                     slots.release()
                     break
-                group.create_task(self._play(env, session)).add_done_callback(lambda _: slots.release())
+                played = self.report(session, self._rollout(env, session))
+                group.create_task(played).add_done_callback(lambda _: slots.release())
             has_claimed.set()
 
-    async def _claim(self) -> ClaimedSession | None:
-        """The next session; None when stopping."""
-        failures = 0
-        while not self.stopping.is_set():
-            try:
-                session = await asyncio.to_thread(
-                    claim, self.url, token=self.token, wait_s=_WAIT_S, ca_file=self.ca_file
-                )
-            except RefusedError as error:
-                self._fail(UserError(str(error)))
-            except JobOverError:
-                self.stopping.set()
-            except OSError as error:
-                failures += 1
-                if failures == _TRIES:
-                    self._fail(UserError(f"{self.url}: no response after {_TRIES} tries ({error})"))
-                elif failures == 1:
-                    _LOG.warning("%s: %s; trying again", self.url, error)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self.stopping.wait(), _UNREACHABLE_S)
-            else:
-                failures = 0
-                if session is not None:
-                    return session
-        return None
-
-    def _fail(self, error: UserError) -> None:
-        self._failure = self._failure or error
-        self.stopping.set()
-
-    async def _play(self, env: Any, session: ClaimedSession) -> None:
-        problem = ""
-        try:
-            task = self.rows.task(str(session.example["split"]), int(session.example["index"]))
-            reward = await self._rollout(env, task, session)
-            await asyncio.to_thread(session.reward, reward)
-        except (UserError, RefusedError) as error:
-            self._fail(UserError(str(error)))
-            problem = str(error)
-        except SessionOverError as error:
-            problem = str(error)
-        except Exception as error:  # a rollout fails alone
-            problem = f"{type(error).__name__}: {error}"
-        try:
-            await asyncio.to_thread(session.end)
-        except ClientError as error:
-            problem = problem or str(error)
-        self.num_done += not problem
-        self.num_failed += bool(problem)
-        if problem:
-            _LOG.warning("session %s: %s", session.id, problem[:500])
-
-    async def _rollout(self, env: Any, task: Any, session: ClaimedSession) -> float:
+    async def _rollout(self, env: Any, session: ClaimedSession) -> float:
+        task = self.task_of(session)
         vf = importlib.import_module("verifiers.v1")
         client = vf.TrainClientConfig(
             base_url=session.base_url,
@@ -189,7 +95,7 @@ def _loaders() -> Any:
     return importlib.import_module("verifiers.v1.utils.loaders")
 
 
-def load(env_id: str, settings: dict[str, Any], *, num_rows: int, num_eval: int) -> tuple[Any, TasksetRows]:
+def load(env_id: str, settings: dict[str, Any], *, num_rows: int, num_eval: int) -> tuple[Any, Rows]:
     """The environment's config and its rows. Raises UserError."""
     harnesses = importlib.import_module("verifiers.v1.harnesses")
     harnesses.__path__.append(str(Path(__file__).parent / "verifiers_harnesses"))
@@ -206,52 +112,27 @@ def load(env_id: str, settings: dict[str, Any], *, num_rows: int, num_eval: int)
         raise UserError(f"{env_id}: {error}") from error
     if not tasks:
         raise UserError(f"{env_id} has no tasks")
-    return config, TasksetRows(tasks, num_eval)
-
-
-def _object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
-
-
-_object.__name__ = "JSON object"
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "number above 0"
+    return config, Rows(tasks, num_eval)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("env_id", metavar="ENV", help="id of a taskset: a module that verifiers can import")
-    parser.add_argument("--url", required=True, help="base URL of a rollout server's sessions")
+    add_session_arguments(parser)
     parser.add_argument("--model", required=True, help="directory with the tokenizer of the job's model")
     parser.add_argument(
         "--env-args",
-        type=_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help='verifiers\' [env], as {"taskset": {...}}',
     )
     parser.add_argument(
         "--renderer",
-        type=_object,
+        type=json_object,
         default=None,
         metavar="JSON",
         help='e.g. {"name": "qwen3"}',
     )
-    parser.add_argument("--concurrency", type=_positive, default=16, metavar="N", help="rollouts at a time")
-    parser.add_argument("--rows", type=_positive, default=0, metavar="N", help="the first N rows only")
-    parser.add_argument("--eval-rows", type=int, default=0, metavar="N", help="the last N rows: split eval")
-    parser.add_argument("--token-file", default="", help="token of role agent, if the job has keys")
-    parser.add_argument("--ca-file", default="", help="PEM file of the certificate's authority")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -274,9 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-async def _run(
-    args: argparse.Namespace, token: str, config: Any, rows: TasksetRows, client: dict[str, Any]
-) -> int:
+async def _run(args: argparse.Namespace, token: str, config: Any, rows: Rows, client: dict[str, Any]) -> int:
     runner = Runner(
         url=args.url,
         token=token,
@@ -286,18 +165,7 @@ async def _run(
         client=client,
         concurrency=args.concurrency,
     )
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(stop, runner.stopping.set)
-    sys.stdout.write(
-        f"{args.env_id}: {len(rows.tasks) - rows.num_eval} rows to train on, {rows.num_eval} to evaluate; "
-        f"claiming sessions at {args.url}\n"
-    )
-    sys.stdout.flush()
-    try:
-        await runner.run()
-    finally:
-        sys.stdout.write(f"{runner.num_done} rollouts, {runner.num_failed} failed\n")
-    return 0
+    return await run_until_stopped(runner, name=args.env_id)
 
 
 if __name__ == "__main__":

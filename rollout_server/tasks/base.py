@@ -353,6 +353,7 @@ TASKS = Registry[Task](
         "reasoning_gym": "rollout_server.tasks.reasoning_gym.ReasoningGymTask",
         "gymnasium": "rollout_server.tasks.gymnasium.GymnasiumTask",
         "textarena": "rollout_server.tasks.textarena.TextArenaTask",
+        "openenv": "rollout_server.tasks.openenv.OpenEnvTask",
         "data": "rollout_server.tasks.data.task.DataTask",
         "mixture": "rollout_server.tasks.mixture.MixtureTask",
         "external": "rollout_server.tasks.external.ExternalTask",

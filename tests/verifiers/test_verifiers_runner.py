@@ -89,7 +89,7 @@ async def test_a_failed_reward_fails_one_session(interpreter: str, engine: Engin
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--eval-rows", "8"], "the environment has 8 rows"),
+        (["--eval-rows", "8"], "there are 8 rows"),
         (["--model", "/nowhere"], "has no tokenizer_config.json"),
         (["--env-args", '{"agent": {"harness": {"id": "nosuch"}}}'], "nosuch"),
         (["--env-args", "[]"], "invalid JSON object value"),

@@ -23,15 +23,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from areal_like.errors import ConfigError
 from rollout_server.sandbox import Limits, Sandbox, make_sandbox
+from rollout_server.tools.address import problem_of_address
 from rollout_server.tools.tool import TOOL_NAME
 
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _LARGEST_DEPTH = 24
 """What the rollout server accepts of a tool, less the levels around its schema."""
 _POSITIVE = (
@@ -125,19 +124,8 @@ class MCPSettings:
         make_sandbox(self.sandbox)
 
     def _check_url(self) -> None:
-        try:
-            parts = urlsplit(self.url)
-            is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            is_valid = False
-        if not is_valid or "@" in parts.netloc or parts.fragment:
-            # Not repeated in the message, because it may have a password.
-            raise self._error(
-                "url: want http://host:port/path or https://host/path, without a user name or password: put "
-                "a key into an environment variable and name it with key_variable"
-            )
-        if self.key_variable and parts.scheme == "http" and parts.hostname not in _LOOPBACK:
-            raise self._error("key_variable: a key is sent only over https, or to this machine")
+        if problem := problem_of_address(self.url, key_variable=self.key_variable):
+            raise self._error(problem)
         if self.env_allow or self.readable:
             raise self._error("env_allow and readable are for a command")
 

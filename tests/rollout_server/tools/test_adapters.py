@@ -168,7 +168,7 @@ def test_textarena_game_against_a_script(player: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"game": "Nothing-v0"}, "task.game='Nothing-v0': TextArena has"),
+        ({"game": "Nothing-v0"}, "task.game='Nothing-v0' is not one of the [0-9]+ games of TextArena"),
         ({"game": "TicTacToe-v0", "player": 1}, "want 0, or 1 with task.opponent"),
         ({"game": "TicTacToe-v0", "opponent": "no.such.thing"}, "task.opponent=no.such.thing: No module"),
     ],

@@ -1,0 +1,5 @@
+"""Environments of OpenEnv servers. Read `task.py` first."""
+
+from rollout_server.tasks.openenv.task import OpenEnvTask
+
+__all__ = ["OpenEnvTask"]
