@@ -66,11 +66,16 @@ class KeptPrefixes:
         self.num_states = 0
         self._state_tokens = state_tokens
         self._clock = 0
-        self.clear()
+        self._root = _Node(np.empty(0, np.int64), torch.empty(0), None, None)
 
     def clear(self) -> None:
         """Drops everything."""
-        self._root = _Node(np.empty(0, np.int64), torch.empty(0), None, None)
+        nodes = [self._root]
+        while nodes:
+            node = nodes.pop()
+            nodes.extend(node.children.values())
+            # Nodes refer to each other both ways, so their memory would wait for the garbage collector.
+            node.children.clear()
         self.num_tokens = self.num_states = 0
 
     def num_matched(self, tokens: Sequence[int]) -> int:

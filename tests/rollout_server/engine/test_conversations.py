@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
+import weakref
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from torch import Tensor
 
 from areal_like.trajectory import FinishReason
 from rollout_server.engine.cache import Prefix
@@ -146,6 +149,33 @@ def test_other_requests_are_not_kept(tmp_path: Path) -> None:
     submit(core, "2", [*first.prompt, *first.output_ids, 9], 6)
     run(core)
     assert core.contexts.num_continued == 0
+
+
+def test_dropped_kv_is_freed_at_once() -> None:
+    kept = KeptPrefixes(max_tokens=24)
+    arrays = list[weakref.ref[Tensor]]()
+
+    def between(start: int, end: int) -> Prefix:
+        return Prefix(kv_L2HTD=torch.zeros(1, 2, 1, end - start, 1), routes_TLK=None)
+
+    def insert(*tokens: int) -> None:
+        kept.insert(tokens, between)
+        parts, _ = kept.match(tokens)
+        for part in parts:
+            assert part.kv_L2HTD._base is not None
+            arrays.append(weakref.ref(part.kv_L2HTD._base))
+
+    gc.disable()
+    try:
+        insert(1, 2, 3, 4, 5, 6)
+        insert(1, 2, 3, 4, 5, 6, 7, 8, 9)
+        insert(1, 2, 3, 20, 21)
+        insert(*range(30, 50))  # the others are dropped for it
+        assert [array() is None for array in arrays[:-1]] == [True] * (len(arrays) - 1)
+        kept.clear()
+        assert kept.num_tokens == 0 and all(array() is None for array in arrays)
+    finally:
+        gc.enable()
 
 
 def test_kv_older_than_a_swap_is_not_kept(tmp_path: Path) -> None:
