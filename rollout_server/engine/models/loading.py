@@ -41,9 +41,10 @@ logger = logging.getLogger(__name__)
 LINEAR = "linear_attention"
 """The kind of layers with a recurrent state, in `layer_types` of a model's configuration."""
 CHECK_TOKENS = 12
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
-"""Maximum log-prob difference that the check accepts, by dtype. A different order of summation alone causes
-1e-5 (float32), 0.1 (bfloat16) and 0.01 (float16)."""
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.2, torch.float16: 0.03}
+"""Log-prob difference of a sampled token that the check accepts on average, by dtype. In bfloat16 a different
+order of summation alone causes up to 0.09 with SmolLM2 and models trained from it. The largest difference in
+a vocabulary would refuse right models: it is 0.5 there, of tokens with probabilities of e^-28."""
 
 _FORWARD_ERRORS = (TypeError, AttributeError, NotImplementedError, IndexError, ValueError, RuntimeError)
 """Errors raised by a forward pass that cannot use our cache or mask. Running out of memory is also a
@@ -111,7 +112,7 @@ def load(
     if not difference <= TOLERANCE[dtype]:
         raise ConfigError(
             f"--model-path {path}: model type {facts.model_type} does not run exactly on the embedded engine "
-            f"(log-probs differ by {difference:.2g} from transformers)"
+            f"(log-probs of sampled tokens differ by {difference:.2g} from transformers)"
         )
     if recorder is not None:
         logger.info("%s: routes of %s", path, recorder.shape)  # raises ConfigError if they are not known
@@ -269,8 +270,8 @@ def _check_layers(module: Any, probe: ShapeProbe) -> None:
 
 
 def _difference(model: CausalModel, tokens_BT: Tensor, reference: list[Tensor]) -> float:
-    """Returns the largest log-prob difference between the engine's logits and `reference`, two rows of logits
-    [V].
+    """Returns the expected |log-prob difference| of a token that is sampled from `reference`, two rows of
+    logits [V], to the engine's; the larger of the rows.
 
     The engine's come from a padded prefill, an extension and one decode step over two contexts of unequal
     length.
@@ -291,4 +292,4 @@ def _difference(model: CausalModel, tokens_BT: Tensor, reference: list[Tensor]) 
     batch = cache.begin_decode(np.array(lengths, dtype=np.int64) - 1)
     ours_NV = torch.log_softmax(model.decode(last_N, batch, cache).float(), -1)
     theirs_NV = torch.log_softmax(torch.stack(reference).float(), -1)
-    return float((ours_NV - theirs_NV).abs().max())
+    return float((theirs_NV.exp() * (ours_NV - theirs_NV).abs()).sum(-1).max())

@@ -99,7 +99,7 @@ def test_requests_follow_one_another_on_one_connection() -> None:
     run(body())
 
 
-def test_idle_connections_are_closed_before_the_server_closes_them() -> None:
+def test_idle_connections_close_before_the_server_s_end() -> None:
     whole = OK + b"Content-Length: 0\r\n\r\n"
 
     async def body() -> None:
@@ -133,7 +133,7 @@ def test_connections_that_are_not_used_again(answer: bytes) -> None:
     run(body())
 
 
-def test_what_a_server_sends_without_a_request_ends_the_connection() -> None:
+def test_data_without_a_request_ends_the_connection() -> None:
     async def body() -> None:
         served: list[asyncio.StreamWriter] = []
 
