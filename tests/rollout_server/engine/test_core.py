@@ -165,6 +165,26 @@ def test_architectures_that_cannot_run_are_refused(
         load(str(tmp_path / kind), dtype=torch.float32, device=CPU, context_length=64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_forward_pass_is_refused(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_model(tmp_path / "m", "llama")
+    load(str(path), dtype=dtype, device=CPU, context_length=64)
+    monkeypatch.setattr(LlamaModel, "_rotate", lambda self, x, cos, sin: x)
+    with pytest.raises(ConfigError, match="does not run exactly on the embedded engine"):
+        load(str(path), dtype=dtype, device=CPU, context_length=64)
+
+
+def test_rounding_of_unlikely_tokens_is_not_refused(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "m", "llama")
+    model = load_model(path)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(60)  # log-probs down to -297
+    model.save_pretrained(path)
+    load(str(path), dtype=torch.bfloat16, device=CPU, context_length=64, fp32_head=True)
+
+
 def test_group_prompt_is_prefilled_once_and_cached(tmp_path: Path) -> None:
     path = save_model(tmp_path / "m", "llama")
     core = make_core(path, max_running=3)
