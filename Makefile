@@ -78,13 +78,13 @@ test-gpu: $(STAMP)
 	else echo "make test-gpu: torch finds no GPU on this machine, so nothing was tested (see docs/guides/gpus.md)"; fi
 
 verifiers: $(STAMP)
-	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" tests/verifiers/install.sh
+	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" tests/support/build_environment.sh verifiers verifiers.v1 tests/verifiers/requirements.txt
 
 test-verifiers: verifiers
 	@$(BIN)/python -m pytest -q -m verifiers tests/verifiers $(ARGS)
 
 openenv: $(STAMP)
-	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" tests/openenv/install.sh
+	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" tests/support/build_environment.sh openenv openenv.core.env_server tests/openenv/requirements.txt
 
 test-openenv: openenv
 	@$(BIN)/python -m pytest -q -m openenv tests/openenv $(ARGS)
@@ -106,7 +106,7 @@ test-cluster: $(STAMP)
 	@$(BIN)/python -m pytest -q -m cluster tests/cluster $(ARGS)
 
 trl: $(STAMP)
-	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" benchmarks/trl_environment/install.sh
+	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" tests/support/build_environment.sh trl trl benchmarks/trl_environment/requirements.txt
 
 docs: $(DOCS_STAMP)
 	@$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env -q -d build/docs/doctrees docs build/docs/html

@@ -13,6 +13,7 @@ import json
 import logging
 import signal
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +63,7 @@ class Rows:
 
 
 @dataclass(kw_only=True)
-class SessionRunner:
+class SessionRunner(ABC):
     """Claims sessions and reports what comes of them. A subclass makes the rollouts."""
 
     url: str
@@ -77,9 +78,9 @@ class SessionRunner:
     failure: UserError | None = None
     """Why every further rollout would fail."""
 
+    @abstractmethod
     async def run(self) -> None:
         """Runs until `stopping` is set; rollouts in progress are played to the end. Raises UserError."""
-        raise NotImplementedError
 
     async def claim(self) -> ClaimedSession | None:
         """The next session; None when stopping."""

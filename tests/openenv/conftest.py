@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.separate_interpreters import interpreter_with, mark_below
 from tests.support.waiting import wait_until_ready
 
 HERE = Path(__file__).parent
@@ -19,19 +19,12 @@ Serve = Callable[..., str]
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests of this directory."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.openenv)
+    mark_below(HERE, items, pytest.mark.openenv)
 
 
 @pytest.fixture(scope="session")
 def interpreter() -> str:
-    """Python of the environment that `make openenv` builds."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    python = cache / "areal_like" / "openenv" / "bin" / "python"
-    if not python.exists():
-        pytest.skip("no environment with OpenEnv: make openenv")
-    return str(python)
+    return interpreter_with("openenv")
 
 
 @pytest.fixture
