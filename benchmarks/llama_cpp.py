@@ -9,7 +9,10 @@ interleaved, each in a new process for llama.cpp; medians of CPU time.
 
     python3 -m venv LLAMA
     CMAKE_ARGS=-DGGML_NATIVE=ON LLAMA/bin/pip install llama-cpp-python    # compiles for ten minutes
-    python -m benchmarks.llama_cpp LLAMA/bin/python [--repeats 5]
+    python -m benchmarks.llama_cpp LLAMA/bin/python [--repeats 5] [--plain-kernels]
+
+`--plain-kernels` is for machines on which llama.cpp crashes: its AMX kernels for quantized weights do in
+llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
@@ -42,16 +45,21 @@ def main() -> None:
     )
     parser.add_argument("python", help="an interpreter with llama-cpp-python")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--plain-kernels", action="store_true", help="llama.cpp does not rearrange weights for AMX and others"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:
-        result = measure(arguments.python, Path(scratch), repeats=arguments.repeats)
+        result = measure(
+            arguments.python, Path(scratch), repeats=arguments.repeats, plain=arguments.plain_kernels
+        )
     print(table(*rows_of(result)))
     print(f"written to {write('llama_cpp', result)}")
 
 
-def measure(python: str, scratch: Path, *, repeats: int) -> dict[str, Any]:
+def measure(python: str, scratch: Path, *, repeats: int, plain: bool) -> dict[str, Any]:
     """Milliseconds of the prefill and of each decode step: medians over the repetitions."""
     subject = Subject(
         path=model_of("smollm2", f"{scratch}/model"),
@@ -68,13 +76,14 @@ def measure(python: str, scratch: Path, *, repeats: int) -> dict[str, Any]:
         own = {f"decode {rows}": one["model_ms"] for rows, one in phases["decode"].items()}
         found["engine"].append({"prefill": phases["prefill"]["ms"], **own})
         for name in TYPES:
-            measured = _side(python, scratch, name)
+            measured = _side(python, scratch, name, plain=plain)
             version = measured.pop("version")
             found[name].append(measured)
     return {
         "llama_cpp_python": version,
         "torch": torch.__version__,
         "num_threads": 1,
+        "plain_kernels": plain,
         "repeats": repeats,
         "prefill_tokens": BATCH * PROMPT_TOKENS,
         "ms": {
@@ -84,10 +93,11 @@ def measure(python: str, scratch: Path, *, repeats: int) -> dict[str, Any]:
     }
 
 
-def _side(python: str, scratch: Path, weights: str) -> dict[str, Any]:
+def _side(python: str, scratch: Path, weights: str, *, plain: bool) -> dict[str, Any]:
     spec = {
         "gguf": str(smollm2_gguf()),
         "type": weights,
+        "plain": plain,
         "folder": str(scratch),
         "rows": list(PHASE_ROWS),
         "steps": PHASE_STEPS,

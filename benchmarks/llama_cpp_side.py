@@ -38,6 +38,7 @@ if kind in FILE_TYPES:
 
 model_settings = lc.llama_model_default_params()
 model_settings.n_gpu_layers = 0
+model_settings.use_extra_bufts = not spec["plain"]
 model = lc.llama_model_load_from_file(str(path).encode(), model_settings)
 num_rows = max(spec["rows"])
 most_tokens = max(num_rows, spec["prompts"] * spec["prompt_tokens"])
