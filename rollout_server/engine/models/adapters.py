@@ -1,9 +1,9 @@
 """LoRA adapters of several versions over one base model, chosen for each row of a forward pass.
 
 A slot holds one version. The slots of a matrix are blocks of one A and one B, so a pass over rows of several
-versions is the same two products as over one: x A' for the slots in use, every row's foreign slots set to 0,
-and that times B'. Matrices that the model fuses (q, k, v) share their products too, with blocks of zeros in
-B. There is no gather and no loop over versions.
+versions is the same two products as over one: x A' for the slots up to the last one in use, every row's
+foreign slots set to 0, and that times B'. Matrices that the model fuses (q, k, v) share their products too,
+with blocks of zeros in B. There is no gather and no loop over versions.
 
 Left out: adapters of different ranks at the same time. All versions of a run have one header.
 
@@ -114,7 +114,9 @@ class AdapterSlots:
         if (slot_N == slot_N[0]).all():
             self.select_one(int(slot_N[0]))
             return
-        scale_NS = (slot_N[:, None] == np.arange(self.num_slots)) * np.float32(self.header.scaling)
+        # A new version gets the first free slot, so the slots in use are among the first.
+        num_used = int(slot_N.max()) + 1
+        scale_NS = (slot_N[:, None] == np.arange(num_used)) * np.float32(self.header.scaling)
         self._scale_NS1 = torch.from_numpy(scale_NS).to(self.device, self.dtype).unsqueeze(2)
 
     def add(self, matrix: str, x: Tensor, out: Tensor) -> Tensor:
@@ -127,6 +129,7 @@ class AdapterSlots:
                 return out
             low = F.linear(x, fused.down_SRC[self._slot])
             return torch.addmm(out, low, fused.up_SRO[self._slot], alpha=self.header.scaling)
-        num_slots, size, _ = fused.down_SRC.shape
-        low = F.linear(x, fused.down_SRC.flatten(0, 1)).view(-1, num_slots, size) * self._scale_NS1
-        return torch.addmm(out, low.flatten(1), fused.up_SRO.flatten(0, 1))
+        num_used = self._scale_NS1.shape[1]
+        down_SRC, up_SRO = fused.down_SRC[:num_used], fused.up_SRO[:num_used]
+        low = F.linear(x, down_SRC.flatten(0, 1)).unflatten(-1, (num_used, -1)) * self._scale_NS1
+        return torch.addmm(out, low.flatten(1), up_SRO.flatten(0, 1))
