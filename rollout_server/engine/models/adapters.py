@@ -120,7 +120,8 @@ class AdapterSlots:
         self._scale_NS1 = torch.from_numpy(scale_NS).to(self.device, self.dtype).unsqueeze(2)
 
     def add(self, matrix: str, x: Tensor, out: Tensor) -> Tensor:
-        """Returns `out` [N, O] plus the adapters' product with `x` [N, C]. `matrix`: its first layer."""
+        """Adds the adapters' product with `x` [N, C] to `out` [N, O], in place, and returns it. `matrix`: its
+        first layer."""
         fused = self._fused.get(matrix)
         if fused is None:
             return out
@@ -128,8 +129,8 @@ class AdapterSlots:
             if self._slot == NO_SLOT:
                 return out
             low = F.linear(x, fused.down_SRC[self._slot])
-            return torch.addmm(out, low, fused.up_SRO[self._slot], alpha=self.header.scaling)
+            return out.addmm_(low, fused.up_SRO[self._slot], alpha=self.header.scaling)
         num_used = self._scale_NS1.shape[1]
         down_SRC, up_SRO = fused.down_SRC[:num_used], fused.up_SRO[:num_used]
         low = F.linear(x, down_SRC.flatten(0, 1)).unflatten(-1, (num_used, -1)) * self._scale_NS1
-        return torch.addmm(out, low.flatten(1), up_SRO.flatten(0, 1))
+        return out.addmm_(low.flatten(1), up_SRO.flatten(0, 1))
