@@ -1,8 +1,9 @@
 """KV kept for the next turns of conversations: a radix tree over tokens.
 
-A node holds the tokens between two branching points, with their KV. So turns of a conversation, and
-conversations with a common prefix, store each token once, and a lookup compares tokens, not hashes. A
-sequence that extends a leaf lengthens that leaf. To make room, the least recently used leaves are dropped.
+A node holds the tokens of one sequence after those of its parent, with their KV, and is split where another
+sequence branches off. So turns of a conversation, and conversations with a common prefix, store each token
+once, and each turn copies only its own tokens. A lookup compares tokens, not hashes. To make room, the least
+recently used leaves are dropped.
 
 All KV in the tree was computed under one set of weights. `clear` drops everything at a swap, and a row whose
 KV is older than the swap is never put in (see Contexts.keep).
@@ -139,23 +140,14 @@ class KeptPrefixes:
             node = self._split(node, length)
         self._make_room(len(tokens_T) - start + self._state_tokens, end=node)
         if start < len(tokens_T):
+            if not (node.children or node.is_shared):
+                self._set_state(node, None)  # this is the next turn
             added = between(start, len(tokens_T))
-            kv, routes = added.kv_L2HTD, added.routes_TLK
-            if node.children or node is self._root or (node.state_R is not None and node.is_shared):
-                new = _Node(
-                    tokens_T[start:],
-                    kv.clone(),
-                    None if routes is None else routes.copy(),
-                    node,
-                    used=self._clock,
-                )
-                node.children[int(tokens_T[start])] = new
-                node = new
-            else:
-                node.tokens_T = np.concatenate((node.tokens_T, tokens_T[start:]))
-                node.kv_L2HTD = torch.cat((node.kv_L2HTD, kv), 3)
-                if routes is not None and node.routes_TLK is not None:
-                    node.routes_TLK = np.concatenate((node.routes_TLK, routes))
+            kv, routes = added.kv_L2HTD.clone(), added.routes_TLK
+            new = _Node(
+                tokens_T[start:], kv, None if routes is None else routes.copy(), node, used=self._clock
+            )
+            node.children[int(tokens_T[start])] = node = new
             self.num_tokens += len(tokens_T) - start
         if self._state_tokens:
             assert snapshot is not None, "a model with states keeps no KV without them"
@@ -218,16 +210,19 @@ class KeptPrefixes:
         most = self.max_tokens - self.max_tokens // _SPARE_PARTS - num_tokens
         leaves = [(node.used, id(node), node) for node in self._leaves()]
         heapq.heapify(leaves)
-        while leaves and self._size > most:
+        while leaves and (self._size > most or leaves[0][0] < 0):
             used, _, node = heapq.heappop(leaves)
             if used == self._clock:
                 break
-            assert node.parent is not None
-            del node.parent.children[int(node.tokens_T[0])]
+            parent = node.parent
+            assert parent is not None
+            del parent.children[int(node.tokens_T[0])]
             self.num_tokens -= len(node.tokens_T)
             self._set_state(node, None)
-            if not node.parent.children and node.parent is not self._root:
-                heapq.heappush(leaves, (node.parent.used, id(node.parent), node.parent))
+            if not parent.children and parent is not self._root:
+                # Nothing can start from a leaf without the state that its model needs.
+                is_useless = self._state_tokens and parent.state_R is None and parent.used < self._clock
+                heapq.heappush(leaves, (-1 if is_useless else parent.used, id(parent), parent))
         for node in _path_to(end):
             if self._size + num_tokens <= self.max_tokens:
                 break
@@ -243,13 +238,15 @@ class KeptPrefixes:
         return leaves
 
     def check(self) -> None:
-        """Asserts that token counts add up and that every node can be found by its first token."""
+        """Asserts that token counts add up, that every node can be found by its first token, and that every
+        leaf has the state that its model needs."""
         num_tokens, num_states, nodes = 0, 0, [self._root]
         while nodes:
             node = nodes.pop()
             for token, child in node.children.items():
                 assert child.parent is node and child.tokens_T[0] == token
                 assert child.kv_L2HTD.shape[3] == len(child.tokens_T) > 0
+                assert child.children or not self._state_tokens or child.state_R is not None
                 nodes.append(child)
             num_tokens += len(node.tokens_T)
             num_states += node.state_R is not None

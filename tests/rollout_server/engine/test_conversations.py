@@ -151,6 +151,29 @@ def test_other_requests_are_not_kept(tmp_path: Path) -> None:
     assert core.contexts.num_continued == 0
 
 
+def test_a_turn_copies_only_its_own_tokens() -> None:
+    kept = KeptPrefixes(max_tokens=24)
+    tokens = list(range(9))
+    places = []
+    for end in (4, 6, 9):
+        kept.insert(tokens[:end], partial(prefix_of, tokens))
+        parts, _ = kept.match(tokens[:end])
+        places.append([part.kv_L2HTD.data_ptr() for part in parts])
+        assert sum(part.kv_L2HTD.shape[3] for part in parts) == end
+    assert places[2][:2] == places[1] and places[1][:1] == places[0]
+
+
+def test_no_kv_is_kept_without_its_state() -> None:
+    kept = KeptPrefixes(max_tokens=24, state_tokens=4)
+    tokens = list(range(12))
+    for end in (4, 8):
+        kept.insert(tokens[:end], partial(prefix_of, tokens), snapshot=lambda: state_of(tokens))
+    other = list(range(20, 30))
+    kept.insert(other, partial(prefix_of, other), snapshot=lambda: state_of(other))
+    kept.check()
+    assert (kept.num_tokens, kept.num_states) == (10, 1)
+
+
 def test_dropped_kv_is_freed_at_once() -> None:
     kept = KeptPrefixes(max_tokens=24)
     arrays = list[weakref.ref[Tensor]]()
