@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from areal_like.errors import SessionGoneError
 from areal_like.security.session_keys import SessionKeys
@@ -40,6 +41,15 @@ _LONG_S = 1.0
 """Longer waits are listed in the server's status."""
 
 
+class _Gone(NamedTuple):
+    """What is remembered of a session that has gone."""
+
+    reason: str
+    api_key: str
+    end_answer: Mapping[str, Any] | None = None
+    """See `OpenSession`."""
+
+
 class SessionBook:
     """All sessions of one server. Belongs to one event loop."""
 
@@ -56,8 +66,8 @@ class SessionBook:
         """True once no more sessions are offered."""
         self.is_job_over = False
         """True once the run is finished."""
-        self._gone: OrderedDict[str, tuple[str, str]] = OrderedDict()
-        """Reason and session key of sessions that have gone, by id."""
+        self._gone: OrderedDict[str, _Gone] = OrderedDict()
+        """By id."""
         self.num_ended = Counter[SessionOutcome]()
         self.num_refused = Counter[int]()
         """Number of refused client requests, by HTTP status."""
@@ -173,11 +183,9 @@ class SessionBook:
             self._calls_of_gone += session.num_calls
             self._progress_of_gone += session.num_served + session.num_heard
             if not session.moves:  # else the buffers know where it is
-                self._gone[session.id] = session.reason, session.api_key
+                self._remember(session.id, _Gone(session.reason, session.api_key, session.end_answer))
             if session.reason == JOB_OVER and session.was_cut and not session.num_requests:
                 self._untold[session.id] = session.members
-            if len(self._gone) > _MAX_REMEMBERED:
-                self._gone.popitem(last=False)
             session.outcome = outcome
             if not outcome.is_good:
                 session.lost = problem or session.problem_of_engine or session.reason
@@ -228,23 +236,35 @@ class SessionBook:
 
     def note_over(self, id: str, api_key: str) -> None:
         """Records that a session of another server is over."""
-        self._gone[id] = OVER, api_key
+        self._remember(id, _Gone(OVER, api_key))
+
+    def _remember(self, id: str, gone: _Gone) -> None:
+        self._gone[id] = gone
         if len(self._gone) > _MAX_REMEMBERED:
             self._gone.popitem(last=False)
+
+    def get(self, id: str) -> OpenSession | None:
+        """Returns a session that has not gone; None without it."""
+        return self._sessions.get(id)
 
     def find(self, id: str) -> OpenSession | None:
         """Returns a session, or None if it never existed. Raises SessionGoneError if it has gone."""
         if (gone := self._gone.get(id)) is not None:
             for session in self._untold.pop(id, ()):  # one agent has claimed them
                 self._untold.pop(session.id, None)
-            raise SessionGoneError(JOB_OVER if self.is_job_over else gone[0])
+            raise SessionGoneError(JOB_OVER if self.is_job_over else gone.reason)
         return self._sessions.get(id)
+
+    def end_answer(self, id: str) -> Mapping[str, Any] | None:
+        """Returns the response to the end of a session by its agent; None if that has not ended it."""
+        found = self._sessions.get(id) or self._gone.get(id)
+        return None if found is None else found.end_answer
 
     def key_of(self, id: str) -> str:
         """Returns the key for requests to a session, even if it has gone; empty if it never existed."""
         if (session := self._sessions.get(id)) is not None:
             return session.api_key
-        return self._gone[id][1] if id in self._gone else ""
+        return self._gone[id].api_key if id in self._gone else ""
 
     def offer(self) -> OpenSession | None:
         """Offers the next session to an external agent; None if there is none.
@@ -279,7 +299,7 @@ class SessionBook:
             session.claim_id = ""
             session.members.remove(session)
             session.members, session.asked = [session], AskedLimits()
-            if session.journal is not None and session.journal.num_entries:
+            if session.journal is not None:  # its first entry may be on its way
                 self._forgetting = {one for one in self._forgetting if not one.done()}
                 self._forgetting.add(asyncio.create_task(session.journal.forget()))
             self.on_waiting()

@@ -11,8 +11,9 @@ Each byte is written once: an entry refers to the turn that it extends, and has 
 tokens. Tools and instructions of the Responses API are written when they change. A text is there once, as
 part of the reply; the raw text is decoded from the tokens again.
 
-    OPEN -> append() -> refused: `lease`         -> MOVED  another server continues the session
-                        refused: `full`, `gap`   -> OFF    the session ends with its server
+    OPEN -> append() -> refused: `lease`           -> MOVED  another server continues the session
+                        refused: `full`, `gap`,
+                        or it cannot be written    -> OFF    the session ends with its server
 
 Left out: heartbeats, and whether a client has read a turn. A restored turn counts as read, because a client
 that has not read it repeats its request, and gets the recorded turn.
@@ -73,7 +74,7 @@ class JournalState(StrEnum):
     OPEN = "open"
     """It can."""
     OFF = "off"
-    """It cannot: its journal became too large."""
+    """It cannot: its journal became too large, or an entry could not be written."""
     MOVED = "moved"
     """Another server has its lease."""
 
@@ -179,21 +180,26 @@ class SessionJournal:
         self.check()
 
     async def _write(self, kind: str, fields: Mapping[str, Any]) -> None:
-        data = msgpack.packb([kind, fields], unicode_errors="surrogatepass")
-        entry = AppendSession(
-            lease_id=self._lease_id,
-            ticket_id=self._ticket_id,
-            sample_index=self._sample_index,
-            session=self.session,
-            number=self.num_entries,
-            data=np.frombuffer(data, np.uint8),
-        )
         try:
-            if self._num_bytes + len(data) > self._max_bytes:
+            data, refused = msgpack.packb([kind, fields], unicode_errors="surrogatepass"), ""
+        except OverflowError as error:  # a client's integer of more than 64 bits
+            data, refused = b"", str(error)
+        if self._num_bytes + len(data) > self._max_bytes:
+            refused = "full"
+        try:
+            if refused:
                 await self._forget()
-                refused = "full"
             else:
-                refused = await self._store.append_session(entry)
+                refused = await self._store.append_session(
+                    AppendSession(
+                        lease_id=self._lease_id,
+                        ticket_id=self._ticket_id,
+                        sample_index=self._sample_index,
+                        session=self.session,
+                        number=self.num_entries,
+                        data=np.frombuffer(data, np.uint8),
+                    )
+                )
         except BaseException:
             # The buffer may have the entry: another one must not be taken for its repetition.
             self.state = JournalState.OFF

@@ -264,6 +264,9 @@ class OpenSession:
         """How it ended, once it is removed."""
         self.lost = ""
         """Why it has made no sample, once it is removed; empty: it has made one."""
+        self.end_answer: Mapping[str, Any] | None = None
+        """What its agent was told when it ended the session, and is told again if it repeats that: the first
+        response may have been lost. None: the agent has not ended it."""
         self.is_credited = False
         """True once its agent has done its part: it ended well, and the posted rewards could be added up."""
         self.refused_route = ""
@@ -463,11 +466,17 @@ class OpenSession:
         if self.journal is not None:
             await self.journal.deleted(id)
 
-    async def end_recorded(self) -> None:
-        """Calls `end` for the agent once that is recorded. Raises SessionMovedError."""
+    async def end_recorded(self, answer: Mapping[str, Any] | None = None) -> None:
+        """Calls `end` for the agent once that is recorded. `answer`: what it is told, with a group. Raises
+        SessionMovedError."""
+        answer = answer or self._answer_to_end()
         if self.journal is not None and self.state is SessionState.OPEN:
             await self.journal.ended(budget=self.budget)
         self.end()
+        self.end_answer = answer
+
+    def _answer_to_end(self) -> dict[str, Any]:
+        return {"id": self.id, "ended": True, "problem": self.problem or None}
 
     def restore(self, recorded: RecordedSession) -> None:
         """Continues a session of another server, whose turns the conversation has already."""
@@ -504,6 +513,7 @@ class OpenSession:
             )
         if recorded.ended is not None:
             self.budget = FinishReason[recorded.ended["budget"]] if recorded.ended["budget"] else None
+            self.end_answer = self._answer_to_end()
             self.end()
 
     async def sample_turn(self, messages: list[dict[str, Any]], **options: Any) -> SampledTurn:

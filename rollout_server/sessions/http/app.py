@@ -312,12 +312,15 @@ class _SessionRoutes:
         return JSONResponse({"id": session.id})
 
     async def end(self, request: Request) -> Response:
-        """Ends the session; the sample is made from the turns so far."""
-        session = session_of(request, self.book)
+        """Ends the session; the sample is made from the turns so far. A repetition gets the response to the
+        first request."""
         parse_bounded_object(await request.body())
-        problem = session.problem
-        await session.end_recorded()
-        return JSONResponse({"id": session.id, "ended": True, "problem": problem or None})
+        answer = self.book.end_answer(request.path_params["id"])
+        if answer is None or "problem" not in answer:
+            session = session_of(request, self.book)
+            await session.end_recorded()
+            answer = session.end_answer
+        return JSONResponse(answer)
 
 
 async def _next_turn(session: OpenSession, chat: ChatRequest | MessageRequest) -> SampledTurn:

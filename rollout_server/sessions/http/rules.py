@@ -1,7 +1,7 @@
 """Access rules for the sessions of a rollout server, applied before a body is read.
 
     /sessions           a token of the job, of role `agent` or `operator`; without keys everybody
-    /sessions/ID/...    the key of this session; 410 if it has ended
+    /sessions/ID/...    the key of this session; 410 if it has ended, except for a repeated end
     everything else     as /sessions, and then 404
 
 A wrong key and an unknown id get the same response, 401, so that a client without a key cannot learn ids or
@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,14 +76,15 @@ class SessionRules:
         if not (id := session_id(scope["path"])):
             return self._claim_refusal(token)
         # Programs that use Anthropic's API send the key in one header or the other, or another key besides.
-        return self._session_refusal(id, token, header_key(headers, b"x-api-key"))
+        keys = (token, header_key(headers, b"x-api-key"))
+        return self._session_refusal(id, keys, is_end=str(scope["path"]).endswith("/end"))
 
     @contextlib.contextmanager
     def place(self, scope: Mapping[str, Any]) -> Iterator[Refusal | None]:
         """Context in which an accepted request is read and handled; yields a refusal if its session has too
         many. Otherwise a client with a single key could use all connections, and memory for as many
         bodies."""
-        session = self.book.find(session_id(scope["path"]))
+        session = self.book.get(session_id(scope["path"]))
         if session is None:
             yield None
         elif session.num_requests >= self.most_requests:
@@ -96,7 +97,7 @@ class SessionRules:
             finally:
                 session.num_requests -= 1
 
-    def _session_refusal(self, id: str, *tokens: str) -> Refusal | None:
+    def _session_refusal(self, id: str, tokens: Sequence[str], *, is_end: bool) -> Refusal | None:
         key = self.book.key_of(id)
         wanted_key = (key or _NO_KEY).encode()
         is_key = any(hmac.compare_digest(token.encode(), wanted_key) for token in tokens)
@@ -114,7 +115,8 @@ class SessionRules:
         try:
             self.book.find(id)
         except SessionGoneError as gone:
-            return Refusal(410, Reason.GONE, str(gone))
+            if not (is_end and self.book.end_answer(id)):
+                return Refusal(410, Reason.GONE, str(gone))
         return None
 
     def _claim_refusal(self, token: str) -> Refusal | None:

@@ -514,6 +514,7 @@ def test_responses_and_rewards_move_with_a_session() -> None:
         )
         assert again.id == call.id and (await again.turn()).reply == (await turn).reply
         await second.end_recorded()
+        assert second.end_answer == {"id": agent.id, "ended": True, "problem": None}
         await _until(world, asyncio.create_task(_sample(world, agent)))
         assert world.samples[agent.place].reward == 2.5
         for server in world.servers.values():

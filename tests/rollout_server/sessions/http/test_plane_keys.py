@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -140,6 +141,24 @@ def test_a_session_that_has_ended_is_gone(unkeyed: PlaneServer) -> None:
         assert (status, answered["x-should-retry"]) == (410, "false")
         assert content["error"]["code"] == "session_gone"
         assert content["error"]["message"] == "its lease was cancelled"
+
+
+def test_a_repeated_end_gets_the_first_response(unkeyed: PlaneServer) -> None:
+    session = unkeyed.add()
+    key = {"Authorization": f"Bearer {session.api_key}"}
+
+    def asked(path: str, headers: Mapping[str, str] = key) -> tuple[int, Any]:
+        status, content, _ = unkeyed.ask("POST", f"/sessions/{session.id}/{path}", CHAT, headers=headers)
+        return status, content
+
+    assert asked("v1/chat/completions")[0] == 200
+    first = asked("v1/end")
+    assert first == (200, {"id": session.id, "ended": True, "problem": None})
+    assert asked("end") == first
+    unkeyed.call(lambda: unkeyed.book.remove(session))
+    assert asked("end") == first, "also once its sample is made"
+    assert asked("group/end")[0] == asked("reward")[0] == 410
+    assert asked("end", {"Authorization": "Bearer other"})[0] == 401
 
 
 def test_claims_need_a_token_of_their_role(keyed: SimpleNamespace) -> None:
