@@ -220,7 +220,6 @@ class SessionJournal:
                 "and buffer.journals_bytes",
                 self.session,
                 refused,
-                self.counts.num_off,
             )
 
     async def _forget(self) -> None:
