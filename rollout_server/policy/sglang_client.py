@@ -259,18 +259,24 @@ class SglangClient(EngineClient):
 
     async def load(self) -> dict[str, float]:
         """Returns sequences as reported by the engine; tokens and seconds as counted by this client."""
-        queues = (await self._http.call("GET", "/v1/loads"))["loads"]
+        response = await self._http.call("GET", "/v1/loads")
         self._count_running(0)
         # Not `timestamp`, which also changes while the scheduler is stalled. A sequence is streamed as one
         # chunk, so its tokens are visible only here: as KV entries in use, and as decode steps
         # (`decode_moments`).
-        self.progress = tuple(
-            float(queue.get(key) or 0) for queue in queues for key in _PROGRESS_KEYS
-        ) + tuple(float((queue.get("decode_moments") or [0])[0]) for queue in queues)
-        return {
-            "running": sum(queue["num_running_reqs"] for queue in queues),
-            "waiting": sum(queue["num_waiting_reqs"] for queue in queues),
-            "kv_usage": max((float(queue.get("token_usage", 0.0)) for queue in queues), default=0.0),
+        try:
+            queues = response["loads"]
+            self.progress = tuple(
+                float(queue.get(key) or 0) for queue in queues for key in _PROGRESS_KEYS
+            ) + tuple(float((queue.get("decode_moments") or [0])[0]) for queue in queues)
+            reported = {
+                "running": sum(queue["num_running_reqs"] for queue in queues),
+                "waiting": sum(queue["num_waiting_reqs"] for queue in queues),
+                "kv_usage": max((float(queue.get("token_usage", 0.0)) for queue in queues), default=0.0),
+            }
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:  # of a proxy, perhaps
+            raise EngineError(f"malformed load of the engine ({type(error).__name__}: {error})") from None
+        return reported | {
             "retractions": await self._retractions(),
             "prompt_tokens": self._batcher.num_prompt_tokens,
             "cached_prompt_tokens": self._batcher.num_cached_tokens,

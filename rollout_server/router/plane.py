@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +20,6 @@ from starlette.types import ASGIApp, Scope
 
 from areal_like.chat.openai import most_bytes
 from areal_like.config import Config
-from areal_like.errors import ConfigError
 from areal_like.http.access import (
     AccessRules,
     Reason,
@@ -37,7 +35,7 @@ from areal_like.security.binding import require_loopback_or_keys
 from areal_like.security.keyring import Keyring
 from areal_like.security.tls import tls_files
 from areal_like.security.tokens import role_of_token
-from areal_like.wire.sockets import bound_socket
+from rollout_server.listening import BACKLOG, listening, url_of
 from rollout_server.router.forwarding import HAS_KNOWN_KEY, HEALTH_PATHS, KEYS, digest_of, keys_in
 from rollout_server.router.places import BodyPlaces
 from rollout_server.router.table import MAX_CLAIMS, RoutingTable
@@ -55,7 +53,6 @@ _KEEP_ALIVE_S = 75
 _WRITE_TIMEOUT_S = 60.0
 _SPARE_CONNECTIONS = 64
 _MAX_CONNECTIONS = 8192
-_MAX_BACKLOG = 1024
 _LONGEST_CONTEXT = 1 << 20
 """Tokens; for the largest body where `rollout.max_context` does not say it. A server has its own limit."""
 _MOST_BYTES = "most_bytes"
@@ -134,26 +131,15 @@ class RouterPlane:
                 shutdown_s=shutdown_s,
                 keep_alive_s=_KEEP_ALIVE_S,
                 write_timeout_s=_WRITE_TIMEOUT_S,
-                backlog=_MAX_BACKLOG,
+                backlog=BACKLOG,
                 certificate=certificate,
                 private_key=private_key,
             )
         )
-        port = settings.router_port and settings.router_port + self.index
-        try:
-            listener = bound_socket(host, port)
-            listener.listen(_MAX_BACKLOG)
-        except (OSError, OverflowError) as error:
-            raise ConfigError(
-                f"cannot bind sessions.router_host={host}, port {port} "
-                f"({getattr(error, 'strerror', error)}): set sessions.router_host to an address of this "
-                "machine, and sessions.router_port to a free one (0: any)"
-            ) from None
-        shown = settings.router_advertise_host or (
-            socket.gethostname() if host in ("0.0.0.0", "::") else host
+        listener = listening(host, settings.router_port, self.index, setting="sessions.router_host")
+        self.url = url_of(
+            listener, host=host, advertise_host=settings.router_advertise_host, is_tls=bool(certificate)
         )
-        shown = f"[{shown}]" if ":" in shown else shown
-        self.url = f"{'https' if certificate else 'http'}://{shown}:{listener.getsockname()[1]}"
         self.serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="router")
 
     async def close(self, *, limit_s: float) -> None:

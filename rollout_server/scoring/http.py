@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +29,7 @@ from starlette.types import Scope
 from areal_like.chat.openai import MAX_MESSAGES, most_bytes
 from areal_like.chat.scored_text import scored_tokens
 from areal_like.config import Config
-from areal_like.errors import ConfigError, UserError
+from areal_like.errors import UserError
 from areal_like.http.access import PROBE_PATHS, AccessRules, Reason, Refusal, RoleOfToken, host_names
 from areal_like.http.bodies import ParamError, number, parse_bounded_object
 from areal_like.http.guard import BodyLimits, Headers, HttpGuard
@@ -40,7 +39,7 @@ from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyRole
 from areal_like.security.tls import tls_files
 from areal_like.security.tokens import role_of_token
-from areal_like.wire.sockets import bound_socket
+from rollout_server.listening import listening, url_of
 from rollout_server.scoring.metrics import Refused
 from rollout_server.scoring.service import STATUS, RefusedTextError, Scored, ScoreService
 
@@ -206,21 +205,11 @@ class ScorePlane:
                 private_key=private_key,
             )
         )
-        port = settings.port and settings.port + self.index
-        try:
-            listener = bound_socket(settings.host, port)
-            listener.listen(_MAX_CONNECTIONS)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot bind scorer.host={settings.host}, port {port} ({error.strerror or error}): set "
-                "scorer.host to an address of this machine, and scorer.port to a free one (0: any)"
-            ) from None
-        host = settings.advertise_host or settings.host
-        if host in ("0.0.0.0", "::"):
-            host = socket.gethostname()
-        host = f"[{host}]" if ":" in host else host
-        scheme = "https" if certificate else "http"
-        self.url = f"{scheme}://{host}:{listener.getsockname()[1]}"
+        host = settings.host
+        listener = listening(host, settings.port, self.index, setting="scorer.host")
+        self.url = url_of(
+            listener, host=host, advertise_host=settings.advertise_host, is_tls=bool(certificate)
+        )
         self.serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="scores")
 
     async def close(self) -> None:

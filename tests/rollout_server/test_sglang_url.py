@@ -11,6 +11,7 @@ from aiohttp import web
 from areal_like.config import Config, from_mapping
 from areal_like.errors import ConfigError, EngineError
 from rollout_server.policy.engines.sglang.process import SglangAtUrl
+from rollout_server.policy.sglang_client import SglangClient
 from tests.support.certificates import make_certificate
 from tests.support.waiting import HANG_LIMIT_S
 
@@ -124,3 +125,19 @@ def test_engine_behind_tls_gets_the_key(tmp_path: Path) -> None:
     for setting, message in (("api_key_file", "chmod 600"), ("ca_file", "ca_file=")):
         with pytest.raises(ConfigError, match=message):
             at_url(tmp_path, url="https://localhost:1", **{setting: str(key)})
+
+
+@pytest.mark.parametrize("load", [{}, [], {"loads": [{}]}, {"loads": [{"decode_moments": ["x"]}]}])
+def test_a_load_of_another_form_ends_no_server(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy in front of an engine may respond with a page of its own, and status 200."""
+
+    async def body() -> None:
+        async def call(method: str, path: str) -> Any:
+            return load
+
+        async with SglangClient("http://127.0.0.1:9", vocab_size=10) as client:
+            monkeypatch.setattr(client._http, "call", call)
+            with pytest.raises(EngineError, match="malformed load"):
+                await client.load()
+
+    asyncio.run(body())

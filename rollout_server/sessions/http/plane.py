@@ -33,7 +33,7 @@ from areal_like.security.binding import require_loopback_or_keys
 from areal_like.security.keyring import Keyring
 from areal_like.security.tls import tls_files
 from areal_like.security.tokens import role_of_token
-from areal_like.wire.sockets import bound_socket
+from rollout_server.listening import BACKLOG, listening, url_of
 from rollout_server.policy.engines.sglang.process import server_index
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.app import session_app
@@ -55,9 +55,7 @@ _TELL_S, _TELL_SHARE = 10.0, 1 / 3
 share of `daemon.drain_timeout_s`."""
 _TELL_POLL_S = 0.05
 _SPARE_CONNECTIONS = 64
-_MAX_BACKLOG = 1024
 _OTHER_FILES = 256
-_LARGEST_PORT = 65535
 
 
 @contextlib.asynccontextmanager
@@ -175,8 +173,8 @@ class SessionPlane:
 
     def _internal(self) -> tuple[HttpServer, socket.socket]:
         rules = self._rules(host_names(_LOOPBACK), takes_claims=False)
-        listener = self._bound(_LOOPBACK, 0)
-        self.internal_url = f"http://{_LOOPBACK}:{listener.getsockname()[1]}"
+        listener = listening(_LOOPBACK, 0, 0, setting="sessions.host")
+        self.internal_url = url_of(listener, host=_LOOPBACK, advertise_host="", is_tls=False)
         return self._server(rules, max_connections=self._connections_of_samples), listener
 
     def _external(self) -> tuple[HttpServer, socket.socket]:
@@ -192,11 +190,10 @@ class SessionPlane:
             certificate=certificate,
             private_key=private_key,
         )
-        listener = self._bound(host, sessions.port and sessions.port + self.index)
-        shown = sessions.advertise_host or (socket.gethostname() if host in ("0.0.0.0", "::") else host)
-        shown = f"[{shown}]" if ":" in shown else shown
-        scheme = "https" if certificate else "http"
-        self.external_url = f"{scheme}://{shown}:{listener.getsockname()[1]}"
+        listener = listening(host, sessions.port, self.index, setting="sessions.host")
+        self.external_url = url_of(
+            listener, host=host, advertise_host=sessions.advertise_host, is_tls=bool(certificate)
+        )
         return server, listener
 
     @property
@@ -240,32 +237,11 @@ class SessionPlane:
                 shutdown_s=_SHUTDOWN_S,
                 keep_alive_s=_KEEP_ALIVE_S,
                 write_timeout_s=_WRITE_TIMEOUT_S,
-                backlog=min(max_connections, _MAX_BACKLOG),
+                backlog=min(max_connections, BACKLOG),
                 certificate=certificate,
                 private_key=private_key,
             )
         )
-
-    def _bound(self, host: str, port: int) -> socket.socket:
-        if port > _LARGEST_PORT:
-            raise ConfigError(
-                f"sessions.port={self.config.sessions.port} + {self.index} (this server's number) is above "
-                f"{_LARGEST_PORT}: use a smaller sessions.port"
-            )
-        try:
-            listener = bound_socket(host, port)
-            # From now on the kernel queues connections until they are accepted, instead of refusing them.
-            listener.listen(_MAX_BACKLOG)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot bind sessions.host={host}, port {port} ({error.strerror or error}): "
-                + (
-                    "set sessions.port to a port that is free (0: the kernel chooses one)"
-                    if port
-                    else "set sessions.host to an address of this machine"
-                )
-            ) from None
-        return listener
 
     def _require_files(self, configs: list[HttpConfig]) -> None:
         """Raises ConfigError if this process may not open files for all connections."""
