@@ -66,14 +66,6 @@ class Limits:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"sandbox limit {name}={getattr(self, name)}: must be above 0")
 
-    def of_command(self, *, timeout_s: float | None, output_bytes: int | None) -> Limits:
-        """Returns these limits with those of one command, where it has its own."""
-        return replace(
-            self,
-            timeout_s=self.timeout_s if timeout_s is None else timeout_s,
-            output_bytes=self.output_bytes if output_bytes is None else output_bytes,
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramResult:
@@ -108,12 +100,14 @@ class OpenSandbox(ABC):
     """One sandbox. Commands run one at a time, and no process is left when `exec` returns; files stay until
     `close`."""
 
-    home: str
-    """Directory of the files, where commands run: an absolute path as commands see it."""
     python: str = "python3"
     """The Python interpreter of the sandbox."""
 
-    @abstractmethod
+    def __init__(self, home: str, limits: Limits) -> None:
+        self.home = home
+        """Directory of the files, where commands run: an absolute path as commands see it."""
+        self._limits = limits
+
     def exec(
         self,
         command: Sequence[str],
@@ -128,6 +122,19 @@ class OpenSandbox(ABC):
         Raises SandboxError if the sandbox is lost, and ValueError if a command is too long or a directory not
         below `home`.
         """
+        limits = replace(
+            self._limits,
+            timeout_s=self._limits.timeout_s if timeout_s is None else timeout_s,
+            output_bytes=self._limits.output_bytes if output_bytes is None else output_bytes,
+        )
+        where = f"{self.home}/{checked_name(directory)}" if directory else self.home
+        return self._exec(checked_command(command), stdin=stdin, directory=where, limits=limits)
+
+    @abstractmethod
+    def _exec(
+        self, command: list[str], *, stdin: str | bytes, directory: str, limits: Limits
+    ) -> ProgramResult:
+        """Runs a command in a directory, an absolute path. `limits`: its own. Raises SandboxError."""
 
     @abstractmethod
     def close(self) -> None:

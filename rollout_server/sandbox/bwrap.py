@@ -29,8 +29,6 @@ from rollout_server.sandbox.base import (
     OpenSandbox,
     ProgramResult,
     Sandbox,
-    checked_command,
-    checked_name,
     problem_of,
 )
 from rollout_server.sandbox.process import (
@@ -105,27 +103,18 @@ class BwrapSandbox(Sandbox):
 class _Namespaces(OpenSandbox):
     """The namespaces of one bwrap, and the supervisor in them that runs commands."""
 
-    home = "/tmp"
     python = sys.executable
 
     def __init__(self, program: RunningProgram, control: socket.socket, limits: Limits) -> None:
+        super().__init__(_HOME, limits)
         self._program = program
         self._control = control
-        self._limits = limits
         self._lock = threading.Lock()
 
-    def exec(
-        self,
-        command: Sequence[str],
-        *,
-        stdin: str | bytes = "",
-        directory: str = "",
-        timeout_s: float | None = None,
-        output_bytes: int | None = None,
+    def _exec(
+        self, command: list[str], *, stdin: str | bytes, directory: str, limits: Limits
     ) -> ProgramResult:
-        limits = self._limits.of_command(timeout_s=timeout_s, output_bytes=output_bytes)
-        where = f"{_HOME}/{checked_name(directory)}" if directory else _HOME
-        request = {"command": checked_command(command), "directory": where, "timeout_s": limits.timeout_s}
+        request = {"command": command, "directory": directory, "timeout_s": limits.timeout_s}
         with self._lock, contextlib.ExitStack() as stack:
             pipes = [os.pipe() for _ in range(2)]
             readers = [stack.enter_context(os.fdopen(reader, "rb", buffering=0)) for reader, _ in pipes]

@@ -33,8 +33,6 @@ from rollout_server.sandbox.base import (
     OpenSandbox,
     ProgramResult,
     Sandbox,
-    checked_command,
-    checked_name,
     problem_of,
 )
 from rollout_server.sandbox.owner import Owner
@@ -81,12 +79,8 @@ class ContainerSandbox(Sandbox):
             *("--network", "none", "--hostname", "sandbox"),
             *("--read-only", "--tmpfs", f"{_HOME}:rw,exec,nosuid,nodev,mode=1777,size={size}"),
             *("--shm-size", size, "--workdir", _HOME, "--user", "0:0", "--cap-drop", "ALL"),
-            *(
-                "--security-opt",
-                "no-new-privileges",
-                "--pids-limit",
-                str(limits.max_processes + _OTHER_PROCESSES),
-            ),
+            *("--security-opt", "no-new-privileges"),
+            *("--pids-limit", str(limits.max_processes + _OTHER_PROCESSES)),
             *("--memory", memory, "--memory-swap", memory),
             # Podman mounts unlimited file systems over a read-only root unless it is told not to.
             *(["--read-only-tmpfs=false"] if self._cli == "podman" else []),
@@ -178,14 +172,12 @@ class ContainerSandbox(Sandbox):
 class _Container(OpenSandbox):
     """A running container."""
 
-    home = _HOME
-
     def __init__(self, sandbox: ContainerSandbox, name: str, program: RunningProgram, limits: Limits) -> None:
         """`program`: the `run` of the command line, whose stdin keeps the container alive."""
+        super().__init__(_HOME, limits)
         self._sandbox = sandbox
         self._name = name
         self._program = program
-        self._limits = limits
         self._is_closed = False
 
     def wait_until_ready(self) -> None:
@@ -205,22 +197,13 @@ class _Container(OpenSandbox):
                     raise SandboxError(f"the container did not start: {_last_line(words)}")
                 said += data
 
-    def exec(
-        self,
-        command: Sequence[str],
-        *,
-        stdin: str | bytes = "",
-        directory: str = "",
-        timeout_s: float | None = None,
-        output_bytes: int | None = None,
+    def _exec(
+        self, command: list[str], *, stdin: str | bytes, directory: str, limits: Limits
     ) -> ProgramResult:
         if self._is_closed:
             raise SandboxError("the sandbox is closed")
-        limits = self._limits.of_command(timeout_s=timeout_s, output_bytes=output_bytes)
-        where = f"{_HOME}/{checked_name(directory)}" if directory else _HOME
-        words = checked_command(command)
         try:
-            result = self._sandbox.exec(self._name, words, stdin=stdin, directory=where, limits=limits)
+            result = self._sandbox.exec(self._name, command, stdin=stdin, directory=directory, limits=limits)
         except SandboxError:
             self.close()
             raise

@@ -15,7 +15,7 @@ import contextlib
 import importlib
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +26,6 @@ from rollout_server.sandbox.base import (
     ProgramResult,
     Sandbox,
     as_bytes,
-    checked_command,
     checked_name,
     problem_of,
 )
@@ -91,33 +90,23 @@ class E2BSandbox(Sandbox):
 class _Remote(OpenSandbox):
     """A running sandbox of the service."""
 
-    home = _HOME
-
     def __init__(self, sdk: ModuleType, remote: Any, limits: Limits) -> None:
+        super().__init__(_HOME, limits)
         self._sdk = sdk
         self._remote = remote
-        self._limits = limits
         self._is_closed = False
         self._has_home = False
 
-    def exec(
-        self,
-        command: Sequence[str],
-        *,
-        stdin: str | bytes = "",
-        directory: str = "",
-        timeout_s: float | None = None,
-        output_bytes: int | None = None,
+    def _exec(
+        self, command: list[str], *, stdin: str | bytes, directory: str, limits: Limits
     ) -> ProgramResult:
-        limits = self._limits.of_command(timeout_s=timeout_s, output_bytes=output_bytes)
-        where = f"{_HOME}/{checked_name(directory)}" if directory else _HOME
-        words = remote_command(checked_command(command), limits)
+        words = remote_command(command, limits)
         self._check_open()
         try:
             self._make_home()
             self._remote.files.write(_STDIN, as_bytes(stdin), request_timeout=_REQUEST_TIMEOUT_S)
             handle = self._remote.commands.run(
-                f"cd {shlex.quote(where)} && HOME={_HOME} exec {shlex.join(words)} < {_STDIN}",
+                f"cd {shlex.quote(directory)} && HOME={_HOME} exec {shlex.join(words)} < {_STDIN}",
                 background=True,
                 timeout=limits.timeout_s + _MARGIN_S,
                 retain_output=False,

@@ -23,8 +23,6 @@ from rollout_server.sandbox.base import (
     OpenSandbox,
     ProgramResult,
     Sandbox,
-    checked_command,
-    checked_name,
     problem_of,
 )
 from rollout_server.sandbox.owner import Owner
@@ -85,30 +83,17 @@ class _Directory(OpenSandbox):
 
     python = sys.executable
 
-    def __init__(self, directory: str, limits: Limits) -> None:
-        self.home = directory
-        self._limits = limits
-
-    def exec(
-        self,
-        command: Sequence[str],
-        *,
-        stdin: str | bytes = "",
-        directory: str = "",
-        timeout_s: float | None = None,
-        output_bytes: int | None = None,
+    def _exec(
+        self, command: list[str], *, stdin: str | bytes, directory: str, limits: Limits
     ) -> ProgramResult:
-        limits = self._limits.of_command(timeout_s=timeout_s, output_bytes=output_bytes)
-        where = Path(self.home, checked_name(directory) if directory else "")
-        words = checked_command(command)
         if not Path(self.home).is_dir():
             raise SandboxError("the sandbox is closed")
-        if not where.is_dir():  # Popen would raise
-            words, where = ["ls", str(where)], Path(self.home)
+        if not Path(directory).is_dir():  # Popen would raise
+            command, directory = ["ls", directory], self.home
         return run_bounded(
-            _supervised(words, limits),
+            _supervised(command, limits),
             environment=environment_of(self.home),
-            directory=str(where),
+            directory=directory,
             stdin=stdin,
             limits=limits,
             end_signal=signal.SIGTERM,
