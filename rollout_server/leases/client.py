@@ -227,7 +227,10 @@ class BufferClient(BufferConnection):
                     await asyncio.sleep(0.02)
             self._has_left = True
             await self.call(Goodbye(stats=bounded_stats(self.stats)), timeout_s=_GOODBYE_TIMEOUT_S)
-        except (TimeoutError, ArealError) as error:
+        except TimeoutError:
+            num = self._held.num_unacknowledged
+            log.warning("leaving without a goodbye: the buffer has not acknowledged %d samples", num)
+        except ArealError as error:
             log.info("the buffer did not confirm the goodbye: %s", error)
 
     def close(self) -> None:

@@ -1,15 +1,18 @@
 """The buffer client while its buffer restarts, at the same or another address, or cannot write."""
 
 import asyncio
+import contextlib
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from areal_like.config import from_mapping
+from areal_like.config import Config, from_mapping
 from areal_like.failures import FailureKind
 from areal_like.paths import RunPaths, write_json
+from areal_like.runtime.daemon import cancelled_on_exit
 from areal_like.runtime.waits import PendingWaits
 from areal_like.wire.channel import Envelope, Listener
 from areal_like.wire.messages.hello import Goodbye, Hello, HelloRequired, Ok, Role, Welcome
@@ -84,6 +87,24 @@ class PlayedBuffer:
                 await asyncio.sleep(0.01)
 
 
+@contextlib.asynccontextmanager
+async def running_client(config: Config) -> AsyncIterator[tuple[BufferClient, HeldLeases, list[Any]]]:
+    """Yields a client that serves, the leases that it holds, and those that it got."""
+    held, leases = HeldLeases(engine_samples=4, max_episodes=8), list[Any]()
+    client = BufferClient(
+        config,
+        hello=lambda: HELLO,
+        held=held,
+        waits=PendingWaits(),
+        on_leases=leases.extend,
+        on_abort=lambda _: None,
+    )
+    client.announce(state=ServerState.SERVING)
+    async with cancelled_on_exit(asyncio.create_task(client.run())):
+        yield client, held, leases
+    client.close()
+
+
 def test_messages_to_an_absent_buffer_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rollout_server.leases.client._HELLO_TIMEOUT_S", 5.0)
 
@@ -92,36 +113,23 @@ def test_messages_to_an_absent_buffer_do_not_pile_up(tmp_path: Path, monkeypatch
         config = from_mapping(
             {"runs_dir": str(tmp_path), "buffer": {"port": port}, "daemon": {"heartbeat_s": 1.0}}
         )
-        held, leases = HeldLeases(engine_samples=4, max_episodes=8), list[Any]()
-        client = BufferClient(
-            config,
-            hello=lambda: HELLO,
-            held=held,
-            waits=PendingWaits(),
-            on_leases=leases.extend,
-            on_abort=lambda _: None,
-        )
-        client.announce(state=ServerState.SERVING)
-        running = asyncio.create_task(client.run())
-        await first.expect("ServerHeartbeat")
-        first.listener.send(first.peer, Leases(leases=[LEASE]))
-        while not leases:
-            await asyncio.sleep(0.01)
-        first.listener.close()
-        client.deliver(FAILED)
-        for _ in range(150):  # heartbeats that would pile up
-            advance(1.0)
-            await asyncio.sleep(0.005)
-        second = PlayedBuffer(port=port, acknowledging=True)
-        await second.expect("SampleFailed")
-        await second.expect("ServerHeartbeat")
-        while held.num_unacknowledged:
-            await asyncio.sleep(0.01)
-        assert second.received["ServerHeartbeat"] < 40, second.received
-        assert second.received["SampleFailed"] < 15, second.received
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        client.close()
+        async with running_client(config) as (client, held, leases):
+            await first.expect("ServerHeartbeat")
+            first.listener.send(first.peer, Leases(leases=[LEASE]))
+            while not leases:
+                await asyncio.sleep(0.01)
+            first.listener.close()
+            client.deliver(FAILED)
+            for _ in range(150):  # heartbeats that would pile up
+                advance(1.0)
+                await asyncio.sleep(0.005)
+            second = PlayedBuffer(port=port, acknowledging=True)
+            await second.expect("SampleFailed")
+            await second.expect("ServerHeartbeat")
+            while held.num_unacknowledged:
+                await asyncio.sleep(0.01)
+            assert second.received["ServerHeartbeat"] < 40, second.received
+            assert second.received["SampleFailed"] < 15, second.received
         second.listener.close()
 
     with held_port() as port:
@@ -145,32 +153,19 @@ def test_a_buffer_that_moved_gets_the_results(tmp_path: Path, monkeypatch: pytes
         first = PlayedBuffer()
         endpoint = RunPaths.of(config).endpoints / "buffer.json"
         write_json(endpoint, {"stream": f"tcp://127.0.0.1:{first.listener.port}"})
-        held, leases = HeldLeases(engine_samples=4, max_episodes=8), list[Any]()
-        client = BufferClient(
-            config,
-            hello=lambda: HELLO,
-            held=held,
-            waits=PendingWaits(),
-            on_leases=leases.extend,
-            on_abort=lambda _: None,
-        )
-        client.announce(state=ServerState.SERVING)
-        running = asyncio.create_task(client.run())
-        await first.expect("ServerHeartbeat")
-        first.listener.send(first.peer, Leases(leases=[LEASE]))
-        while not leases:
-            await asyncio.sleep(0.01)
-        first.listener.close()
-        client.deliver(FAILED)
-        second = PlayedBuffer(acknowledging=True)
-        write_json(endpoint, {"stream": f"tcp://127.0.0.1:{second.listener.port}"})
-        await second.expect("SampleFailed")
-        while held.num_unacknowledged:
-            await asyncio.sleep(0.01)
-        assert second.received["Hello"] and str(second.listener.port) not in client.problem
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        client.close()
+        async with running_client(config) as (client, held, leases):
+            await first.expect("ServerHeartbeat")
+            first.listener.send(first.peer, Leases(leases=[LEASE]))
+            while not leases:
+                await asyncio.sleep(0.01)
+            first.listener.close()
+            client.deliver(FAILED)
+            second = PlayedBuffer(acknowledging=True)
+            write_json(endpoint, {"stream": f"tcp://127.0.0.1:{second.listener.port}"})
+            await second.expect("SampleFailed")
+            while held.num_unacknowledged:
+                await asyncio.sleep(0.01)
+            assert second.received["Hello"] and str(second.listener.port) not in client.problem
         second.listener.close()
 
     asyncio.run(body())
@@ -190,37 +185,47 @@ def test_nothing_is_resent_to_a_buffer_that_cannot_write(
                 "daemon": {"heartbeat_s": 0.02},
             }
         )
-        held, leases = HeldLeases(engine_samples=4, max_episodes=8), list[Any]()
-        client = BufferClient(
-            config,
-            hello=lambda: HELLO,
-            held=held,
-            waits=PendingWaits(),
-            on_leases=leases.extend,
-            on_abort=lambda _: None,
-        )
-        client.announce(state=ServerState.SERVING)
-        running = asyncio.create_task(client.run())
-        await buffer.expect("ServerHeartbeat")
-        buffer.trouble = "disk full"
-        buffer.listener.send(buffer.peer, Leases(leases=[LEASE]))
-        while not leases:
-            await asyncio.sleep(0.01)
-        while not client.is_stuck:
-            await asyncio.sleep(0.01)
-        client.deliver(FAILED)
-        await asyncio.sleep(0.5)
-        assert buffer.received["SampleFailed"] == 1
-        buffer.trouble = ""
-        async with asyncio.timeout(HANG_LIMIT_S):
-            while buffer.received["SampleFailed"] < 3:
+        async with running_client(config) as (client, _, leases):
+            await buffer.expect("ServerHeartbeat")
+            buffer.trouble = "disk full"
+            buffer.listener.send(buffer.peer, Leases(leases=[LEASE]))
+            while not leases:
                 await asyncio.sleep(0.01)
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        client.close()
+            while not client.is_stuck:
+                await asyncio.sleep(0.01)
+            client.deliver(FAILED)
+            await asyncio.sleep(0.5)
+            assert buffer.received["SampleFailed"] == 1
+            buffer.trouble = ""
+            async with asyncio.timeout(HANG_LIMIT_S):
+                while buffer.received["SampleFailed"] < 3:
+                    await asyncio.sleep(0.01)
         buffer.listener.close()
 
     asyncio.run(body())
+
+
+def test_a_server_says_which_results_it_leaves_behind(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body() -> None:
+        buffer = PlayedBuffer()
+        port = {"port": buffer.listener.port}
+        config = from_mapping({"runs_dir": str(tmp_path), "buffer": port, "daemon": {"heartbeat_s": 1.0}})
+        async with running_client(config) as (client, _, leases):
+            await buffer.expect("ServerHeartbeat")
+            buffer.listener.send(buffer.peer, Leases(leases=[LEASE]))
+            while not leases:
+                await asyncio.sleep(0.01)
+            client.deliver(FAILED)
+            leaving = asyncio.create_task(client.leave())
+            await asyncio.sleep(0.05)
+            advance(10.0)
+            await leaving
+        buffer.listener.close()
+
+    moved_clock.run(body())
+    assert "the buffer has not acknowledged 1 samples" in caplog.text
 
 
 def test_a_server_that_has_left_does_not_register_again(tmp_path: Path) -> None:
