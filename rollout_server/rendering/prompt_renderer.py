@@ -84,7 +84,7 @@ class PromptRenderer:
         self._model_type = str(config.model_type)
         self._settings = settings or ModelConfig()
         text = config.get_text_config()
-        self.max_positions = int(getattr(text, "max_position_embeddings", 0)) or 1 << 30
+        self.max_positions = int(getattr(text, "max_position_embeddings", None) or 1 << 30)
         """Longest sequence that the model supports, in tokens."""
         self.vocab_size = int(text.vocab_size)
         """Number of rows of the model's embedding; every token id is below it."""

@@ -66,13 +66,13 @@ def supervisor_text() -> str:
     return Path(os.fspath(supervisor.__file__)).read_text()
 
 
-def remote_command(command: Sequence[str], limits: Limits, *, python: str = "python3") -> list[str]:
+def remote_command(command: Sequence[str], limits: Limits) -> list[str]:
     """Returns the command line that supervises a command where neither this repository nor its sandbox is.
 
     The supervisor alone ends the command at its time limit, with exit code 137.
     """
     arguments = vars(limits) | {"parent": 0, "serves": False, "extra_s": 0.0}
-    return [python, "-I", "-S", "-c", supervisor_text(), json.dumps(arguments), *command]
+    return ["python3", "-I", "-S", "-c", supervisor_text(), json.dumps(arguments), *command]
 
 
 def supervisor_arguments(limits: Limits, *, is_namespace: bool, serves: bool = False) -> str:

@@ -52,13 +52,13 @@ class ModelDirectory:
         return digest.hexdigest()[:_IDENTITY_CHARS]
 
 
-def checked_directory(path: str, *, setting: str = "scorer.path") -> ModelDirectory:
-    """Returns the directory of a reward model. `setting`: named in errors.
+def checked_directory(path: str) -> ModelDirectory:
+    """Returns the directory of a reward model.
 
     Raises ConfigError unless it has a sequence classifier with one label, its weights as safetensors, and a
     tokenizer.
     """
-    folder, what = Path(path).expanduser(), f"{setting}={path}"
+    folder, what = Path(path).expanduser(), f"scorer.path={path}"
     if not (folder / _CONFIG).is_file():
         if (folder / ADAPTER_CONFIG).is_file():
             raise ConfigError(

@@ -43,12 +43,11 @@ from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.messages import canonical_messages
 from rollout_server.conversation.turns import SampledTurn, Turn
 from rollout_server.environments.base import Message, Reply, ToolCall
+from rollout_server.sessions.kept_responses import SHARED
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-_SHARED = ("instructions", "tools")
-"""Fields of a kept response that rarely change within a session."""
 _LEASE = "lease"
 _CLAIMED = "claimed"
 """Kind of the first entry; without it there are no others."""
@@ -117,7 +116,7 @@ class SessionJournal:
         self._numbers: dict[Turn, int] = {}
         """Position of each turn among the turns in the journal."""
         self._shared: Mapping[str, Any] = {}
-        """`_SHARED` of the last kept response."""
+        """`SHARED` of the last kept response."""
         self._lock = asyncio.Lock()
 
     @property
@@ -270,7 +269,7 @@ class SessionJournal:
         }
 
     def _packed_response(self, request: ResponsesRequest) -> dict[str, Any]:
-        shared = {name: request.echo[name] for name in _SHARED}
+        shared = {name: request.echo[name] for name in SHARED}
         is_same, self._shared = shared == self._shared, shared
         referred = (one for one in request.messages if isinstance(one, ItemReference))
         return {
@@ -278,7 +277,7 @@ class SessionJournal:
             "previous": request.previous_response_id,
             "referred": [one.response_id for one in referred],
             "logprobs": request.logprobs,
-            "echo": {name: value for name, value in request.echo.items() if name not in _SHARED},
+            "echo": {name: value for name, value in request.echo.items() if name not in SHARED},
             "shared": None if is_same else shared,
         }
 

@@ -19,7 +19,7 @@ from rollout_server.conversation.messages import packed_bytes
 from rollout_server.conversation.turns import SampledTurn
 from rollout_server.environments.base import Message
 
-_SHARED = ("instructions", "tools")
+SHARED = ("instructions", "tools")
 """Fields that a response repeats and that rarely change within a session."""
 _BYTES_PER_ID = 64
 
@@ -59,12 +59,12 @@ class KeptResponse:
     def parts(self) -> list[Any]:
         """What counts against the limit, once for all responses that have the same object: the messages, the
         fields that requests share, and the response itself for the rest."""
-        return [*self.messages, *(self.request.echo[name] for name in _SHARED), self]
+        return [*self.messages, *(self.request.echo[name] for name in SHARED), self]
 
     @property
     def num_own_bytes(self) -> int:
         """Size of what no other response shares."""
-        own = {name: value for name, value in self.request.echo.items() if name not in _SHARED}
+        own = {name: value for name, value in self.request.echo.items() if name not in SHARED}
         return _BYTES_PER_ID * (2 + len(self.referred)) + len(self.request.options.model) + _json_bytes(own)
 
 
@@ -129,7 +129,7 @@ class KeptResponses:
         if not self._kept:
             return response
         used, echo = next(reversed(self._kept.values())).request.echo, response.request.echo
-        same = {name: used[name] for name in _SHARED if used[name] == echo[name]}
+        same = {name: used[name] for name in SHARED if used[name] == echo[name]}
         return replace(response, request=replace(response.request, echo={**echo, **same}))
 
     def _forget(self, id: str) -> None:

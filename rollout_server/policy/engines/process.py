@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import os
 import secrets
-import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
@@ -104,7 +103,7 @@ class EngineProcess(ABC):
                     watching.cancel()
                     return await self._connect(port)
         except TimeoutError:
-            await self._end()
+            await self.stop()
             raise EngineError(
                 f"engine was not ready, and has not logged anything for {timeout_s:.0f} s "
                 f"(rollout.start_timeout_s){self._log_end()}"
@@ -119,29 +118,19 @@ class EngineProcess(ABC):
         return f"engine ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}{self._log_end()}"
 
     async def stop(self) -> None:
-        """Sends SIGTERM, then SIGKILL if the process does not end in time."""
+        """Kills the process, which has nothing to save, and waits for its end, for a limited time."""
         if self._process is None:
             return
-        if self.is_running:
-            self._process.send_signal(signal.SIGTERM)
-        try:
-            async with asyncio.timeout(_STOP_TIMEOUT_S):
-                await self.died()
-            self._process = None
-        except TimeoutError:
-            await self._end()
-
-    def kill(self) -> None:
-        """Sends SIGKILL and does not wait: the process may be stuck in the kernel. `died` reaps it."""
-        if self._process is not None:
-            self._process.kill()
-
-    async def _end(self) -> None:
         self.kill()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STOP_TIMEOUT_S):
                 await self.died()
         self._process = None
+
+    def kill(self) -> None:
+        """Sends SIGKILL and does not wait: the process may be stuck in the kernel. `died` reaps it."""
+        if self._process is not None:
+            self._process.kill()
 
     @abstractmethod
     def _command(self, *, version: int, secret_file: str) -> list[str]:
@@ -230,11 +219,6 @@ class EngineProcess(ABC):
 
 class EmbeddedProcess(EngineProcess):
     """The embedded engine as a child process. The kernel picks its port; the engine writes it to a file."""
-
-    async def stop(self) -> None:
-        """Kills the process: its sequences are given up already, and it has nothing to save."""
-        if self._process is not None:
-            await self._end()
 
     @property
     def _port_file(self) -> Path:

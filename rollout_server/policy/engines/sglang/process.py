@@ -125,11 +125,6 @@ class SglangProcess(EngineProcess):
         self._routes = routes_reader(config)
         self._chosen_port = 0
 
-    async def stop(self) -> None:
-        """Kills the engine and waits for its end, for a limited time."""
-        if self._process is not None:
-            await self._end()
-
     def kill(self) -> None:
         """Kills the engine and its scheduler processes."""
         if self._process is not None:
