@@ -119,13 +119,17 @@ class Tool:
             "function": {
                 "name": self.name,
                 "description": self.description,
-                "parameters": {
-                    "type": "object",
-                    "properties": {parameter.name: parameter.schema for parameter in self.parameters},
-                    "required": [parameter.name for parameter in self.parameters if parameter.is_required],
-                    "additionalProperties": False,
-                },
+                "parameters": self._schema_of_parameters,
             },
+        }
+
+    @property
+    def _schema_of_parameters(self) -> dict[str, Any]:
+        return {
+            "type": "object",
+            "properties": {parameter.name: parameter.schema for parameter in self.parameters},
+            "required": [parameter.name for parameter in self.parameters if parameter.is_required],
+            "additionalProperties": False,
         }
 
     def bind(self, arguments: str) -> dict[str, Any]:
@@ -174,6 +178,26 @@ class Tool:
         return f"{text[: self.max_chars]}\n[cut: {self.max_chars} of {len(text)} characters]"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServerTool(Tool):
+    """A tool of a server, with the server's schema."""
+
+    parameters: tuple[Parameter, ...] = ()
+    input_schema: Mapping[str, Any]
+    max_argument_chars: int = 1 << 16
+    check_arguments: Callable[[Mapping[str, Any]], None] = field(default=lambda _: None, repr=False)
+    """Raises ToolError for arguments that do not match the schema; the server may check them, too."""
+
+    @property
+    def _schema_of_parameters(self) -> dict[str, Any]:
+        return dict(self.input_schema)
+
+    def bind(self, arguments: str) -> dict[str, Any]:
+        values = json_object(arguments, max_chars=self.max_argument_chars)
+        self.check_arguments(values)
+        return values
+
+
 async def _in_thread(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     """Calls a function in a thread that is not waited for, by an executor or at the end of the process."""
     loop = asyncio.get_running_loop()
@@ -198,10 +222,10 @@ async def _in_thread(function: Callable[..., Any], values: Mapping[str, Any]) ->
     return await done
 
 
-def json_object(text: str) -> dict[str, Any]:
+def json_object(text: str, *, max_chars: int = _MAX_ARGUMENTS_CHARS) -> dict[str, Any]:
     """Returns the arguments of a call as written by the policy. Raises ToolError."""
-    if len(text) > _MAX_ARGUMENTS_CHARS:
-        raise ToolError(f"the arguments have {len(text)} characters; at most {_MAX_ARGUMENTS_CHARS} are read")
+    if len(text) > max_chars:
+        raise ToolError(f"the arguments have {len(text)} characters; at most {max_chars} are read")
     try:
         values = json.loads(text, parse_constant=_refuse_constant) if text.strip() else {}
     except (ValueError, RecursionError) as error:

@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import ssl
 import time
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from areal_like.errors import ConfigError, RewardError
-from areal_like.security.tokens import read_secret
+from rollout_server.policy.http import key_in
+from rollout_server.rewards.library.base import RewardFunction
 from rollout_server.rewards.time_limit import reward_time_left_s
+from rollout_server.tasks.base import Completion, Example, Score
 
 V = TypeVar("V")
 
@@ -203,6 +206,50 @@ class ServiceClient:
         return bytes(content)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServiceReward(RewardFunction):
+    """A reward that a service gives."""
+
+    api_key_file: str = ""
+
+    async def score(self, example: Example, completion: Completion) -> Score:
+        """Returns the reward. Metrics: `calls`, `cache_hits`, `retries` of this sample, `failures`, and those
+        of `_graded`.
+
+        `failures` counts this worker's failed rewards since its last successful one, because a failed sample
+        has no metrics of its own. Raises RewardError after the last retry.
+        """
+        failures, counts = self._failures, Counts()
+        try:
+            value, metrics = await self._graded(example, completion, counts)
+        except RewardError:
+            failures[0] += 1
+            raise
+        metrics |= {key: float(number) for key, number in vars(counts).items()}
+        metrics["failures"], failures[0] = float(failures[0]), 0
+        return Score(value=value, metrics=metrics)
+
+    async def close(self) -> None:
+        """Closes the connections of the running event loop; another one may use this reward afterwards."""
+        if (client := self.__dict__.pop("_client", None)) is not None:
+            await client.close()
+
+    @abstractmethod
+    async def _graded(
+        self, example: Example, completion: Completion, counts: Counts
+    ) -> tuple[float, dict[str, float]]:
+        """Returns the reward and its metrics. The client that it uses is the cached property `_client`."""
+
+    @property
+    def _key(self) -> str:
+        """The key in `api_key_file`; empty for no file. Raises ConfigError."""
+        return key_in(self.api_key_file, setting="task.reward.api_key_file")
+
+    @functools.cached_property
+    def _failures(self) -> list[int]:
+        return [0]
+
+
 def check_url(url: str, *, form: str) -> None:
     """Raises ConfigError unless `task.reward.url` is a plain URL. `form`: an example of one."""
     parts = urlsplit(url)
@@ -224,16 +271,6 @@ def check_bounds(reward: object) -> None:
     for name in ("max_retries", "first_pause_s", "temperature"):
         if not getattr(reward, name, 0) >= 0:
             raise ConfigError(f"task.reward.{name}={getattr(reward, name)}: must be at least 0")
-
-
-def api_key_in(file: str) -> str:
-    """Returns the key in `task.reward.api_key_file`; empty for no file. Raises ConfigError."""
-    if not file:
-        return ""
-    try:
-        return read_secret(Path(file).expanduser())
-    except FileNotFoundError:
-        raise ConfigError(f"task.reward.api_key_file={file}: no such file") from None
 
 
 def _reason_in(content: bytes) -> str:

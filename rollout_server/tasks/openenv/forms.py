@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from areal_like.errors import ConfigError, EpisodeError, ToolError
-from rollout_server.tools.tool import TOOL_NAME, Tool, json_object
+from rollout_server.tools.tool import TOOL_NAME
 
 _NOT_SHOWN = ("done", "reward", "metadata")
 _MCP_ACTIONS = ("call_tool", "list_tools")
@@ -22,7 +22,6 @@ _INTEGER = re.compile(r"[+-]?\d{1,18}")
 _MAX_TOOLS = 64
 _MAX_SCHEMA_BYTES = 16384
 _MAX_DESCRIPTION_CHARS = 4096
-_MAX_ARGUMENT_CHARS = 65536
 _MAX_DEPTH = 4
 """Of references and alternatives in the schema of one field of an action."""
 
@@ -145,31 +144,6 @@ def _text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     except RecursionError:
         raise UnusableError("an observation is nested too deep") from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerTool(Tool):
-    """A tool of a server. Its schema is the server's, which also checks the arguments of calls."""
-
-    input_schema: Mapping[str, Any]
-
-    @property
-    def schema(self) -> dict[str, Any]:
-        return {
-            "type": "function",
-            "function": {
-                "name": self.name,
-                "description": self.description,
-                "parameters": dict(self.input_schema),
-            },
-        }
-
-    def bind(self, arguments: str) -> dict[str, Any]:
-        if len(arguments) > _MAX_ARGUMENT_CHARS:
-            raise ToolError(
-                f"the arguments have {len(arguments)} characters: at most {_MAX_ARGUMENT_CHARS} are read"
-            )
-        return json_object(arguments)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,6 @@ from rollout_server.tasks.games import GameTask
 from rollout_server.tasks.openenv.forms import (
     ActionForm,
     ListedTool,
-    ServerTool,
     UnusableError,
     action_form,
     listed_tools,
@@ -44,6 +43,7 @@ from rollout_server.tasks.openenv.session import (
 )
 from rollout_server.tools.address import problem_of_address
 from rollout_server.tools.environment import ToolEnvironment
+from rollout_server.tools.tool import ServerTool
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
@@ -230,7 +230,6 @@ class OpenEnvEnvironment(ToolEnvironment):
         return ServerTool(
             name=listed.name,
             description=listed.description,
-            parameters=(),
             function=call,
             timeout_s=2 * self._task.timeout_s,  # _perform has the limit
             max_chars=self._task.max_chars + 100,  # it is cut already

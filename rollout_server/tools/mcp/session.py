@@ -11,16 +11,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mcp_types
 
 from areal_like.errors import ToolError, ToolServerError
 from rollout_server.tools.mcp.connection import Connection
-from rollout_server.tools.mcp.schemas import ArgumentCheck, accepted
+from rollout_server.tools.mcp.schemas import accepted
 from rollout_server.tools.mcp.settings import MCPSettings
-from rollout_server.tools.tool import TOOL_NAME, Tool, json_object
+from rollout_server.tools.tool import TOOL_NAME, ServerTool, Tool
 
 log = logging.getLogger(__name__)
 
@@ -29,35 +28,6 @@ _MAX_PAGES = 32
 
 _kept: dict[MCPSettings, Connection] = {}
 """Connections that outlive an episode."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MCPTool(Tool):
-    """A tool of a server. Its schema is the server's."""
-
-    input_schema: Mapping[str, Any]
-    check_of_arguments: ArgumentCheck
-    max_argument_chars: int
-
-    @property
-    def schema(self) -> dict[str, Any]:
-        return {
-            "type": "function",
-            "function": {
-                "name": self.name,
-                "description": self.description,
-                "parameters": dict(self.input_schema),
-            },
-        }
-
-    def bind(self, arguments: str) -> dict[str, Any]:
-        if len(arguments) > self.max_argument_chars:
-            raise ToolError(
-                f"the arguments have {len(arguments)} characters: at most {self.max_argument_chars} are read"
-            )
-        values = json_object(arguments)
-        self.check_of_arguments.check(values)
-        return values
 
 
 class MCPSession:
@@ -69,7 +39,7 @@ class MCPSession:
         self._settings = settings
         self._num_calls = 0
         self._connection: Connection | None = None
-        self._tools: tuple[MCPTool, ...] = ()
+        self._tools: tuple[ServerTool, ...] = ()
 
     @classmethod
     async def start(cls, settings: MCPSettings) -> MCPSession:
@@ -198,7 +168,7 @@ class MCPSession:
             raise ToolServerError("it lists no tools")
         return chosen
 
-    def _tool(self, listed: Any) -> MCPTool:
+    def _tool(self, listed: Any) -> ServerTool:
         settings = self._settings
         name, description = f"{settings.prefix}{listed.name}", listed.description or ""
         if not TOOL_NAME.fullmatch(name):
@@ -220,15 +190,14 @@ class MCPSession:
         async def call(**arguments: Any) -> str:
             return await self.call(listed.name, arguments)
 
-        return MCPTool(
+        return ServerTool(
             name=name,
             description=description.encode(errors="replace").decode(),
-            parameters=(),
             function=call,
             timeout_s=settings.timeout_s,
             max_chars=settings.max_chars,
             input_schema=listed.input_schema,
-            check_of_arguments=check,
+            check_arguments=check.check,
             max_argument_chars=settings.max_argument_chars,
         )
 

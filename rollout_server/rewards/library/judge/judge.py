@@ -16,8 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from areal_like.errors import ConfigError, RewardError
-from rollout_server.rewards.library.base import RewardFunction
+from areal_like.errors import ConfigError
 from rollout_server.rewards.library.cache import ReplyCache, cache_of
 from rollout_server.rewards.library.judge.client import JudgeClient
 from rollout_server.rewards.library.judge.grading import (
@@ -37,17 +36,17 @@ from rollout_server.rewards.library.service import (
     Counts,
     OnePlace,
     ServiceClient,
-    api_key_in,
+    ServiceReward,
     check_bounds,
     check_url,
 )
-from rollout_server.tasks.base import Completion, Example, Score
+from rollout_server.tasks.base import Completion, Example
 
 _PATH = "/chat/completions"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judge(RewardFunction):
+class Judge(ServiceReward):
     """`{name: judge, url: "http://127.0.0.1:30000/v1", rubric: "Is it polite and correct?"}`."""
 
     url: str
@@ -108,28 +107,13 @@ class Judge(RewardFunction):
     def check(self) -> None:
         """Raises ConfigError if the key file cannot be read. A judge that cannot be reached yet is not an
         error."""
-        api_key_in(self.api_key_file)
-
-    async def score(self, example: Example, completion: Completion) -> Score:
-        """Returns a score from 0 to 1. Metrics: `calls`, `cache_hits`, `retries` of this sample, and
-        `failures`.
-
-        `failures` counts this worker's failed judge rewards since its last successful one, because a failed
-        sample has no metrics of its own. Raises RewardError after the last retry.
-        """
-        client, failures, counts = self._client, self._failures, Counts()
-        try:
-            value, metrics = await self._graded(client, example, completion, counts)
-        except RewardError:
-            failures[0] += 1
-            raise
-        metrics |= {key: float(number) for key, number in vars(counts).items()}
-        metrics["failures"], failures[0] = float(failures[0]), 0
-        return Score(value=value, metrics=metrics)
+        self._key  # noqa: B018, raises ConfigError
 
     async def _graded(
-        self, client: JudgeClient, example: Example, completion: Completion, counts: Counts
+        self, example: Example, completion: Completion, counts: Counts
     ) -> tuple[float, dict[str, float]]:
+        """Returns a score from 0 to 1."""
+        client = self._client
         if not self._criteria:
             messages = messages_for_score(
                 self.rubric, example, completion, lowest=self.lowest, highest=self.highest
@@ -179,14 +163,9 @@ class Judge(RewardFunction):
         }
         return {key: value for key, value in body.items() if value is not None}
 
-    async def close(self) -> None:
-        """Closes the connections of the running event loop; another one may use this judge afterwards."""
-        await self._client.close()
-        del self.__dict__["_client"]
-
     @functools.cached_property
     def _client(self) -> JudgeClient:
-        key = api_key_in(self.api_key_file)
+        key = self._key
         service = ServiceClient(
             name="judge",
             place=OnePlace(self._endpoint),
@@ -203,10 +182,6 @@ class Judge(RewardFunction):
     def _endpoint(self) -> str:
         url = self.url.rstrip("/")
         return url if url.endswith(_PATH) else f"{url}{_PATH}"
-
-    @functools.cached_property
-    def _failures(self) -> list[int]:
-        return [0]
 
     @functools.cached_property
     def _criteria(self) -> tuple[Criterion, ...]:

@@ -18,26 +18,25 @@ from typing import Any, Literal
 
 from areal_like.errors import ConfigError, RewardError, first_line
 from areal_like.runtime.imports import torch_hidden
-from rollout_server.rewards.library.base import RewardFunction
 from rollout_server.rewards.library.cache import NO_CACHE, ReplyCache, cache_of, key_of
 from rollout_server.rewards.library.model.formats import UNKNOWN, ClassifyFormat, Format, Prompt, ScoreFormat
 from rollout_server.rewards.library.model.scorers import JobScorers, Scorers
 from rollout_server.rewards.library.service import (
     Counts,
     ServiceClient,
-    api_key_in,
+    ServiceReward,
     check_bounds,
     check_url,
 )
 from rollout_server.rewards.scores import SCORER
-from rollout_server.tasks.base import Completion, Example, Score
+from rollout_server.tasks.base import Completion, Example
 
 _LONGEST_PAUSE_S = 5.0
 _MAX_URLS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelReward(RewardFunction):
+class ModelReward(ServiceReward):
     """`model`, or `{name: model, url: "http://127.0.0.1:30000", api: classify, tokenizer: DIR}`."""
 
     url: Any = ""
@@ -102,7 +101,7 @@ class ModelReward(RewardFunction):
     def check(self) -> None:
         """Raises ConfigError if the job has no scorer, or a file cannot be read. A scorer that cannot be
         reached yet is not an error."""
-        api_key_in(self.api_key_file)
+        self._key  # noqa: B018, raises ConfigError
         if self.api == "classify":
             self._format  # noqa: B018, raises ConfigError
         if self._urls:
@@ -116,31 +115,15 @@ class ModelReward(RewardFunction):
         job.token()
         job.trust()
 
-    async def score(self, example: Example, completion: Completion) -> Score:
-        """Returns the transformed score. Metrics: `score` (not transformed), `scorer/<identity>` (1),
-        `calls`, `cache_hits`, `retries` of this sample, and `failures`.
+    async def _graded(
+        self, example: Example, completion: Completion, counts: Counts
+    ) -> tuple[float, dict[str, float]]:
+        """Returns the transformed score. Metrics: `score` (not transformed), `scorer/<identity>` (1)."""
+        prompt = _prompt_of(example, completion, chat=self.chat)
+        score, identity = await self._scored(prompt, str(completion), counts)
+        return self._transformed(score), {"score": score, f"{SCORER}{identity}": 1.0}
 
-        `failures` counts this worker's failed rewards since its last successful one, because a failed sample
-        has no metrics of its own. Raises RewardError after the last retry.
-        """
-        failures, counts = self._failures, Counts()
-        try:
-            prompt = _prompt_of(example, completion, chat=self.chat)
-            score, identity = await self._graded(prompt, str(completion), counts)
-        except RewardError:
-            failures[0] += 1
-            raise
-        metrics = {"score": score, f"{SCORER}{identity}": 1.0}
-        metrics |= {key: float(number) for key, number in vars(counts).items()}
-        metrics["failures"], failures[0] = float(failures[0]), 0
-        return Score(value=self._transformed(score), metrics=metrics)
-
-    async def close(self) -> None:
-        """Closes the connections of the running event loop; another one may use this reward afterwards."""
-        await self._client.close()
-        del self.__dict__["_client"]
-
-    async def _graded(self, prompt: Prompt, completion: str, counts: Counts) -> tuple[float, str]:
+    async def _scored(self, prompt: Prompt, completion: str, counts: Counts) -> tuple[float, str]:
         """Returns the score, and the identity of the model that gave it."""
         text, identity = {"prompt": prompt, "completion": completion}, self._last_identity[0]
         cache = self._cache
@@ -200,7 +183,7 @@ class ModelReward(RewardFunction):
 
     @functools.cached_property
     def _client(self) -> ServiceClient:
-        urls, key, job = self._urls, api_key_in(self.api_key_file), None
+        urls, key, job = self._urls, self._key, None
         if urls:
             place = Scorers(lambda: urls, path=self._format.path, shown=" ".join(urls))
         else:
@@ -220,10 +203,6 @@ class ModelReward(RewardFunction):
             max_reply_bytes=self.max_reply_bytes,
             trust=None if job is None else job.trust(),
         )
-
-    @functools.cached_property
-    def _failures(self) -> list[int]:
-        return [0]
 
     @functools.cached_property
     def _last_identity(self) -> list[str]:
