@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -22,7 +21,15 @@ from rollout_server.environments.base import Message
 from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.rendering.jinja import JinjaRenderer
-from tests.support.chat_models import APPENDING, NEVER_ENDING, STRIPPING, TOOLLESS, WITH_BOS, jinja_renderer
+from tests.support.chat_models import (
+    APPENDING,
+    NEVER_ENDING,
+    STRIPPING,
+    TOOLLESS,
+    WITH_BOS,
+    jinja_renderer,
+    tokens_in,
+)
 
 TOOLS = [
     {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
@@ -41,31 +48,13 @@ class Scripted:
         self.delay_s = 0.0
         self.interrupt_after: int | None = None
 
-    def tokens_of(self, text: str) -> list[int]:
-        tokenizer = self.renderer.tokenizer
-        marked = [token for token in (*tokenizer.get_added_vocab(),) if token in text]
-        ids: list[int] = []
-        while text:
-            word = next((token for token in marked if text.startswith(token)), text[0])
-            ids.append(tokenizer.convert_tokens_to_ids(word))
-            text = text[len(word) :]
-        return ids
-
-    async def generate(
-        self,
-        input_ids: Sequence[int],
-        *,
-        sampling: Sampling,
-        rid: str | None = None,
-        timeout_s: float = math.inf,
-        **options: Any,
-    ) -> Generation:
+    async def generate(self, input_ids: Sequence[int], *, sampling: Sampling, **options: Any) -> Generation:
         self.requests.append((list(input_ids), sampling))
         if not self.texts:
             raise EngineTimeoutError("nothing is left to say")
         text = self.texts.pop(0)
         await asyncio.sleep(self.delay_s)
-        ids = self.tokens_of(text.removesuffix("\\"))
+        ids = tokens_in(self.renderer, text.removesuffix("\\"))
         if not text.endswith("\\"):
             ids.append(self.renderer.stop_token_ids[0])
         reason = FinishReason.STOP

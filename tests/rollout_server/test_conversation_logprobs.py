@@ -10,7 +10,6 @@ vocabulary included.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,13 +95,7 @@ class InProcess:
         self.interruptions = list(interrupt_after)
 
     async def generate(
-        self,
-        input_ids: Sequence[int],
-        *,
-        sampling: Sampling,
-        rid: str | None = None,
-        timeout_s: float = math.inf,
-        **options: Any,
+        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None, **options: Any
     ) -> Generation:
         sequence = EngineSequence(
             seq_id=str(rid),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -68,13 +67,7 @@ class ScriptedEngine:
         self.sampling: list[Sampling] = []
 
     async def generate(
-        self,
-        input_ids: Sequence[int],
-        *,
-        sampling: Sampling,
-        rid: str | None = None,
-        timeout_s: float = math.inf,
-        **options: Any,
+        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None, **options: Any
     ) -> Generation:
         self.sampling.append(sampling)
         sample = (rid or "").rpartition(".")[0]
@@ -108,7 +101,13 @@ class Job:
     """A lease runner with environments, and what it reported."""
 
     def __init__(
-        self, pool: EnvironmentPool, script: Script, *, task: dict[str, Any], settings: dict[str, Any]
+        self,
+        pool: EnvironmentPool,
+        script: Script,
+        *,
+        task: dict[str, Any],
+        settings: dict[str, Any],
+        book: SessionBook | None = None,
     ) -> None:
         self.reported = Reported()
         self.results, self.places = self.reported.results, self.reported.places
@@ -130,19 +129,19 @@ class Job:
                 )
             },
             gate=GenerationGate(),
-            book=SessionBook(),
+            book=SessionBook() if book is None else book,
             buffers=self.reported,  # type: ignore[arg-type]
         )
         self.runner.engine = self.engine  # type: ignore[assignment]
 
-    def grant(self, lease_id: int = 1, *, num_samples: int = 1) -> None:
+    def grant(self, lease_id: int = 1, *, num_samples: int = 1, prompt_index: int = 4) -> None:
         indices = list(range(num_samples))
         self.runner.start(
             [
                 Lease(
                     lease_id=lease_id,
                     ticket_id=lease_id,
-                    prompt_index=4,
+                    prompt_index=prompt_index,
                     purpose=Purpose.TRAIN,
                     sample_indices=indices,
                     seed=100,

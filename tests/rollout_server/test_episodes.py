@@ -43,13 +43,7 @@ class CountingEngine:
         self.caches_prefixes = False
 
     async def generate(
-        self,
-        input_ids: Sequence[int],
-        *,
-        sampling: Sampling,
-        rid: str | None = None,
-        timeout_s: float = math.inf,
-        **options: Any,
+        self, input_ids: Sequence[int], *, sampling: Sampling, rid: str | None = None, **options: Any
     ) -> Generation:
         self.requests.append((list(input_ids), sampling, rid or ""))
         limit = self.interruptions.pop(0) if self.interruptions else None
@@ -214,17 +208,11 @@ def test_the_time_limit_goes_on_when_a_turn_is_sent_again() -> None:
         limits: list[float]
 
         async def generate(
-            self,
-            input_ids: Sequence[int],
-            *,
-            sampling: Sampling,
-            rid: str | None = None,
-            timeout_s: float = math.inf,
-            **options: Any,
+            self, input_ids: Sequence[int], *, timeout_s: float = math.inf, **options: Any
         ) -> Generation:
             self.limits.append(timeout_s)
             advance(50)
-            return await super().generate(input_ids, sampling=sampling, rid=rid)
+            return await super().generate(input_ids, timeout_s=timeout_s, **options)
 
     async def body() -> None:
         engine = Interrupted(interrupt_after=[1] * 100, eos_at=1000)

@@ -18,6 +18,7 @@ from rollout_server.policy.client import EngineClient
 from rollout_server.policy.generation import Generation, Sampling
 from tests.support import moved_clock
 from tests.support.moved_clock import advance
+from tests.support.served_app import served
 from tests.support.waiting import HANG_LIMIT_S
 
 TOO_LONG, ODD, CRASH, SLOW, SILENT = 1000, 1001, 1002, 1003, 1004
@@ -95,15 +96,8 @@ async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
 @asynccontextmanager
 async def stubbed() -> AsyncIterator[tuple[StubEngine, EngineClient]]:
     stub = StubEngine()
-    runner = web.AppRunner(stub.app(), shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    client = EngineClient(f"http://127.0.0.1:{runner.addresses[0][1]}")
-    try:
-        async with client:
-            yield stub, client
-    finally:
-        await runner.cleanup()
+    async with served(stub.app()) as url, EngineClient(url) as client:
+        yield stub, client
 
 
 async def generate(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,7 @@ from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from rollout_server.environments.base import Environment, Message, Reply, Step
 from rollout_server.leases.held_leases import HeldLeases, Place, SampleResult
-from rollout_server.policy.generation import Generation, Sampling
+from rollout_server.policy.generation import Generation
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sample.prompts import LONG_PROMPT_TOKENS, needs_leader
@@ -125,18 +124,10 @@ class FailingEngine(CountingEngine):
         self.error = error
         self.num_good = num_good
 
-    async def generate(
-        self,
-        input_ids: Sequence[int],
-        *,
-        sampling: Sampling,
-        rid: str | None = None,
-        timeout_s: float = math.inf,
-        **options: Any,
-    ) -> Generation:
+    async def generate(self, input_ids: Sequence[int], **options: Any) -> Generation:
         if len(self.requests) >= self.num_good:
             raise self.error
-        return await super().generate(input_ids, sampling=sampling, rid=rid)
+        return await super().generate(input_ids, **options)
 
 
 class TwoTurns:
@@ -523,16 +514,8 @@ def test_a_late_turn_keeps_the_tokens_before_it() -> None:
 
 def test_logprobs_that_cannot_be_used_are_the_engines_fault() -> None:
     class Wrong(CountingEngine):
-        async def generate(
-            self,
-            input_ids: Sequence[int],
-            *,
-            sampling: Sampling,
-            rid: str | None = None,
-            timeout_s: float = math.inf,
-            **options: Any,
-        ) -> Generation:
-            made = await super().generate(input_ids, sampling=sampling, rid=rid)
+        async def generate(self, input_ids: Sequence[int], **options: Any) -> Generation:
+            made = await super().generate(input_ids, **options)
             return replace(made, logprobs=np.full_like(made.logprobs, 0.5))
 
     result = one_result(engine=Wrong())
@@ -582,17 +565,9 @@ class SlowPrompts(CountingEngine):
         self.may_answer = asyncio.Event()
         self.error: EngineError | None = None
 
-    async def generate(
-        self,
-        input_ids: Sequence[int],
-        *,
-        sampling: Sampling,
-        rid: str | None = None,
-        timeout_s: float = math.inf,
-        **options: Any,
-    ) -> Generation:
+    async def generate(self, input_ids: Sequence[int], **options: Any) -> Generation:
         self.first_tokens.append(options["on_first_token"])
-        made = await super().generate(input_ids, sampling=sampling, rid=rid)
+        made = await super().generate(input_ids, **options)
         await self.may_answer.wait()
         if self.error is not None:
             raise self.error

@@ -239,16 +239,8 @@ class RoutedEngine(CountingEngine):
         self.num_layers = num_layers
         self.error = error
 
-    async def generate(
-        self,
-        input_ids: Sequence[int],
-        *,
-        sampling: Sampling,
-        rid: str | None = None,
-        timeout_s: float = math.inf,
-        **options: Any,
-    ) -> Generation:
-        generation = await super().generate(input_ids, sampling=sampling, rid=rid)
+    async def generate(self, input_ids: Sequence[int], *, sampling: Sampling, **options: Any) -> Generation:
+        generation = await super().generate(input_ids, sampling=sampling, **options)
         if not sampling.returns_routes:
             return generation
         if self.error is not None:

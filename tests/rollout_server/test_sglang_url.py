@@ -13,6 +13,7 @@ from areal_like.errors import ConfigError, EngineError
 from rollout_server.policy.engines.sglang.process import SglangAtUrl
 from rollout_server.policy.sglang_client import SglangClient
 from tests.support.certificates import make_certificate
+from tests.support.served_app import served
 from tests.support.waiting import HANG_LIMIT_S
 
 
@@ -21,21 +22,15 @@ def test_an_engine_that_stops_listening_is_lost_at_once(tmp_path: Path) -> None:
         return web.json_response({})
 
     async def body() -> None:
-        app = web.Application()
-        app.router.add_get("/model_info", model_info)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        url = f"http://localhost:{runner.addresses[0][1]}"
-        config = from_mapping(
-            {"runs_dir": str(tmp_path), "rollout": {"engine": "sglang", "sglang": {"url": url}}}
-        )
-        dying = asyncio.create_task(
-            SglangAtUrl(config, name="rollout-0", model="", context_tokens=9, vocab_size=10).died()
-        )
-        await asyncio.sleep(0.5)
-        assert not dying.done()
-        await runner.cleanup()
+        async with served(model_info) as url:
+            config = from_mapping(
+                {"runs_dir": str(tmp_path), "rollout": {"engine": "sglang", "sglang": {"url": url}}}
+            )
+            dying = asyncio.create_task(
+                SglangAtUrl(config, name="rollout-0", model="", context_tokens=9, vocab_size=10).died()
+            )
+            await asyncio.sleep(0.5)
+            assert not dying.done()
         assert "no server listens" in await dying
 
     asyncio.run(body())
@@ -67,20 +62,14 @@ def test_an_engine_at_a_url_needs_the_trainers_head(tmp_path: Path) -> None:
         return web.json_response({"enable_fp32_lm_head": False, "load": {}})
 
     async def body() -> None:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", answer)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        url = f"http://localhost:{runner.addresses[0][1]}"
-        with pytest.raises(ConfigError, match=f"{url} runs without --enable-fp32-lm-head"):
-            await at_url(tmp_path, url=url, model={"dtype": "bfloat16"}).start(version=0)
-        assert requests == ["/ready", "/server_info"]
-        for model in ({"dtype": "bfloat16", "fp32_head": False}, {"dtype": "float32"}):
-            async with await at_url(tmp_path, url=url, model=model).start(version=0):
-                assert "/update_weights_from_disk" in requests
-            requests.clear()
-        await runner.cleanup()
+        async with served(answer) as url:
+            with pytest.raises(ConfigError, match=f"{url} runs without --enable-fp32-lm-head"):
+                await at_url(tmp_path, url=url, model={"dtype": "bfloat16"}).start(version=0)
+            assert requests == ["/ready", "/server_info"]
+            for model in ({"dtype": "bfloat16", "fp32_head": False}, {"dtype": "float32"}):
+                async with await at_url(tmp_path, url=url, model=model).start(version=0):
+                    assert "/update_weights_from_disk" in requests
+                requests.clear()
 
     asyncio.run(body())
 
@@ -99,26 +88,20 @@ def test_engine_behind_tls_gets_the_key(tmp_path: Path) -> None:
         return web.json_response({"max_req_input_len": 94, "load": {}})
 
     async def body() -> None:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", answer)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(certificate, private_key)
-        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
-        url = f"https://localhost:{runner.addresses[0][1]}"
-        engine = at_url(tmp_path, url=url, api_key_file=str(key), ca_file=str(certificate))
-        async with await engine.start(version=0) as client:
-            assert ("/update_weights_from_disk", "Bearer the key") in requests
-            assert {authorization for _, authorization in requests} == {"Bearer the key"}
-            with pytest.raises(EngineError, match="302"):
-                await client.model_info()
-            assert requests[-1][0] == "/model_info", "a redirection is not followed"
-        num_requests = len(requests)
-        with pytest.raises(EngineError, match="no engine was ready"):
-            await at_url(tmp_path, url=url, api_key_file=str(key), start_timeout_s=2.0).start(version=0)
-        assert len(requests) == num_requests, "the key goes to no engine whose certificate is unknown"
-        await runner.cleanup()
+        async with served(answer, tls=context) as url:
+            engine = at_url(tmp_path, url=url, api_key_file=str(key), ca_file=str(certificate))
+            async with await engine.start(version=0) as client:
+                assert ("/update_weights_from_disk", "Bearer the key") in requests
+                assert {authorization for _, authorization in requests} == {"Bearer the key"}
+                with pytest.raises(EngineError, match="302"):
+                    await client.model_info()
+                assert requests[-1][0] == "/model_info", "a redirection is not followed"
+            num_requests = len(requests)
+            with pytest.raises(EngineError, match="no engine was ready"):
+                await at_url(tmp_path, url=url, api_key_file=str(key), start_timeout_s=2.0).start(version=0)
+            assert len(requests) == num_requests, "the key goes to no engine whose certificate is unknown"
 
     asyncio.run(body())
     key.chmod(0o644)

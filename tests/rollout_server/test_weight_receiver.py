@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,7 @@ from areal_like.wire.channel import Link, tcp_address
 from areal_like.wire.messages.weights import (
     Alive,
     AskAlive,
-    FormGroup,
     PushChecksums,
-    PushWeights,
     ReadyToReceive,
     WeightsFailed,
     WeightsOk,
@@ -28,6 +27,8 @@ from rollout_server.weights.in_place import SglangWeightUpdate
 from rollout_server.weights.receiver import WeightReceiver
 from rollout_server.weights.shadow import ShadowWeightUpdate
 from rollout_server.weights.strategy import WeightUpdateStrategy
+from tests.rollout_server.test_weight_socket import FORM, PUSH
+from tests.support.served_app import served
 from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
 
@@ -106,12 +107,6 @@ def push(
         )
 
     async def body() -> Any:
-        app = web.Application()
-        app.router.add_route("*", "/{path}", engine.answer)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
         strategy = make_strategy()
         receiver = WeightReceiver(
             host="127.0.0.1",
@@ -129,28 +124,16 @@ def push(
                 asked.append(asyncio.create_task(link.call(AskAlive(), timeout_s=HANG_LIMIT_S)))
 
         link = Link(tcp_address("127.0.0.1", receiver.port), handler=on_message)
-        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        async with SglangClient(url, vocab_size=1) if in_place else EmbeddedClient(url) as client:
+        async with (
+            served(engine.answer) as url,
+            SglangClient(url, vocab_size=1) if in_place else EmbeddedClient(url) as client,
+        ):
             await strategy.engine_started(client, path="model", version=0)
             receiver.set_engine(client)
-            form = FormGroup(
-                epoch=1,
-                group_name="g",
-                master_address="127.0.0.1",
-                master_port=1,
-                rank=1,
-                world_size=2,
-                backend="gloo",
-                timeout_s=HANG_LIMIT_S,
-                secret="",
-            )
-            assert isinstance(await link.call(form, timeout_s=HANG_LIMIT_S), WeightsOk)
+            assert isinstance(await link.call(FORM, timeout_s=HANG_LIMIT_S), WeightsOk)
             manifest = Manifest(version=1, buckets=Held(tensors, bucket_bytes=64).buckets).to_dict()
-            request = PushWeights(
-                epoch=1,
-                group_name="g",
-                version=1,
-                step=1,
+            request = replace(
+                PUSH,
                 update_mode=update_mode,
                 manifest=manifest,
                 integrity=integrity,
@@ -165,7 +148,6 @@ def push(
             assert len(engine.ready) == num_ready, "it no longer receives"
             await receiver.close()
         link.close()
-        await runner.cleanup()
         return answer
 
     async def bounded(work: Callable[[], Awaitable[Any]]) -> Any:

@@ -24,6 +24,7 @@ from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.weights.checks import check_form_group, check_push
 from rollout_server.weights.receiver import WeightReceiver
 from rollout_server.weights.shadow import ShadowWeightUpdate
+from tests.support.served_app import served
 from tests.support.waiting import HANG_LIMIT_S
 
 FORM = FormGroup(
@@ -81,11 +82,6 @@ def with_receiver(
 
     async def main() -> None:
         engine, links = Engine(), list[Link]()
-        app = web.Application()
-        app.router.add_route("*", "/{path}", engine.answer)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
         receiver = WeightReceiver(
             host="127.0.0.1",
             max_message_bytes=1 << 20,
@@ -101,7 +97,8 @@ def with_receiver(
 
         async with (
             asyncio.timeout(HANG_LIMIT_S),
-            EmbeddedClient(f"http://127.0.0.1:{runner.addresses[0][1]}") as client,
+            served(engine.answer) as url,
+            EmbeddedClient(url) as client,
         ):
             receiver.set_engine(client)
             await body(engine, new_link)
@@ -109,7 +106,6 @@ def with_receiver(
             await receiver.close()
         for link in links:
             link.close()
-        await runner.cleanup()
 
     asyncio.run(main())
 

@@ -117,3 +117,15 @@ def jinja_renderer(template: str, **template_kwargs: Any) -> JinjaRenderer:
     """The renderer of a tokenizer with this chat template."""
     tokenizer = chat_tokenizer(template)
     return JinjaRenderer(tokenizer, **options_of(tokenizer, **template_kwargs))
+
+
+def tokens_in(renderer: JinjaRenderer, text: str) -> list[int]:
+    """Returns one token for each character, and for each marker."""
+    tokenizer = renderer.tokenizer
+    marked = [token for token in tokenizer.get_added_vocab() if token in text]
+    ids: list[int] = []
+    while text:
+        word = next((token for token in marked if text.startswith(token)), text[0])
+        ids.append(tokenizer.convert_tokens_to_ids(word))
+        text = text[len(word) :]
+    return ids

@@ -41,6 +41,7 @@ from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of, 
 from areal_like.weights.hf_layout import hf_tensors
 from areal_like.weights.weight_group import WeightGroup
 from areal_like.wire.messages.weights import FormGroup
+from rollout_server.engine.core import EngineCore
 from rollout_server.policy.client import EmbeddedClient, EngineClient
 from rollout_server.policy.generation import Generation, Sampling
 from rollout_server.policy.sglang_client import SglangClient
@@ -134,6 +135,15 @@ def weights_of(path: Path | str) -> dict[str, Tensor]:
     model = load_model(path)
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     return {tensor.name: tensor.whole_in(parameters[tensor.param]) for tensor in hf_tensors(model)}
+
+
+@torch.inference_mode()
+def swap(core: EngineCore, path: Path | str, *, recompute: bool, version: str = "1") -> None:
+    """Changes the weights to the model's, as the engine's thread does it."""
+    shadow = core.take_shadow_weights()
+    for name, tensor in weights_of(path).items():
+        shadow.named[name].copy_(tensor)
+    core.swap_weights(shadow, version=version, recompute=recompute)
 
 
 @torch.inference_mode()

@@ -19,6 +19,8 @@ from aiohttp import web
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.support.served_app import served
+
 
 @dataclass(eq=False)
 class Request:
@@ -64,14 +66,8 @@ class PlayedSglang:
         app.router.add_post("/abort_request", self._abort)
         app.router.add_get("/server_info", self._info)
         app.router.add_get("/model_info", self._info)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        try:
+        async with served(app) as self.url:
             yield self
-        finally:
-            await runner.cleanup()
 
     def _routes(self, num_tokens: int) -> str:
         """Base64 of int32[tokens, layers, experts per token]: token t uses the experts t, t + 1, ..."""

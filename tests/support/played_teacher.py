@@ -9,6 +9,8 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.support.served_app import served
+
 Answer = Callable[[dict[str, Any], list[Any]], Any]
 
 
@@ -40,14 +42,8 @@ class PlayedTeacher:
         app.router.add_post("/generate", self._generate)
         app.router.add_get("/server_info", self._info)
         app.router.add_get("/model_info", self._info)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        try:
+        async with served(app, port=port) as self.url:
             yield self
-        finally:
-            await runner.cleanup()
 
     async def _info(self, _: web.Request) -> web.Response:
         if not self.has_facts:

@@ -9,13 +9,14 @@ It has the part of SGLang's HTTP API that a job without pushes uses.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from aiohttp import web
 
 from rollout_server.policy.generation import Generation, Sampling
+from tests.support.served_app import Handler, served
 from tests.support.session_server import SayingPolicy
 
 _MAX_BODY_BYTES = 1 << 24
@@ -40,16 +41,8 @@ async def saying_engine(policy: SayingPolicy) -> AsyncIterator[str]:
     for path, answer in _ANSWERS.items():
         app.router.add_route("*", path, _answering(answer))
     app.router.add_post("/generate", _generating(policy))
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
-
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+    async with served(app) as url:
+        yield url
 
 
 def _answering(answer: Any) -> Handler:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -26,7 +25,7 @@ from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.open_session import OpenSession
 from rollout_server.tasks.base import Example
-from tests.support.chat_models import APPENDING, jinja_renderer
+from tests.support.chat_models import APPENDING, jinja_renderer, tokens_in
 from tests.support.moved_clock import MovedLoop, advance
 from tests.support.waiting import HANG_LIMIT_S
 
@@ -50,15 +49,7 @@ class SayingPolicy:
         self.open.set()
         self.fails = False
 
-    async def generate(
-        self,
-        input_ids: Sequence[int],
-        *,
-        sampling: Sampling,
-        rid: str | None = None,
-        timeout_s: float = math.inf,
-        **options: Any,
-    ) -> Generation:
+    async def generate(self, input_ids: Sequence[int], *, sampling: Sampling, **options: Any) -> Generation:
         """As an engine's."""
         self.prompts.append(list(input_ids))
         self.samplings.append(sampling)
@@ -67,7 +58,7 @@ class SayingPolicy:
             await asyncio.sleep(0.01)
         if self.fails:
             raise EngineTimeoutError("the engine said nothing")
-        ids = self.tokens_of(text.removesuffix("\\"))
+        ids = tokens_in(self.renderer, text.removesuffix("\\"))
         if not text.endswith("\\"):
             ids.append(self.renderer.stop_token_ids[0])
         reason = FinishReason.LENGTH if len(ids) > sampling.max_new_tokens else FinishReason.STOP
@@ -79,17 +70,6 @@ class SayingPolicy:
             versions=np.zeros(len(ids), np.int32),
             finish_reason=reason,
         )
-
-    def tokens_of(self, text: str) -> list[int]:
-        """One token a character, but for markers."""
-        tokenizer = self.renderer.tokenizer
-        marked = [token for token in tokenizer.get_added_vocab() if token in text]
-        ids: list[int] = []
-        while text:
-            word = next((token for token in marked if text.startswith(token)), text[0])
-            ids.append(tokenizer.convert_tokens_to_ids(word))
-            text = text[len(word) :]
-        return ids
 
 
 class SessionServer:

@@ -26,7 +26,7 @@ from rollout_server.engine.kept_prefixes import KeptPrefixes
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams, Sequence
-from tests.support.engine_harness import KINDS, load_model, reference_logprobs, save_model, weights_of
+from tests.support.engine_harness import KINDS, load_model, reference_logprobs, save_model, swap
 from tests.support.quick import others_in_chaos
 
 CONTEXT = 64
@@ -215,15 +215,6 @@ def test_kv_older_than_a_swap_is_not_kept(tmp_path: Path) -> None:
         run(core)
         assert late.num_cached_tokens == (27 if recompute else 0)
         assert error(load_model(paths[1]), late) < 1e-4
-
-
-def swap(core: EngineCore, path: Path, *, version: str, recompute: bool) -> None:
-    weights = weights_of(path)
-    with torch.inference_mode():
-        shadow = core.take_shadow_weights()
-        for name, tensor in weights.items():
-            shadow.named[name].copy_(tensor)
-        core.swap_weights(shadow, version=version, recompute=recompute)
 
 
 @dataclass

@@ -28,6 +28,7 @@ from tests.support.engine_harness import (
     reference_greedy,
     reference_logprobs,
     save_model,
+    swap,
     weights_of,
 )
 from tests.support.quick import others_in_chaos
@@ -392,11 +393,7 @@ def test_a_recomputed_group_shares_its_prompt(fast: bool, tmp_path: Path) -> Non
     group += [submit(core, prompt[:-1], max_new_tokens=12), submit(core, [*prompt, 9], max_new_tokens=14)]
     for _ in range(5):
         core.step()
-    shadow = core.take_shadow_weights()
-    for name, tensor in weights_of(paths[1]).items():
-        shadow.named[name].copy_(tensor)
-    with torch.inference_mode():
-        core.swap_weights(shadow, version="1", recompute=True)
+    swap(core, paths[1], recompute=True)
     late = submit(core, prompt, max_new_tokens=7)
     before = core.contexts.num_prefilled
     run(core)

@@ -26,7 +26,7 @@ from rollout_server.engine.models.loading import load
 from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from tests.support.adapters import make_adapter
-from tests.support.engine_harness import load_model, reference_logprobs, weights_of
+from tests.support.engine_harness import load_model, reference_logprobs, swap
 from tests.support.families import HYBRIDS
 from tests.support.hybrid_models import FAMILIES, write_families, write_family
 from tests.support.quick import only_in_chaos, others_in_chaos
@@ -77,15 +77,6 @@ def errors(model: Any, sequence: Sequence) -> NDArray[np.float32]:
     """|difference| of each token's log-prob to transformers' forward over this sequence alone."""
     want = reference_logprobs(model, sequence.prompt, sequence.output_ids)
     return np.abs(want - np.array(sequence.output_logprobs, np.float32))
-
-
-def swap(core: EngineCore, path: Path, *, version: str, recompute: bool) -> None:
-    weights = weights_of(path)
-    with torch.inference_mode():
-        shadow = core.take_shadow_weights()
-        for name, tensor in weights.items():
-            shadow.named[name].copy_(tensor)
-        core.swap_weights(shadow, version=version, recompute=recompute)
 
 
 @pytest.mark.parametrize("family", others_in_chaos(FAMILIES, quick=QUICK))

@@ -22,7 +22,7 @@ from rollout_server.engine.models.loading import load
 from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from rollout_server.policy.routes import RoutesReader
-from tests.support.engine_harness import load_model, save_model, weights_of
+from tests.support.engine_harness import load_model, save_model, swap
 
 CPU = torch.device("cpu")
 CONTEXT = 64
@@ -58,15 +58,6 @@ def submit(
 def run(core: EngineCore) -> None:
     while core.all_sequences:
         core.step()
-
-
-@torch.inference_mode()
-def swap(core: EngineCore, path: Path, *, recompute: bool) -> None:
-    """As the engine's thread does it."""
-    shadow = core.take_shadow_weights()
-    for name, tensor in weights_of(path).items():
-        shadow.named[name].copy_(tensor)
-    core.swap_weights(shadow, version="1", recompute=recompute)
 
 
 @torch.inference_mode()

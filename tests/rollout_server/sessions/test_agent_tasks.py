@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,17 @@ from areal_like.config import from_mapping
 from areal_like.errors import SessionGoneError
 from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason
-from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
+from areal_like.wire.messages.producer import SampleDone, SampleFailed
 from rollout_server.leases.held_leases import Place, SampleResult
-from rollout_server.policy.generation_gate import GenerationGate
-from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.http.plane import SessionPlane
 from rollout_server.sessions.open_session import SessionOutcome
-from rollout_server.sources import SampleSource
-from rollout_server.tasks.base import make_task
 from rollout_server.workers.environment_pool import EnvironmentPool
-from tests.rollout_server.test_environment_attempts import EOS, Ordinals, ScriptedEngine
-from tests.rollout_server.test_episodes import Digits
+from tests.rollout_server.test_environment_attempts import Job as EnvironmentJob
 from tests.support import moved_clock
 from tests.support.agent_tasks import index_of
-from tests.support.line_chat import LineChat
 from tests.support.moved_clock import advance
-from tests.support.reported import Reported
 from tests.support.waiting import HANG_LIMIT_S, is_alive
 from tests.support.workers import environment_pool
 
@@ -44,56 +37,20 @@ def processes_find_this_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANTHROPIC_AUTH_TOKEN", "of another service")
 
 
-class Job:
+class Job(EnvironmentJob):
     """A lease runner with agents, and what it reported."""
 
     def __init__(self, pool: EnvironmentPool, book: SessionBook, settings: dict[str, Any]) -> None:
+        super().__init__(pool, ["abc"], task=TASK, settings=settings, book=book)
         self.pool = pool
         self.book = book
-        self.reported = Reported()
-        self.results, self.places = self.reported.results, self.reported.places
-        self.engine = ScriptedEngine(["abc"])
-        config = from_mapping(
-            {"sampling": {"max_new_tokens": 12}, "rollout": {"max_context": 200}, "task": TASK} | settings
-        )
-        chat = LineChat(Ordinals(), stop_token_ids=[EOS], vocab_size=1 << 20, template_kwargs={})
-        self.runner = LeaseRunner(
-            config,
-            {
-                "": SampleSource(
-                    task=make_task(TASK, seed=0),
-                    renderer=Digits(stop_token_ids=(EOS,), chat=chat),  # type: ignore[arg-type]
-                    context_tokens=config.rollout.max_context,
-                    rewards=None,  # type: ignore[arg-type]  # the task has none
-                    environments=pool,
-                )
-            },
-            gate=GenerationGate(),
-            buffers=self.reported,  # type: ignore[arg-type]
-            book=book,
-        )
-        self.runner.engine = self.engine  # type: ignore[assignment]
 
-    def grant(self, script: str, *, lease_id: int = 1, num_samples: int = 1) -> None:
-        lease = Lease(
-            lease_id=lease_id,
-            ticket_id=7,
-            prompt_index=index_of(script),
-            purpose=Purpose.TRAIN,
-            sample_indices=list(range(num_samples)),
-            seed=100,
-        )
-        self.runner.start([lease])
-
-    async def until(self, is_so: Callable[[], bool]) -> None:
-        async with asyncio.timeout(HANG_LIMIT_S):
-            while not is_so():
-                await asyncio.sleep(0.005)
-        assert not self.runner.failed.done()
+    def start(self, script: str, *, lease_id: int = 1, num_samples: int = 1) -> None:
+        self.grant(lease_id, num_samples=num_samples, prompt_index=index_of(script))
 
     async def result(self, script: str, *, lease_id: int = 1, idle_s: float = 0.0) -> SampleResult:
         """`idle_s`: time that passes once the agent has read the model's first response."""
-        self.grant(script, lease_id=lease_id)
+        self.start(script, lease_id=lease_id)
         if idle_s:
             await self.until(self._has_delivered)
             advance(idle_s)
@@ -242,7 +199,7 @@ def test_an_agent_that_waits_for_its_start_is_not_idle() -> None:
         async with agents() as pool, job(pool, **settings) as running:
             running.book.agent_starts = asyncio.Semaphore(1)
             await running.book.agent_starts.acquire()
-            running.grant("three turns")
+            running.start("three turns")
             await running.until(lambda: len(running.book.open) == 1)
             advance(1000.0)
             await asyncio.sleep(0.05)
@@ -251,8 +208,8 @@ def test_an_agent_that_waits_for_its_start_is_not_idle() -> None:
             await running.until(lambda: bool(running.results))
             assert isinstance(running.results[0], SampleDone), running.results
             # The first of these prepares for an hour without a request; the other gets its turn meanwhile.
-            running.grant("prepares", lease_id=2)
-            running.grant("three turns", lease_id=3)
+            running.start("prepares", lease_id=2)
+            running.start("three turns", lease_id=3)
             await running.until(lambda: pool.num_open == 1)
             advance(10.0)
             await running.until(lambda: len(running.results) == 2)
@@ -311,13 +268,13 @@ def test_what_an_agent_leaves_behind_is_killed() -> None:
 def test_a_cancelled_lease_kills_its_agents() -> None:
     async def body() -> None:
         async with agents() as pool, job(pool) as running:
-            running.grant("block", lease_id=3, num_samples=2)
+            running.start("block", lease_id=3, num_samples=2)
             await running.until(lambda: len(running.engine.num_turns) == 2)
-            assert sorted(session.id for session in running.book.open) == ["7-0-3", "7-1-3"]
+            assert sorted(session.id for session in running.book.open) == ["3-0-3", "3-1-3"]
             running.runner.cancel([3], reason="its sample was given up: engine lost")
             await running.until(lambda: not len(running.book) and not pool._host._workers)
             with pytest.raises(SessionGoneError, match="engine lost"):
-                running.book.find("7-0-3")
+                running.book.find("3-0-3")
             assert running.book.num_ended == {SessionOutcome.CANCELLED: 2}
             assert not running.results and not pool.num_restarts
 

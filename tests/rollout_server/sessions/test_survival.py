@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -34,7 +33,7 @@ from areal_like.wire.messages.producer import (
 )
 from buffer.tickets import Verdict
 from rollout_server.leases.held_leases import Place, SampleResult
-from rollout_server.policy.generation import Generation, Sampling
+from rollout_server.policy.generation import Generation
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sessions.book import SessionBook
@@ -87,15 +86,7 @@ class UniqueEngine:
     def __init__(self, world: World) -> None:
         self.world = world
 
-    async def generate(
-        self,
-        input_ids: Sequence[int],
-        *,
-        sampling: Sampling,
-        rid: str | None = None,
-        timeout_s: float = math.inf,
-        **options: Any,
-    ) -> Generation:
+    async def generate(self, input_ids: Sequence[int], **options: Any) -> Generation:
         await asyncio.sleep(2.0)
         number, version = next(self.count), self.world.version
         tokens = np.array([*map(ord, f"reply {number}"), EOS], np.int32)

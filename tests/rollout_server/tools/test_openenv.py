@@ -21,6 +21,7 @@ from rollout_server.tasks.base import Task, make_task
 from rollout_server.tasks.openenv.forms import action_form, observation_text, result_text
 from tests.support.moved_clock import advance, run
 from tests.support.ports import held_port
+from tests.support.served_app import served
 
 TEXT = {"type": "string"}
 ACTION = {
@@ -71,14 +72,8 @@ class Stub:
         app = web.Application()
         app.router.add_get("/schema", self._schema)
         app.router.add_get("/ws", self._session)
-        runner = web.AppRunner(app, shutdown_timeout=0.01)
-        await runner.setup()
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            await web.SockSite(runner, listening).start()
-            try:
-                yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-            finally:
-                await runner.cleanup()
+        async with served(app) as url:
+            yield url
 
     async def _schema(self, request: web.Request) -> web.Response:
         self.headers.append(request.headers.get("Authorization"))
