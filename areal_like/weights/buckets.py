@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -312,14 +313,14 @@ def check_names(
     `tied`: names that alias another parameter (a tied `lm_head.weight`); they may be sent or left out.
     """
     aliases = set(tied)
-    names = [spec.name for spec in specs]
+    sent = Counter(spec.name for spec in specs)
     problems = []
-    if unknown := [name for name in names if name not in shapes and name not in aliases]:
+    if unknown := [name for name in sent if name not in shapes and name not in aliases]:
         problems.append(f"unknown to the model: {_some(unknown)}")
-    if missing := [name for name in shapes if name not in set(names) and name not in aliases]:
+    if missing := [name for name in shapes if name not in sent and name not in aliases]:
         problems.append(f"missing: {_some(missing)}")
-    if len(set(names)) < len(names):
-        problems.append(f"sent twice: {_some(sorted({name for name in names if names.count(name) > 1}))}")
+    if repeated := sorted(name for name, times in sent.items() if times > 1):
+        problems.append(f"sent twice: {_some(repeated)}")
     wrong = [spec for spec in specs if spec.name in shapes and tuple(shapes[spec.name]) != spec.shape]
     if wrong:
         first = wrong[0]

@@ -169,6 +169,25 @@ def test_check_names_reports_the_differences() -> None:
             check_names(sent, shapes)
 
 
+class _Counted(str):
+    """A name that counts how often it is looked up."""
+
+    num_lookups = 0
+
+    def __hash__(self) -> int:
+        _Counted.num_lookups += 1
+        return super().__hash__()
+
+
+def test_names_are_compared_in_linear_time() -> None:
+    """A mixture of experts has 40,000 tensors, and each push is compared."""
+    specs = [TensorSpec(name=_Counted(f"experts.{i}"), dtype="float32", shape=(1,)) for i in range(500)]
+    shapes = {spec.name: spec.shape for spec in specs}
+    _Counted.num_lookups = 0
+    check_names(specs, shapes)
+    assert 0 < _Counted.num_lookups <= 10 * len(specs)
+
+
 _plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
