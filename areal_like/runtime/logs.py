@@ -39,6 +39,8 @@ MAX_TRACE_CHARS = 64_000
 """Characters of a traceback in the log; its beginning is left out."""
 _BURST, _PER_S = 200, 10.0
 """Lines from one place in the code at once, and per second after that."""
+_ADMITTED = "areal_is_admitted"
+"""Attribute of a line for which `RateLimit` has decided."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -75,7 +77,8 @@ class PlainFormatter(logging.Formatter):
 class RateLimit:
     """A filter that lets through _BURST lines of one place in the code, then _PER_S per second.
 
-    The next line that gets through says how many were left out. Lines of `exit_log` always get through.
+    The next line that gets through says how many were left out. Lines of `exit_log` always get through. Of
+    several handlers, the first one that gets a line decides for all.
     """
 
     def __init__(self) -> None:
@@ -85,7 +88,10 @@ class RateLimit:
 
     def filter(self, record: logging.LogRecord) -> bool:
         """True if the line may be written."""
-        return record.name == exit_log.name or self._admits(record, now_s=time.monotonic())
+        if not hasattr(record, _ADMITTED):
+            is_admitted = record.name == exit_log.name or self._admits(record, now_s=time.monotonic())
+            setattr(record, _ADMITTED, is_admitted)
+        return bool(getattr(record, _ADMITTED))
 
     def _admits(self, record: logging.LogRecord, *, now_s: float) -> bool:
         place = (record.pathname, record.lineno)

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,6 +57,21 @@ def test_the_number_of_lines_left_out_is_logged() -> None:
     assert JsonFormatter().format(record).count("(30 such lines were left out)") == 1
     last = logging.LogRecord(logs.exit_log.name, logging.ERROR, "file.py", 1, "the reason", (), None)
     assert all(limit.filter(last) for _ in range(1_000)), "the reason of an end is always logged"
+
+
+def test_two_handlers_count_the_lines_left_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_BURST", 2)
+    now = [0.0]
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    log = logging.Logger("tests.two", logging.INFO)
+    log.handlers = [log_file(tmp_path / "x.log"), log_file(tmp_path / "y.log")]
+    for number in range(10):
+        now[0] = 100.0 * (number == 9)
+        log.info("line %d", number)
+    for handler in log.handlers:
+        handler.close()
+    expected = ["line 0", "line 1", "line 9 (7 such lines were left out)"]
+    assert lines_of(tmp_path / "x.log") == lines_of(tmp_path / "y.log") == expected
 
 
 def test_a_renamed_log_is_opened_again(logger: logging.Logger, tmp_path: Path) -> None:
