@@ -97,7 +97,7 @@ class AccessRules:
         if sum(map(len, chain.from_iterable(scope["headers"]))) > MAX_HEAD_BYTES:
             return Refusal(431, Reason.HEAD, f"the headers are longer than {MAX_HEAD_BYTES} bytes")
         headers = headers_by_name(scope)
-        site = headers.get(b"sec-fetch-site") or b"none"
+        site = headers.get(b"sec-fetch-site", b"none")
         if b"origin" in headers or site not in (b"none", b"same-origin"):
             return Refusal(403, Reason.ORIGIN, "requests from web pages are refused (Origin, Sec-Fetch-Site)")
         if scope["path"] in self.open_paths and scope["method"] in _SAFE_METHODS:

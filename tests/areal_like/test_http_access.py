@@ -99,6 +99,12 @@ def test_request_without_host_or_with_two_is_refused(daemon: DaemonProcess) -> N
         assert talk(daemon.port, head).startswith(b"HTTP/1.1 421")
 
 
+def test_two_headers_of_a_site_are_a_web_page(daemon: DaemonProcess) -> None:
+    site = b"Sec-Fetch-Site: none\r\n"
+    head = b"GET /status HTTP/1.1\r\nHost: localhost\r\n" + site + site + b"\r\n"
+    assert talk(daemon.port, head).startswith(b"HTTP/1.1 403")
+
+
 def talk(port: int, sent: bytes) -> bytes:
     """Sends raw bytes; returns all that comes back until the server closes."""
     with socket.create_connection(("127.0.0.1", port)) as connection:
