@@ -6,7 +6,10 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import pytest
 
+from areal_like.errors import WireError
+from areal_like.wire.codec import decode, encode
 from areal_like.wire.messages.producer import AppendSession, FindSession, ForgetSession, Lease, ReadSession
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
@@ -108,6 +111,16 @@ def test_all_journals_together_are_bounded() -> None:
     assert ledger.journals.append("a", entry(lease, 0, b"x" * 6)) == ""
     assert ledger.journals.append("a", entry(lease, 0, b"x" * 6, index=1)) == FULL
     assert ledger.state.num_journal_bytes == 6
+
+
+def test_an_entry_without_bytes_is_refused() -> None:
+    """The limits count bytes, so a peer could write any number of empty entries."""
+    ledger = new_ledger(**ONE)
+    add_server(ledger, "a", capacity=2)
+    message = entry(leased(ledger, "a"), 0)
+    object.__setattr__(message, "data", np.empty(0, np.uint8))
+    with pytest.raises(WireError, match="0 bytes"):
+        decode(encode(message))
 
 
 def test_a_session_keeps_the_bound_of_its_first_lease() -> None:

@@ -291,9 +291,9 @@ class AppendSession:
     """The entry, which only servers read."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a negative number."""
-        if self.number < 0:
-            raise ValueError(f"number={self.number}")
+        """Raises ValueError for a negative number, and for an empty entry, of which no limit counts bytes."""
+        if self.number < 0 or not len(self.data):
+            raise ValueError(f"number={self.number}, {len(self.data)} bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
