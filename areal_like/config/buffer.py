@@ -12,6 +12,8 @@ from areal_like.config.common import Bounds, NonNegativeInt, PositiveFloat, Posi
 from areal_like.failures import FailureKind, FailurePolicy
 
 Policy = Literal["retry", "zero", "drop"]
+MAX_PEERS = 4096
+"""Most peers of a buffer: the trainer gets the list of all of them in one message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,7 @@ class BufferConfig(Section, key="buffer"):
     a while. If the task's code failed at every server before the first good sample of the run, the run ends
     with the last error instead."""
     on_failure: OnFailureConfig = field(default_factory=OnFailureConfig)
-    max_peers: PositiveInt = 1024
+    max_peers: Annotated[int, Bounds(1, MAX_PEERS)] = 1024
     """Maximum number of registered rollout servers and trainer ranks; further ones are refused."""
     max_message_bytes: Annotated[int, Bounds(1 << 16)] = 64 << 20
     """Largest message accepted from any peer, in bytes."""

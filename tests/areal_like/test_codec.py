@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from areal_like.config.buffer import MAX_PEERS
 from areal_like.errors import WireError
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.codec import (
@@ -24,8 +25,16 @@ from areal_like.wire.codec import (
     encode,
     read_prefix,
 )
+from areal_like.wire.limits import MAX_ADDRESS_CHARS
 from areal_like.wire.messages import MESSAGES
-from areal_like.wire.messages.consumer import CommitStep, Group, RunCounters, StartTraining
+from areal_like.wire.messages.consumer import (
+    CommitStep,
+    Directory,
+    Group,
+    RunCounters,
+    ServerEntry,
+    StartTraining,
+)
 from areal_like.wire.messages.hello import Refused
 from areal_like.wire.messages.producer import (
     BATCH_BYTES,
@@ -430,7 +439,17 @@ def test_largest_messages_of_a_job_are_accepted() -> None:
         "shapes": [[4096, 1536]] * 36_000,
     }
     lease_ids = list(range(1 << 52, (1 << 52) + 20_000))
+    server = ServerEntry(
+        name="n" * 64,
+        incarnation=1 << 40,
+        weights_address="a" * MAX_ADDRESS_CHARS,
+        device="d" * 64,
+        state="quarantined",
+        weights_version=1 << 40,
+        public_key="k" * 40,
+    )
     for message in (
+        Directory(servers=[server] * MAX_PEERS),
         Group(
             step=1 << 20,
             position=0,

@@ -265,8 +265,8 @@ class Directory:
     Sent after the rank's hello, and when a server joins, leaves or changes its state.
     """
 
-    max_header_bytes: ClassVar[int] = 1 << 20
-    """A few hundred bytes for each server: 1,000 servers."""
+    max_header_bytes: ClassVar[int] = 4 << 20
+    """Up to 700 bytes for each of `MAX_PEERS` servers."""
 
     servers: list[ServerEntry]
 
