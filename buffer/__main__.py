@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 
-from areal_like.errors import ConfigError, UserError
+from areal_like.errors import ArealError, ConfigError, UserError
 from areal_like.runtime.command_line import OneValue, Options, role_arguments, shows_help
 from areal_like.runtime.process import early_signals, keep_files_private
 from areal_like.shards import Shard
@@ -43,9 +43,9 @@ def main() -> int:
             unfence_offline(config, values.unfence, shard)
         if values.drop or values.unfence:
             return 0
-    except UserError as error:
+    except ArealError as error:  # the ledger of a stopped job may be damaged
         sys.stderr.write(f"buffer: {error}\n")
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     # The writer's thread needs the GIL about twenty times per batch. A busy event loop that keeps it for
     # Python's default of 5 ms each time would add 100 ms to every acknowledgement.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)

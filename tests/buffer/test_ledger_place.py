@@ -9,6 +9,8 @@ import fcntl
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -173,6 +175,17 @@ def test_a_refused_job_leaves_no_ledger(tmp_path: Path) -> None:
     target = opened(config)
     remove_unbegun(RunPaths.of(config))
     assert not RunPaths.of(config).root.exists() and not target.exists()
+
+
+def test_a_damaged_ledger_of_a_stopped_job_is_one_line(tmp_path: Path) -> None:
+    ledger = opened(job_of(tmp_path)) / "ledger.sqlite3"
+    ledger.write_bytes(b"damaged" * 1000)
+    job = ("name=x", f"runs_dir={tmp_path / 'runs'}")
+    run = subprocess.run(
+        [sys.executable, "-m", "buffer", "--drop", "1", *job], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1 and run.stderr.startswith("buffer: ") and run.stderr.count("\n") == 1
+    assert "cannot be opened as a ledger" in run.stderr
 
 
 def test_a_network_file_system_is_warned_of(
