@@ -8,11 +8,13 @@
         RefusedError
         RunFinishedError
         StaleIncarnationError
+        EvaluationError
         DeadlineError
         PeerLostError
         EngineError
             EngineTimeoutError
             PromptRefusedError
+            RoutesError
         EpisodeError
             EpisodeBudgetError
             EnvironmentLostError
@@ -20,6 +22,7 @@
             ToolServerError
             SandboxError
         SessionGoneError
+        SessionMovedError
         ToolError
         WeightSyncError
         RewardError
