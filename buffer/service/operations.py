@@ -235,7 +235,16 @@ async def _change(
         raise ConfigError("buffer.durability=none: a stopped buffer has no ledger that could be changed")
     loop = asyncio.get_running_loop()
     durable: asyncio.Future[None] = loop.create_future()
-    with contextlib.closing(open_store(config, on_error=durable.set_exception, shard=shard)) as store:
+
+    def settle(error: Exception | None = None) -> None:
+        if durable.done():  # cancelled by the time limit below
+            return
+        if error is None:
+            durable.set_result(None)
+        else:
+            durable.set_exception(error)
+
+    with contextlib.closing(open_store(config, on_error=settle, shard=shard)) as store:
         ledger = recover(
             LedgerSettings.from_config(config, shard),
             store,
@@ -244,7 +253,7 @@ async def _change(
             ignoring=ignoring,
         )
         change(ledger)
-        store.when_durable(lambda: durable.set_result(None))
+        store.when_durable(settle)
         try:
             async with asyncio.timeout(_WRITE_TIMEOUT_S):
                 await durable

@@ -74,7 +74,8 @@ class DurableStore(RowRecorder):
     ) -> None:
         """Raises UserError if another process uses the directory.
 
-        `on_error` is called in the loop for an error that no retry can fix; after it nothing becomes durable.
+        `on_error` is called in the loop for an error that no retry can fix, after which nothing becomes
+        durable, and for one that a callback of `when_durable` raises.
         """
         super().__init__()
         self._directory = directory
@@ -261,7 +262,10 @@ class DurableStore(RowRecorder):
         self._collect_segments()
         self._hand_over()
         for callback in batch.callbacks:
-            callback()
+            try:
+                callback()
+            except Exception as error:  # the loop would only log it, and the other callbacks would be lost
+                self._on_error(error)
 
     def _collect_segments(self) -> None:
         """Queues files that no durable row refers to, for deletion with the next batch.

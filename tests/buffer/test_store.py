@@ -209,6 +209,20 @@ def test_callbacks_keep_their_order_and_wait_for_the_disk(tmp_path: Path) -> Non
     asyncio.run(run())
 
 
+def test_a_failing_callback_is_reported_and_loses_no_other(tmp_path: Path) -> None:
+    async def run() -> None:
+        errors: list[Exception] = []
+        async with opened(tmp_path, on_error=errors.append) as (store, _):
+            called: list[int] = []
+            full_ticket(store, 1)
+            store.when_durable(lambda: called.append(1 // 0))
+            store.when_durable(lambda: called.append(2))
+            await wait_until(lambda: bool(called))
+            assert called == [2] and [type(error) for error in errors] == [ZeroDivisionError]
+
+    asyncio.run(run())
+
+
 def test_writes_of_one_loop_turn_are_one_transaction(tmp_path: Path) -> None:
     """A scalar and its ticket, written together 300 times, are never seen apart."""
 
