@@ -20,7 +20,7 @@ from areal_like.wire.channel import Link
 from areal_like.wire.fingerprint import dataset_fingerprint
 from areal_like.wire.messages.consumer import Directory, GetRunCounters, RunCounters, StartTraining
 from areal_like.wire.messages.hello import Hello, Refused, Welcome
-from areal_like.wire.messages.producer import HeartbeatAck, Leases, ServerHeartbeat, ServerState
+from areal_like.wire.messages.producer import HeartbeatAck, Leases
 from buffer.service.peers import PeerKeys
 from tests.support.buffer_harness import (
     ROOT,
@@ -33,6 +33,7 @@ from tests.support.buffer_harness import (
 )
 from tests.support.fake_producer import hello as server_hello
 from tests.support.keys import keyed_link, keyring, new_keys
+from tests.support.ledger_simulation import heartbeat
 from tests.support.quick import only_in_chaos
 from tests.support.waiting import HANG_LIMIT_S
 
@@ -50,16 +51,6 @@ def buffer(tmp_path: Path, keys: Path) -> Iterator[BufferProcess]:
         yield process
 
 
-def heartbeat(*, free: int, leases: tuple[int, ...]) -> ServerHeartbeat:
-    return ServerHeartbeat(
-        state=ServerState.SERVING,
-        free_samples=free,
-        holding_samples=0,
-        weights_version=0,
-        leases=list(leases),
-    )
-
-
 class Peer:
     """A connection with a key, whose keyring the test refreshes."""
 
@@ -68,14 +59,7 @@ class Peer:
 
     async def beat(self, *, free: int = 8, leases: tuple[int, ...] = ()) -> Any:
         """Sends a server's heartbeat and returns the reply."""
-        message = ServerHeartbeat(
-            state=ServerState.SERVING,
-            free_samples=free,
-            holding_samples=0,
-            weights_version=0,
-            leases=[*leases],
-        )
-        return await self.link.call(message, timeout_s=HANG_LIMIT_S)
+        return await self.link.call(heartbeat(free=free, leases=leases), timeout_s=HANG_LIMIT_S)
 
     def received(self, kind: type) -> list[Any]:
         return [message for message in self.inbox if isinstance(message, kind)]
@@ -205,7 +189,7 @@ def test_a_refused_server_says_hello_again(buffer: BufferProcess, keys: Path) ->
         ):
             assert "refused for good" in await lie_until_refused(bad.link)
             assert "conduct" in await refused(bad.link, again)
-            bad.link.send(heartbeat(free=8, leases=()))
+            bad.link.send(heartbeat(free=8))
             await wait_for_hello_required(bad.inbox)
             await until(
                 lambda: [entry.name for entry in rank.received(Directory)[-1].servers] == ["rollout-0"]

@@ -26,14 +26,16 @@ from areal_like.wire.messages.consumer import (
     StartTraining,
 )
 from areal_like.wire.messages.hello import HelloRequired
-from areal_like.wire.messages.producer import Lease, Leases, SampleAck, Samples, ServerHeartbeat, ServerState
+from areal_like.wire.messages.producer import Lease, Leases, SampleAck, Samples
 from tests.support.buffer_harness import (
     BufferProcess,
     FakeTrainer,
+    beat,
     connected,
     job,
     running_buffer,
     trainer_hello,
+    until,
 )
 from tests.support.fake_producer import hello
 from tests.support.ledger_simulation import done
@@ -42,21 +44,6 @@ from tests.support.waiting import HANG_LIMIT_S
 
 def sample(lease: Lease, index: int) -> Samples:
     return Samples(samples=[done(lease, index, [0], reward=float(index))])
-
-
-def beat(leases: list[Lease], *, free: int) -> ServerHeartbeat:
-    holding = sum(len(lease.sample_indices) for lease in leases)
-    ids = [lease.lease_id for lease in leases]
-    return ServerHeartbeat(
-        state=ServerState.SERVING, free_samples=free, holding_samples=holding, weights_version=0, leases=ids
-    )
-
-
-async def until(inbox: list[Any], kind: type, *, count: int = 1) -> list[Any]:
-    async with asyncio.timeout(HANG_LIMIT_S):
-        while len(found := [message for message in inbox if isinstance(message, kind)]) < count:
-            await asyncio.sleep(0.01)
-    return found
 
 
 def test_the_ledger_survives_sigkill_of_the_buffer(tmp_path: Path) -> None:

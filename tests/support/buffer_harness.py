@@ -27,9 +27,10 @@ from areal_like.wire.channel import Link
 from areal_like.wire.fingerprint import dataset_fingerprint
 from areal_like.wire.messages.consumer import CompleteStep, Directory, Fetch, Group, StartTraining
 from areal_like.wire.messages.hello import AreYouAlive, Hello, HelloRequired, JobFailed, Role, StillAlive
-from areal_like.wire.messages.producer import SampleAck, SampleAcks, ServerHeartbeat, ServerState
+from areal_like.wire.messages.producer import Lease, SampleAck, SampleAcks, ServerHeartbeat
 from buffer.tables.server_health import MAX_LIES
 from tests.support import warm_start
+from tests.support.ledger_simulation import heartbeat
 from tests.support.waiting import HANG_LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,16 +215,18 @@ def trainer_hello(config: Config, **changes: Any) -> Hello:
     return Hello(**(fields | changes))
 
 
-def heartbeat(**stats: float) -> ServerHeartbeat:
-    """The heartbeat of a server that takes no samples."""
-    return ServerHeartbeat(
-        state=ServerState.SERVING,
-        free_samples=0,
-        holding_samples=0,
-        weights_version=0,
-        leases=[],
-        stats=stats,
-    )
+def beat(leases: list[Lease], *, free: int) -> ServerHeartbeat:
+    """The heartbeat of a server that holds these leases and nothing else."""
+    holding = sum(len(lease.sample_indices) for lease in leases)
+    return heartbeat(free=free, holding=holding, leases=[lease.lease_id for lease in leases])
+
+
+async def until(inbox: list[Any], kind: type, *, count: int = 1) -> list[Any]:
+    """Waits for this many messages of this kind in an inbox and returns them."""
+    async with asyncio.timeout(HANG_LIMIT_S):
+        while len(found := [message for message in inbox if isinstance(message, kind)]) < count:
+            await asyncio.sleep(0.01)
+    return found
 
 
 async def lie_until_refused(link: Link) -> str:

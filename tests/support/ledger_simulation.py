@@ -12,7 +12,7 @@ import heapq
 import itertools
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +93,26 @@ def new_ledger(*, store: Store | None = None, **settings: object) -> Ledger:
     return ledger
 
 
+def heartbeat(
+    *,
+    free: int = 0,
+    holding: int = 0,
+    version: int = 0,
+    leases: Iterable[int] = (),
+    state: ServerState = ServerState.SERVING,
+    **stats: float,
+) -> ServerHeartbeat:
+    """The heartbeat of a server: one that takes no samples, unless told otherwise."""
+    return ServerHeartbeat(
+        state=state,
+        free_samples=free,
+        holding_samples=holding,
+        weights_version=version,
+        leases=list(leases),
+        stats=stats,
+    )
+
+
 def beat(
     ledger: Ledger,
     name: str,
@@ -104,12 +124,9 @@ def beat(
 ) -> None:
     """A heartbeat of a registered server that names all its leases."""
     server = ledger.servers[name]
-    message = ServerHeartbeat(
-        state=state,
-        free_samples=capacity - server.owed_samples,
-        holding_samples=server.owed_samples,
-        weights_version=version,
-        leases=list(server.leases),
+    owed = server.owed_samples
+    message = heartbeat(
+        free=capacity - owed, holding=owed, version=version, leases=server.leases, state=state
     )
     ledger.dispatcher.heartbeat(name, message, now_s=now_s)
 
