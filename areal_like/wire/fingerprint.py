@@ -24,6 +24,8 @@ _ARCHITECTURE_IGNORES = (
     "use_cache",
     "architectures",
 )
+_MAX_SETTING_CHARS = 48
+"""Longest value of a setting in `shared_settings`: all of them together stay below `MAX_SETTINGS_CHARS`."""
 
 
 def model_fingerprint(path: str) -> str:
@@ -53,8 +55,8 @@ def shared_settings(config: Config, role: Role) -> str:
     know that groups are closed would compare parts of several groups with one another. A server that samples
     at another temperature would record log-probs of another policy, one that renders messages in another way
     would complete other prompts, and one with another policy for failed samples would send them with reward 0
-    where the buffer would lease them again. For an evaluation set, which may be long, fingerprints are
-    compared.
+    where the buffer would lease them again. Of evaluation sets and of long values, fingerprints are compared:
+    a hello is small.
     """
     settings = {f"sampling.{name}": value for name, value in dataclasses.asdict(config.sampling).items()}
     for name, one in config.eval.sets.items():
@@ -78,7 +80,10 @@ def shared_settings(config: Config, role: Role) -> str:
             "trainer.num_steps": config.trainer.num_steps,
             "buffer.overdue": config.overdue,
         }
-    return " ".join(f"{name}={value}" for name, value in settings.items())
+    texts = {name: str(value) for name, value in settings.items()}
+    return " ".join(
+        f"{name}={text if len(text) <= _MAX_SETTING_CHARS else _digest(text)}" for name, text in texts.items()
+    )
 
 
 def as_number(fingerprint: str) -> int:

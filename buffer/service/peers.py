@@ -32,7 +32,7 @@ _OPTIONAL = ("dtype", "content", "eval_content")
 """Fields of a Hello that are compared only where they are not empty."""
 _MAX_GONE = 1024
 """Number of departed servers whose statistics are kept separately, because they may come back."""
-_SETTING = re.compile(r"(?:sampling|eval|buffer|model|trainer)\.[\w.-]+", re.ASCII)
+_SETTING = re.compile(r"(?:sampling|eval|buffer|distill|model|trainer)\.[\w.-]+", re.ASCII)
 _SETTINGS = re.compile(f" (?={_SETTING.pattern}=)")
 """Separator between two settings of a Hello."""
 _MOST_PER_S = {
@@ -120,8 +120,6 @@ class Peer:
     """Statistics of its last heartbeat; a server's totals as far as they are counted."""
     waits: dict[str, float] = field(default_factory=dict)
     """Name of a wait at its last heartbeat -> seconds."""
-    step: int = 0
-    """The step that a rank works on."""
 
 
 class ConnectedPeers:

@@ -17,13 +17,16 @@ from typing import Any
 
 import pytest
 
+from areal_like.config import from_mapping
+from areal_like.config.evaluation import MAX_SETS
 from areal_like.errors import ConfigError, DeadlineError, RefusedError, RunFinishedError
 from areal_like.shards import WHOLE
 from areal_like.wire.channel import Envelope, Listener
-from areal_like.wire.fingerprint import dataset_fingerprint
+from areal_like.wire.fingerprint import dataset_fingerprint, shared_settings
+from areal_like.wire.limits import MAX_SETTINGS_CHARS
 from areal_like.wire.messages.consumer import AllocVersion, CommitStep, FinishRun, RunCounters, StartTraining
 from areal_like.wire.messages.hello import Drain, Goodbye, Hello, HelloRequired, JobFinished, Role, Welcome
-from areal_like.wire.messages.producer import HeartbeatAck, ReturnLeases, ServerHeartbeat, ServerState
+from areal_like.wire.messages.producer import HeartbeatAck, ReturnLeases
 from buffer.ledger.recovery import recover
 from buffer.service.daemon import RunEnd
 from buffer.service.handlers import Handlers
@@ -35,7 +38,6 @@ from tests.support.buffer_harness import (
     BufferProcess,
     FakeTrainer,
     connected,
-    heartbeat,
     lie_until_refused,
     running_buffer,
     trainer_hello,
@@ -43,7 +45,7 @@ from tests.support.buffer_harness import (
     wait_for_hello_required,
 )
 from tests.support.fake_producer import hello
-from tests.support.ledger_simulation import ledger_settings, new_ledger
+from tests.support.ledger_simulation import heartbeat, ledger_settings, new_ledger
 from tests.support.row_store import RowStore
 from tests.support.store_load import raising
 from tests.support.waiting import HANG_LIMIT_S
@@ -510,10 +512,7 @@ def old_ledger(**scalars: int) -> RowStore:
     ledger = new_ledger(store=store)
     name = "a"
     ledger.dispatcher.register_server(name, incarnation=1, weights_version=0, now_s=0.0)
-    beat = ServerHeartbeat(
-        state=ServerState.SERVING, free_samples=4, holding_samples=0, weights_version=0, leases=[]
-    )
-    ledger.dispatcher.heartbeat(name, beat, now_s=0.0)
+    ledger.dispatcher.heartbeat(name, heartbeat(free=4), now_s=0.0)
     assert ledger.dispatcher.grant(now_s=0.0)["a"]
     for key, value in scalars.items():
         store.put_scalar(key.replace("__", ":"), value)
@@ -601,3 +600,17 @@ def test_a_refusal_names_the_settings_that_differ_and_no_values() -> None:
     reason = str(refused.value)
     assert "in sampling.temperature, model.chat_template_kwargs;" in reason
     assert "1.0" not in reason and "0.5" not in reason
+
+
+def test_long_settings_fit_into_a_hello_and_differ() -> None:
+    def shared(first: int) -> str:
+        teachers = {"default": [f"http://10.0.0.{first + number}:30000" for number in range(200)]}
+        sets = {f"{number}{'n' * 30}": {"num_samples": 1} for number in range(MAX_SETS)}
+        settings = {"distill": {"teachers": teachers}, "eval": {"sets": sets, "num_prompts": 1}}
+        return shared_settings(from_mapping(settings), Role.ROLLOUT)
+
+    ours, theirs = shared(0), shared(1)
+    assert max(len(ours), len(theirs)) <= MAX_SETTINGS_CHARS
+    peers = ConnectedPeers(job="j", dataset="d", settings={Role.ROLLOUT: ours})
+    with pytest.raises(RefusedError, match=r"in distill\.teachers;"):
+        peers.check(hello("rollout-0", job="j", settings=theirs))
