@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from areal_like.shards import Shard
 from areal_like.wire.messages.producer import (
     BATCH_BYTES,
     AppendSession,
@@ -120,9 +119,6 @@ class SessionJournals(TicketRules):
         if len(parts) < 3 or not all(map(_is_number, parts[:2])):
             return None, 0
         ticket_id, index = int(parts[0]), int(parts[1])
-        shard = self._settings.shard
-        if Shard.of(ticket_id, count=shard.count).index != shard.index:
-            return None, 0
         return self._tickets.live.get(ticket_id), index
 
 

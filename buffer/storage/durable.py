@@ -157,8 +157,8 @@ class DurableStore(RowRecorder):
     def entries_of(self, ticket_id: int, sample_index: int, *, first: int, max_bytes: int) -> list[bytes]:
         # Not the writer's connection, which another thread uses.
         if self._reader is None:
-            file = self._directory / "ledger.sqlite3"
-            self._reader = sqlite3.connect(f"file:{file}?mode=ro", uri=True, isolation_level=None)
+            file = (self._directory / "ledger.sqlite3").absolute().as_uri()
+            self._reader = sqlite3.connect(f"{file}?mode=ro", uri=True, isolation_level=None)
         rows = sql.read_entries(self._reader, ticket_id, sample_index, first=first)
         with contextlib.closing(rows):
             return first_of(rows, max_bytes=max_bytes)
@@ -305,10 +305,12 @@ class DurableStore(RowRecorder):
                 position = placed.get((ticket_id, index), ticket_id)
                 if not position:
                     continue
-                path = segment_path(self._directory, location.segment)
-                size = sizes.setdefault(location.segment, path.stat().st_size if path.exists() else -1)
+                segment = location.segment
+                if segment not in sizes:
+                    path = segment_path(self._directory, segment)
+                    sizes[segment] = path.stat().st_size if path.exists() else -1
                 try:
-                    if location.segment not in whole or size < whole[location.segment]:
+                    if segment not in whole or sizes[segment] < whole[segment]:
                         read_record(
                             self._directory,
                             location,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,11 @@ from areal_like.wire.messages.producer import AppendSession, FindSession, Forget
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
 from buffer.ledger.session_journals import FULL, GAP, LEASE
+from buffer.storage.durable import DurableStore
 from buffer.tickets import Journal, State, Verdict
 from tests.support.ledger_simulation import add_server, beat, deliver, done, failed, new_ledger
 from tests.support.row_store import RowStore
+from tests.support.store_load import durable, new_ticket, raising, store_settings
 
 ONE: dict[str, Any] = {"groups_per_step": 1, "max_staleness": 2, "num_steps": 6, "journal_bytes": 100}
 
@@ -121,6 +125,20 @@ def test_an_entry_without_bytes_is_refused() -> None:
     object.__setattr__(message, "data", np.empty(0, np.uint8))
     with pytest.raises(WireError, match="0 bytes"):
         decode(encode(message))
+
+
+def test_journals_are_read_whatever_the_directory_is_called(tmp_path: Path) -> None:
+    async def run() -> None:
+        store = DurableStore(tmp_path / "50% #1?x", store_settings(), on_error=raising)
+        store.recover()
+        ticket = new_ticket(1)
+        store.put_ticket(ticket)
+        store.put_entry(1, 0, journal=Journal(session="1-0-1", oldest_step=0), data=b"data")
+        await durable(store)
+        assert store.entries_of(1, 0, first=0, max_bytes=100) == [b"data"]
+        store.close()
+
+    asyncio.run(run())
 
 
 def test_a_session_keeps_the_bound_of_its_first_lease() -> None:

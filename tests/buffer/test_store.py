@@ -357,6 +357,25 @@ def test_damaged_records_are_reported_and_never_served(
     asyncio.run(read_the_rest())
 
 
+def test_a_start_looks_once_at_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+
+    def counted(directory: Path, segment: int) -> Path:
+        looked.append(segment)
+        return segment_path(directory, segment)
+
+    async def run() -> None:
+        async with opened(tmp_path, segment_bytes=1 << 16) as (store, _):
+            for ticket_id in range(1, 40):
+                full_ticket(store, ticket_id)
+            await durable(store)
+        monkeypatch.setattr("buffer.storage.durable.segment_path", counted)
+        async with opened(tmp_path, segment_bytes=1 << 16):
+            assert sorted(set(looked)) == sorted(looked) and len(looked) == num_segments(tmp_path) > 1
+
+    asyncio.run(run())
+
+
 def test_a_second_buffer_on_one_ledger_is_refused(tmp_path: Path) -> None:
     async def run() -> None:
         async with opened(tmp_path):
