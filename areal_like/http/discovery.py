@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 from pathlib import Path
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError
+from areal_like.paths import replacing
 from areal_like.shards import Shard
 
 _READABLE = 0o644
@@ -62,13 +62,12 @@ class DiscoveryFile:
             if not self._path.parent.is_dir():
                 self._path.parent.mkdir(parents=True)
                 self._path.parent.chmod(0o755)
-            # Others may write into the directory: an existing file or link is not followed.
-            partial = self._path.with_name(f".{self._path.name}.{secrets.token_hex(8)}")
-            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                os.fchmod(descriptor, _READABLE)
-                file.write(json.dumps(targets, indent=2) + "\n")
-            partial.replace(self._path)
+            with replacing(self._path) as partial:
+                # Others may write into the directory: an existing file or link is not followed.
+                descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+                with os.fdopen(descriptor, "w") as file:
+                    os.fchmod(descriptor, _READABLE)
+                    file.write(json.dumps(targets, indent=2) + "\n")
         except OSError as error:
             raise ConfigError(
                 f"metrics.sd_path={self._path.parent}: {error.strerror}; "

@@ -1,6 +1,7 @@
 """How a daemon's HTTP server is found: a fixed port, an address for others, and Prometheus' file."""
 
 import asyncio
+import errno
 import json
 import os
 import stat
@@ -60,6 +61,17 @@ def test_a_link_in_the_directory_is_not_followed(tmp_path: Path) -> None:
     DiscoveryFile(job, role="buffer", name="buffer").write("h:1")
     assert victim.read_text() == "mine"
     assert json.loads((folder / "x.buffer.json").read_text())[0]["targets"] == ["h:1"]
+
+
+def test_a_write_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fchmod", full)
+    job = config(tmp_path, metrics={"sd_path": str(tmp_path / "targets")})
+    with pytest.raises(ConfigError, match="No space left"):
+        DiscoveryFile(job, role="buffer", name="buffer").write("h:1")
+    assert list((tmp_path / "targets").iterdir()) == []
 
 
 def test_a_fixed_port_is_bound_or_named(tmp_path: Path) -> None:
