@@ -32,7 +32,6 @@ class PoolTotals:
     """Totals since the start of the run."""
 
     at_s: float
-    num_steps: float
     wait_s: float
     """Time in which the slowest rank of the trainer waited for groups."""
     reserved_s: float = 0.0

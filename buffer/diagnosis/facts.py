@@ -43,16 +43,6 @@ class ServerFacts(PeerFacts):
     """Why the buffer grants it no leases (a quarantine, or an operator); empty if it grants leases."""
     lies: str = ""
     """Why it is in quarantine, if the reason is messages that no server sends."""
-    free_samples: int = 0
-    weights_version: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankFacts(PeerFacts):
-    """One rank of the trainer."""
-
-    rank: int
-    step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +66,7 @@ class JobFacts:
     """The job at one moment."""
 
     servers: tuple[ServerFacts, ...] = ()
-    ranks: tuple[RankFacts, ...] = ()
+    ranks: tuple[PeerFacts, ...] = ()
     world_size: int = 0
     """Number of ranks of the trainer, as the ranks report it; 0 before the first registers."""
     open_step: int = 0
@@ -107,8 +97,8 @@ class JobFacts:
     store_trouble_s: float = 0.0
     paused_s: float = 0.0
     """Seconds since an operator paused the run; 0: it is not paused."""
-    closed_reason: str = ""
     closed_s: float = 0.0
+    """Seconds since admission was closed, for lack of a trainer; 0: it is open."""
     is_finished: bool = False
     loop_late_s: float = 0.0
     """Mean delay of the buffer's own timer over the last seconds."""

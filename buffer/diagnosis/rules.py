@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from buffer.diagnosis.facts import Cause, JobFacts, On, RankFacts, ServerFacts, WaitLimits
+from buffer.diagnosis.facts import Cause, JobFacts, On, PeerFacts, ServerFacts, WaitLimits
 from buffer.storage.base import Blocked
 
 _EVALUATION = "the evaluation"
@@ -368,7 +368,7 @@ def _behind_ranks(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
             )
 
 
-def _data_wait(rank: RankFacts) -> float:
+def _data_wait(rank: PeerFacts) -> float:
     return rank.longest_wait("buffer")[1]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -61,7 +60,7 @@ class Watchdog:
         )
         self._blocked_at_s = -math.inf
         """When the buffer could not write for the last time."""
-        self._told: dict[str, str] = {}
+        self._told: set[str] = set()
         self._causes: list[Cause] = []
         self._effects: list[str] = []
         self._max_staleness = 0
@@ -126,10 +125,6 @@ class Watchdog:
                 log.warning(
                     "the job waits on %s (%s)", cause, "; ".join(self._effects) or "nothing else waits"
                 )
-        for name in self._told.keys() - now.keys():
+        for name in self._told - now.keys():
             log.warning("the job no longer waits on %s", name)
-        self._told = {name: cause.what for name, cause in now.items()}
-
-
-def names_of(report: Mapping[str, Any]) -> list[str]:
-    return [str(cause["name"]) for cause in report.get("causes", [])]
+        self._told = set(now)

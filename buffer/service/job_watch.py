@@ -12,7 +12,7 @@ from areal_like.runtime.metrics import Metrics
 from areal_like.wire.messages.hello import Role
 from areal_like.wire.messages.producer import Purpose
 from buffer.diagnosis.bottleneck import PoolTotals
-from buffer.diagnosis.facts import JobFacts, LeaseFacts, RankFacts, ServerFacts, WaitLimits
+from buffer.diagnosis.facts import JobFacts, LeaseFacts, PeerFacts, ServerFacts, WaitLimits
 from buffer.diagnosis.life_times import LifeTimes, Timeline, is_held_back
 from buffer.diagnosis.watchdog import INTERVAL_S, Wakefulness, Watchdog
 from buffer.ledger.ledger import Ledger
@@ -72,7 +72,6 @@ class JobWatch:
             facts,
             load=PoolTotals(
                 at_s=now_s,
-                num_steps=facts.trainer_step,
                 wait_s=self._wait_s,
                 reserved_s=self._reserved_s,
                 busy_s=self._peers.total("busy_s"),
@@ -99,14 +98,12 @@ class JobWatch:
         return JobFacts(
             servers=tuple(self._servers(now_s=now_s)),
             ranks=tuple(
-                RankFacts(
+                PeerFacts(
                     name=peer.hello.name,
                     silent_s=self._awake.silent_s(peer.last_heard_s, now_s=now_s),
                     state=peer.state,
                     waits=peer.waits,
                     stats=peer.stats,
-                    rank=peer.hello.rank,
-                    step=peer.step,
                 )
                 for peer in ranks
             ),
@@ -128,7 +125,6 @@ class JobWatch:
                 "store", bool(ledger.state.store.write_blocked_reason), now_s=now_s
             ),
             paused_s=self._lasting("paused", state.holds.is_paused, now_s=now_s),
-            closed_reason=ledger.state.closed_reason,
             closed_s=self._lasting("closed", bool(ledger.state.closed_reason), now_s=now_s),
             is_finished=ledger.state.is_finished,
             loop_late_s=self._awake.late_s,
@@ -147,8 +143,6 @@ class JobWatch:
                 stats=peer.stats,
                 held_back=_held_back(server),
                 lies=_lies(server),
-                free_samples=server.free_samples,
-                weights_version=server.weights_version,
             )
 
     def _oldest_leases(self, *, now_s: float) -> Iterator[LeaseFacts]:

@@ -8,7 +8,7 @@ import pytest
 
 from areal_like.runtime.metrics import Metrics
 from buffer.diagnosis.bottleneck import PoolTotals, Utilisation, advice
-from buffer.diagnosis.facts import JobFacts, LeaseFacts, On, RankFacts, ServerFacts, WaitLimits
+from buffer.diagnosis.facts import JobFacts, LeaseFacts, On, PeerFacts, ServerFacts, WaitLimits
 from buffer.diagnosis.rules import causes_of, effects_of, late_servers
 from buffer.diagnosis.speeds import Speeds
 from buffer.diagnosis.watchdog import Wakefulness, Watchdog
@@ -22,9 +22,8 @@ def server(name: str = "rollout-0", **fields: Any) -> ServerFacts:
     return ServerFacts(name=name, **({"silent_s": 0.2, "state": "serving"} | fields))
 
 
-def rank(number: int = 0, **fields: Any) -> RankFacts:
-    base = {"silent_s": 0.2, "state": "training", "step": 11}
-    return RankFacts(name=f"trainer-{number}", rank=number, **(base | fields))
+def rank(number: int = 0, **fields: Any) -> PeerFacts:
+    return PeerFacts(name=f"trainer-{number}", **({"silent_s": 0.2, "state": "training"} | fields))
 
 
 WAITING = rank(waits={"buffer: group 3 of step 11": 25.0})
@@ -66,7 +65,7 @@ def named(facts: JobFacts, **slow: str) -> list[tuple[str, On]]:
         ({"servers": (), "lost_servers": {"rollout-0": 12.0}}, ("rollout-0", On.SERVER)),
         ({"servers": ()}, ("rollout servers", On.SERVER)),
         ({"paused_s": 30.0}, ("an operator", On.OPERATOR)),
-        ({"ranks": (), "closed_reason": "no trainer", "closed_s": 60.0}, ("trainer", On.TRAINER)),
+        ({"ranks": (), "closed_s": 60.0}, ("trainer", On.TRAINER)),
         ({"servers": (server(held_back="quarantined (ten failures)"),)}, ("rollout-0", On.SERVER)),
         ({"servers": (server(waits={"rewards: 12 completions": 30.0}),)}, ("rollout-0's rewards", On.REWARD)),
         (
@@ -292,7 +291,6 @@ def test_a_buffer_that_was_stopped_blames_nobody() -> None:
 def load(at_s: float, *, wait: float, idle: float, starved: float = 0.0) -> PoolTotals:
     return PoolTotals(
         at_s=at_s,
-        num_steps=at_s,
         wait_s=wait * at_s,
         busy_s=(1 - idle) * at_s,
         idle_s=idle * at_s,

@@ -166,7 +166,7 @@ def test_dropping_a_closed_group_names_its_positions(made: tuple[Path, list[Grou
             (position, group)
             for position in reversed(positions)
             for ticket_id, _ in position.parts
-            if (group := ledger.state.parts.group(ticket_id)).state is State.SPLIT
+            if (group := ledger.state.parts.groups[ticket_id]).state is State.SPLIT
         )
         live = ledger.state.tickets.live.values()
         running = next(ticket for ticket in live if ticket.state is State.CLOSED)
