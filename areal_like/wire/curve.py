@@ -79,6 +79,8 @@ class CurveServer:
         self._loop = asyncio.get_running_loop()
         self._socket: zmq.Socket[bytes] | None = None
         self._endpoint = ""
+        self._is_unbound = False
+        """True while the socket is bound again with a renewed key."""
         self._zap: Pump | None = None
         self._monitor: _Monitor | None = None
         self._unsubscribe: Callable[[], None] = lambda: None
@@ -187,9 +189,11 @@ class CurveServer:
         self._identity = self._keyring.identity
         # libzmq copies a socket's options when it is bound. Unbinding closes the open connections: the peers
         # reconnect, and resend what was lost, as after a restart of this daemon.
-        self._socket.unbind(self._endpoint)
         self._socket.set(zmq.CURVE_SECRETKEY, self._identity.secret.encode())
-        self._bind_again(until_s=self._loop.time() + _BIND_TIMEOUT_S)
+        if not self._is_unbound:  # otherwise `_bind_again` of the renewal before this one binds it
+            self._is_unbound = True
+            self._socket.unbind(self._endpoint)
+            self._bind_again(until_s=self._loop.time() + _BIND_TIMEOUT_S)
 
     def _bind_again(self, *, until_s: float) -> None:
         if self._socket is None or self._socket.closed:
@@ -205,6 +209,7 @@ class CurveServer:
                 ArealError(f"cannot bind {self._endpoint} again with the renewed key: {error.strerror}")
             )
             return
+        self._is_unbound = False
         log.info("listening at %s with the renewed key", self._endpoint)
 
 

@@ -354,6 +354,31 @@ def test_a_port_that_is_taken_ends_the_rotation(
     run(body)
 
 
+def test_a_second_rotation_while_the_port_is_taken(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        errors: list[ArealError] = []
+        buffer = keyring(keys, KeyRole.BUFFER)
+        listener = keyed_listener(buffer, grant, on_failure=errors.append)
+        bind, is_taken = zmq.Socket.bind, True
+
+        def bound(self: zmq.Socket[bytes], address: str) -> object:
+            if is_taken and address.startswith("tcp://"):
+                raise zmq.ZMQError(zmq.EADDRINUSE)
+            return bind(self, address)
+
+        monkeypatch.setattr(zmq.Socket, "bind", bound)
+        for _ in range(2):
+            rotate_keys(keys, "buffer", grace_s=100)
+            buffer.refresh()
+        is_taken = False
+        link = keyed_link(address_of(listener), keyring(keys, KeyRole.ROLLOUT))
+        assert await works(link, 1) and not errors
+        link.close()
+        listener.close()
+
+    run(body)
+
+
 def test_a_failed_check_of_keys_ends_the_daemon(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         errors: list[ArealError] = []
