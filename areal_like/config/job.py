@@ -241,7 +241,7 @@ class Config(Section):
         )
         require(
             self.resume in ("", "latest", "auto")
-            or (self.resume.startswith("step:") and self.resume[5:].isdigit()),
+            or (self.resume.startswith("step:") and self.resume[5:].isdecimal()),
             f"resume={self.resume!r}: use auto, latest or step:K",
         )
         self._check_shards()

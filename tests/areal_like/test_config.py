@@ -177,6 +177,7 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["max_staleness=true"], "max_staleness=True: use a whole number or auto"),
         (["name=a/b"], "use 1 to 64 of the characters"),
         (["resume=yesterday"], "latest or step:K"),
+        (["resume=step:²"], "latest or step:K"),
         (["sampling.temperature=0"], "above 0"),
         (["trainer.device=gpu"], "use cpu, cuda or cuda:N"),
         (["rollout.engine_device=tpu"], r"rollout\.engine_device=tpu: use cpu, cuda or cuda:N"),
