@@ -22,19 +22,20 @@ from areal_like.chat.openai import (
     MAX_MESSAGES,
     MAX_TOOLS,
     ChatRules,
+    RefusedFields,
     RequestOptions,
     parse_model,
+    refuse_fields,
     stop_texts,
 )
 from areal_like.chat.reply import ChatReply
 from areal_like.http.bodies import ParamError, flag, integer
 from areal_like.http.streams import encode_event
 
-_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+_REFUSED: RefusedFields = {
     "container": ((), "there are no containers"),
     "mcp_servers": (([],), "connect them in the agent, and send their tools"),
 }
-"""Field -> accepted values, which have no effect, and what to do instead."""
 _IGNORED = (
     "temperature", "top_p", "top_k", "output_config", "output_format", "context_management", "service_tier",
 )  # fmt: skip
@@ -80,9 +81,7 @@ def parse_message(body: Mapping[str, Any], rules: ChatRules) -> MessageRequest:
 
 def parse_count(body: Mapping[str, Any], rules: ChatRules) -> MessageRequest:
     """Checks a body of /v1/messages/count_tokens. Raises UserError for the first error."""
-    for name, (neutral, instead) in _REFUSED.items():
-        if body.get(name) is not None and body[name] not in neutral:
-            raise ParamError(f"{name} is not supported by {rules.server}: {instead}", param=name)
+    refuse_fields(body, _REFUSED, server=rules.server)
     thinking = body.get("thinking") or {}
     if not isinstance(thinking, dict):
         raise ParamError("thinking must be an object", param="thinking")

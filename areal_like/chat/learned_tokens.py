@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from areal_like.chat.messages import with_parsed_arguments
+from areal_like.chat.messages import cannot_render, parsed_messages
 from areal_like.chat.token_row import TokenRow
 from areal_like.data.row_format import ConversationRow, Message
 from areal_like.errors import ConfigError
@@ -36,7 +36,6 @@ Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE_REPLY = "ProbeReply"
 _REASONING = "reasoning_content"
-_MAX_ERROR_CHARS = 300
 
 
 class ConversationTokens:
@@ -94,10 +93,7 @@ class ConversationTokens:
             # As `rollout_server` renders such prompts.
             prompt = "\n".join(message["content"] for message in messages[:last]) + "\n"
             return [self._text_row(prompt, messages[last]["content"])]
-        try:
-            messages = [with_parsed_arguments(message) for message in messages]
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"tool_calls: want OpenAI's format ({error!r})") from error
+        messages = parsed_messages(messages)
         sequences = (
             [self._marked(messages, conversation)]
             if self._marks_replies
@@ -145,7 +141,7 @@ class ConversationTokens:
                 **{**tokenizer.special_tokens_map, **self._template_kwargs},
             )
         except Exception as error:  # a template may raise anything
-            raise _cannot_render(error) from error
+            raise cannot_render(error) from error
         first = conversation.is_learned.index(True)
         if any(message["role"] == "assistant" for message in messages[:first]):
             prompt = self._text(messages[:first], conversation, True)
@@ -222,12 +218,7 @@ class ConversationTokens:
                 )
             )
         except Exception as error:  # a template may raise anything
-            raise _cannot_render(error) from error
-
-
-def _cannot_render(error: Exception) -> ConfigError:
-    reason = f"{type(error).__name__}: {str(error)[:_MAX_ERROR_CHARS]}"
-    return ConfigError(f"the chat template cannot render these messages ({reason})")
+            raise cannot_render(error) from error
 
 
 def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:

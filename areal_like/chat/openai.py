@@ -39,6 +39,9 @@ _ERROR_TYPES = {
 _EMPTY_FIELDS = ("refusal", "annotations", "audio", "function_call")
 """Fields that SDKs add to an assistant message and that mean nothing here."""
 
+RefusedFields = Mapping[str, tuple[tuple[Any, ...], str]]
+"""Field -> accepted values, which have no effect, and what to do instead (or empty)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRules:
@@ -49,8 +52,7 @@ class ChatRules:
     default_model: str
     """The model of a request that names none."""
     takes_tools: bool
-    refused: Mapping[str, tuple[tuple[Any, ...], str]]
-    """Field -> accepted values, which have no effect, and what to do instead (or empty)."""
+    refused: RefusedFields
     ignored: tuple[str, ...] = ()
     """Fields without effect that change the response elsewhere."""
 
@@ -119,12 +121,17 @@ def parse_options(body: Mapping[str, Any], rules: ChatRules) -> RequestOptions:
     )
 
 
+def refuse_fields(body: Mapping[str, Any], refused: RefusedFields, *, server: str) -> None:
+    """Raises ParamError for a field that `server` does not support."""
+    for name, (neutral, instead) in refused.items():
+        if body.get(name) is not None and body[name] not in neutral:
+            message = f"{name} is not supported by {server}"
+            raise ParamError(f"{message}: {instead}" if instead else message, param=name)
+
+
 def parse_chat(body: Mapping[str, Any], rules: ChatRules) -> ChatRequest:
     """Checks a body. Raises UserError for the first error."""
-    for name, (neutral, instead) in rules.refused.items():
-        if body.get(name) is not None and body[name] not in neutral:
-            message = f"{name} is not supported by {rules.server}"
-            raise ParamError(f"{message}: {instead}" if instead else message, param=name)
+    refuse_fields(body, rules.refused, server=rules.server)
     return ChatRequest(
         options=parse_options(body, rules),
         messages=_messages(body.get("messages"), rules),

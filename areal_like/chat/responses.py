@@ -20,7 +20,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from areal_like.chat.openai import MAX_MESSAGES, MAX_TOOLS, ChatRules, RequestOptions, parse_model
+from areal_like.chat.openai import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    ChatRules,
+    RefusedFields,
+    RequestOptions,
+    parse_model,
+    refuse_fields,
+)
 from areal_like.chat.reply import ChatReply
 from areal_like.http.bodies import ParamError, flag, integer, one_of
 from areal_like.http.streams import encode_event
@@ -28,12 +36,11 @@ from areal_like.http.streams import encode_event
 MAX_METADATA = 16
 _PAGE = 20
 _LARGEST_PAGE = 100
-_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+_REFUSED: RefusedFields = {
     "background": ((False,), "the response is sent when the turn is complete"),
     "conversation": ((), "send the whole input, or previous_response_id"),
     "prompt": ((), "the server has no templates of prompts; send input"),
 }
-"""Field -> accepted values, which have no effect, and what to do instead."""
 _IGNORED = (
     "temperature", "top_p", "top_logprobs", "reasoning", "text", "truncation", "parallel_tool_calls",
     "max_tool_calls", "include", "context_management", "moderation",
@@ -80,9 +87,7 @@ def bare_id(id: str) -> str:
 
 def parse_responses(body: Mapping[str, Any], rules: ChatRules) -> ResponsesRequest:
     """Checks a body. Raises UserError for the first error."""
-    for name, (neutral, instead) in _REFUSED.items():
-        if body.get(name) is not None and body[name] not in neutral:
-            raise ParamError(f"{name} is not supported by {rules.server}: {instead}", param=name)
+    refuse_fields(body, _REFUSED, server=rules.server)
     previous = body.get("previous_response_id")
     if previous is not None and not isinstance(previous, str):
         raise ParamError("previous_response_id must be a text", param="previous_response_id")

@@ -22,12 +22,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from areal_like.chat.messages import with_parsed_arguments
+from areal_like.chat.messages import cannot_render, parsed_messages
 from areal_like.chat.plain_text import encoded, has_special, mark_for, with_marks, without_marks
 from areal_like.data.row_format import Message, conversation
 from areal_like.errors import ConfigError
-
-_MAX_ERROR_CHARS = 300
 
 
 def scored_tokens(
@@ -89,10 +87,7 @@ def _rendered(
     if not tokenizer.chat_template:
         text = "\n".join(str(message["content"]) for message in messages)
         return text, range(len(text)) if has_special(tokenizer, text) else ()
-    try:
-        parsed = [with_parsed_arguments(message) for message in messages]
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"tool_calls: want OpenAI's format ({error!r})") from error
+    parsed = parsed_messages(messages)
     mark = ""
     if has_special(tokenizer, parsed):
         mark = mark_for(parsed, list(tools), template_kwargs, tokenizer.chat_template)
@@ -106,6 +101,5 @@ def _rendered(
             **template_kwargs,
         )
     except Exception as error:  # a template may raise anything
-        reason = f"{type(error).__name__}: {str(error)[:_MAX_ERROR_CHARS]}"
-        raise ConfigError(f"the chat template cannot render these messages ({reason})") from error
+        raise cannot_render(error) from error
     return without_marks(str(text), mark) if mark else (str(text), ())
