@@ -7,48 +7,23 @@ class that each names defines and checks its keys (areal_like/registry.py).
 The package imports neither hydra nor torch, because every process imports it first.
 """
 
-from areal_like.config.buffer import BufferConfig, OnFailureConfig
-from areal_like.config.distill import DistillConfig
-from areal_like.config.episode import EpisodeConfig, RewardsConfig, SessionsConfig
-from areal_like.config.evaluation import EvalConfig, EvalSetConfig
-from areal_like.config.job import Config, DaemonConfig, MetricsConfig, ModelConfig
-from areal_like.config.loading import from_mapping, to_mapping
-from areal_like.config.lora import LoraConfig
-from areal_like.config.offline import OfflineConfig, PreferencesConfig
-from areal_like.config.reward_model import RewardModelConfig
-from areal_like.config.rollout import RolloutConfig, SamplingConfig, SglangConfig
-from areal_like.config.scorer import ScorerConfig
-from areal_like.config.security import SecurityConfig
-from areal_like.config.sft import SftConfig
-from areal_like.config.trainer import KlConfig, TrainerConfig
-from areal_like.config.weights import WeightsConfig
-
-__all__ = [
-    "BufferConfig",
-    "Config",
-    "DaemonConfig",
-    "DistillConfig",
-    "EpisodeConfig",
-    "EvalConfig",
-    "EvalSetConfig",
-    "KlConfig",
-    "LoraConfig",
-    "MetricsConfig",
-    "ModelConfig",
-    "OfflineConfig",
-    "OnFailureConfig",
-    "PreferencesConfig",
-    "RewardModelConfig",
-    "RewardsConfig",
-    "RolloutConfig",
-    "SamplingConfig",
-    "ScorerConfig",
-    "SecurityConfig",
-    "SessionsConfig",
-    "SftConfig",
-    "SglangConfig",
-    "TrainerConfig",
-    "WeightsConfig",
-    "from_mapping",
-    "to_mapping",
-]
+from areal_like.config.buffer import BufferConfig as BufferConfig
+from areal_like.config.buffer import OnFailureConfig as OnFailureConfig
+from areal_like.config.distill import DistillConfig as DistillConfig
+from areal_like.config.evaluation import EvalSetConfig as EvalSetConfig
+from areal_like.config.job import Config as Config
+from areal_like.config.job import ModelConfig as ModelConfig
+from areal_like.config.loading import from_mapping as from_mapping
+from areal_like.config.loading import to_mapping as to_mapping
+from areal_like.config.lora import LoraConfig as LoraConfig
+from areal_like.config.offline import OfflineConfig as OfflineConfig
+from areal_like.config.offline import PreferencesConfig as PreferencesConfig
+from areal_like.config.reward_model import RewardModelConfig as RewardModelConfig
+from areal_like.config.rollout import RolloutConfig as RolloutConfig
+from areal_like.config.rollout import SamplingConfig as SamplingConfig
+from areal_like.config.rollout import SglangConfig as SglangConfig
+from areal_like.config.security import SecurityConfig as SecurityConfig
+from areal_like.config.sft import SftConfig as SftConfig
+from areal_like.config.trainer import KlConfig as KlConfig
+from areal_like.config.trainer import TrainerConfig as TrainerConfig
+from areal_like.config.weights import WeightsConfig as WeightsConfig
