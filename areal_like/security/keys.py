@@ -132,8 +132,8 @@ class KeyDirectory:
         self.allowed = AllowList(())
         self.refresh()
 
-    def refresh(self) -> bool:
-        """Reads public.json again if the file has changed; returns True if it has.
+    def refresh(self) -> None:
+        """Reads public.json again if the file has changed.
 
         Raises ConfigError if the file is absent or broken; `allowed` then stays as it was.
         """
@@ -142,7 +142,7 @@ class KeyDirectory:
             status = file.stat()
             stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
             if stamp == self._stamp:
-                return False
+                return
             if status.st_size > _MAX_PUBLIC_BYTES:
                 raise ConfigError(f"{file} has {status.st_size} bytes, at most {_MAX_PUBLIC_BYTES} are read")
             allowed = _allow_list(json.loads(file.read_text()), file)
@@ -154,7 +154,6 @@ class KeyDirectory:
         except ValueError as error:
             raise ConfigError(f"{file}: {error}") from None
         self.allowed, self._stamp = allowed, stamp
-        return True
 
     def identity(self, name: str) -> Identity:
         """The secret of one identity.

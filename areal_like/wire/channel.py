@@ -73,11 +73,6 @@ class BadPeers:
         self._num_bad: dict[bytes, int] = {}
         self._muted_until_s: dict[bytes, float] = {}
 
-    @property
-    def has_muted(self) -> bool:
-        """False if `is_muted` is false for every peer."""
-        return bool(self._muted_until_s)
-
     def is_muted(self, peer: bytes, *, now_s: float) -> bool:
         """True if this peer's frames are to be dropped unread."""
         until_s = self._muted_until_s.get(peer)
@@ -226,7 +221,7 @@ class Listener:
 
     def _on_frames(self, frames: list[bytes], key: AllowedKey | None = None) -> None:
         peer = frames[0]
-        if self._bad_peers.has_muted and self._bad_peers.is_muted(peer, now_s=self._clock()):
+        if self._bad_peers.is_muted(peer, now_s=self._clock()):
             self.num_bad_frames += 1
             return
         try:

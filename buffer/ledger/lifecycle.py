@@ -254,7 +254,8 @@ class TicketLifecycle(LedgerPart):
         while not self._state.settings_changed:
             first = steps.current if self._settings.closes else self._scheduler.num_full_steps
             if (overdue := self._scheduler.next_overdue(first)) is not None:
-                self._end_overdue(self._tickets.live[overdue])
+                ticket = self._tickets.live[overdue]
+                self._close(ticket) if self._settings.closes else self._drop_stale(ticket)
             elif (position := self._next_position_of_parts()) is not None:
                 self._record(position)
             elif (ready := self._scheduler.next_to_record(trainer_step=steps.current)) is not None:
@@ -305,12 +306,6 @@ class TicketLifecycle(LedgerPart):
             for ticket in self._tickets.of_purpose(Purpose.TRAIN):
                 if ticket.state is not State.BATCHED:
                     self.drop(ticket, Drop.CANCELLED)
-
-    def _end_overdue(self, ticket: Ticket) -> None:
-        if self._settings.closes:
-            self._close(ticket)
-        else:
-            self._drop_stale(ticket)
 
     def _close(self, ticket: Ticket) -> None:
         """Ends the common life of a group's samples: complete ones are parts now, others once they arrive."""

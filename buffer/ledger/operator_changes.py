@@ -155,7 +155,7 @@ class OperatorChanges(TicketRules):
         ticket = self._tickets.live.get(ticket_id)
         if ticket is not None and ticket.state is State.CLOSED and len(ticket.placed) < ticket.num_samples:
             return ticket
-        if (group := self._parts.find(ticket_id)) is not None:
+        if (group := self._parts.groups.get(ticket_id)) is not None:
             raise RefusedError(str(ticket_id), self._positions_of(group))
         if ticket is None or ticket.state is not State.BATCHED:
             state = f"{ticket.state.value}" if ticket else "ended, or was never issued"

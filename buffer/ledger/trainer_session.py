@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from areal_like.config.evaluation import DEFAULT_SET
-from areal_like.errors import RefusedError, RunFinishedError
+from areal_like.errors import RefusedError, RunFinishedError, StaleIncarnationError
 from areal_like.wire.messages.consumer import ClosedGroup, EarlyMember, Group, StepSettings
 from areal_like.wire.messages.evaluation import EvalResult
 from areal_like.wire.messages.producer import Purpose
@@ -27,7 +27,6 @@ from buffer.ledger.lifecycle import TicketRules
 from buffer.prompts.order import Prompt
 from buffer.storage.base import EvaluationRow, RollbackRow
 from buffer.tables.evaluations import RUNNING, check_request
-from buffer.tables.incarnations import refuse_older
 from buffer.tables.live_settings import (
     CHECKPOINT,
     EVAL_INTERVAL,
@@ -50,7 +49,11 @@ class TrainerSession(TicketRules):
 
     def refuse_older_trainer(self, incarnation: int) -> None:
         """Raises StaleIncarnationError if a newer trainer has started."""
-        refuse_older("trainer", incarnation, newest=self._state.trainer_incarnation)
+        newest = self._state.trainer_incarnation
+        if incarnation < newest:
+            raise StaleIncarnationError(
+                f"trainer was replaced: its incarnation is {incarnation}, the newest is {newest}"
+            )
 
     def start_training(
         self,
@@ -166,7 +169,7 @@ class TrainerSession(TicketRules):
 
     def _closed_groups(self, position: Ticket) -> list[ClosedGroup]:
         """What the baselines of a position's parts are computed from; empty for a whole group."""
-        groups = [self._parts.group(ticket_id) for ticket_id in sorted({key for key, _ in position.parts})]
+        groups = [self._parts.groups[ticket_id] for ticket_id in sorted({key for key, _ in position.parts})]
         return [
             ClosedGroup(
                 ticket_id=group.ticket_id,

@@ -230,7 +230,7 @@ class Handlers:
     def _from_rank(self, peer: Peer, message: Any, *, rid: int) -> Any:
         match message:
             case consumer.TrainerHeartbeat():
-                peer.state, peer.waits, peer.step = message.state, message.waits, message.step
+                peer.state, peer.waits = message.state, message.waits
                 self._take_stats(peer, message.stats)
                 ack = self._heartbeat_ack(sent_s=message.sent_s, progress=self._peers.total("progress"))
                 # The trainer's time limits must not expire while it cannot get any groups.

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from areal_like.errors import StoreCorruptError, UserError
 from areal_like.wire.records import Record
-from buffer.prompts.order import Prompt
 from buffer.settings import DURABILITY
 from buffer.storage import sql
 from buffer.storage.base import EventRow, SettingRow, Store, first_of
-from buffer.tickets import Journal, LeaseRecord, SampleSummary, State, Ticket
+from buffer.tickets import Journal, SampleSummary, State, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -64,37 +63,11 @@ class MemoryStore(Store):
     def close(self) -> None:
         pass
 
-    # Rows are not kept.
+    def _not_kept(self, *row: Any, **fields: Any) -> None:
+        """Ignores a row."""
 
-    def put_parts(self, position: Ticket) -> None:
-        pass
-
-    def put_failure(self, ticket: Ticket, sample_index: int) -> None:
-        pass
-
-    def put_lease(self, lease: LeaseRecord, *, server_incarnation: int) -> None:
-        pass
-
-    def end_lease(self, lease_id: int) -> None:
-        pass
-
-    def put_row(self, row: EventRow) -> None:
-        pass
-
-    def put_scalar(self, name: str, value: int) -> None:
-        pass
-
-    def push_returned(self, prompt: Prompt) -> None:
-        pass
-
-    def pop_returned(self) -> None:
-        pass
-
-    def put_attempt(self, step: int, num_starts: int) -> None:
-        pass
-
-    def put_counters(self, values: Mapping[str, float]) -> None:
-        pass
+    put_parts = put_failure = put_lease = end_lease = put_row = put_scalar = _not_kept
+    push_returned = pop_returned = put_attempt = put_counters = _not_kept
 
 
 class MemoryWithLedger(MemoryStore):

@@ -30,14 +30,6 @@ _IMPOSSIBLE = 1 << 62
 number."""
 
 
-def refuse_older(name: str, incarnation: int, *, newest: int) -> None:
-    """Raises StaleIncarnationError if `incarnation` is older than `newest`."""
-    if incarnation < newest:
-        raise StaleIncarnationError(
-            f"{name} was replaced: its incarnation is {incarnation}, the newest is {newest}"
-        )
-
-
 class IncarnationTable:
     """The newest incarnation of each name, and the process that holds it."""
 

@@ -19,7 +19,7 @@ class PartTable:
     """Closed groups and their parts. Pure."""
 
     def __init__(self) -> None:
-        self._groups: dict[int, Ticket] = {}
+        self.groups: dict[int, Ticket] = {}
         """Closed groups with records that are still needed, by id."""
         self._loose: dict[tuple[int, int], int] = {}
         """(ticket id, sample index) of each loose part -> the step at which its group was closed."""
@@ -37,7 +37,7 @@ class PartTable:
 
     def add_group(self, group: Ticket) -> None:
         """Adds a group that was closed, without its samples."""
-        self._groups[group.ticket_id] = group
+        self.groups[group.ticket_id] = group
         self._positions[group.ticket_id] = 0
         self.num_late += group.num_samples - len(group.samples.keys() | group.failed)
 
@@ -59,13 +59,13 @@ class PartTable:
         while self._heap:
             _, ticket_id, sample_index = heapq.heappop(self._heap)
             if self._loose.pop((ticket_id, sample_index), None) is not None:
-                return self._groups[ticket_id], sample_index
+                return self.groups[ticket_id], sample_index
         return None
 
     def place(self, position: Ticket) -> None:
         """The parts of this position, which were popped, are recorded."""
         for ticket_id, sample_index in position.parts:
-            self._groups[ticket_id].placed[sample_index] = position.ticket_id
+            self.groups[ticket_id].placed[sample_index] = position.ticket_id
             self._positions[ticket_id] += 1
 
     def release(self, position: Ticket) -> list[Ticket]:
@@ -73,22 +73,14 @@ class PartTable:
         for ticket_id, _ in position.parts:
             self._positions[ticket_id] -= 1
         ids = dict.fromkeys(ticket_id for ticket_id, _ in position.parts)
-        return [group for ticket_id in ids if (group := self.forget(self._groups[ticket_id])) is not None]
+        return [group for ticket_id in ids if (group := self.forget(self.groups[ticket_id])) is not None]
 
     def forget(self, group: Ticket) -> Ticket | None:
         """Removes a group, and returns it, if it has ended and no position needs its records."""
         if group.state is State.CLOSED or self._positions[group.ticket_id]:
             return None
-        del self._groups[group.ticket_id], self._positions[group.ticket_id]
+        del self.groups[group.ticket_id], self._positions[group.ticket_id]
         return group
-
-    def group(self, ticket_id: int) -> Ticket:
-        """A closed group of which a position holds a sample."""
-        return self._groups[ticket_id]
-
-    def find(self, ticket_id: int) -> Ticket | None:
-        """A closed group whose records are still needed; None if there is none."""
-        return self._groups.get(ticket_id)
 
     def is_over(self, group: Ticket) -> bool:
         """True if every sample of a closed group is placed or given up."""

@@ -161,7 +161,7 @@ def test_failed_evaluations_count_as_zero() -> None:
     ledger.intake.sample_failed("a", failed(leases[3], 0, kind=FailureKind.PROMPT))
     result = ledger.trainer.request_eval(eval_id=1, num_prompts=4, min_version=0)
     assert result is not None
-    assert (result.mean_reward, result.num_evaluated, result.num_failed) == (0.25, 2, 2)
+    assert (result.rewards.sum(), result.num_evaluated, result.num_failed) == (1, 2, 2)
 
 
 # --- servers ---

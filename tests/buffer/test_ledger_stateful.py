@@ -482,11 +482,11 @@ class LedgerMachine(RuleBasedStateMachine):
         )
         recorded = [t for row in self.ledger.state.steps.recorded.values() for t in row.values() if t.parts]
         needed = {ticket_id for ticket in recorded for ticket_id, _ in ticket.parts}
-        assert parts._groups.keys() == closed.keys() | needed
+        assert parts.groups.keys() == closed.keys() | needed
         for ticket in recorded:
             assert len(ticket.parts) == SIZE and ticket.prompt_index == -1
             for ticket_id, index in ticket.parts:
-                assert parts._groups[ticket_id].placed[index] == ticket.ticket_id
+                assert parts.groups[ticket_id].placed[index] == ticket.ticket_id
 
     @invariant()
     def the_order_has_the_servers_with_credit(self) -> None:
@@ -676,7 +676,7 @@ def observed(ledger: Ledger) -> dict[str, object]:
         ),
         "waiting": ledger.state.admission.waiting,
         "parts": (sorted(ledger.state.parts._loose.items()), ledger.state.parts.num_late),
-        "closed groups": {i: fields_of(group) for i, group in ledger.state.parts._groups.items()},
+        "closed groups": {i: fields_of(group) for i, group in ledger.state.parts.groups.items()},
         "counters": ledger.state.counters.summary(),
     }
 

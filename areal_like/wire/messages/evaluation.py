@@ -6,7 +6,6 @@ The result has numbers for each sample and no statistics: these are computed whe
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import IntFlag
 
@@ -95,13 +94,3 @@ class EvalResult:
 
     def count(self, outcome: SampleOutcome) -> int:
         return int(np.count_nonzero(self.outcomes & int(outcome)))
-
-    @property
-    def mean_reward(self) -> float:
-        """Over all samples; a failed one counts 0."""
-        return math.fsum(self.rewards.tolist()) / max(1, len(self.rewards))
-
-    @property
-    def mean_tokens(self) -> float:
-        """Over the samples that exist."""
-        return int(self.tokens.sum(dtype=np.int64)) / max(1, self.num_evaluated)
