@@ -133,18 +133,17 @@ def named_object(path: str, *, key: str, form: str = "module.Class") -> Any:
     """Returns the object at a dotted path. Raises ConfigError that begins with `key`. `form`: how to write
     such a path."""
     module_name, _, attribute = path.rpartition(".")
+    if not module_name or not all(path.split(".")):
+        raise ConfigError(f"{key}: write {form}")
     try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except ConfigError:  # its message already explains what to change
-        raise
-    except ValueError:
-        raise ConfigError(f"{key}: write {form}") from None
+        found = getattr(importlib.import_module(module_name), attribute, None)
     except (ImportError, SyntaxError) as error:
         raise ConfigError(
             f"{key}: {error}; it must be importable from the directory the job starts in"
         ) from error
-    except AttributeError:
-        raise ConfigError(f"{key}: module {module_name} has no {attribute}") from None
+    if found is None:
+        raise ConfigError(f"{key}: module {module_name} has no {attribute}")
+    return found
 
 
 def _coerced(hint: Any, value: Any, *, path: str) -> Any:

@@ -79,8 +79,19 @@ def test_value_fits_a_member_of_a_union(key: str, value: Any, expected: Any) -> 
         ({"name": "box", "scale": "big"}, "shape.scale=big: use a number or auto"),
         ({"name": "box", "cuts": "aut"}, r"shape.cuts=aut: did you mean auto\? use list\[int\] or auto"),
         ({"name": "box", "corner": "left"}, "shape.corner=left: use "),
+        ({"_target_": ".shapes.Ball"}, r"shape\._target_=\.shapes\.Ball: write module\.Class"),
     ],
 )
 def test_wrong_setting_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SHAPES.build(settings)
+
+
+@pytest.mark.parametrize("error", ["ValueError", "AttributeError"])
+def test_an_error_in_a_module_is_not_hidden(
+    error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"broken_{error}.py").write_text(f"raise {error}('of this module')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises((ValueError, AttributeError), match="of this module"):
+        SHAPES.build({"_target_": f"broken_{error}.Ball"})
