@@ -117,6 +117,10 @@ def _found(name: str, *, key: str) -> CachedRows | None:
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         # ArrowInvalid is a ValueError.
         return None
+    except OSError as error:
+        raise ConfigError(
+            f"{key}: {path} cannot be read: {error}; XDG_CACHE_HOME names another directory"
+        ) from error
 
 
 def _built(name: str, texts: Iterator[Text], *, label: str, key: str) -> CachedRows:
@@ -231,7 +235,8 @@ def remembered(key: Any, make: Callable[[], Numbers]) -> Numbers:
         pass
     numbers = make()
     name = store_selection(numbers)
-    write_json(path, {"selection": name})
+    with contextlib.suppress(OSError):
+        write_json(path, {"selection": name})
     return numbers
 
 

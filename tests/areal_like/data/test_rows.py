@@ -115,6 +115,16 @@ def test_what_cannot_be_read_says_what_to_change(tmp_path: Path) -> None:
         assert "task.train" in str(raised.value)
 
 
+def test_an_entry_that_cannot_be_read_names_the_cache(tmp_path: Path, cache: Path) -> None:
+    source = write(tmp_path / "x.jsonl", {"n": 1})
+    open_rows(source, key="task.train")
+    (about,) = cache.glob("*.json")
+    about.unlink()
+    about.mkdir()
+    with pytest.raises(ConfigError, match=r"task\.train: .*\.arrow cannot be read: .*XDG_CACHE_HOME"):
+        open_rows(source, key="task.train")
+
+
 def test_fingerprint_is_of_the_content_alone(tmp_path: Path, cache: Path) -> None:
     source = write(tmp_path / "x.jsonl", {"a": 1}, {"a": 2})
     os.utime(source, ns=(1, 1))
