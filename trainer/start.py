@@ -71,10 +71,10 @@ def run_to_end(config: Config, name: str, run: Callable[[Config], bool]) -> int:
 
     def body() -> None:
         nonlocal is_finished
+        configure_logging(config, name)
+        handle_log_signals()
         is_finished = run(config)
 
     keep_files_private(RunPaths.of(config).root)
-    configure_logging(config, name)
-    handle_log_signals()
     code = exit_code_of(name, body)
     return code if code or is_finished else config.daemon.exit_code_on_drain

@@ -437,11 +437,14 @@ def run_daemon(
             is_drained = runtime.stopping.is_set() and not runtime.is_finished
             log.info("%s ended: %s", name, "drained" if is_drained else "the run is finished")
 
+    def run() -> None:
+        configure_logging(config, name)
+        handle_log_signals()
+        asyncio.run(body())
+
     die_with_launcher()
     keep_files_private(RunPaths.of(config).root)
-    configure_logging(config, name)
-    handle_log_signals()
-    code = exit_code_of(name, lambda: asyncio.run(body()))
+    code = exit_code_of(name, run)
     return config.daemon.exit_code_on_drain if is_drained and code == 0 else code
 
 

@@ -25,6 +25,7 @@ from typing import BinaryIO, ClassVar
 
 from areal_like.config import Config
 from areal_like.config.job import DaemonConfig
+from areal_like.errors import ArealError
 from areal_like.paths import RunPaths
 from areal_like.terminal_text import harmless
 
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 exit_log = logging.getLogger("areal_like.runtime.exit")
 """Logger of the reason why a process ends. It does not write to stderr: `exit_code_of` writes that line
 itself, without time and level."""
+exit_log.addHandler(logging.NullHandler())  # without any handler `logging` would write to stderr
 
 MAX_LINE_CHARS = 8_000
 """Characters of a message in the log; the rest is left out."""
@@ -185,16 +187,24 @@ class ReopenedFile(logging.FileHandler):
 
 
 def configure_logging(config: Config, name: str) -> None:
-    """Logs JSON lines to `<run>/logs/<name>.log`, and plain warnings to stderr (on a terminal, INFO too)."""
+    """Logs JSON lines to `<run>/logs/<name>.log`, and plain warnings to stderr (on a terminal, INFO too).
+
+    Raises ArealError if the file cannot be opened.
+    """
     paths = RunPaths.of(config)
-    paths.logs.mkdir(parents=True, exist_ok=True)
+    bounds = LogBounds.of(config.daemon)
+    try:
+        paths.logs.mkdir(parents=True, exist_ok=True)
+        file = log_file(paths.logs / f"{name}.log", bounds=bounds)
+    except OSError as error:
+        raise ArealError(
+            f"no log: {error}; make runs_dir={config.runs_dir} writable, or change it"
+        ) from error
     plain = logging.StreamHandler(sys.stderr)
     plain.setFormatter(PlainFormatter(name))
     plain.addFilter(lambda record: record.name != exit_log.name)
     plain.addFilter(RateLimit())
     plain.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
-    bounds = LogBounds.of(config.daemon)
-    file = log_file(paths.logs / f"{name}.log", bounds=bounds)
     configure_handlers(file, plain, level=config.daemon.log_level)
     if output := os.environ.get(OUTPUT_FILE):
         Outputs.bound(Path(output), bounds)
@@ -258,9 +268,15 @@ class Outputs:
 
     @classmethod
     def shorten(cls) -> None:
-        """Copies and truncates the files that are full. Raises OSError if one cannot be copied."""
+        """Copies and truncates the files that are full. Raises OSError at the end if one cannot be copied."""
+        first: OSError | None = None
         for path, bounds in list(cls._files.items()):
-            copy_and_empty(path, bounds)
+            try:
+                copy_and_empty(path, bounds)
+            except OSError as error:
+                first = first or error
+        if first is not None:
+            raise first
 
 
 def copy_and_empty(path: Path, bounds: LogBounds) -> None:

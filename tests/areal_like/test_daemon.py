@@ -99,6 +99,15 @@ def test_exit_codes_and_single_message(started: Any, mode: str, code: int, messa
     assert "Traceback" not in stderr
 
 
+def test_a_log_that_cannot_be_written_is_one_line(started: Any, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "test").mkdir(parents=True)
+    (tmp_path / "runs" / "test" / "logs").touch()
+    daemon = started("serve")
+    _, stderr = daemon.process.communicate()
+    assert daemon.process.returncode == 1 and stderr.count("\n") == 1
+    assert stderr.startswith("test-0: no log: ") and f"make runs_dir={tmp_path}/runs writable" in stderr
+
+
 def test_a_late_stop_signal_does_not_change_the_exit_code() -> None:
     body = """
 import os, signal, sys

@@ -15,7 +15,7 @@ import pytest
 
 from areal_like.config.job import DaemonConfig
 from areal_like.errors import ConfigError
-from areal_like.runtime.logs import LogBounds, copy_and_empty, log_file
+from areal_like.runtime.logs import LogBounds, Outputs, copy_and_empty, log_file
 from tests.support.growing_files import sizes_of
 from tests.support.launching import wait_until
 
@@ -101,6 +101,20 @@ def test_output_is_emptied_even_without_a_copy(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"engine\.log\.1"):
         copy_and_empty(path, LogBounds(max_bytes=2_000, num_backups=1))
     assert path.stat().st_size == 0
+
+
+def test_one_bad_output_keeps_no_other_from_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Outputs, "_files", {})
+    bad, good = tmp_path / "bad", tmp_path / "good"
+    bad.mkdir()
+    good.write_bytes(b"x" * 3_000)
+    for path in (bad, good):
+        Outputs.bound(path, BOUNDS)
+    with pytest.raises(IsADirectoryError, match="bad"):
+        Outputs.shorten()
+    assert good.stat().st_size == 0
 
 
 PROGRAM = """
