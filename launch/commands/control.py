@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from areal_like.errors import ArealError, ConfigError
-from areal_like.paths import RunPaths, read_endpoint
+from areal_like.paths import RunPaths
 from areal_like.shards import Shard, all_shards
 from launch.commands.foreground import run_role
 from launch.commands.parser import Argument, argument, command
 from launch.commands.running_job import JOB, SERVER, job_of
 from launch.observation.reach import RunningJob
+from launch.run_files import read_object
 
 CHANGES = ("trainer.lr", "max_staleness", "eval.interval", "daemon.log_level", "evaluate", "checkpoint")
 """Keys of `set`, for help and completion; the buffer decides."""
@@ -204,8 +205,8 @@ def _change_ledger(job: RunningJob, verb: str, body: Mapping[str, Any], *, optio
         return True
     are_running = []
     for shard in all_shards(job.config.buffer.num_shards):
-        endpoint = read_endpoint(job.paths.endpoints / f"{shard.name}.json")
-        is_running = endpoint is not None and _request(job, str(endpoint["http"]), verb, body)
+        address = read_object(job.paths.endpoints / f"{shard.name}.json").get("http")
+        is_running = address is not None and _request(job, str(address), verb, body)
         if not is_running:
             _change_stopped(job.paths, shard, option)
         are_running.append(is_running)
@@ -229,13 +230,16 @@ def _request(job: RunningJob, address: str, verb: str, body: Mapping[str, Any]) 
 
 
 def _change_stopped(paths: RunPaths, shard: Shard, option: Sequence[str]) -> None:
+    if not paths.ledgers:
+        raise ConfigError(f"{paths.root} has no ledger: with buffer.durability=none there is none to change")
     root = paths.root.resolve()
     # The stored configuration has an old path if the run's directory was moved.
     where = (f"runs_dir={root.parent}", f"name={root.name}")
     words = ("--name", shard.name, *option, "--config", str(paths.config), *where)
     done = run_role("buffer", *words, capture_output=True)
     if done.returncode:
-        raise ConfigError(
-            done.stderr.strip().removeprefix("buffer: ")
-            or f"the ledger could not be opened (exit code {done.returncode})"
+        error = ConfigError if done.returncode == 2 else ArealError
+        told = done.stderr.strip().split("\n")[-1]  # below a traceback: the exception
+        raise error(
+            told.removeprefix("buffer: ") or f"the ledger could not be opened (exit code {done.returncode})"
         )

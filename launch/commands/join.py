@@ -21,7 +21,7 @@ import time
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths, read_endpoint
+from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from areal_like.runtime.process import PARENT_PID
 from areal_like.shards import all_shards
@@ -31,6 +31,7 @@ from launch.commands.foreground import StopSignals
 from launch.commands.parser import argument, command
 from launch.local_job.child import python_path
 from launch.run_directory.rundir import is_over
+from launch.run_files import read_object
 
 _TICK_S = 0.2
 
@@ -105,8 +106,8 @@ def buffer_settings(config: Config, paths: RunPaths | None, given: str) -> list[
         )
     ports = []
     for shard in all_shards(config.buffer.num_shards):
-        endpoint = read_endpoint(paths.endpoints / f"{shard.name}.json")
-        if endpoint is None or "stream" not in endpoint:
+        endpoint = read_object(paths.endpoints / f"{shard.name}.json")
+        if "stream" not in endpoint:
             raise ConfigError(
                 f"rollout --join: {shard.name} of {paths.root.name} is not running: start the job first"
             )

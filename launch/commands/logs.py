@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import os
 import sys
 import time
 from collections import deque
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
-from areal_like.terminal_text import harmless
+from areal_like.terminal_text import harmless, harmless_name
 from launch.commands.parser import RUN, argument, command
 from launch.logs.files import LEVELS, Entry, LogFiles, complete_bytes, find_sources, since_time
 from launch.logs.following import Follower
@@ -73,9 +72,6 @@ def main(args: argparse.Namespace) -> int:
             _follow(lambda: find_sources(logs, args.roles), starts=shown, level=args.level)
     except KeyboardInterrupt:
         return 0
-    except BrokenPipeError:  # a pager was closed; Python would complain when it flushes at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     return 0
 
 
@@ -110,7 +106,8 @@ def _show(entries: Iterable[Entry]) -> None:
         first, *others = entry.text.split("\n")
         stamp = time.strftime("%m-%d %H:%M:%S", time.localtime(entry.unix_s))
         millis = int(entry.unix_s * 1000) % 1000
-        sys.stdout.write(f"{stamp}.{millis:03} {entry.source} {entry.level} {harmless(first)}\n")
+        origin = harmless_name(f"{entry.source} {entry.level}")
+        sys.stdout.write(f"{stamp}.{millis:03} {origin} {harmless(first)}\n")
         for line in others:
             sys.stdout.write(f"    {harmless(line)}\n")
     sys.stdout.flush()

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.errors import ArealError, ConfigError
-from areal_like.paths import RunPaths, read_endpoint
+from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from launch.commands.parser import RUN, argument, command, flag
 from launch.observation.http_json import COMMAND_TIMEOUT_S, Operator, fetch_json, post_json
 from launch.run_directory.rundir import find_run
+from launch.run_files import read_object
 from launch.view.profile import profile_lines
 
 _TICK_S = 0.2
@@ -121,8 +122,8 @@ def _ranks_of(given: str, paths: RunPaths, operator: Operator) -> list[_Rank]:
     """The ranks that the user names. Raises ConfigError if one does not run or cannot record now."""
     found = {}
     for path in paths.endpoints.glob("trainer-*.json"):
-        digits, endpoint = path.stem.removeprefix("trainer-"), read_endpoint(path)
-        if digits.isdecimal() and endpoint is not None and endpoint.get("http"):
+        digits, endpoint = path.stem.removeprefix("trainer-"), read_object(path)
+        if digits.isdecimal() and endpoint.get("http"):
             found[int(digits)] = str(endpoint["http"])
     if not found:
         raise ConfigError(

@@ -7,6 +7,7 @@ launcher has taken it. A role that was started by hand is asked to drain; its su
 from __future__ import annotations
 
 import argparse
+import contextlib
 import secrets
 import sys
 import time
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 from areal_like.automatic_settings import start_limit_s
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths, read_endpoint, write_json
+from areal_like.paths import RunPaths, write_json
 from areal_like.runtime.command_line import load_config
 from areal_like.shards import all_shards
 from areal_like.terminal_text import harmless_values
@@ -121,11 +122,12 @@ def order(job: RunningJob, paths: RunPaths, role: str, settings: Sequence[str], 
     deadline_s = time.monotonic() + _TAKE_TIMEOUT_S
     while file.exists():
         if time.monotonic() > deadline_s:
-            file.unlink(missing_ok=True)
-            raise ConfigError(
-                f"restart: the launcher of {paths.root.name} does not take the order; "
-                "is it closing, or still starting?"
-            )
+            with contextlib.suppress(FileNotFoundError):  # it is taken at this moment
+                file.unlink()
+                raise ConfigError(
+                    f"restart: the launcher of {paths.root.name} does not take the order; "
+                    "is it closing, or still starting?"
+                )
         time.sleep(_TICK_S)
     if role == "trainer":
         return "the trainer finishes its step, writes a checkpoint, and is started again"
@@ -176,8 +178,8 @@ def _drain_buffer(job: RunningJob, name: str) -> str:
 
 def _hand_over(job: RunningJob) -> str:
     """Asks rank 0 at the address in its own endpoint file, never at one that another daemon reports."""
-    endpoint = read_endpoint(job.paths.endpoints / "trainer-0.json") if job.paths is not None else None
-    if endpoint is None:
+    endpoint = read_object(job.paths.endpoints / "trainer-0.json") if job.paths is not None else {}
+    if "http" not in endpoint:
         raise ConfigError(
             "restart: rank 0 of the trainer is reached only where its endpoint file is: name the run by its "
             "directory, on the trainer's machine, or send SIGTERM to the trainer"

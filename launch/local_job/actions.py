@@ -96,4 +96,7 @@ Action = Start | Terminate | Kill | KillEverything | HandOver | Notice | Tried
 
 def describe_exit(code: int) -> str:
     """An exit code in words: `exit code 1`, `killed by SIGKILL`."""
-    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+    if code >= 0:
+        return f"exit code {code}"
+    has_name = -code in set(signal.Signals)  # most real-time signals have none
+    return f"killed by {signal.Signals(-code).name if has_name else f'signal {-code}'}"

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 RUN_MARKER = "AREAL_LIKE_RUN"
 """Environment variable of every process of one launched run, including grandchildren."""
+_KILLED_S = 5.0
+"""Longest wait for a process that was killed."""
 ROOT = Path(__file__).resolve().parents[2]
 """The folder of the daemons' packages."""
 
@@ -84,10 +86,19 @@ class Child:
             self._process.send_signal(self._spec.stop_signal)
 
     def kill(self) -> None:
-        """Kills the whole process group at once, also when the process itself has already ended."""
+        """Kills the whole process group at once, also when the process itself has already ended.
+
+        A process that hangs in the kernel, such as in a driver or on a lost file system, is left.
+        """
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        try:
+            self._process.wait(timeout=_KILLED_S)
+        except subprocess.TimeoutExpired:
+            log.error(
+                "%s (pid %d) hangs in the kernel: it has not ended %.0f s after SIGKILL",
+                *(self._spec.name, self._process.pid, _KILLED_S),
+            )
 
     def last_line(self) -> str:
         """The newest line of its output (a progress line rewritten with carriage returns counts as one)."""

@@ -222,7 +222,7 @@ class JobLifecycle:
             return [Notice(text)]
         self._trainer.is_handing_over = True
         rank0 = seen.daemons.get("trainer-0")
-        return [Notice(text), HandOver(str(rank0.endpoint["http"]) if rank0 else None)]
+        return [Notice(text), HandOver(str(rank0.endpoint.get("http", "")) if rank0 else None)]
 
     def replace(self, name: str) -> list[Action]:
         """Replaces a server, once it has drained, or a buffer with a durable ledger."""

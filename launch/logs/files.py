@@ -23,6 +23,7 @@ from launch.formatting import typed_seconds
 
 MAX_LINE_BYTES = 1 << 18
 """Longest line that is read; a longer one is cut."""
+_MOST_UNIX_S = 1e11
 _BLOCK_BYTES = 1 << 20
 """Bytes at the end of a plain file that are read for `--since`, and the step, in bytes, at which a daemon's
 log is sampled for times."""
@@ -145,8 +146,10 @@ class LineParser:
         try:
             raw = json.loads(text)
             unix_s, level, message = float(raw["time"]), str(raw["level"]), str(raw["message"])
+            if not 0 <= unix_s < _MOST_UNIX_S:
+                raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
-            # The line was cut by a crash or by MAX_LINE_BYTES.
+            # The line was cut by a crash or by MAX_LINE_BYTES, or a daemon's code has written it.
             return Entry(self._unix_s + self._source.offset_s, self._source.name, "INFO", text)
         self._unix_s = unix_s
         parts = [message, *(str(raw[key]) for key in ("exception", "stacks") if raw.get(key))]

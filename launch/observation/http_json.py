@@ -33,8 +33,9 @@ from areal_like.errors import ConfigError
 from areal_like.security.keys import KeyDirectory, KeyRole
 from areal_like.security.tls import client_context
 from areal_like.security.tokens import MONITOR_FILE, any_token, monitor_token, operator_token
-from areal_like.terminal_text import harmless, harmless_values
-from launch.observation.responses import checked_status, parsed_object
+from areal_like.terminal_text import harmless
+from launch.observation.responses import checked_status, harmless_object, parsed_object
+from launch.run_files import read_object
 
 REQUEST_TIMEOUT_S = 1.0
 """Time limit of a request of the launcher, which polls again."""
@@ -45,6 +46,8 @@ _REFUSED = (401, 403, 421)
 """HTTP statuses that mean that a daemon refuses this caller, whatever the request is."""
 IS_BUFFER_OR_RANK = re.compile(r"(buffer|trainer)(-\d+)?")
 """Names of the daemons to which commands send changes."""
+_ADDRESS = re.compile(r".+:[0-9]{1,5}")
+"""An address in an endpoint file, which any rollout server may have written."""
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _LISTEN = "0A"
 """State of a listening socket in /proc/net/tcp."""
@@ -139,9 +142,9 @@ class Operator:
         found: dict[str, _Daemon] = {}
         for path in self._endpoints.glob("*.json") if self._endpoints is not None else ():
             try:
-                address, file = str(json.loads(path.read_text())["http"]), path.stat()
+                address, file = str(read_object(path)["http"]), path.stat()
                 problem = _problem_of(path, file, owner=path.parent.stat().st_uid)
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, KeyError):
                 continue  # the daemon has just ended and removed its file
             may_be_changed = IS_BUFFER_OR_RANK.fullmatch(path.stem) is not None
             daemon = _Daemon(user=file.st_uid, may_be_changed=may_be_changed, problem=problem)
@@ -172,20 +175,16 @@ def fetch_json(
     Also None if the daemon wants a token and this operator has none for it. Raises ConfigError if the daemon
     refuses this caller.
     """
-    host, _, port = address.rpartition(":")
-    if not port.isdigit():
+    if not _ADDRESS.fullmatch(address):
         return None
     headers = operator.headers(address, changes=False)
-    connection = operator.connection(host.strip("[]"), int(port), timeout_s=timeout_s)
     try:
-        connection.request("GET", path, headers=headers)
-        response = connection.getresponse()
-        found = _object(response)
-    except (OSError, http.client.HTTPException, ValueError):
+        status, found = _exchange(
+            "GET", address, path, operator=operator, headers=headers, timeout_s=timeout_s
+        )
+    except OSError:
         return None
-    finally:
-        connection.close()
-    if response.status in _REFUSED:
+    if status in _REFUSED:
         if operator.has_keys and not headers:
             return None
         raise ConfigError(_refusal(address, found))
@@ -204,30 +203,43 @@ def post_json(
 
     Raises OSError if the daemon does not respond, ConfigError with the daemon's reason if it refuses.
     """
-    host, _, port = address.rpartition(":")
+    if not _ADDRESS.fullmatch(address):
+        raise ConnectionError(f"its address {address!r:.80} is not HOST:PORT")
     headers = operator.headers(address, changes=True)
-    connection = operator.connection(host.strip("[]"), int(port), timeout_s=timeout_s)
+    text = json.dumps(body)
+    status, found = _exchange(
+        "POST", address, path, operator=operator, headers=headers, timeout_s=timeout_s, body=text
+    )
+    if status in _REFUSED:
+        raise ConfigError(_refusal(address, found))
+    if status != 200:
+        raise ConfigError(_error_of(found))
+    return harmless_object(found)
+
+
+def _exchange(
+    method: str,
+    address: str,
+    path: str,
+    *,
+    operator: Operator,
+    headers: dict[str, str],
+    timeout_s: float,
+    body: str | None = None,
+) -> tuple[int, dict[str, Any]]:
+    """Sends a request; returns the status and the JSON object of the response. Raises OSError."""
+    host, _, port = address.rpartition(":")
     try:
-        connection.request("POST", path, body=json.dumps(body), headers=headers)
-        response = connection.getresponse()
-        found = _object(response)
+        connection = operator.connection(host.strip("[]"), int(port), timeout_s=timeout_s)
+        with contextlib.closing(connection):
+            connection.request(method, path, body=body, headers=headers)
+            response = connection.getresponse()
+            content = response.read(_MAX_RESPONSE_BYTES + 1)
+        if len(content) > _MAX_RESPONSE_BYTES:
+            raise ValueError(f"longer than {_MAX_RESPONSE_BYTES} bytes")
+        return response.status, parsed_object(content)
     except (ValueError, http.client.HTTPException) as error:
         raise ConnectionError(f"its response is not a JSON object: {error}") from None
-    finally:
-        connection.close()
-    if response.status in _REFUSED:
-        raise ConfigError(_refusal(address, found))
-    if response.status != 200:
-        raise ConfigError(_error_of(found))
-    return dict(harmless_values(found))
-
-
-def _object(response: http.client.HTTPResponse) -> dict[str, Any]:
-    """The JSON object in a response. Raises ValueError."""
-    content = response.read(_MAX_RESPONSE_BYTES + 1)
-    if len(content) > _MAX_RESPONSE_BYTES:
-        raise ValueError(f"longer than {_MAX_RESPONSE_BYTES} bytes")
-    return parsed_object(content)
 
 
 def _refusal(address: str, found: dict[str, Any]) -> str:

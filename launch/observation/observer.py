@@ -7,7 +7,6 @@ raises no error.
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
@@ -29,7 +28,8 @@ from launch.observation.http_json import (
     fetch_json,
 )
 from launch.observation.progress import MetricsTail, Progress
-from launch.observation.responses import checked_endpoint
+from launch.observation.responses import harmless_object
+from launch.run_files import read_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +183,7 @@ def look_at_daemons(
     """
     daemons = {}
     for path in sorted(folder.glob("*.json")):
-        try:
-            endpoint = checked_endpoint(json.loads(path.read_text()))
-        except (OSError, ValueError):
+        if not (endpoint := harmless_object(read_object(path))):
             continue  # the daemon has just ended and removed its file
         is_server = IS_BUFFER_OR_RANK.fullmatch(path.stem) is None
         if not NAME.fullmatch(path.stem) or (is_server and endpoint.get("role") in ("buffer", "trainer")):

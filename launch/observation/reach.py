@@ -16,7 +16,7 @@ from typing import Any, Self
 from areal_like.config import Config, from_mapping
 from areal_like.config.security import SecurityConfig
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths, read_endpoint
+from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from areal_like.shards import all_shards
 from launch.observation.http_json import COMMAND_TIMEOUT_S, Operator, fetch_json, post_json
@@ -28,6 +28,7 @@ from launch.observation.observer import (
     merged_status,
 )
 from launch.run_directory.rundir import find_run
+from launch.run_files import read_object
 
 _MIN_SILENCE_S = 2.0
 """A peer is alive if the buffer has heard from it within this time, or within three heartbeats."""
@@ -82,8 +83,8 @@ class RunningJob:
         if self.paths is None:
             return self._given
         shards = all_shards(self.config.buffer.num_shards)
-        endpoints = [read_endpoint(self.paths.endpoints / f"{shard.name}.json") for shard in shards]
-        return [str(endpoint["http"]) for endpoint in endpoints if endpoint and endpoint.get("http")]
+        endpoints = [read_object(self.paths.endpoints / f"{shard.name}.json") for shard in shards]
+        return [str(endpoint["http"]) for endpoint in endpoints if endpoint.get("http")]
 
     def get(self, address: str, path: str) -> dict[str, Any] | None:
         """The JSON object at a page of a buffer; None if it does not respond. Raises ConfigError."""

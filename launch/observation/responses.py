@@ -31,7 +31,7 @@ def parsed_object(content: bytes) -> dict[str, Any]:
 
 def checked_status(response: Mapping[str, Any]) -> dict[str, Any]:
     """A daemon's /status with harmless texts, in which every entry that is used has its type."""
-    status = _checked(harmless_values(dict(response)), _STATUS)
+    status = _checked(harmless_object(response), _STATUS)
     # The tables may also be one level below (`find_table`).
     return {
         key: _checked(value, _STATUS) if isinstance(value, dict) and key not in _STATUS else value
@@ -39,11 +39,12 @@ def checked_status(response: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def checked_endpoint(content: Any) -> dict[str, Any]:
-    """The content of an endpoint file, with harmless texts. Raises ValueError if it is not an object."""
-    if not isinstance(content, dict):
-        raise ValueError("not an object")
-    return dict(harmless_values(content))
+def harmless_object(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with harmless texts; empty if it is nested too deeply."""
+    try:
+        return dict(harmless_values(dict(content)))
+    except RecursionError:
+        return {}
 
 
 def _refused(constant: str) -> float:

@@ -6,9 +6,9 @@ ended, so a second launcher cannot start while the daemons of a killed one still
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fcntl
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -61,17 +61,23 @@ class RestartOrder:
 
 
 def take_restart_order(paths: RunPaths) -> RestartOrder | None:
-    """Takes an order; None if there is none."""
+    """Takes an order; None if there is none, or only a damaged one.
+
+    The file is renamed first: its command may remove or replace it at any moment.
+    """
+    file = restart_order_file(paths)
+    taken = file.with_name(f".{file.name}")
     try:
-        order = json.loads(restart_order_file(paths).read_text())
+        file.replace(taken)
     except FileNotFoundError:
         return None
-    restart_order_file(paths).unlink()
-    return RestartOrder(
-        role=str(order["role"]),
-        settings=[str(setting) for setting in order["settings"]],
-        order_id=str(order.get("order_id", "")),
-    )
+    order = read_object(taken)
+    taken.unlink()
+    role, settings = order.get("role"), order.get("settings")
+    if not isinstance(role, str) or not isinstance(settings, list):
+        return None
+    order_id = str(order.get("order_id", ""))
+    return RestartOrder(role=role, settings=[str(setting) for setting in settings], order_id=order_id)
 
 
 def has_launcher(paths: RunPaths) -> bool:
@@ -196,6 +202,7 @@ def lock(paths: RunPaths) -> int:
             f"the file system of {paths.root} has no locks ({error.strerror}): "
             "choose a runs_dir=... that has (Lustre: mounted with `flock`)"
         ) from None
-    os.truncate(lock_fd, 0)
-    os.write(lock_fd, f"{os.getpid()}\n".encode())
+    with contextlib.suppress(OSError):  # the disk is full: only the message above has no number then
+        os.truncate(lock_fd, 0)
+        os.write(lock_fd, f"{os.getpid()}\n".encode())
     return lock_fd

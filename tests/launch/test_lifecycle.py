@@ -19,6 +19,7 @@ from launch.local_job.actions import (
     Start,
     Terminate,
     Tried,
+    describe_exit,
 )
 from launch.local_job.lifecycle import JobLifecycle, Phase
 from launch.local_job.specs import DRAINED, JobSpecs
@@ -637,3 +638,8 @@ def test_score_servers_end_after_the_rollout_servers() -> None:
         job.exited(Exit(name=name, code=0), now_s=9.5)
     last = tick(job, 10.0, seen())
     assert {one.name for one in last if isinstance(one, Terminate)} == {"scorer-0", "scorer-1", "buffer"}
+
+
+def test_a_signal_without_a_name_has_its_number() -> None:
+    assert describe_exit(-signal.SIGKILL) == "killed by SIGKILL"
+    assert describe_exit(-40) == "killed by signal 40"

@@ -89,6 +89,16 @@ def test_the_clock_of_another_machine_is_corrected(run: Path, capsys: pytest.Cap
     assert "WARNING d" in texts and "INFO aa" not in texts
 
 
+@pytest.mark.parametrize("when", ["1e300", "NaN", "-5", "Infinity"])
+def test_no_line_of_a_server_ends_the_command(
+    when: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = '{"time": %s, "level": "INFO\\u001b[2J", "message": "m"}\n'
+    write(run, "rollout-9.log", entry % when + entry % START_S)
+    printed = shown(run, capsys, "rollout-9")
+    assert len(printed) == 2 and "\x1b" not in "".join(printed)
+
+
 def test_a_line_of_the_embedded_engine_has_one_header() -> None:
     parser = LineParser(LogFiles("rollout-0-engine", (), is_json=False), unix_s=0.0)
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(START_S))

@@ -123,6 +123,27 @@ def test_a_server_cannot_pass_for_a_buffer(tmp_path: Path) -> None:
     assert "\x1b" not in found["buffer"].endpoint["sessions"]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"http": "127.0.0.1:\u00b2"}',
+        '{"http": "127.0.0.1:99999"}',
+        '{"http": "127.0.0.1:' + "9" * 5000 + '"}',
+        '{"http": "a\\nb:80"}',
+        '{"http": 5}',
+        '{"a": ' + "[" * 450 + "1" + "]" * 450 + "}",
+        "[" * 100_000,
+        "[1]",
+        "",
+    ],
+    ids=range(9),
+)
+def test_no_endpoint_file_ends_what_reads_it(content: str, tmp_path: Path) -> None:
+    (tmp_path / "rollout-9.json").write_text(content)
+    found = look_at_daemons(tmp_path)
+    assert [view.status for view in found.values()] in ([], [None])
+
+
 def test_log_lines_on_a_terminal_are_harmless() -> None:
     record = logging.LogRecord("x", logging.WARNING, "", 1, "refused: %s", (ESCAPES,), None)
     assert not set(ESCAPES) & set(PlainFormatter("buffer").format(record)) - set("]0;OWNED[2J")

@@ -1,0 +1,62 @@
+"""The state of a run directory, and children that do not end."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from areal_like.paths import RunPaths
+from launch.local_job.child import ProcessTable
+from launch.local_job.specs import ChildSpec
+from launch.run_directory.rundir import RestartOrder, is_held, lock, restart_order_file, take_restart_order
+
+
+def test_an_order_is_taken_once(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    assert take_restart_order(paths) is None
+    order = {"role": "trainer", "settings": ["trainer.lr=1"], "order_id": "a"}
+    restart_order_file(paths).write_text(json.dumps(order))
+    assert take_restart_order(paths) == RestartOrder(role="trainer", settings=["trainer.lr=1"], order_id="a")
+    assert take_restart_order(paths) is None and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"role": 1}', '{"role": "x", "settings": null}'])
+def test_a_damaged_order_is_removed(text: str, tmp_path: Path) -> None:
+    restart_order_file(RunPaths(tmp_path)).write_text(text)
+    assert take_restart_order(RunPaths(tmp_path)) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_does_not_keep_the_lock_from_its_owner(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # every write fails
+    try:
+        lock_fd = lock(RunPaths(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert is_held(RunPaths(tmp_path))
+    os.close(lock_fd)
+
+
+def test_a_child_that_hangs_in_the_kernel_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = RunPaths(tmp_path)
+    paths.logs.mkdir()
+    lock_fd = lock(paths)
+    children = ProcessTable(paths, lock_fd=lock_fd)
+    children.start(ChildSpec(name="buffer", command=("http.server", "0")))
+    wait = subprocess.Popen.wait
+
+    def hangs(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        assert timeout is not None, "an unbounded wait"
+        wait(process)
+        raise subprocess.TimeoutExpired("buffer", timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", hangs)
+    children.kill("buffer")
+    assert not children.names
+    os.close(lock_fd)
