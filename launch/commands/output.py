@@ -16,9 +16,14 @@ from areal_like.paths import private_descriptor, replacing
 def private_file(path: Path, *, verb: str) -> Iterator[BinaryIO]:
     """Opens a file for samples or settings: readable by its owner only, and it appears when it is complete.
 
-    Raises ConfigError if it cannot be written.
+    A device or a pipe, such as /dev/stdout, is written to and not replaced. Raises ConfigError if the file
+    cannot be written.
     """
     try:
+        if path.exists() and not path.is_file():
+            with path.open("wb") as file:
+                yield file
+            return
         with replacing(path) as partial, os.fdopen(private_descriptor(partial), "wb") as file:
             yield file
     except OSError as error:

@@ -7,7 +7,6 @@ gets wrong, and what it is rewarded for. The run may still be running.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from collections.abc import Sequence
 
@@ -58,11 +57,10 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps({"run": str(root), "samples": [one.as_json() for one in samples]}))
         return 0
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    with contextlib.suppress(BrokenPipeError, SystemExit):  # the reader, such as `head`, has seen enough
-        console.print(Text(_overview(rows, num_shown=len(samples))))
-        for one in samples:
-            for line in lines_of(one, shows_all=args.full):
-                console.print(line)
+    console.print(Text(_overview(rows, num_shown=len(samples))))
+    for one in samples:
+        for line in lines_of(one, shows_all=args.full):
+            console.print(line)
     return 0
 
 

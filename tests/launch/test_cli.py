@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from areal_like.config import Config
+from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import load_config, save_config
 from launch.cli import COMMANDS, main, parser_of
+from launch.commands.output import private_file
 from launch.commands.parser import VERBS
 from launch.settings_help import all_keys
 
@@ -205,3 +207,26 @@ def test_no_command_imports_torch_or_a_daemon() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("words", [["run", "--help-all"], ["--help"]])
+def test_a_reader_that_has_ended_is_no_failure(words: list[str]) -> None:
+    """As with `areal-like run --help-all | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "launch", *words]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with private_file(pipe, verb="report") as file:
+        file.write(b"page")
+    assert os.read(reader, 10) == b"page" and pipe.is_fifo()
+    os.close(reader)
+    with pytest.raises(ConfigError, match="Is a directory"), private_file(tmp_path, verb="report"):
+        pass

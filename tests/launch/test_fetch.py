@@ -79,10 +79,10 @@ def test_a_failed_download_is_reported(tmp_path: Path) -> None:
         fetch_smollm2(["--no-index", "--find-links", str(tmp_path)])
 
 
-@pytest.mark.parametrize("words", [["fetch"], ["fetch", "qwen"]])
-def test_fetch_needs_a_known_name(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("words", [["fetch"], ["fetch", "qwen"], ["fetch", "smollm2", "--pip-args='"]])
+def test_mistakes_are_one_message(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == 2
-    assert "areal-like fetch smollm2" in capsys.readouterr().err
+    assert "areal-like: fetch: " in capsys.readouterr().err
 
 
 def test_pip_gets_the_options_of_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -361,6 +361,21 @@ def test_sigterm_drains_and_the_run_can_be_resumed(
 
 
 @pytest.mark.chaos
+def test_a_stop_while_the_model_is_prepared_is_a_drain(workplace: Path) -> None:
+    root = workplace / "runs" / "x"
+    settings = ("name=x", "sft.train=rows.jsonl", "daemon.exit_code_on_drain=75")
+    script = scripted({"prepare_model": "takes long"})
+    with launcher(*settings, cwd=workplace, environment=script, verb="sft", is_forked=False) as process:
+        wait_until(
+            lambda: any("prepare_model" in command for command in processes_of(root).values()),
+            what="the process that prepares the model",
+            run_root=root,
+            process=process,
+        )
+        code, _, err = drain(process, root)
+    assert (code, err) == (75, "")
+
+
 def test_a_daemon_that_ignores_sigterm_is_killed(workplace: Path) -> None:
     root = workplace / "runs" / "x"
     settings = ("name=x", ENDLESS, "daemon.drain_timeout_s=4")

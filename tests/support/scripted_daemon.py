@@ -51,6 +51,8 @@ def prepare() -> None:
     if behavior("prepare_model") == "user error":
         sys.stderr.write("error: model.path=/nowhere: no config.json there\n")
         sys.exit(2)
+    if behavior("prepare_model") == "takes long":
+        time.sleep(600)
     config = load_config(sys.argv[1:])
     folder = RunPaths.of(config).built_model
     folder.mkdir(exist_ok=True)

@@ -7,7 +7,6 @@ a path is cut to its last part, and values of environment variables, addresses a
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -109,13 +108,6 @@ def report_of(
 def _is_text(value: Measured) -> bool:
     """True also for infinity and NaN, which JSON does not have."""
     return isinstance(value, str) or not math.isfinite(value)
-
-
-def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Writes the file, readable by its user only. Raises OSError."""
-    path.touch(mode=0o600)
-    path.chmod(0o600)  # it may have existed
-    path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
