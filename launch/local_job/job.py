@@ -48,7 +48,8 @@ class LocalJob:
         self._unkept: Callable[[], None] | None = run.keep_settings
         """Writes the settings of the job into `config.yaml`, once they have worked."""
         self._keep_due_s = 0.0
-        self._order_id = ""
+        self._order_ids: list[str] = []
+        """Orders of a new trainer since the last outcome."""
         self._drain_code = run.config.daemon.exit_code_on_drain
         self._operator = Operator(run.config.security, run.paths.endpoints)
         self._observer = Observer(run.paths, operator=self._operator)
@@ -110,10 +111,10 @@ class LocalJob:
         seen = self._observer.newest
         if lifecycle.phase is Phase.RUNNING and (order := take_restart_order(self._paths)) is not None:
             if order.role == "trainer":
-                self._order_id = order.order_id
+                self._order_ids.append(order.order_id)
                 self._carry_out(lifecycle.replace_trainer(order.settings, seen=seen))
             else:
-                self._carry_out(lifecycle.replace(order.role))
+                self._carry_out(lifecycle.replace(order.role, now_s=time.monotonic()))
         self._carry_out(lifecycle.tick(seen, now_s=time.monotonic(), now_unix_s=time.time()))
         if lifecycle.has_begun:
             self._keep_settings()
@@ -184,7 +185,7 @@ class LocalJob:
             self._keep_settings()
         reason = "" if refusal is None else refusal.complaint or " | ".join(refusal.last_words[-3:])
         outcome = {
-            "order_id": self._order_id,
+            "order_ids": self._order_ids,
             "exit_code": 0 if refusal is None else 2 if refusal.code == 2 else 1,
             "reason": "" if refusal is None else f"{refusal.description}: {reason}",
         }
@@ -192,6 +193,7 @@ class LocalJob:
             write_json(restart_outcome_file(self._paths), outcome)
         except OSError as error:
             log.warning("the outcome of the restart was not written: %s", error)
+        self._order_ids = []
 
     def _detail(self) -> str:
         """A short text about what the current phase waits for."""

@@ -224,13 +224,17 @@ class JobLifecycle:
         rank0 = seen.daemons.get("trainer-0")
         return [Notice(text), HandOver(str(rank0.endpoint.get("http", "")) if rank0 else None)]
 
-    def replace(self, name: str) -> list[Action]:
-        """Replaces a server, once it has drained, or a buffer with a durable ledger."""
-        if name in self._running and name in self._buffer_restarts:
+    def replace(self, name: str, *, now_s: float) -> list[Action]:
+        """Replaces a server, once it has drained, or a buffer with a durable ledger. A server that does not
+        run, because it was given up or drained, is started."""
+        is_running = name in self._running
+        if name in self._buffer_restarts and is_running:
             # It is killed, because a buffer that drains without a trainer ends the run.
             return [Notice(f"restarting {name}"), Kill(name), Start(self._buffers[name])]
-        if name in self._running and any(group.replace(name) for group in self._groups if name in group):
-            return [Notice(f"restarting {name}"), Terminate(name)]
+        if name in self._buffer_restarts:
+            return [Notice(f"{name} has ended, and is started again anyway")]
+        if any(group.replace(name, is_running=is_running, now_s=now_s) for group in self._groups):
+            return [Notice(f"restarting {name}"), *([Terminate(name)] if is_running else [])]
         return [Notice(f"{name} is not restarted: this launcher does not run it")]
 
     def tick(self, seen: Observation, *, now_s: float, now_unix_s: float) -> list[Action]:

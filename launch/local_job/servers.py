@@ -22,6 +22,7 @@ class SupervisedServers:
                                 -> too many deaths in a row: not restarted
                         -> drained (stopped by a user), or exit code 0 (the run is finished): not restarted
                 -> asked to end for its replacement -> drained -> restarted
+    not restarted -> a user orders its restart -> running
     Joined server: observed only; the job is not over while one is left.
     """
 
@@ -43,11 +44,16 @@ class SupervisedServers:
     def __contains__(self, name: str) -> bool:
         return name in self._restarts
 
-    def replace(self, name: str) -> bool:
-        """Records that a server is asked to end for its replacement; returns False if it is not ours."""
-        if name in self._restarts:
+    def replace(self, name: str, *, is_running: bool, now_s: float) -> bool:
+        """Records that a server is asked to end for its replacement or, if it does not run, is due now.
+
+        Returns False if it is not ours.
+        """
+        if name in self._ours and is_running:
             self._replacing.add(name)
-        return name in self._restarts
+        elif name in self._ours:
+            self._restarts[name] = Restarts(RestartLimits(), now_s=now_s)
+        return name in self._ours
 
     @property
     def ours(self) -> list[str]:

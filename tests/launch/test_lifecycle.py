@@ -93,7 +93,7 @@ def test_daemons_start_while_the_buffer_reads_its_ledger() -> None:
     assert job.phase is Phase.STARTING
     tick(job, 2.0, seen(*ALL))
     assert job.phase is Phase.RUNNING
-    assert job.replace("buffer")[-1].spec.command[-1] == "buffer.ports=[7001]"  # type: ignore[union-attr]
+    assert job.replace("buffer", now_s=3.0)[-1].spec.command[-1] == "buffer.ports=[7001]"  # type: ignore[union-attr]
 
 
 def test_a_buffer_that_does_not_start_ends_the_run() -> None:
@@ -464,7 +464,7 @@ def test_a_trainer_that_is_not_ready_gets_its_old_settings(code: int) -> None:
 
 def test_a_server_is_replaced_when_it_has_drained() -> None:
     job = running_job()
-    assert job.replace("rollout-1")[1:] == [Terminate("rollout-1")]
+    assert job.replace("rollout-1", now_s=3.0)[1:] == [Terminate("rollout-1")]
     assert notices(job.exited(Exit(name="rollout-1", code=DRAINED), now_s=4.0)).endswith("starting it again")
     assert started(tick(job, 4.1, seen(*ALL))) == ["rollout-1"]
     actions = job.exited(Exit(name="rollout-1", code=DRAINED), now_s=5.0)
@@ -474,7 +474,7 @@ def test_a_server_is_replaced_when_it_has_drained() -> None:
 
 def test_a_server_that_dies_instead_counts_as_dead() -> None:
     job = running_job()
-    job.replace("rollout-1")
+    job.replace("rollout-1", now_s=3.0)
     assert "starting it again in 0.5 s" in notices(job.exited(Exit(name="rollout-1", code=1), now_s=4.0))
     assert started(tick(job, 5.0, seen(*ALL))) == ["rollout-1"]
     assert "stopped by a user" in notices(job.exited(Exit(name="rollout-1", code=DRAINED), now_s=6.0))
@@ -482,16 +482,16 @@ def test_a_server_that_dies_instead_counts_as_dead() -> None:
 
 def test_a_buffer_is_replaced_at_its_port() -> None:
     job = running_job()
-    notice, kill, start = job.replace("buffer")
+    notice, kill, start = job.replace("buffer", now_s=3.0)
     assert isinstance(notice, Notice) and kill == Kill("buffer") and isinstance(start, Start)
     assert start.spec.command[-1] == "buffer.ports=[7001]" and job.phase is Phase.RUNNING
     for name in ("rollout-7", "prepare_model"):
-        assert "this launcher does not run it" in notices(job.replace(name))
+        assert "this launcher does not run it" in notices(job.replace(name, now_s=3.0))
 
 
 def test_a_buffer_without_a_ledger_is_not_replaced() -> None:
     job = running_job(buffer={"durability": "none"})
-    assert "this launcher does not run it" in notices(job.replace("buffer"))
+    assert "this launcher does not run it" in notices(job.replace("buffer", now_s=3.0))
 
 
 def test_a_run_goes_back_to_its_step_before_anything_else() -> None:
@@ -575,7 +575,7 @@ def test_routers_are_started_again_and_end_last() -> None:
     assert job.phase is Phase.RUNNING
     job.exited(Exit(name="router-0", code=-signal.SIGKILL), now_s=3.0)
     assert started(tick(job, 3.6, seen(*ALL))) == ["router-0"]
-    assert job.replace("router-1")[-1] == Terminate("router-1")
+    assert job.replace("router-1", now_s=3.0)[-1] == Terminate("router-1")
     ended = job.exited(Exit(name="trainer", code=0), now_s=9.0)
     assert ended == [Terminate("rollout-0"), Terminate("rollout-1")], "agents hear the end from them"
     for name in ("rollout-0", "rollout-1"):
@@ -607,7 +607,7 @@ def test_a_score_server_that_dies_is_started_again() -> None:
     assert "scorer-1 ended (killed by SIGKILL): starting it again in 0.5 s" in notices([notice])
     assert started(tick(job, 3.1, seen(*ALL, "scorer-0"))) == []
     assert started(tick(job, 3.6, seen(*ALL, "scorer-0"))) == ["scorer-1"] and job.phase is Phase.RUNNING
-    assert job.replace("scorer-0")[-1] == Terminate("scorer-0")
+    assert job.replace("scorer-0", now_s=3.0)[-1] == Terminate("scorer-0")
     job.exited(Exit(name="scorer-0", code=DRAINED), now_s=4.0)
     assert started(tick(job, 4.0, seen(*ALL))) == ["scorer-0"]
 
@@ -643,3 +643,24 @@ def test_score_servers_end_after_the_rollout_servers() -> None:
 def test_a_signal_without_a_name_has_its_number() -> None:
     assert describe_exit(-signal.SIGKILL) == "killed by SIGKILL"
     assert describe_exit(-40) == "killed by signal 40"
+
+
+def test_a_server_that_does_not_run_starts_on_request() -> None:
+    job = running_job()
+    job.exited(Exit(name="rollout-1", code=DRAINED), now_s=3.0)
+    assert notices(job.replace("rollout-1", now_s=4.0)) == "restarting rollout-1"
+    now_s = 4.0
+    for _ in range(4):
+        assert started(tick(job, now_s, seen(*ALL))) == ["rollout-1"]
+        job.exited(Exit(name="rollout-1", code=1), now_s=now_s + 1)
+        now_s += 10
+    assert tick(job, now_s, seen(*ALL)) == [], "it is given up"
+    assert notices(job.replace("rollout-1", now_s=now_s)) == "restarting rollout-1"
+    assert started(tick(job, now_s, seen(*ALL))) == ["rollout-1"]
+
+
+def test_a_dead_buffer_is_not_replaced_again() -> None:
+    job = running_job()
+    job.exited(Exit(name="buffer", code=-signal.SIGKILL), now_s=3.0)
+    assert "is started again anyway" in notices(job.replace("buffer", now_s=3.1))
+    assert started(tick(job, 5.0, seen(*ALL))) == ["buffer"]
