@@ -80,6 +80,7 @@ _MODULES = {
     "completion": ("version",),
     "control": ("pause", "resume", "set", "cordon", "uncordon", "drain", "drop", "unfence"),
     "join": ("rollout",),
+    "offline": ("sft", "reward-model", "preferences"),
     "watch": ("status", "top", "why"),
 }
 """Module in launch/commands/ -> its verbs, where their names differ."""

@@ -98,3 +98,9 @@ def number(value: Any) -> float | None:
 def mapping(value: Any) -> dict[str, Any]:
     """A mapping, empty for anything else."""
     return value if isinstance(value, dict) else {}
+
+
+def unix_time(value: Any) -> float | None:
+    """A Unix time that a calendar has, or None for anything else."""
+    found = number(value)
+    return found if found is not None and 0 <= found < 1e11 else None

@@ -19,7 +19,7 @@ from areal_like.shards import Shard, all_shards
 from launch.commands.foreground import run_role
 from launch.commands.parser import Argument, argument, command
 from launch.commands.running_job import JOB, SERVER, job_of
-from launch.observation.reach import RunningJob
+from launch.observation.reach import NoResponseError, RunningJob
 from launch.run_files import read_object
 
 CHANGES = ("trainer.lr", "max_staleness", "eval.interval", "daemon.log_level", "evaluate", "checkpoint")
@@ -220,12 +220,10 @@ def _request(job: RunningJob, address: str, verb: str, body: Mapping[str, Any]) 
     """
     try:
         job.post_to(address, verb, body, timeout_s=_TIMEOUT_S)
-    except ConnectionRefusedError:
+    except NoResponseError as error:
+        if not isinstance(error.__cause__, ConnectionRefusedError):
+            raise
         return False
-    except OSError as error:
-        raise ConfigError(
-            f"{verb}: the buffer at {address} does not respond ({error}): is its disk full? See its /status"
-        ) from None
     return True
 
 

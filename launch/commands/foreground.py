@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from areal_like.errors import ConfigError
 from areal_like.runtime.logs import configure_launcher_log
@@ -84,13 +84,24 @@ def print_lines(console: Console, lines: Iterable[str]) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def environment_of(**variables: str) -> dict[str, str]:
+    """The environment of a daemon of this checkout or installation, with further variables."""
+    return os.environ | {"PYTHONPATH": python_path()} | variables
+
+
+def become(module: str, *words: str, num_threads: int) -> NoReturn:
+    """Replaces this process by `python -m MODULE WORDS`."""
+    environment = environment_of(OMP_NUM_THREADS=str(num_threads), TOKENIZERS_PARALLELISM="false")
+    os.execve(sys.executable, [sys.executable, "-m", module, *words], environment)
+
+
 def run_role(
     module: str, *words: str, input: str | None = None, capture_output: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Runs `python -m MODULE WORDS` of this checkout or installation to its end."""
     return subprocess.run(
         [sys.executable, "-m", module, *words],
-        env=os.environ | {"PYTHONPATH": python_path()},
+        env=environment_of(),
         input=input,
         capture_output=capture_output,
         text=True,

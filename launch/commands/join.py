@@ -27,9 +27,8 @@ from areal_like.runtime.process import PARENT_PID
 from areal_like.shards import all_shards
 from areal_like.wire.addresses import buffer_addresses
 from launch.commands.configuration import RUNNING_JOB, running_job
-from launch.commands.foreground import StopSignals
+from launch.commands.foreground import StopSignals, environment_of
 from launch.commands.parser import argument, command
-from launch.local_job.child import python_path
 from launch.run_directory.rundir import is_over
 from launch.run_files import read_object
 
@@ -65,15 +64,11 @@ def main(args: argparse.Namespace) -> int:
     if config.daemon.http_port and not any(each.startswith("daemon.http_port=") for each in arguments):
         arguments = [*arguments, "daemon.http_port=0"]  # the job's own daemons use the configured ports
     name = args.name or free_name(RunPaths.of(config))
-    environment = os.environ | {
-        PARENT_PID: str(os.getpid()),
-        "OMP_NUM_THREADS": str(config.rollout.least_threads),
-        "PYTHONPATH": python_path(),
-    }
+    threads = {PARENT_PID: str(os.getpid()), "OMP_NUM_THREADS": str(config.rollout.least_threads)}
     stops = StopSignals()
     server = subprocess.Popen(
         [sys.executable, "-m", "rollout_server", "--name", name, *arguments],
-        env=environment,
+        env=environment_of(**threads),
         start_new_session=True,
     )
     ends = f"Ctrl-C, or `areal-like drain {args.run if paths else 'RUN'} {name}`, ends it"

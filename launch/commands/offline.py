@@ -1,4 +1,4 @@
-"""Runs a verb that trains on rows of a file, in a run directory of its own.
+"""`areal-like sft|reward-model|preferences`: trains on rows of a file, in a run directory of its own.
 
     prepare the model -> train (trainer.sft, ...) -> results
 
@@ -8,6 +8,7 @@ automatically, because no other daemon waits for it.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
@@ -17,12 +18,14 @@ from rich.console import Console
 from areal_like.errors import ConfigError
 from areal_like.runtime.process import keep_files_private
 from areal_like.runtime.signals import request_reopen
+from launch.commands.configuration import configuration, settings_of
 from launch.commands.foreground import StopSignals, in_directory
+from launch.commands.parser import command
 from launch.local_job.child import ProcessTable
 from launch.local_job.foreground import Foreground
 from launch.local_job.specs import DRAINED, JobSpecs
 from launch.observation.progress import MetricsTail
-from launch.offline_verbs import OFFLINE_VERBS, OfflineVerb
+from launch.offline_verbs import OFFLINE_VERBS, PREFERENCES, REWARD_MODEL, SFT, OfflineVerb
 from launch.run_directory.open_run import OpenRun, open_run
 from launch.view.lasting import LastingView, output_may_be_gone
 from launch.view.plain import PlainView, offline_line
@@ -40,6 +43,42 @@ _INSTEAD = {
     "groups_per_step": "{0}.batch_rows or {0}.batch_tokens",
 }
 """Settings of the section `trainer` that have another name in the verb's section."""
+
+
+def _trains(verb: OfflineVerb, description: str, *, examples: Sequence[str]) -> None:
+    """Declares the verb."""
+
+    @command(verb.verb, description, *configuration(has_presets=False), examples=examples)
+    def main(args: argparse.Namespace) -> int:
+        return run_offline(verb, settings_of(verb.verb, args, has_presets=False))
+
+
+_trains(
+    SFT,
+    "Train on conversations, or on prompts with completions (sft.train=FILE), in the run NAME-sft. The "
+    "result is a model for `areal-like run`. resume=latest continues a run that was stopped.",
+    examples=["sft name=mine model=smollm2 sft.train=train.jsonl", "sft job.yaml name=mine resume=latest"],
+)
+_trains(
+    REWARD_MODEL,
+    "Train a reward model on comparisons of completions (reward_model.train=FILE), in the run "
+    "NAME-reward-model. The result is a directory for AutoModelForSequenceClassification. resume=latest "
+    "continues a run that was stopped.",
+    examples=[
+        "reward-model name=mine model=smollm2 reward_model.train=pairs.jsonl",
+        "reward-model job.yaml name=mine resume=latest",
+    ],
+)
+_trains(
+    PREFERENCES,
+    "Train on comparisons of completions, or on completions with labels (preferences.train=FILE), by DPO, "
+    "IPO, KTO, SimPO or ORPO, in the run NAME-preferences. The result is a model for `areal-like run`. "
+    "resume=latest continues a run that was stopped.",
+    examples=[
+        "preferences name=mine model=smollm2 preferences.train=pairs.jsonl",
+        "preferences job.yaml name=mine preferences.method=kto preferences.train=labels.jsonl",
+    ],
+)
 
 
 def run_offline(verb: OfflineVerb, argv: Sequence[str]) -> int:

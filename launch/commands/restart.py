@@ -75,7 +75,7 @@ def wait_until_ready(job: RunningJob, paths: RunPaths, settings: Sequence[str], 
     words = " ".join(settings)
     kept = "it runs with its previous settings, which config.yaml keeps"
     file = restart_outcome_file(paths)
-    while (outcome := harmless_values(read_object(file))).get("order_id") != order_id:
+    while order_id not in (outcome := harmless_values(read_object(file))).get("order_ids", []):
         if is_over(paths):
             sys.stderr.write(f"restart: the run ended before the trainer was ready with {words}\n")
             return 1
@@ -163,17 +163,17 @@ def by_hand(job: RunningJob, role: str, settings: Sequence[str]) -> str:
 
 
 def _drain_buffer(job: RunningJob, name: str) -> str:
-    status = next((each for each in job.statuses() if each.get("name") == name), None)
-    if status is None:
-        raise ConfigError(f"restart: {name} of {job.name} does not respond")
-    if not any(peer.get("role") == "trainer" for peer in status.get("peers", [])):
-        raise ConfigError(
-            f"restart: {name} has no trainer now, and draining would end the run: start one first"
-        )
     for address in job.buffers:
-        if (job.get(address, "/status") or {}).get("name") == name:
-            job.post_to(address, "drain", {}, timeout_s=5.0)
-    return f"{name} drains"
+        status = job.get(address, "/status") or {}
+        if status.get("name") != name:
+            continue
+        if not any(peer.get("role") == "trainer" for peer in status.get("peers", [])):
+            raise ConfigError(
+                f"restart: {name} has no trainer now, and draining would end the run: start one first"
+            )
+        job.post_to(address, "drain", {}, timeout_s=5.0)
+        return f"{name} drains"
+    raise ConfigError(f"restart: {name} of {job.name} does not respond")
 
 
 def _hand_over(job: RunningJob) -> str:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 
 from areal_like.config.common import NAME, NAME_RULE
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from launch.commands.configuration import RUNNING_JOB, running_job
+from launch.commands.foreground import become
 from launch.commands.join import free_name
 from launch.commands.parser import argument, command
-from launch.local_job.child import python_path
 
 
 @command(
@@ -40,6 +38,4 @@ def main(args: argparse.Namespace) -> int:
     name = args.name or free_name(RunPaths.of(config), role="router")
     endpoint = RunPaths.of(config).endpoints / f"{name}.json"
     print(f"{name}: its address is in {endpoint}; Ctrl-C ends it", flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
-    words = [sys.executable, "-m", "rollout_server.router", "--name", name, *settings]
-    os.execve(sys.executable, words, environment)
+    become("rollout_server.router", "--name", name, *settings, num_threads=1)

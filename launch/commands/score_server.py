@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 from areal_like.config.common import NAME, NAME_RULE
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
+from launch.commands.foreground import become
 from launch.commands.parser import SETTINGS, argument, command
-from launch.local_job.child import python_path
 
 _RUN = "scorer"
 """Name of the directory of its logs, if none is given."""
@@ -42,10 +40,5 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(settings)
     endpoint = RunPaths.of(config).endpoints / f"{args.name}.json"
     print(f"{args.name} serves {path}; its address is in {endpoint}; Ctrl-C ends it", flush=True)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(config.scorer.num_threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": python_path(),
-    }
-    words = [sys.executable, "-m", "rollout_server.scoring", "--name", args.name, *settings]
-    os.execve(sys.executable, words, environment)
+    words = ("--name", args.name, *settings)
+    become("rollout_server.scoring", *words, num_threads=config.scorer.num_threads)

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from launch.formatting import typed_seconds
+from launch.run_files import unix_time
 
 MAX_LINE_BYTES = 1 << 18
 """Longest line that is read; a longer one is cut."""
-_MOST_UNIX_S = 1e11
 _BLOCK_BYTES = 1 << 20
 """Bytes at the end of a plain file that are read for `--since`, and the step, in bytes, at which a daemon's
 log is sampled for times."""
@@ -145,10 +145,10 @@ class LineParser:
     def _from_json(self, text: str) -> Entry | None:
         try:
             raw = json.loads(text)
-            unix_s, level, message = float(raw["time"]), str(raw["level"]), str(raw["message"])
-            if not 0 <= unix_s < _MOST_UNIX_S:
-                raise ValueError
+            unix_s, level, message = unix_time(raw["time"]), str(raw["level"]), str(raw["message"])
         except (ValueError, KeyError, TypeError, RecursionError):
+            unix_s = None
+        if unix_s is None:
             # The line was cut by a crash or by MAX_LINE_BYTES, or a daemon's code has written it.
             return Entry(self._unix_s + self._source.offset_s, self._source.name, "INFO", text)
         self._unix_s = unix_s

@@ -34,6 +34,10 @@ _MIN_SILENCE_S = 2.0
 """A peer is alive if the buffer has heard from it within this time, or within three heartbeats."""
 
 
+class NoResponseError(ConfigError):
+    """A buffer does not respond; the cause is the OSError."""
+
+
 class RunningJob:
     """The buffers of one job, and requests to them."""
 
@@ -115,10 +119,10 @@ class RunningJob:
         for address in self.buffers:
             try:
                 return self.post_to(address, verb, body, timeout_s=timeout_s)
+            except NoResponseError:
+                continue
             except ConfigError as refusal:
                 error = refusal
-            except OSError:
-                continue
         raise error
 
     def post_all(
@@ -136,22 +140,20 @@ class RunningJob:
                 f"{verb}: the job has {num_shards} buffers, and {len(addresses)} are known: "
                 + ("give --buffer for each" if self.paths is None else "is one of them being restarted?")
             )
-        responses = []
-        for address in addresses:
-            try:
-                responses.append(self.post_to(address, verb, body, timeout_s=timeout_s))
-            except OSError as error:
-                raise ConfigError(
-                    f"{verb}: the buffer at {address} does not respond ({error}): is its disk full? See its "
-                    "/status"
-                ) from None
-        return responses
+        return [self.post_to(address, verb, body, timeout_s=timeout_s) for address in addresses]
 
     def post_to(
         self, address: str, verb: str, body: Mapping[str, Any], *, timeout_s: float
     ) -> dict[str, Any]:
-        """POSTs to one buffer. Raises OSError if it does not respond, ConfigError if it refuses."""
-        return post_json(address, f"/control/{verb}", dict(body), operator=self.operator, timeout_s=timeout_s)
+        """POSTs to one buffer. Raises NoResponseError, or ConfigError if it refuses."""
+        path = f"/control/{verb}"
+        try:
+            return post_json(address, path, dict(body), operator=self.operator, timeout_s=timeout_s)
+        except OSError as error:
+            raise NoResponseError(
+                f"{verb}: the buffer at {address} does not respond ({error}): is its disk full? See its "
+                "/status"
+            ) from error
 
     def daemons(self, *, before: dict[str, DaemonView] | None = None) -> dict[str, DaemonView]:
         """Every daemon of the job, by name: from its own response, or else from its heartbeats at the

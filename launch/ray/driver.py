@@ -234,7 +234,11 @@ class Driver:
                 self._reserve([role])
             except ArealError as error:
                 _say(f"{role.name} was not started: {error}")
-                role.is_over = True
+                for each in added[added.index(role) :]:
+                    each.is_over = True
+                # Each attempt takes up to --wait, in which nothing is supervised.
+                (directory_of(self._paths) / "servers").unlink(missing_ok=True)
+                break
         for role in servers[wanted:]:
             if (started := self._started.get(role)) is not None:
                 self._stop(started)

@@ -29,7 +29,7 @@ class Ended:
     """The end of a run."""
 
     how: str
-    """The word of `launch.report.run.Status`: `finished`, `drained`, `failed` or `ended`."""
+    """The word of `launch.report.run.RunStatus`: `finished`, `drained`, `failed` or `ended`."""
     detail: str
     unix_s: float | None
     """When it last wrote a log or a row; None: never."""

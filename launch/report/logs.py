@@ -14,7 +14,7 @@ from typing import Any
 
 from launch.logs.files import find_sources
 from launch.report.ledger import Event
-from launch.run_files import number, tail
+from launch.run_files import tail, unix_time
 
 _MAX_BYTES = 4 << 20
 """Bytes that are read at the end of each file."""
@@ -63,7 +63,7 @@ def read_logs(directory: Path) -> LogFacts:
     files = [(source.name, path, source.offset_s) for source in sources for path in source.files]
     for daemon, path, offset_s in files[:_MAX_FILES]:
         for entry in _entries(path, with_info=daemon == "launcher"):
-            message, time_s = str(entry.get("message", "")), (number(entry.get("time")) or 0.0) + offset_s
+            message, time_s = str(entry.get("message", "")), (unix_time(entry.get("time")) or 0.0) + offset_s
             if daemon == "launcher":
                 _note_process(facts, message, time_s)
             level = str(entry.get("level"))

@@ -97,6 +97,8 @@ def test_no_line_of_a_server_ends_the_command(
     write(run, "rollout-9.log", entry % when + entry % START_S)
     printed = shown(run, capsys, "rollout-9")
     assert len(printed) == 2 and "\x1b" not in "".join(printed)
+    write(run, "rollout-9.log", f'{{"time": {when}, "level": "ERROR", "message": "m"}}\n')
+    assert main(["status", str(run)]) == 1
 
 
 def test_a_line_of_the_embedded_engine_has_one_header() -> None:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from areal_like.errors import ConfigError
+from areal_like.config import from_mapping
+from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.restarts import RestartState
 from launch.cli import main
-from launch.ray.driver import Started, as_driver, directory_of, has_driver, want_servers, wanted_servers
+from launch.ray.cluster import Cluster, RayOptions, Resources
+from launch.ray.driver import (
+    Driver,
+    Started,
+    as_driver,
+    directory_of,
+    has_driver,
+    want_servers,
+    wanted_servers,
+)
 from launch.ray.roles import HEALTHY_S, RoleState, Supervision
 
 
@@ -129,3 +141,28 @@ def test_scale_tells_the_driver(
 def test_a_mistake_is_one_message(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", "--ray", "name=x", "security.insecure=true", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+class _FullCluster:
+    """Has the resources of the first reservation only."""
+
+    def __init__(self) -> None:
+        self.num_requests = 0
+
+    def reserve(self, bundles: Sequence[Resources]) -> list[tuple[Any, int]]:
+        self.num_requests += 1
+        if self.num_requests > 1:
+            raise ArealError("Ray does not have the resources")
+        return [(None, index) for index in range(len(bundles))]
+
+
+def test_a_full_cluster_is_asked_once(tmp_path: Path) -> None:
+    config = from_mapping({"name": "x", "runs_dir": str(tmp_path)})
+    paths, cluster = RunPaths.of(config), _FullCluster()
+    directory_of(paths).mkdir(parents=True)
+    driver = Driver(config, RayOptions(), cast(Cluster, cluster), num_servers=1)
+    with as_driver(paths):
+        want_servers(paths, 4)
+        for now_s in (0.0, 1.0):
+            driver._scale(now_s)
+    assert cluster.num_requests == 2 and len(driver._supervision.servers()) == 1

@@ -20,7 +20,8 @@ from areal_like.paths import RunPaths, write_json
 from areal_like.runtime.command_line import load_config
 from launch.cli import main
 from launch.run_directory.kept_settings import read_changes
-from launch.run_directory.rundir import restart_order_file
+from launch.run_directory.rundir import restart_order_file, restart_outcome_file
+from launch.run_files import read_object
 from tests.support.launching import (
     ROOT,
     TEST_LIMIT_S,
@@ -239,19 +240,33 @@ def test_a_killed_buffer_and_trainer_are_started_again(workplace: Path) -> None:
         (root / "checkpoints" / "step_000003").mkdir(parents=True)
         for words in ("resume=latest", "trainer.lr=3e-5"):
             os.kill(pid_of(root, "-m trainer "), signal.SIGKILL)
-            if words == "trainer.lr=3e-5":  # an order while no trainer runs
-                write_json(
-                    restart_order_file(RunPaths(root)), {"role": "trainer", "settings": ["trainer.lr=3e-5"]}
-                )
+            if words == "trainer.lr=3e-5":  # orders while no trainer runs
+                for order_id, rate in (("a", "2e-5"), ("b", "3e-5")):
+                    _order_rate(rate, order_id, root, process)
             wait_until(
                 lambda words=words: any(words in command for command in processes_of(root).values()),
                 what=f"a trainer with {words}",
                 run_root=root,
                 process=process,
             )
+        outcome = restart_outcome_file(RunPaths(root))
+        wait_until(
+            lambda: "b" in read_object(outcome).get("order_ids", []),
+            what="the outcome of the orders",
+            run_root=root,
+            process=process,
+        )
+        assert read_object(outcome)["order_ids"] == ["a", "b"]
         code, out, _ = drain(process, root)
     assert code == 0
     assert out.count("ended (killed by SIGKILL): starting it again") == 4
+
+
+def _order_rate(rate: str, order_id: str, root: Path, process: subprocess.Popen[str]) -> None:
+    """Orders a trainer with this learning rate, and waits until the launcher has taken the order."""
+    file = restart_order_file(RunPaths(root))
+    write_json(file, {"role": "trainer", "settings": [f"trainer.lr={rate}"], "order_id": order_id})
+    wait_until(lambda: not file.exists(), what="the order is taken", run_root=root, process=process)
 
 
 @pytest.mark.chaos
