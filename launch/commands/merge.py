@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from areal_like.errors import ConfigError
-from areal_like.paths import ADAPTER_CONFIG, RunPaths, find_checkpoints
+from areal_like.paths import ADAPTER_CONFIG
 from launch.commands.parser import argument, command
-from launch.run_directory.rundir import find_run
+from launch.run_directory.rundir import newest_checkpoint
 
 
 @command(
@@ -52,12 +52,7 @@ def find_adapter(word: str) -> str:
     folder = Path(word).expanduser()
     if (folder / ADAPTER_CONFIG).is_file():
         return str(folder)
-    if (folder / "config.yaml").is_file() or (Path("runs") / word / "config.yaml").is_file():
-        run = find_run(str(folder))
-        found = find_checkpoints(RunPaths(run).checkpoints)
-        if not found:
-            raise ConfigError(f"merge {word}: the run has no checkpoint yet")
-        newest = found[max(found)]
+    if (newest := newest_checkpoint(word, verb="merge")) is not None:
         if not (newest / ADAPTER_CONFIG).is_file():
             raise ConfigError(f"merge {word}: {newest} has all weights of a model: there is nothing to merge")
         return str(newest)

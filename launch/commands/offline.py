@@ -21,10 +21,8 @@ from areal_like.runtime.signals import request_reopen
 from launch.commands.configuration import configuration, settings_of
 from launch.commands.foreground import StopSignals, in_directory
 from launch.commands.parser import command
-from launch.local_job.child import ProcessTable
 from launch.local_job.foreground import Foreground
 from launch.local_job.specs import DRAINED, JobSpecs
-from launch.observation.progress import MetricsTail
 from launch.offline_verbs import OFFLINE_VERBS, PREFERENCES, REWARD_MODEL, SFT, OfflineVerb
 from launch.run_directory.open_run import OpenRun, open_run
 from launch.view.lasting import LastingView, output_may_be_gone
@@ -121,12 +119,7 @@ def check_settings(verb: OfflineVerb, argv: Sequence[str]) -> Iterator[str]:
 
 def _train(verb: OfflineVerb, run: OpenRun, view: LastingView) -> int:
     stops = StopSignals(on_hangup=request_reopen)
-    foreground = Foreground(
-        ProcessTable(run.paths, lock_fd=run.lock_fd),
-        view=view,
-        tail=MetricsTail(run.paths.metrics),
-        num_stops=lambda: stops.count,
-    )
+    foreground = Foreground(run, view=view, num_stops=lambda: stops.count)
     specs = JobSpecs(run.config, config_path=run.config_file)
     prepare = specs.prepare_model(*verb.prepares)
     code = foreground.run(prepare, phase="preparing the model", notice="stopping")

@@ -24,11 +24,9 @@ from launch.commands.foreground import StopSignals, in_directory
 from launch.commands.parser import RUN, SETTINGS, argument, command, flag
 from launch.comparison.settings import GENERATION
 from launch.comparison.weights import same_files
-from launch.local_job.child import ProcessTable
 from launch.local_job.display import View
 from launch.local_job.foreground import Foreground
 from launch.local_job.specs import ChildSpec
-from launch.observation.progress import MetricsTail
 from launch.run_directory.open_run import OpenRun, open_replay
 from launch.run_directory.rundir import checkpoints, find_run
 from launch.view.lasting import LastingView, output_may_be_gone
@@ -134,12 +132,7 @@ def _train(recorded: Path, run: OpenRun, *, view: View, options: Sequence[str]) 
     command = ("trainer.replay", "--recording", str(recorded.resolve()), *options)
     command += ("--config", str(run.paths.config))
     stops = StopSignals()
-    foreground = Foreground(
-        ProcessTable(run.paths, lock_fd=run.lock_fd),
-        view=view,
-        tail=MetricsTail(run.paths.metrics),
-        num_stops=lambda: stops.count,
-    )
+    foreground = Foreground(run, view=view, num_stops=lambda: stops.count)
     spec = ChildSpec(name="replay", command=command, num_threads=run.config.trainer.least_threads)
     return foreground.run(
         spec,

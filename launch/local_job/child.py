@@ -134,20 +134,30 @@ class ProcessTable:
         self._paths, self._lock_fd = paths, lock_fd
         self._marker = f"{paths.root}:{os.getpid()}:{time.time_ns()}"
         self._children: dict[str, Child] = {}
+        self._unstarted: dict[str, Exit] = {}
+        """Children that could not be started: they count as ended."""
 
     @property
     def names(self) -> list[str]:
         """Names of the children that are not reaped yet."""
-        return list(self._children)
+        return [*self._children, *self._unstarted]
 
     def start(self, spec: ChildSpec) -> None:
-        """Starts a child."""
-        child = Child(spec, paths=self._paths, marker=self._marker, lock_fd=self._lock_fd)
+        """Starts a child. One that cannot be started (no process, memory or file is left) has exit code 1."""
+        try:
+            child = Child(spec, paths=self._paths, marker=self._marker, lock_fd=self._lock_fd)
+        except OSError as error:
+            text = f"{spec.name} cannot be started: {error}"
+            log.error("%s", text)
+            self._unstarted[spec.name] = Exit(name=spec.name, code=1, last_words=(text,))
+            return
         log.info("%s started, pid %d", spec.name, child.pid)
         self._children[spec.name] = child
 
     def reap(self, name: str) -> Exit | None:
         """Removes a child that has ended and kills the rest of its process group; None while it runs."""
+        if name in self._unstarted:
+            return self._unstarted.pop(name)
         child = self._children.get(name)
         code = child.exit_code() if child else None
         if child is None or code is None:
@@ -161,11 +171,14 @@ class ProcessTable:
 
     def terminate(self, name: str) -> None:
         """Sends a child its stop signal."""
-        self._children[name].terminate()
+        if name in self._children:
+            self._children[name].terminate()
 
     def kill(self, name: str) -> None:
         """Kills a child and its process group at once."""
-        self._children.pop(name).kill()
+        self._unstarted.pop(name, None)
+        if (child := self._children.pop(name, None)) is not None:
+            child.kill()
 
     def kill_everything(self) -> None:
         """Kills every process of the run at once, also processes that have started a new session."""
@@ -173,6 +186,7 @@ class ProcessTable:
             child.kill()
         kill_marked(self._marker)
         self._children.clear()
+        self._unstarted.clear()
 
     def last_line(self, name: str) -> str:
         """The newest line of a child's output; empty when it does not run."""

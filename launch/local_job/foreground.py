@@ -13,6 +13,7 @@ from launch.local_job.display import View
 from launch.local_job.specs import DRAINED, ChildSpec
 from launch.observation.observer import Observation
 from launch.observation.progress import MetricsTail
+from launch.run_directory.open_run import OpenRun
 
 _TICK_S = 0.1
 
@@ -23,11 +24,11 @@ class Foreground:
     starting -> running --one stop signal--> drained; a second one ends it at once
     """
 
-    def __init__(
-        self, processes: ProcessTable, *, view: View, tail: MetricsTail, num_stops: Callable[[], int]
-    ) -> None:
-        """`tail`: the run's metrics, for the view. `num_stops`: returns the number of stop signals so far."""
-        self._processes, self._view, self._tail, self._num_stops = processes, view, tail, num_stops
+    def __init__(self, run: OpenRun, *, view: View, num_stops: Callable[[], int]) -> None:
+        """`num_stops`: returns the number of stop signals so far."""
+        self._processes = ProcessTable(run.paths, lock_fd=run.lock_fd)
+        self._tail = MetricsTail(run.paths.metrics)
+        self._view, self._num_stops = view, num_stops
 
     def run(
         self,

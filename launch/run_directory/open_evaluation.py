@@ -31,7 +31,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import ADAPTER_CONFIG, BUILT_MODELS, RunPaths, find_checkpoints
 from areal_like.runtime.command_line import load_config
 from launch.run_directory.open_run import OpenRun, free_directory, prepared
-from launch.run_directory.rundir import find_run, is_summarized, lock
+from launch.run_directory.rundir import is_summarized, lock, newest_checkpoint
 
 _COMPARED = ("model", "task", "eval", "sampling", "episode", "rewards", "seed", "trainer")
 """Sections that determine the results: they may not change when an evaluation is continued. The section
@@ -62,15 +62,8 @@ def find_model(word: str) -> EvaluatedModel:
     folder = Path(word).expanduser()
     if (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
         return _of_directory(folder.resolve())
-    if (folder / "config.yaml").is_file() or (Path("runs") / word / "config.yaml").is_file():
-        run = find_run(str(folder)).resolve()
-        found = find_checkpoints(RunPaths(run).checkpoints)
-        if not found:
-            raise ConfigError(
-                f"eval {word}: the run has no checkpoint yet; evaluate a model's directory, or wait for "
-                "trainer.checkpoint_interval steps"
-            )
-        return _of_directory(found[max(found)])
+    if (newest := newest_checkpoint(word, verb="eval")) is not None:
+        return _of_directory(newest)
     if _HUB_NAME.fullmatch(word) and not folder.exists():
         return EvaluatedModel(path=word, label=word.rpartition("/")[2])
     raise ConfigError(

@@ -38,6 +38,23 @@ def find_run(name: str) -> Path:
     return root
 
 
+def newest_checkpoint(word: str, *, verb: str) -> Path | None:
+    """The newest checkpoint of the run that a word of the command line names; None if it names no run.
+
+    Raises ConfigError for a run without a checkpoint.
+    """
+    folder = Path(word).expanduser()
+    if not any((place / "config.yaml").is_file() for place in (folder, Path("runs") / word)):
+        return None
+    found = find_checkpoints(RunPaths(find_run(str(folder)).resolve()).checkpoints)
+    if not found:
+        raise ConfigError(
+            f"{verb} {word}: the run has no checkpoint yet; name a directory of a model, or wait for "
+            "trainer.checkpoint_interval steps"
+        )
+    return found[max(found)]
+
+
 def restart_order_file(paths: RunPaths) -> Path:
     """The file in which `areal-like restart` writes an order; the launcher reads and removes it."""
     return paths.root / "restart.json"

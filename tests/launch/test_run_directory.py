@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,5 +59,20 @@ def test_a_child_that_hangs_in_the_kernel_is_left(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(subprocess.Popen, "wait", hangs)
     children.kill("buffer")
+    assert not children.names
+    os.close(lock_fd)
+
+
+def test_a_child_that_cannot_be_started_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = RunPaths(tmp_path)
+    paths.logs.mkdir()
+    lock_fd = lock(paths)
+    children = ProcessTable(paths, lock_fd=lock_fd)
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    children.start(ChildSpec(name="rollout-0", command=("rollout_server",)))
+    children.terminate("rollout-0")
+    assert children.names == ["rollout-0"]
+    ended = children.reap("rollout-0")
+    assert ended is not None and ended.code == 1 and "/nowhere/python" in ended.last_words[0]
     assert not children.names
     os.close(lock_fd)
