@@ -110,20 +110,18 @@ class MetricsTail:
 
     def read(self) -> Progress:
         """Reads the new rows; returns the progress over all rows so far, which are in order of steps."""
-        try:
-            with self._path.open("rb") as file:
-                inode = os.fstat(file.fileno()).st_ino
-                if inode != self._inode:  # a resumed trainer has replaced the file
-                    self._inode, self._offset, self._tally = inode, 0, StepTally()
-                file.seek(self._offset)
-                # Line by line, because the file of a resumed run may be too large for one read.
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    self._offset += len(line)
-                    self._add(line)
-        except FileNotFoundError:
-            return Progress()
+        # OSError: there is no file yet, or its file system does not respond now.
+        with contextlib.suppress(OSError), self._path.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self._inode:  # a resumed trainer has replaced the file
+                self._inode, self._offset, self._tally = inode, 0, StepTally()
+            file.seek(self._offset)
+            # Line by line, because the file of a resumed run may be too large for one read.
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                self._add(line)
         return self._tally.progress
 
     def _add(self, line: bytes) -> None:

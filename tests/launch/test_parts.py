@@ -223,6 +223,9 @@ def test_metrics_are_read_as_they_grow_and_after_a_resume(tmp_path: Path) -> Non
     (tmp_path / "new").write_text('{"step": 0}\n')
     (tmp_path / "new").replace(path)
     assert [row["step"] for row in tail.read().recent] == [0]
+    path.unlink()
+    path.mkdir()  # as unreadable as a file on a file system that is gone
+    assert [row["step"] for row in tail.read().recent] == [0]
 
 
 def test_a_long_run_is_kept_in_bounded_memory(tmp_path: Path) -> None:
