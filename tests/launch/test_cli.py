@@ -228,5 +228,10 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
         file.write(b"page")
     assert os.read(reader, 10) == b"page" and pipe.is_fifo()
     os.close(reader)
+    (link := tmp_path / "stdout").symlink_to(tmp_path / "redirected")
+    (tmp_path / "redirected").touch()
+    with private_file(link, verb="report") as file:
+        file.write(b"page")
+    assert link.is_symlink() and link.read_bytes() == b"page"
     with pytest.raises(ConfigError, match="Is a directory"), private_file(tmp_path, verb="report"):
         pass
