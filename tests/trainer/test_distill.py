@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,9 @@ from tests.support.objective_helpers import evaluate, published
 from tests.support.quick import only_in_chaos, others_in_chaos
 from tests.support.trainer_helpers import dense_logprobs, joined, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import last_gradient, make_runner
-from trainer.batching.packing import TrainingSample, collate
+from trainer.batching.packing import PackedBatch, TrainingSample, collate
 from trainer.distributed.ranks import Ranks
-from trainer.models.policy import Policy
+from trainer.models.policy import Policy, TokenLogProbs
 from trainer.objectives import Distill, build_objective
 from trainer.step.recipe import StepRecipe, warn_of_unused_weights
 from trainer.step.teachers import Teachers, check_teacher
@@ -193,6 +194,41 @@ def test_recorded_log_probs_need_no_teacher(paths: dict[str, str], ranks: Ranks)
     (kl, share, want), (recorded_kl, recorded_share, got) = found
     assert recorded_kl == pytest.approx(kl, rel=1e-6) and recorded_share == share
     assert all(float((got[n] - value).norm()) <= 1e-5 * float(value.norm()) for n, value in want.items())
+
+
+class Blank:
+    """A teacher whose log-probs have no memory, so that no number of them can be read."""
+
+    shares_prefixes = True
+
+    def __call__(self, batch: PackedBatch) -> TokenLogProbs:
+        logp_S = torch.zeros(len(batch.sampled_S), device="meta")
+        return TokenLogProbs(logp_S, logp_S, None)
+
+    def all_logprobs(self, batch: PackedBatch) -> Tensor:
+        return torch.zeros(len(batch.target_C), 7, device="meta")
+
+    def of_all(self, batch: PackedBatch, values: list[Tensor]) -> list[Tensor]:
+        return values
+
+
+def test_a_teachers_numbers_are_not_read() -> None:
+    """On a GPU the host would wait for the micro-batch before."""
+    ranks, models = Ranks.alone(), dict[str, Any]({"a": Blank(), "b": Blank()})
+    ranks.device = torch.device("meta")
+    settings = DistillConfig(teachers={"even": "a", "default": "b"})
+    teachers = Teachers(settings, ranks, models=models, vocab_size=7)
+    trajectories = [t for group in random_groups(2, prompt=4) for t in group]
+    samples = [
+        TrainingSample(trajectory=replace(t, label=label), advantage=0.0, group=0)
+        for t, label in zip(trajectories, itertools.cycle(("even", "odd")), strict=False)
+    ]
+    whole: Any = SimpleNamespace(size=1, rank=0)
+    for context in (None, whole):
+        batch = collate(samples, device="meta", context=context)
+        teacher_S, kept = teachers.distributions(batch)
+        assert teachers(batch).shape == teacher_S.shape == batch.sampled_S.shape
+        assert kept.logprobs_CV.is_meta
 
 
 def test_expected_gradient_is_that_of_the_kl() -> None:

@@ -27,6 +27,7 @@ from areal_like.config import Config
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import FloatArray
 from trainer.advantages.gae import Gae
+from trainer.batching.device_copies import copied
 from trainer.batching.packing import Packer, in_lockstep
 from trainer.batching.segments import values_of_targets
 from trainer.batching.training_sample import TrainingSample
@@ -147,9 +148,10 @@ class Critic:
             value_S = self.model(batch)
             if live:
                 of_batch = list(islice(remaining, batch.num_sequences))
+                arrays = [t.values_S for t in of_batch], [t.targets_S for t in of_batch]
                 old_S, target_S = (
-                    torch.from_numpy(np.concatenate(arrays)).to(value_S)
-                    for arrays in ([t.values_S for t in of_batch], [t.targets_S for t in of_batch])
+                    each_S.to(value_S.dtype)
+                    for each_S in copied([*map(np.concatenate, arrays)], value_S.device)
                 )
                 loss = value_loss(value_S, old_S, target_S, clip=self.settings.value_clip).sum()
             else:

@@ -26,6 +26,7 @@ from areal_like.config import Config, LoraConfig
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import FloatArray
 from trainer.advantages.prime import Prime, cross_entropy
+from trainer.batching.device_copies import copied
 from trainer.batching.packing import PackedBatch, Packer, in_lockstep, num_targets
 from trainer.batching.segments import segments_of, values_of_targets
 from trainer.batching.training_sample import TrainingSample
@@ -155,8 +156,9 @@ class ImplicitRewards:
         for batch, live in in_lockstep(packer.microbatches([samples]), self._ranks, shares_prefixes=shares):
             logp_S = self.model(batch).logprobs_S
             if live:
-                weight_S = np.concatenate(list(islice(remaining, batch.num_sequences)))
-                loss = (torch.from_numpy(weight_S).to(logp_S) * logp_S).sum()
+                weights_S = np.concatenate(list(islice(remaining, batch.num_sequences)))
+                (weight_S,) = copied([weights_S], logp_S.device)
+                loss = (weight_S.to(logp_S.dtype) * logp_S).sum()
             else:
                 loss = logp_S.sum() * 0.0
             loss.backward()

@@ -154,7 +154,8 @@ class SampledTokens:
 
     def only(self, kept_S: Tensor) -> SampledTokens:
         """The same samples with these sampled tokens only (bool [S]); the others count in divisors only."""
-        tensors = {name: getattr(self, name)[kept_S] for name in self._of_tokens}
+        kept = kept_S.nonzero()[:, 0]  # the host waits for a GPU here, and not for each tensor
+        tensors = {name: getattr(self, name).index_select(0, kept) for name in self._of_tokens}
         length_N = torch.zeros_like(self.length_N).index_add(
             0, tensors["sample_S"], torch.ones_like(tensors["entropy_S"])
         )

@@ -26,7 +26,8 @@ def optimal_baseline(
     `group_N`: any integer per group. `leave_one_out`: each sample's b* is computed from the others of its
     group. Where no m is left (weights that underflow, a group of one), b* is the mean return.
     """
-    _, index_N = torch.unique(group_N, return_inverse=True)
+    # A number in 0..N-1 for each group. Not `unique`, which synchronizes with a GPU.
+    index_N = torch.searchsorted(group_N.sort().values, group_N)
     squares_N, returns_N = squares_N.double(), returns_N.double()
     zeros_G = returns_N.new_zeros(len(returns_N))
     origin_N = zeros_G.scatter(0, index_N, returns_N)[index_N]

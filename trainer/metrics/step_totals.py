@@ -141,9 +141,15 @@ class StepTotals:
         self._sums[name] = self._sums.get(name, 0.0) + total
         self._counts[name] = self._counts.get(name, 0.0) + count
 
-    def add_vector(self, name: str, values: Tensor, *, live: bool = True) -> None:
-        """Adds a vector's sum, with its length as the count. A dummy micro-batch (not `live`) adds zeros."""
-        self.add(name, values.sum() if live else 0.0, count=len(values) if live else 0)
+    def add_vector(
+        self, name: str, values: Tensor, *, chosen: Tensor | None = None, live: bool = True
+    ) -> None:
+        """Adds a vector's sum, with its length as the count. `chosen`: bool, only these entries. A dummy
+        micro-batch (not `live`) adds zeros."""
+        count: Tensor | int = len(values)
+        if chosen is not None:
+            values, count = torch.where(chosen, values, 0.0), chosen.sum()
+        self.add(name, values.sum() if live else 0.0, count=count if live else 0)
 
     def add_all(self, sums: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
         for name, (total, count) in sums.items():
@@ -226,7 +232,8 @@ class StepTotals:
             "kept_fraction": torch.ones_like(log_ratio_S),
         }
         for name, values in (fractions | losses.means).items():
-            self.add_vector(name, values.detach().to(log_ratio_S.dtype), live=live)
+            values = values.detach().to(log_ratio_S.dtype)
+            self.add_vector(name, values, chosen=losses.chosen.get(name), live=live)
         log_w, means = (
             tokens.of_trained(value_N) for value_N in (tokens.log_w_N, tokens.mean_N(log_ratio_S.detach()))
         )

@@ -100,6 +100,9 @@ class TokenLosses:
     """bool: tokens that count in the normalizer. None: all, also those whose loss was masked to zero."""
     means: dict[str, Tensor] = field(default_factory=dict)
     """Vectors, over tokens or samples, whose mean over the step becomes a metric of that name."""
+    chosen: dict[str, Tensor] = field(default_factory=dict)
+    """Name in `means` -> bool tensor of the same shape: the entries that the mean is over. Without one, all.
+    Indexing by a mask instead would make the host wait for a GPU."""
 
 
 StepStats = Mapping[str, Tensor]

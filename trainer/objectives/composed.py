@@ -139,9 +139,10 @@ class Composed(Objective):
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         batch = self._masked(self._taught(batch), stats, [*enumerate(self.masks)])
         bare = self.inner.losses(batch, _part(stats, ""))
-        loss_S, counted_S, means = bare.loss_S, bare.counted_S, dict(bare.means)
+        loss_S, counted_S, means, chosen = bare.loss_S, bare.counted_S, dict(bare.means), dict(bare.chosen)
         if self.teacher_coef:
-            means |= teacher_means(batch)
+            of_teachers, has_teacher = teacher_means(batch)
+            means, chosen = means | of_teachers, chosen | has_teacher
         if self.caps_beyond and batch.beyond_S is not None:
             loss_S = _capped(loss_S, batch)
         if self.kl is not None:
@@ -159,7 +160,7 @@ class Composed(Objective):
             means["kept_fraction"] = batch.kept_S & means.get("kept_fraction", batch.kept_S).bool()
         if batch.counted_S is not None:
             counted_S = batch.counted_S if counted_S is None else counted_S & batch.counted_S
-        return TokenLosses(loss_S=loss_S, counted_S=counted_S, means=means)
+        return TokenLosses(loss_S=loss_S, counted_S=counted_S, means=means, chosen=chosen)
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
         """The vectors of objective and masks; a mask's names begin with its index in the list.

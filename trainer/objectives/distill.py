@@ -59,12 +59,12 @@ def with_teacher(batch: SampledTokens, *, coef: float) -> SampledTokens:
     return replace(batch, advantage_S=batch.advantage_S - coef * reverse_kl_S(batch).nan_to_num(nan=0.0))
 
 
-def teacher_means(batch: SampledTokens) -> dict[str, Tensor]:
-    """Vectors of the metrics `reverse_kl`, over tokens with a teacher, and `teacher_share`."""
+def teacher_means(batch: SampledTokens) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`TokenLosses.means` and `chosen` of `reverse_kl`, over tokens with a teacher, and `teacher_share`."""
     sampled_S = reverse_kl_S(batch)
     has_S = ~sampled_S.isnan()
     kl_S = sampled_S if batch.reverse_kl_S is None else batch.reverse_kl_S
-    return {"reverse_kl": kl_S[has_S], "teacher_share": has_S}
+    return {"reverse_kl": kl_S, "teacher_share": has_S}, {"reverse_kl": has_S}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,17 +66,18 @@ class M2po(Objective):
         return TokenLosses(loss_S=-batch.advantage_S * r_S, means={"clipped_fraction": clipped_S})
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
-        """The squared log-ratio of every token that counts."""
+        """The squared log-ratio of every token; -1 for one that does not count."""
         if self.variant == "areal":
             return {"second_moment": _dropped_by_S(batch)}
-        return {"second_moment": batch.log_ratio_S[_is_harmful_S(batch)].square()}
+        return {"second_moment": torch.where(_is_harmful_S(batch), batch.log_ratio_S.square(), -1.0)}
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
         """`bound`: the smallest squared log-ratio that is clipped (tau^2) or dropped; infinite if none is.
 
         Tokens with equal ratios are dropped together, so the order of tokens does not matter.
         """
-        ascending = observed["second_moment"].sort().values
+        moments = observed["second_moment"]
+        ascending = moments[~(moments < 0)].sort().values  # of tokens that count, NaN among them
         infinite = ascending.new_tensor(torch.inf)
         if not len(ascending):
             return {"bound": infinite}

@@ -79,8 +79,8 @@ class _OnPairs(Objective):
 
     def _of_pairs(
         self, batch: SampledTokens, value: Callable[[Tensor, Tensor], Tensor], *, with_ties: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """([S] losses of tokens, d_ij of all pairs that count, R_i - R_j of them, i the better one).
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """([S] losses of tokens, [N, N] d_ij, R_i - R_j, and whether i and j are a pair, i the better one).
 
         `value`: element-wise loss of a pair from d_ij and R_i - R_j.
         """
@@ -101,7 +101,7 @@ class _OnPairs(Objective):
         loss_NN = loss_NN.detach()
         share_N = 0.5 * (loss_NN.sum(0) + loss_NN.sum(1)) / batch.length_N.clamp(min=1)
         loss_S = batch.spread_S(share_N) + batch.spread_S(slope_N) * (batch.logp_S - batch.logp_S.detach())
-        return loss_S, distance_NN.detach()[paired_NN], margin_NN[paired_NN]
+        return loss_S, distance_NN.detach(), margin_NN, paired_NN
 
 
 def pairs_of(reward_N: Tensor, group_N: Tensor, *, only_extremes: bool, ties: bool) -> Tensor:
@@ -133,10 +133,11 @@ class OnlineDpo(_OnPairs):
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The pairs' losses; `pair_margin` is the mean of beta (s_i - s_j)."""
-        loss_S, distance, _ = self._of_pairs(
+        loss_S, distance_NN, _, paired_NN = self._of_pairs(
             batch, lambda distance, _: -F.logsigmoid(self.beta * distance), with_ties=False
         )
-        return TokenLosses(loss_S=loss_S, means={"pair_margin": self.beta * distance})
+        means, chosen = {"pair_margin": self.beta * distance_NN}, {"pair_margin": paired_NN}
+        return TokenLosses(loss_S=loss_S, means=means, chosen=chosen)
 
 
 @OBJECTIVES.register("rebel")
@@ -158,7 +159,8 @@ class Rebel(_OnPairs):
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The pairs' squared residuals; `residual_abs` is the mean |residual| of a pair."""
         beta = self.beta or default_beta2(self.max_tokens)
-        loss_S, distance, margin = self._of_pairs(
+        loss_S, distance_NN, margin_NN, paired_NN = self._of_pairs(
             batch, lambda distance, margin: (beta * distance - margin).square(), with_ties=True
         )
-        return TokenLosses(loss_S=loss_S, means={"residual_abs": (beta * distance - margin).abs()})
+        means = {"residual_abs": (beta * distance_NN - margin_NN).abs()}
+        return TokenLosses(loss_S=loss_S, means=means, chosen={"residual_abs": paired_NN})

@@ -98,12 +98,15 @@ class TruncatedIS(Objective):
         if not self.normalize:
             return {}
         weight_S, _, _ = self._weights(batch)
-        return {"weight": weight_S if self.level == "token" else batch.mean_N(weight_S)[batch.length_N > 0]}
+        if self.level == "token":
+            return {"weight": weight_S}
+        return {"weight": batch.mean_N(weight_S), "has_tokens": batch.length_N > 0}
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
         if not self.normalize:
             return {}
-        mean = observed["weight"].mean()
+        weight = observed["weight"]
+        mean = (weight[observed["has_tokens"] > 0] if "has_tokens" in observed else weight).mean()
         return {"mean_weight": mean if mean >= _LEAST_MEAN else torch.ones_like(mean)}
 
     def _weights(self, batch: SampledTokens) -> tuple[Tensor, Tensor, Tensor]:

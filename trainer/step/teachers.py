@@ -20,7 +20,7 @@ the policy.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ from areal_like.errors import ConfigError
 from areal_like.trajectory import TEACHER_LOGPROBS
 from areal_like.vocabulary import check_vocabulary
 from areal_like.weights.untrained import text_config
-from trainer.batching.packing import DUMMY, PackedBatch, collate
+from trainer.batching.device_copies import copied
+from trainer.batching.packing import DUMMY, PackedBatch, collate, is_target, num_targets
 from trainer.distributed.ranks import Ranks
 from trainer.models.packed_model import build_skeleton
 from trainer.models.policy import Distributions, Policy, build_policy
@@ -77,9 +78,7 @@ class Teachers:
             found: Tensor = model(part).logprobs_S
             return found
 
-        return self._computed(
-            batch, logprobs, lambda: self._recorded(batch), at=batch.sampled_S, takes_parts=True
-        )
+        return self._computed(batch, logprobs, lambda: self._recorded(batch), takes_parts=True)
 
     @torch.no_grad()
     def distributions(self, batch: PackedBatch) -> tuple[Tensor, Distributions]:
@@ -96,7 +95,7 @@ class Teachers:
             return model.all_logprobs(part)[:, :vocab]  # the teacher may have further rows, of no token
 
         takes_parts = batch.context is None
-        teacher_CV = self._computed(batch, all_logprobs, empty, at=target_C, takes_parts=takes_parts)
+        teacher_CV = self._computed(batch, all_logprobs, empty, takes_parts=takes_parts)
         teacher_C = teacher_CV.gather(1, batch.tokens_T[target_C][:, None]).squeeze(1)
         model = next(iter(self.models.values()))
         (teacher_S,) = model.of_all(batch, [teacher_C])
@@ -108,26 +107,27 @@ class Teachers:
         compute: Callable[[Policy, PackedBatch], Tensor],
         without: Callable[[], Tensor],
         *,
-        at: Tensor,
         takes_parts: bool,
     ) -> Tensor:
-        """The result of each sample's own model for the tokens `at` (int64 indices into T).
+        """The result of each sample's own model for the micro-batch's sampled tokens.
 
         `without` makes that of tokens without a model here; it is not called if one model has all samples,
         because the result may be large. `takes_parts`: a model computes its own samples alone; False: the
-        whole micro-batch, where results belong to a rank's part of its rows.
+        whole micro-batch, where results belong to a rank's part of its rows (`target_C`).
         """
         result: Tensor | None = None
-        places = self._settings.models
+        places, device = self._settings.models, batch.tokens_T.device
         path_of = [places.get(self._settings.teacher_of(s.trajectory.label), "") for s in batch.samples]
         for path, model in self.models.items():
             mine = [each == path for each in path_of]
             if all(mine):
                 result = compute(model, batch)
             elif any(mine) and not takes_parts:
-                found, chosen_at = compute(model, batch), _of_tokens(mine, batch, at)
+                found = compute(model, batch)
                 result = (without() if result is None else result).to(found.dtype)
-                result[chosen_at] = found[chosen_at]
+                (mine_T,) = copied([np.repeat(mine, batch.sample_lengths)], device)
+                mine_C = mine_T[batch.target_C].view(-1, *[1] * (found.ndim - 1))
+                torch.where(mine_C, found, result, out=result)  # in place: the result may be large
             elif any(mine) or self._ranks.world_size > 1:
                 chosen = [sample for sample, is_used in zip(batch.samples, mine, strict=True) if is_used]
                 part = collate(
@@ -139,28 +139,25 @@ class Teachers:
                 found = compute(model, part)
                 if chosen:
                     result = (without() if result is None else result).to(found.dtype)
-                    result[_of_tokens(mine, batch, at)] = found
+                    counts = [num_targets(sample.trajectory) for sample in batch.samples]
+                    (own,) = copied([np.flatnonzero(np.repeat(mine, counts))], device)
+                    result.index_copy_(0, own, found)
         return without() if result is None else result
 
     def _recorded(self, batch: PackedBatch) -> Tensor:
         """[S] float32 log-probs in the samples' records, which teachers at servers computed; else NaN."""
-        nothing, servers = np.float32(np.nan), self._settings.servers
+        servers = self._settings.servers
         if not servers:
             return torch.full(batch.sampled_S.shape, torch.nan, device=batch.tokens_T.device)
         parts = [
-            s.trajectory.arrays[TEACHER_LOGPROBS]
+            s.trajectory.arrays[TEACHER_LOGPROBS][is_target(s.trajectory)]
             if TEACHER_LOGPROBS in s.trajectory.arrays
             and self._settings.teacher_of(s.trajectory.label) in servers
-            else np.full(s.trajectory.num_tokens, nothing)
+            else np.full(num_targets(s.trajectory), np.nan)
             for s in batch.samples
         ]
-        recorded_T = torch.from_numpy(np.concatenate(parts).astype(np.float32))
-        return recorded_T.to(batch.tokens_T.device)[batch.sampled_S]
-
-
-def _of_tokens(flag_of: Sequence[bool], batch: PackedBatch, at: Tensor) -> Tensor:
-    """The flag of the sample of each of the tokens `at`."""
-    return torch.tensor(flag_of, device=at.device)[batch.samples_T[at]]
+        (recorded_S,) = copied([np.concatenate(parts, dtype=np.float32)], batch.tokens_T.device)
+        return recorded_S
 
 
 def check_teachers(config: Config, *, student: str) -> None:

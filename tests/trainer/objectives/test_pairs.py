@@ -87,8 +87,9 @@ def test_published_pair_by_hand() -> None:
     assert grad == pytest.approx([-0.134471] * 3 + [0.134471] * 2, abs=1e-6)
     loss, grad = evaluate(build_objective({"name": "rebel", "beta": 0.25}), [published()])
     assert (loss, grad) == (pytest.approx(0.25), pytest.approx([-0.25] * 3 + [0.25] * 2))
-    means = build_objective(dpo).losses(published(), {}).means
-    assert means["pair_margin"].tolist() == pytest.approx([1.0])
+    losses = build_objective(dpo).losses(published(), {})
+    margins = losses.means["pair_margin"][losses.chosen["pair_margin"]]
+    assert margins.tolist() == pytest.approx([1.0])
 
 
 def test_groups_weigh_alike() -> None:

@@ -14,10 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from areal_like.config import DistillConfig
 from tests.support.objective_helpers import NORMALIZERS, Rows, evaluate, tokens_of
 from trainer.batching.scope import Scope
+from trainer.metrics.step_totals import StepTotals
 from trainer.objectives import MASKS, OBJECTIVES, Objective, SampledTokens, build_objective
 from trainer.objectives.base import StepStats
+from trainer.objectives.normalizers import Normalizer
 
 REGISTERED: list[dict[str, Any]] = [
     {"name": name}
@@ -233,6 +236,32 @@ def test_float32_gives_the_losses_of_float64(settings: dict[str, Any]) -> None:
                 torch.testing.assert_close(
                     got.double(), want.double(), rtol=1e-5, atol=atol, msg=lambda m, w=where: f"{w}: {m}"
                 )
+
+
+@pytest.mark.parametrize("settings", ALL + WHOLE_GROUPS + EACH_MASK + [{"name": "distill"}], ids=str)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_no_number_is_read_during_a_step(settings: dict[str, Any], normalizer: str) -> None:
+    """On a GPU the host would wait for it. A tensor without memory cannot be read."""
+    for coef in (0.0, 0.5):
+        distill = DistillConfig(teachers={"default": "x"}, coef=coef) if coef else None
+        if coef and not build_objective(settings).takes_token_advantages:
+            continue
+        objective = build_objective(settings, distill=distill)
+        batch = replace(
+            batch_of(range(5), rewards=[1.0, 0.0, 0.5, 0.25, 0.75]),
+            collision_S=torch.full((sum(LENGTHS),), 0.1, dtype=torch.float64),
+        )
+        stats = stats_of(objective, batch)
+        tensors = {each.name: getattr(batch, each.name) for each in fields(batch)}
+        blank = {name: each.detach().to("meta") for name, each in tensors.items() if each is not None}
+        blank["logp_S"].requires_grad_()
+        batch = replace(batch, **blank)
+        losses = objective.losses(batch, stats)
+        norm = Normalizer(name=objective.normalizer or normalizer, max_tokens=10)
+        loss_S, *counted = norm.weigh(losses, batch)
+        loss_S.sum().backward()  # type: ignore[no-untyped-call]
+        StepTotals().observe(batch, losses, counted=counted, live=True)
+        assert all(vector.is_meta for vector in objective.observe(batch).values())
 
 
 @pytest.mark.parametrize("settings", ALL + WHOLE_GROUPS, ids=str)
