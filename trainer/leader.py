@@ -113,7 +113,8 @@ class Leader:
         self._counts_due_s = 0.0
         self._last_push: PushReport | None = None
         self._last_checks: dict[str, CheckReport] = {}
-        """Server -> its last check."""
+        """Server of the directory -> its last check. Never changed in place: the training thread reads it,
+        and the client's loop replaces it."""
         self._links = links
         self._push_limit_s = 2 * config.weights.deadline_s(push_bytes)  # staging and broadcast
         start = StartTraining(
@@ -274,7 +275,7 @@ class Leader:
         """Rank 0's part of the trainer's /status."""
         return self._record.status() | {
             "last_push": asdict(self._last_push) if self._last_push else {},
-            "last_checks": {name: asdict(report) for name, report in self._last_checks.items()},
+            "last_checks": {name: asdict(report) for name, report in self._checks_of_present().items()},
             "weights_version": self._publisher.active_version,
             "servers": [asdict(server) for server in self._buffer.directory.servers],
         }
@@ -332,8 +333,8 @@ class Leader:
         row["weights_version"] = self._publisher.active_version
         row["weights_step"] = self._publisher.active_step
         row["push_s"] = self._last_push.seconds if self._last_push else 0.0
-        if self._last_checks:
-            row["weight_check_abs"] = max(report.difference for report in self._last_checks.values())
+        if checks := self._checks_of_present():
+            row["weight_check_abs"] = max(report.difference for report in checks.values())
         if (eval_reward := self._evaluations.poll()) is not None:
             row["eval_reward"] = eval_reward
         self._record.stepped(row, metrics=metrics)
@@ -341,6 +342,16 @@ class Leader:
         self._buffer.stats = {"row_step": float(step), "busy_s": self._busy_s} | {
             name: float(row[name]) for name in _REPORTED if name in row and math.isfinite(row[name])
         }
+
+    def _checked(self, report: CheckReport) -> None:
+        """Notes a check of an engine's weights. Runs in the client's loop."""
+        self._last_checks = {**self._checks_of_present(), report.server: report}
+        self._record.series.checked(report)
+
+    def _checks_of_present(self) -> dict[str, CheckReport]:
+        """The last checks of servers that still exist: the difference of one that was replaced is over."""
+        present = {server.name for server in self._buffer.directory.servers}
+        return {name: report for name, report in self._last_checks.items() if name in present}
 
     def _get_counters(self) -> RunCounters:
         counters: RunCounters = self._buffer.call(GetRunCounters(), timeout_s=_CALL_TIMEOUT_S)
@@ -365,10 +376,6 @@ class Leader:
             self._last_push = report
             self._record.pushed(report)
 
-        def on_check(report: CheckReport) -> None:
-            self._last_checks[report.server] = report
-            self._record.series.checked(report)
-
         buffer, dtype = self._buffer, compute_dtype(self._config)
         weights = replace(self._config.weights, update_mode=self._config.update_mode)
         # An engine scores given tokens at temperature 1 only.
@@ -386,7 +393,7 @@ class Leader:
             servers=lambda: buffer.directory.servers,
             on_push=on_push,
             on_failure=buffer.fail,
-            on_check=on_check,
+            on_check=self._checked,
             check_interval_s=weights.check_interval_s if is_checked else None,
             check_noise=NOISE[dtype],
             check_hint=MERGED_HINT.format(dtype=dtype) if is_merged else "",

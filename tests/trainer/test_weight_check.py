@@ -2,14 +2,18 @@
 
 import asyncio
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 
 from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.wire.messages.consumer import Directory, ServerEntry
 from areal_like.wire.messages.weights import ScoreTokens, TokenScores, WeightsFailed
 from trainer.batching.packing import collate
 from trainer.batching.training_sample import TrainingSample
+from trainer.leader import Leader
 from trainer.weights.checks import (
     MAX_CONTEXT,
     NOISE,
@@ -21,6 +25,27 @@ from trainer.weights.checks import (
     check_tokens,
 )
 from trainer.weights.receivers import ReceiverId
+
+
+def test_a_server_that_has_left_does_not_count() -> None:
+    """Its last difference may be that of a jump. The training thread may read while a server is added."""
+    leader: Any = Leader.__new__(Leader)
+    servers = [
+        ServerEntry(name=name, incarnation=1, weights_address="", device="", state="", weights_version=1)
+        for name in ("a", "b")
+    ]
+    leader._buffer = SimpleNamespace(directory=Directory(servers=servers))
+    leader._record = SimpleNamespace(series=SimpleNamespace(checked=lambda report: None))
+    leader._last_checks = {}
+    reports = {
+        name: CheckReport(server=name, version=1, difference=0.1, limit=0.5, is_jump=False) for name in "ab"
+    }
+    leader._checked(reports["a"])
+    reading = iter(leader._last_checks.items())
+    leader._checked(reports["b"])
+    assert [*reading] == [("a", reports["a"])] and leader._checks_of_present() == reports
+    leader._buffer.directory = Directory(servers=servers[1:])
+    assert leader._checks_of_present() == {"b": reports["b"]}
 
 
 def sample(mask: list[int], *, first_token: int) -> TrainingSample:
