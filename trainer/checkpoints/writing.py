@@ -51,7 +51,7 @@ from areal_like.errors import ConfigError, first_line
 from areal_like.weights.hf_layout import HfTensor, adapter_tensors, hf_tensors
 from areal_like.weights.safetensors_header import StoredTensor, tensors_in
 from areal_like.weights.untrained import is_wrapped, text_config
-from trainer.distributed.pinning import pin
+from trainer.distributed.pinning import host_empty
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import MODEL_PREFIX, row_range, shards_of
 from trainer.models.packed_model import PackedModel
@@ -224,10 +224,8 @@ class HostCopy:
         """Dtype of masters and moments."""
         places = [(kind, name, shard.shape) for kind in self.kinds for name, shard in shards.items()]
         sizes = [math.prod(shape) for _, _, shape in places]
-        self._flat = torch.empty(sum(sizes), dtype=self.dtype)
         self._is_cuda = any(shard.is_cuda for shard in shards.values())
-        if self._is_cuda:
-            pin(self._flat)
+        self._flat = host_empty((sum(sizes),), self.dtype, pinned=self._is_cuda)
         self.values: dict[str, dict[str, Tensor]] = {kind: {} for kind in self.kinds}
         """Kind -> parameter's Hugging Face name -> this rank's rows; views of one tensor, in this order."""
         for (kind, name, shape), part in zip(places, torch.split(self._flat, sizes), strict=True):

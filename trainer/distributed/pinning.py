@@ -22,15 +22,10 @@ def host_empty(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> Ten
     if not pinned or tensor.numel() * tensor.itemsize < _LARGE_BYTES:
         return torch.empty(shape, dtype=dtype, pin_memory=pinned)
     tensor = torch.empty(shape, dtype=dtype)
-    pin(tensor)
-    return tensor
-
-
-def pin(tensor: Tensor) -> None:
-    """Pins the memory of a tensor on the CPU in place, for as long as the tensor exists."""
     cudart, pointer = torch.cuda.cudart(), tensor.data_ptr()  # type: ignore[no-untyped-call]
     portable = 1
     torch.cuda.check_error(int(cudart.cudaHostRegister(pointer, tensor.numel() * tensor.itemsize, portable)))
     # Called before the memory is freed; otherwise the driver would keep pages that are reused for other
     # memory.
     weakref.finalize(tensor, cudart.cudaHostUnregister, pointer)
+    return tensor
