@@ -135,6 +135,11 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "weights cut": ("model.safetensors", _cut, "cannot be read .*: resume from another"),
     "weights missing": ("model.safetensors", Path.unlink, "No such file"),
     "random state missing": ("rows/random_state.safetensors", Path.unlink, "No such file"),
+    "another random state": (
+        "rows/random_state.safetensors",
+        lambda f: save_file({"random_state.cpu": torch.zeros(3, dtype=torch.uint8)}, f),
+        "not a random state of this torch",
+    ),
     "index missing": ("rows/index.json", Path.unlink, "No such file"),
     "index cut": ("rows/index.json", _cut, "cannot be read"),
     "configuration cut": ("config.json", _cut, "cannot be read"),
@@ -143,6 +148,11 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "state cut": ("trainer_state.json", _cut, "cannot be read"),
     "another dtype": ("rows/index.json", lambda f: _edit(f, "float32", "float16"), "the run started with"),
     "another model": ("rows/index.json", lambda f: _edit(f, "[41, 32]", "[41, 31]"), "the run started with"),
+    "a parameter without rows": (
+        "rows/index.json",
+        lambda f: _edit(f, "[41, 32]", "[]"),
+        "cannot be read .*: resume from another",
+    ),
     "rows twice": ("rows/index.json", lambda f: _edit(f, "[[0, 41]]", "[[0, 40]]"), "every row"),
     "outside": ("rows/index.json", lambda f: _edit(f, "policy-0", "../policy-0"), "another directory"),
 }

@@ -214,7 +214,10 @@ class Checkpoints:
 
         def fill(partial: Path) -> None:
             if not wait_until_visible(partial):
-                raise ConfigError(f"rank {ranks.rank} does not see {partial}, which rank 0 has made")
+                raise ConfigError(
+                    f"rank {ranks.rank} does not see {partial}, which rank 0 has made: runs_dir has to be on "
+                    "a file system that all hosts of the trainer share"
+                )
             for each in files.values():
                 each.write(partial)
             if ranks.rank > 0:

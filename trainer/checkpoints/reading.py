@@ -118,7 +118,10 @@ class StateReader:
         with contextlib.closing(SafetensorsRows([path], remedy=_REMEDY)) as file:
             if RANDOM_STATE not in file.names:
                 raise ConfigError(f"{path} has no {RANDOM_STATE}: {_REMEDY}")
-            return file.tensor(RANDOM_STATE)
+            state, present = file.tensor(RANDOM_STATE), torch.get_rng_state()
+        if (state.dtype, state.shape) != (present.dtype, present.shape):
+            raise ConfigError(f"{path}: {RANDOM_STATE} is not a random state of this torch: {_REMEDY}")
+        return state
 
     def _check(self, rows: ModelRows, model: PackedModel, optimizer: ModelState) -> None:
         """Raises ConfigError if the index belongs to another model."""
@@ -179,8 +182,8 @@ def read_index(folder: Path) -> dict[str, ModelRows]:
         if path.stat().st_size > _MAX_INDEX_BYTES:
             raise ValueError(f"more than {_MAX_INDEX_BYTES} bytes")
         return {name: _model_rows(fields) for name, fields in read_json(path)["models"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error!r}): resume from another step") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error!r}): {_REMEDY}") from None
 
 
 def _model_rows(fields: dict[str, Any]) -> ModelRows:

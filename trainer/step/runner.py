@@ -104,7 +104,8 @@ class StepRunner:
         """
         if Need.REF in objective.needs and reference is None:
             raise ConfigError(
-                f"objective {objective.display_name} needs a reference model, and none is configured"
+                f"objective {objective.display_name} needs a reference model, and none is configured "
+                "(kl.reference)"
             )
         if Need.TEACHER in objective.needs and teachers is None:
             raise ConfigError(
