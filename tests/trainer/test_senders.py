@@ -7,9 +7,11 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from areal_like.config import from_mapping
@@ -36,6 +38,7 @@ from tests.support.engine_harness import (
 from tests.support.trainer_helpers import run_ranks
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.weights.broadcaster import interleaved
+from trainer.weights.senders import SenderService
 from trainer.weights.shares import sender_ranks, share_of_sender
 
 PROMPT = [5, 17, 3]
@@ -173,6 +176,16 @@ def test_senders_replicas_and_copies_in_every_combination(engine: Engine, tmp_pa
         whole = load_file(tmp_path / f"step-{activated[version]}.safetensors")
         assert {spec.name for bucket in buckets for spec in bucket.tensors} == whole.keys()
         assert digests == [sha256(flatten(bucket, whole)) for bucket in buckets], version
+
+
+def test_a_sender_without_a_route_to_rank_0_says_so() -> None:
+    replies: list[dict[str, Any]] = []
+    channel: Any = SimpleNamespace(send=replies.append)
+    taken: Any = SimpleNamespace(sender_ranks=(0, 1))
+    service = SenderService(channel, taken, number=1, device=torch.device("cpu"), ports=(0,))
+    service._handle({"id": 3, "do": "open", "session": 1, "toward": ["no such host", 1]})
+    (reply,) = replies
+    assert reply["id"] == 3 and "open failed: [Errno" in reply["error"]
 
 
 def test_shares_cover_all_buckets_once() -> None:

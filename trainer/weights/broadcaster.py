@@ -75,7 +75,7 @@ from areal_like.wire.messages.weights import (
     WeightsOk,
 )
 from trainer.weights.backend import NcclTrial, choose_backend, refuse_mixed_nccl
-from trainer.weights.bucket_sender import Traffic
+from trainer.weights.bucket_sender import BucketSender, Traffic
 from trainer.weights.receivers import (
     Receiver,
     ReceiverBackoff,
@@ -84,7 +84,7 @@ from trainer.weights.receivers import (
     receiver_id,
     split_groups,
 )
-from trainer.weights.senders import OwnEnd, RemoteEnd, SenderLink, SendingEnd
+from trainer.weights.senders import RemoteEnd, SenderLink, SendingEnd
 from trainer.weights.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
@@ -348,13 +348,9 @@ class Broadcaster:
             timeout_s=min(self._config.push_deadline_s, _FORM_S),
             secret=secrets.token_hex(32) if is_authenticated else "",
         )
-        own = OwnEnd(
-            group,
-            device=self._device,
-            name=f"weight-session-{number}",
-            num_senders=self.num_senders,
+        own = BucketSender(
+            group, device=self._device, name=f"weight-session-{number}", num_senders=self.num_senders
         )
-
         opened: list[RemoteEnd] = []
 
         def open_end(link: SenderLink) -> RemoteEnd:

@@ -18,6 +18,7 @@ from areal_like.errors import WeightSyncError
 from areal_like.weights.deltas import HEADER_BYTES, Form, encode, word_bytes
 from areal_like.weights.integrity import BucketSums
 from areal_like.weights.weight_group import WeightGroup
+from areal_like.wire.messages.weights import SenderAddress
 from trainer.weights.shares import share_of_sender
 from trainer.weights.snapshot import GatheredBucket, Snapshot
 
@@ -60,7 +61,7 @@ class _Read:
 
 
 class BucketSender:
-    """Sends one sender's buckets of snapshots through its group. `close` it when the group is dissolved."""
+    """This rank's end of one session: sends its buckets of snapshots through its group."""
 
     def __init__(
         self,
@@ -72,6 +73,8 @@ class BucketSender:
         num_senders: int = 1,
     ) -> None:
         """`device`: this rank's. `name`: the name of the threads. `sender`: number of this sender, from 0."""
+        self.store = SenderAddress(address=group.address, port=group.port)
+        """Where the store of its group listens."""
         self._group = group
         self._sender = sender
         self._num_senders = num_senders
@@ -86,6 +89,18 @@ class BucketSender:
         self._reader = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix=f"{name}-read", initializer=self._choose_device
         )
+
+    def connect(self) -> None:
+        """Waits until all engines have joined the group."""
+        self._group.connect()
+
+    def close_store(self) -> None:
+        """Ends the store; call it when all engines have joined."""
+        self._group.close_store()
+
+    def stage(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> None:
+        """Makes this sender's buckets and their sums ready. `timeout_s`: the caller bounds its own wait."""
+        snapshot.stage(integrity=integrity)
 
     def send(
         self,
@@ -102,14 +117,34 @@ class BucketSender:
         number of the snapshot that all engines have; None: all bytes are sent. Raises WeightSyncError; the
         group is then broken.
         """
+        sums, traffic = BucketSums(checksums=[], digests=[]), Traffic()
+        share = share_of_sender(
+            self._sender, num_senders=self._num_senders, num_buckets=len(snapshot.buckets)
+        )
         self._choose_device()
         with torch.cuda.stream(self._stream):
-            return self._send(
-                snapshot, integrity=integrity, timeout_s=timeout_s, may_begin=may_begin, base=base
-            )
+            next_read = self._reader.submit(self._read, snapshot, share[0], base)
+            for position in range(len(share)):
+                read = next_read.result()
+                if position + 1 < len(share):
+                    next_read = self._reader.submit(self._read, snapshot, share[position + 1], base)
+                summing = self._reader.submit(read.bucket.sums, integrity=integrity)
+                if not may_begin.wait(timeout_s):
+                    raise WeightSyncError(f"the receivers were not ready within {timeout_s:.4g} s")
+                for message in read.messages:
+                    self._group.broadcast(message, timeout_s=timeout_s)
+                traffic.add(read.traffic)
+                found, digest = summing.result()
+                sums.checksums.append(found)
+                sums.digests.extend([digest] if digest else [])
+        return SentShare(sums=sums, traffic=traffic)
 
-    def close(self) -> None:
-        """Ends the reading thread, without waiting for it."""
+    def leave(self) -> None:
+        """Leaves the group, also during a broadcast."""
+        self._group.close()
+
+    def forget(self) -> None:
+        """Ends the reading thread, without waiting for it. Nothing may be called afterwards."""
         self._reader.shutdown(wait=False)
 
     def _choose_device(self) -> None:
@@ -118,35 +153,6 @@ class BucketSender:
         engine's."""
         if self._stream is not None:
             torch.cuda.set_device(self._device)
-
-    def _send(
-        self,
-        snapshot: Snapshot,
-        *,
-        integrity: str,
-        timeout_s: float,
-        may_begin: threading.Event,
-        base: int | None,
-    ) -> SentShare:
-        sums, traffic = BucketSums(checksums=[], digests=[]), Traffic()
-        share = share_of_sender(
-            self._sender, num_senders=self._num_senders, num_buckets=len(snapshot.buckets)
-        )
-        next_read = self._reader.submit(self._read, snapshot, share[0], base)
-        for position in range(len(share)):
-            read = next_read.result()
-            if position + 1 < len(share):
-                next_read = self._reader.submit(self._read, snapshot, share[position + 1], base)
-            summing = self._reader.submit(read.bucket.sums, integrity=integrity)
-            if not may_begin.wait(timeout_s):
-                raise WeightSyncError(f"the receivers were not ready within {timeout_s:.4g} s")
-            for message in read.messages:
-                self._group.broadcast(message, timeout_s=timeout_s)
-            traffic.add(read.traffic)
-            found, digest = summing.result()
-            sums.checksums.append(found)
-            sums.digests.extend([digest] if digest else [])
-        return SentShare(sums=sums, traffic=traffic)
 
     def _read(self, snapshot: Snapshot, index: int, base: int | None) -> _Read:
         """Reads a bucket, and compares it with the base. Runs in the reader's thread."""

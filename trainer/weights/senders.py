@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,80 +49,6 @@ _GRACE_S = 5.0
 """Time in which a sender reports its own timeout."""
 _ASK_EVERY_S = 0.2
 """Interval at which a sender that waits for the engines is checked for an early failure."""
-
-
-class SendingEnd(Protocol):
-    """One sender's end of one session. Its methods block; connecting, staging and sending raise
-    WeightSyncError."""
-
-    store: SenderAddress
-    """Where the store of its group listens."""
-
-    def connect(self) -> None:
-        """Waits until all engines have joined the group."""
-
-    def close_store(self) -> None:
-        """Ends the store; call it when all engines have joined."""
-
-    def stage(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> None:
-        """Makes this sender's buckets and their sums ready."""
-
-    def send(
-        self,
-        snapshot: Snapshot,
-        *,
-        integrity: str,
-        timeout_s: float,
-        may_begin: threading.Event,
-        base: int | None = None,
-    ) -> SentShare:
-        """Broadcasts this sender's buckets; see `BucketSender.send`."""
-
-    def leave(self) -> None:
-        """Leaves the group, also during a broadcast."""
-
-    def forget(self) -> None:
-        """Ends the threads. Nothing may be called afterwards."""
-
-
-class OwnEnd:
-    """A `SendingEnd` of this rank."""
-
-    def __init__(
-        self, group: WeightGroup, *, device: torch.device, name: str, sender: int = 0, num_senders: int = 1
-    ) -> None:
-        """`sender`: this rank's number among the senders. For `device` and `name` see BucketSender."""
-        self.group = group
-        self.store = SenderAddress(address=group.address, port=group.port)
-        self._sender = BucketSender(group, device=device, name=name, sender=sender, num_senders=num_senders)
-
-    def connect(self) -> None:
-        self.group.connect()
-
-    def close_store(self) -> None:
-        self.group.close_store()
-
-    def stage(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> None:
-        snapshot.stage(integrity=integrity)
-
-    def send(
-        self,
-        snapshot: Snapshot,
-        *,
-        integrity: str,
-        timeout_s: float,
-        may_begin: threading.Event,
-        base: int | None = None,
-    ) -> SentShare:
-        return self._sender.send(
-            snapshot, integrity=integrity, timeout_s=timeout_s, may_begin=may_begin, base=base
-        )
-
-    def leave(self) -> None:
-        self.group.close()
-
-    def forget(self) -> None:
-        self._sender.close()
 
 
 class _Channel:
@@ -231,7 +157,7 @@ class SenderLink:
 
 
 class RemoteEnd:
-    """A `SendingEnd` of another rank."""
+    """Another rank's end of one session: each method does there what that of BucketSender does."""
 
     def __init__(self, link: SenderLink, *, session: int, timeout_s: float, **form: Any) -> None:
         """Opens the store there. `timeout_s`: of the group; `form`: see `SenderService._open`."""
@@ -289,6 +215,11 @@ class RemoteEnd:
         self._link.call(do, timeout_s=timeout_s, session=self._session, **arguments)
 
 
+SendingEnd = BucketSender | RemoteEnd
+"""One sender's end of one session. Its methods block; connecting, staging and sending raise
+WeightSyncError."""
+
+
 class SenderService:
     """Does what rank 0 requests, on another sender.
 
@@ -310,7 +241,7 @@ class SenderService:
         self._number = number
         self._device = device
         self._ports = ports
-        self._ends: dict[int, OwnEnd] = {}
+        self._ends: dict[int, BucketSender] = {}
         """Number of a session -> this rank's end of it."""
         self._may_begin: dict[int, threading.Event] = {}
         """Id of a request to send -> set when the engines are ready."""
@@ -356,7 +287,7 @@ class SenderService:
             reply = actions[request["do"]](request) or {}
         except (WeightSyncError, ConfigError) as error:
             reply = {"error": str(error)}
-        except RuntimeError as error:  # torch, or a session that was ended meanwhile
+        except (RuntimeError, OSError) as error:  # torch, no route to rank 0, or a session that has ended
             reply = {"error": f"{request['do']} failed: {error}"}
         except KeyError:
             reply = {"error": f"{request['do']}: session {request.get('session')} has ended"}
@@ -379,7 +310,7 @@ class SenderService:
             timeout_s=request["group_timeout_s"],
             secret=request["secret"],
         )
-        self._ends[session] = OwnEnd(
+        self._ends[session] = BucketSender(
             group,
             device=self._device,
             name=f"weight-session-{session}",

@@ -295,7 +295,7 @@ async def _push(comparison: _Comparison, client: EngineClient, strategy: WeightU
             ),
         )
         await sending
-        sender.close()
+        sender.forget()
         await client.destroy_weights_group(group_name=_GROUP)
         return stall_s
 
