@@ -347,27 +347,9 @@ class BackgroundGather(WeightSnapshotter):
     and if a rank dies the group breaks at once.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        ranks: Ranks,
-        *,
-        bucket_bytes: int,
-        dtype: str,
-        lora: str = "merged",
-        senders: int = 1,
-        delta: str = "off",
-    ) -> None:
+    def __init__(self, policy: Policy, ranks: Ranks, **settings: Any) -> None:
         """The arguments are those of WeightSnapshotter."""
-        super().__init__(
-            policy,
-            ranks,
-            bucket_bytes=bucket_bytes,
-            dtype=dtype,
-            lora=lora,
-            senders=senders,
-            delta=delta,
-        )
+        super().__init__(policy, ranks, **settings)
         self._gather_lock = threading.Lock()
         self._is_closed = False
         self._gathered: OrderedDict[int, tuple[int, GatheredBucket]] = OrderedDict()
@@ -519,27 +501,9 @@ class BoundaryGather(WeightSnapshotter):
     buckets with `BackgroundGather`'s on gloo.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        ranks: Ranks,
-        *,
-        bucket_bytes: int,
-        dtype: str,
-        lora: str = "merged",
-        senders: int = 1,
-        delta: str = "off",
-    ) -> None:
+    def __init__(self, policy: Policy, ranks: Ranks, **settings: Any) -> None:
         """The arguments are those of WeightSnapshotter."""
-        super().__init__(
-            policy,
-            ranks,
-            bucket_bytes=bucket_bytes,
-            dtype=dtype,
-            lora=lora,
-            senders=senders,
-            delta=delta,
-        )
+        super().__init__(policy, ranks, **settings)
         self._gathered: dict[int, dict[int, GatheredBucket]] = {}
         """Number of a snapshot -> the buckets that this rank sends, by index."""
         self._copier = _HostCopier(ranks.device)
