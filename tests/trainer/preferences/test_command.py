@@ -1,31 +1,20 @@
-"""`areal-like preferences`, as a user runs it: killed and continued, on two ranks, with wrong settings."""
+"""`areal-like preferences`, as a user runs it: on two ranks, with wrong settings.
+
+`tests/chaos/test_offline_kills.py` kills it.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from areal_like.paths import RunPaths
-from tests.support.launching import (
-    TEST_LIMIT_S,
-    areal_like,
-    finish,
-    launcher,
-    processes_of,
-    wait_for_steps,
-    wait_until,
-)
-from tests.support.offline import files_of, metrics_of
+from tests.support.launching import TEST_LIMIT_S, areal_like
+from tests.support.offline import metrics_of
 from tests.support.preference_rows import sum_pairs
 from tests.support.sft_model import write_rows, write_sft_model
-
-NUM_STEPS = 100
-"""So many that a killed run does not end before it is killed, on a slow machine either."""
 
 
 @pytest.fixture
@@ -36,46 +25,10 @@ def settings(tmp_path: Path) -> tuple[str, ...]:
     return (
         f"model.path={tmp_path}/model",
         f"preferences={{train: {tmp_path}/train.jsonl, eval: {tmp_path}/eval.jsonl}}",
-        f"preferences.num_steps={NUM_STEPS}",
+        "preferences.num_steps=6",
         "preferences.num_epochs=99",
-        "preferences.eval_interval=9",
-        "trainer={lr: 0.001, warmup_steps: 2, checkpoint_interval: 7}",
+        "trainer={lr: 0.001, warmup_steps: 2, checkpoint_interval: 6}",
     )
-
-
-@pytest.mark.chaos
-@pytest.mark.timeout(TEST_LIMIT_S)
-@pytest.mark.parametrize("method", ["dpo", "kto"])
-def test_a_killed_run_continues_to_the_last_bit(
-    method: str, settings: tuple[str, ...], tmp_path: Path
-) -> None:
-    settings = (*settings, f"preferences.method={method}")
-    whole = areal_like("preferences", *settings, "name=whole", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stdout + whole.stderr
-    assert "accuracy of the rewards, after" in whole.stdout
-    words = (*settings, "name=killed", "resume=auto")
-    root = tmp_path / "runs" / "killed"
-    with launcher(*words, cwd=tmp_path, verb="preferences") as process:
-        wait_for_steps(9, root, process=process)
-        for pid in processes_of(root):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        code, out, err = finish(process, root)
-        assert code == 1, out + err
-    wait_until(lambda: not processes_of(root), what="the end of the trainer")
-    num_rows = len((root / "metrics.jsonl").read_text().splitlines())
-    assert 9 < num_rows < NUM_STEPS
-    done = areal_like("preferences", *words, cwd=tmp_path)
-    assert done.returncode == 0 and "resume of step" in done.stdout, done.stdout + done.stderr
-    paths = [RunPaths(tmp_path / "runs" / name) for name in ("whole", "killed")]
-    assert metrics_of(paths[0]) == metrics_of(paths[1])
-    last = f"step_{NUM_STEPS:06d}"
-    files = [files_of(each.checkpoints / last) for each in paths]
-    for each in files:
-        # torch seeds each process at random; the run draws nothing from that state.
-        del each["rows/random_state.safetensors"]
-    assert files[0] == files[1] and "model.safetensors" in files[0]
-    assert done.stdout.splitlines()[-1] == f"model.path={paths[1].checkpoints / last}"
 
 
 @pytest.mark.chaos
@@ -85,17 +38,19 @@ def test_two_ranks_learn_what_one_does(
     method: str, settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each with a cache of its own, so that two ranks also compute the reference."""
-    few = (*settings, "preferences.num_steps=6", "trainer.checkpoint_interval=6")
     models, numbers, accuracies = [], [], []
     for world_size in (1, 2):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{world_size}"))
         name = f"ranks-{world_size}"
         words = (f"name={name}", f"trainer.world_size={world_size}", f"preferences.method={method}")
-        done = areal_like("preferences", *few, *words, "reward_model.batch_rows=3", cwd=tmp_path)
+        done = areal_like("preferences", *settings, *words, "reward_model.batch_rows=3", cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "reward_model.batch_rows=3 has no effect" in done.stdout
+        assert "accuracy of the rewards, after" in done.stdout
         paths = RunPaths(tmp_path / "runs" / name)
-        models.append(load_file(paths.checkpoints / "step_000006" / "model.safetensors"))
+        last = paths.checkpoints / "step_000006"
+        assert done.stdout.splitlines()[-1] == f"model.path={last}"
+        models.append(load_file(last / "model.safetensors"))
         rows = metrics_of(paths)
         numbers.append([row[name] for row in rows for name in ("loss", "margin", "grad_norm")])
         accuracies.append([row["accuracy"] for row in rows])
