@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from areal_like.automatic_settings import compute_dtype, recomputation
+from areal_like.automatic_settings import recomputation
 from areal_like.config import Config
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import FloatArray
@@ -89,12 +89,7 @@ class Critic:
             lora_settings=replace(config.model.lora, path=""),
             seed=config.seed,
         )
-        model.attention = trainer.attention
-        model.shard(ranks, dtype=compute_dtype(config), reshard_after_forward=trainer.reshard_after_forward)
-        if with_weights:
-            model.read_initial_weights()
-        else:
-            model.read_untrained()
+        model.made_ready(config, ranks, with_weights=with_weights)
         optimizer = ShardedAdamW.of(trainer, model, ranks, lr=settings.critic_lr or _LR_RATIO * trainer.lr)
         return cls(model, optimizer, ranks, settings=settings, budget_tokens=trainer.tokens_per_microbatch)
 

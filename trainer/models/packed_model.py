@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, GenerationConfig
 
-from areal_like.config import LoraConfig
+from areal_like.automatic_settings import compute_dtype
+from areal_like.config import Config, LoraConfig
 from areal_like.config.trainer import Recomputation
 from areal_like.context_parallel import context_obstacle
 from areal_like.errors import ConfigError, first_line
@@ -241,6 +242,24 @@ class PackedModel(nn.Module):
         self._ranks = ranks
         if compute != torch.float32 and self.float32_names:
             self._wide = WideVectors(self.model, self.float32_names, self.linear_layers)
+        return self
+
+    def made_ready(
+        self, config: Config, ranks: Ranks, *, frozen: bool = False, with_weights: bool = True
+    ) -> Self:
+        """`shard` with the settings of `config`, and reads the initial weights. `with_weights`: False leaves
+        those that are trained undefined, for a caller that reads a checkpoint into them. Returns itself.
+        Collective."""
+        self.attention = config.trainer.attention
+        self.shard(
+            ranks,
+            dtype=compute_dtype(config),
+            frozen=frozen,
+            reshard_after_forward=config.trainer.reshard_after_forward,
+        )
+        if with_weights:
+            return self.read_initial_weights()
+        self.read_untrained()
         return self
 
     def check_initial_weights(self) -> None:

@@ -52,18 +52,11 @@ class TokenLogProbs(NamedTuple):
     entropy_S: Tensor
     """Entropy of the same distribution, in nats; detached unless `Policy.with_entropy_gradient`, NaN unless
     `Policy.with_entropy`."""
-    collision_S: Tensor | None
+    collision_S: Tensor | None = None
     """Sum of its squared probabilities, detached; None unless `Policy.with_collision`."""
-
-
-class TaughtLogProbs(NamedTuple):
-    """Output of a forward that was given the distributions of a teacher; fields as in `TokenLogProbs`."""
-
-    logprobs_S: Tensor
-    entropy_S: Tensor
-    collision_S: Tensor | None
-    reverse_kl_S: Tensor
-    """KL(policy || teacher) over the vocabulary at each sampled token; carries gradient."""
+    reverse_kl_S: Tensor | None = None
+    """KL(policy || teacher) over the vocabulary at each sampled token; carries gradient. None without the
+    distributions of a teacher."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,17 +103,13 @@ class Policy(PackedModel):
         self.entropy_numbers: int | None = None
         """Log-probs whose entropy is computed at a time; None: the number that suits the device."""
 
-    def forward(
-        self, batch: PackedBatch, teacher: Distributions | None = None
-    ) -> TokenLogProbs | TaughtLogProbs:
+    def forward(self, batch: PackedBatch, teacher: Distributions | None = None) -> TokenLogProbs:
         """`teacher`: its distributions at the sampled tokens, for `reverse_kl_S`."""
         own = self._of_own(batch, None if teacher is None else teacher.logprobs_CV)
         found = iter(self.of_all(batch, [each for each in own if each is not None]))
         logprobs_S, entropy_S = next(found), next(found)
         collision_S, reverse_kl_S = (None if each is None else next(found) for each in own[2:])
-        if reverse_kl_S is None:
-            return TokenLogProbs(logprobs_S, entropy_S, collision_S)
-        return TaughtLogProbs(logprobs_S, entropy_S, collision_S, reverse_kl_S)
+        return TokenLogProbs(logprobs_S, entropy_S, collision_S, reverse_kl_S)
 
     def _of_own(
         self, batch: PackedBatch, teacher_CV: Tensor | None
@@ -227,8 +216,7 @@ def build_policy(
     `frozen`: a reference model, without an adapter and without router replay. `with_weights`: False leaves
     the weights that are trained undefined, for a caller that reads a checkpoint into them.
     """
-    dtype = compute_dtype(config)
-    kernels = use_kernels(config, ranks.device, dtype=dtype)
+    kernels = use_kernels(config, ranks.device, dtype=compute_dtype(config))
     policy = Policy.build(
         path,
         temperature=config.sampling.temperature,
@@ -244,19 +232,8 @@ def build_policy(
         lora_settings=None if frozen else config.model.lora,
         seed=config.seed,
     )
-    policy.attention = config.trainer.attention
     policy.with_entropy = not frozen
-    policy.shard(
-        ranks,
-        dtype=dtype,
-        frozen=frozen,
-        reshard_after_forward=config.trainer.reshard_after_forward,
-    )
-    if with_weights:
-        policy.read_initial_weights()
-    else:
-        policy.read_untrained()
-    return policy
+    return policy.made_ready(config, ranks, frozen=frozen, with_weights=with_weights)
 
 
 class BaseReference:

@@ -128,9 +128,8 @@ def build_reward_model(config: Config, path: str, ranks: Ranks, *, with_weights:
         raise ConfigError(
             f"model.lora.rank={config.model.lora.rank}: a reward model is trained whole: leave it at 0"
         )
-    dtype = compute_dtype(config)
-    kernels = use_kernels(config, ranks.device, dtype=dtype)
-    model = RewardModel.build(
+    kernels = use_kernels(config, ranks.device, dtype=compute_dtype(config))
+    built = RewardModel.build(
         path,
         router_dtype=router_dtype(config),
         compiles=config.trainer.compile,
@@ -140,10 +139,4 @@ def build_reward_model(config: Config, path: str, ranks: Ranks, *, with_weights:
         offload_activations=config.trainer.offload_activations,
         seed=config.seed,
     )
-    model.attention = config.trainer.attention
-    model.shard(ranks, dtype=dtype, reshard_after_forward=config.trainer.reshard_after_forward)
-    if with_weights:
-        model.read_initial_weights()
-    else:
-        model.read_untrained()
-    return model
+    return built.made_ready(config, ranks, with_weights=with_weights)

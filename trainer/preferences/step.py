@@ -49,7 +49,7 @@ class PreferenceLoss(OfflineLoss):
 
     def _completions(self, batch: PackedBatch) -> tuple[Completions, Tensor]:
         """(log-probs of the completions, sum of the entropies of their learned tokens)"""
-        logp_S, entropy_S, _ = self.model(batch)
+        logp_S, entropy_S, *_ = self.model(batch)
         given = Completions(
             logp_N=batch.sum_N(logp_S.double()),
             ref_logp_N=margins(batch),

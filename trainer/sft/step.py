@@ -27,7 +27,7 @@ class SupervisedLoss(OfflineLoss):
         super().__init__(policy)
 
     def __call__(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        logp_S, entropy_S, _ = self.model(batch)
+        logp_S, entropy_S, *_ = self.model(batch)
         nll = -logp_S.double().sum().detach()
         num_learned = nll.new_full((), len(logp_S))
         return -logp_S.sum(), torch.stack([nll, entropy_S.double().sum(), num_learned])
