@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,33 @@ def test_old_checkpoints_are_pruned_and_partial_ones_ignored(tmp_path: Path, ran
     assert not list((tmp_path / "c").glob(".*")), "the next save must remove a partial checkpoint"
     assert checkpoints.load(4_000_000, runner.policy, runner.optimizer, ranks) == {"at": "again"}
     assert runner.optimizer.num_updates == 0
+
+
+def test_a_checkpoint_that_is_half_deleted_has_no_name(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash may end the deletion of an old one, or of one that is saved again."""
+    path = write_model(tmp_path / "model")
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(tmp_path / "c", keep=1, tokenizer_path=path)
+
+    def save(step: int) -> None:
+        checkpoints.save(step, runner.policy, runner.optimizer, ranks, extra={})
+        checkpoints.wait()
+
+    def crash(directory: Path, **_: Any) -> None:
+        (directory / "trainer_state.json").unlink(missing_ok=True)
+        raise OSError("killed")
+
+    for kept in (1, 2):
+        save(kept)
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+            patch.setattr("shutil.rmtree", crash)
+            save(2)
+        assert checkpoints.steps() == [2]
+        assert checkpoints.load(2, runner.policy, runner.optimizer, ranks) == {}
+    save(2)
+    assert [each.name for each in (tmp_path / "c").iterdir()] == ["step_000002"]
 
 
 def test_a_save_copies_only_after_the_last_one_is_written(tmp_path: Path, ranks: Ranks) -> None:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +40,7 @@ from trainer.advantages.implicit_rewards import ImplicitRewards
 from trainer.checkpoints.directory import (
     Peers,
     check_shared,
+    remove,
     remove_rolled_back,
     set_aside,
     wait_until_visible,
@@ -239,7 +239,7 @@ class Checkpoints:
             if ranks.rank == 0:
                 self.set_aside_after(step)
                 for old in self.steps()[: -self._keep]:
-                    shutil.rmtree(self.path(old))
+                    remove(self.path(old))
                 on_saved(self.steps()[0])
             return None
 

@@ -73,7 +73,7 @@ def write_directory(
 
 
 def remove_partials(root: Path) -> None:
-    """Removes checkpoints that a killed trainer left half written.
+    """Removes checkpoints that a killed trainer left half written, or half deleted.
 
     On rank 0, while no other trainer of the run is alive.
     """
@@ -107,10 +107,21 @@ def _commit(partial: Path, final: Path) -> None:
     for path in sorted(partial.rglob("*"), reverse=True):  # the content of a folder before the folder
         _sync(path)
     _sync(partial)
-    if final.exists():  # the same step again, after a resume from an earlier step
-        shutil.rmtree(final)
+    replaced = final.with_name(f".{final.name}.replaced.partial")
+    if is_again := final.exists():  # the same step again, after a resume from an earlier step
+        final.rename(replaced)
     partial.rename(final)
     _sync(final.parent)
+    if is_again:
+        shutil.rmtree(replaced)
+
+
+def remove(checkpoint: Path) -> None:
+    """Deletes a checkpoint, which loses its name first: one that a crash leaves half deleted must not look
+    complete. `remove_partials` deletes the rest."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.pruned.partial")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _sync(path: Path) -> None:
