@@ -438,12 +438,15 @@ class PlayedSender:
     def __init__(self, *, is_dead: bool = False, refuses: str = "") -> None:
         self.requests: list[tuple[str, int]] = []
         """What was requested, and for which session."""
+        self.threads = set[int]()
+        """In which threads."""
         self._is_dead, self._refuses = is_dead, refuses
         self._replies: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
 
     def send(self, message: dict[str, Any]) -> None:
         do = message["do"]
         self.requests.append((do, message.get("session", 0)))
+        self.threads.add(threading.get_ident())
         reply: dict[str, Any] = {"id": message["id"], "address": "127.0.0.1", "port": 1}
         if do == "facts":
             reply |= {"device": "cpu", "device_uuid": "", "nccl_version": ""}
@@ -475,6 +478,7 @@ def test_a_session_that_a_sender_cannot_open_is_forgotten() -> None:
             assert not outcome.is_requested
         await broadcaster.close()
         server.close()
+        assert not any(threading.get_ident() in channel.threads for channel in channels), "a stopped one"
 
     asyncio.run(body())
     for link in links:

@@ -371,9 +371,7 @@ class Broadcaster:
             remote = await self._in_senders(open_end)
         except WeightSyncError:
             own.leave()
-            ends: list[SendingEnd] = [own, *opened]
-            for end in ends:  # closes their stores
-                end.forget()
+            await _forget([own, *opened])  # closes their stores
             raise
         return WeightGroupSession(
             number=number,
@@ -694,8 +692,7 @@ class WeightGroupSession:
         if not is_broken:
             await self._ask_all_to_leave()
         await self._leave_group()
-        for end in self._ends:
-            end.forget()
+        await _forget(self._ends)
 
     async def _leave_group(self) -> None:
         # In threads: NCCL's abort, and the broadcast that it ends, may wait for a receiver that hangs.
@@ -736,6 +733,11 @@ class WeightGroupSession:
 
         await asyncio.gather(*map(ask_to_leave, self.receivers))
         return left_after_s
+
+
+async def _forget(ends: Sequence[SendingEnd]) -> None:
+    # In threads: a sender that is stopped takes no message, and the event loop must not wait for it.
+    await asyncio.wait([in_thread(end.forget, name="forget") for end in ends], timeout=ALIVE_S)
 
 
 class _SenderLostError(WeightSyncError):
