@@ -12,7 +12,7 @@ import torch
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
-from tests.support.trainer_helpers import joined, random_groups, random_trajectory
+from tests.support.trainer_helpers import joined, random_trajectory
 from tests.support.trainer_ranks import last_gradient, make_runner
 from trainer.advantages import Advantage
 from trainer.batching.packing import Packer, collate, is_target, num_targets
@@ -72,25 +72,6 @@ def test_losses_of_tokens_are_those_of_segments_as_samples(
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         assert float((gradient - gradients[1][name]).norm()) <= 1e-12 * float(gradient.norm()), name
-
-
-@pytest.mark.parametrize("normalizer", ["seq_mean_token_sum", "constant", "seq_mean_token_mean"])
-def test_a_sample_counts_once_in_normalizers(path: str, ranks: Ranks, normalizer: str) -> None:
-    """Three segments with one advantage each, equal to one another: a mean over tokens of the sample."""
-    sample, *_ = random_groups(1, group_size=1, longest=12)[0]
-    sample = replace(sample, reward=1.0)
-    losses = []
-    for whole in (sample, joined([sample] * 3)):
-        runner = make_runner(
-            path,
-            ranks,
-            advantage=RewardAsAdvantage(),
-            settings={"objective": {"name": "reinforce"}},
-            normalizer=normalizer,
-            budget_tokens=sample.num_tokens,  # each segment is in a micro-batch of its own
-        )
-        losses.append(runner.run([[whole]], step=7)["loss"])
-    assert losses[1] == pytest.approx(losses[0] * (1 if normalizer == "seq_mean_token_mean" else 3), rel=1e-9)
 
 
 def test_values_and_penalties_are_those_of_segments(path: str, ranks: Ranks) -> None:
