@@ -68,7 +68,6 @@ class Trainer:
         self._config = config
         self._buffer = buffer
         self._ranks = ranks
-        self._paths = RunPaths.of(config)
         buffer.state = "loading"
         source = model_path(config)
         self._checkpoints = Checkpoints.of(config)

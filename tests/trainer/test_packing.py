@@ -93,7 +93,7 @@ def test_collate_lays_sequences_end_to_end() -> None:
     assert batch.tokens_T.tolist() == [10, 11, 12, 20, 21, 22, 23]
     assert batch.positions_T.tolist() == [0, 1, 2, 0, 1, 2, 3]
     assert batch.samples_T.tolist() == [0, 0, 0, 1, 1, 1, 1]
-    assert batch.cu_seqlens.tolist() == [0, 3, 7]
+    assert batch.lengths == (3, 4)
     assert batch.sampled_S.tolist() == [2, 4, 5, 6]
     assert batch.advantages_T.tolist() == [1.5, 1.5, 1.5, 0, 1, 2, 3]
     assert batch.rewards_N.tolist() == [10, 20]

@@ -71,8 +71,3 @@ class ContextExchange:
         part_NRX = self._group.all_to_all(part_RNX.transpose(0, 1))
         # Row r of rank i is row r N + i of the micro-batch.
         return part_NRX.transpose(0, 1).flatten(0, 1)[: self._num_rows]
-
-
-def exchange_of(group: ContextGroup | None, num_rows: int) -> ContextExchange | None:
-    """The exchange of a micro-batch of this many rows; None without a group."""
-    return None if group is None else ContextExchange(group, num_rows=num_rows)

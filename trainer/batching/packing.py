@@ -217,8 +217,6 @@ class PackedBatch:
     """int64 optimizer steps since the weights of that version; meaningless outside the loss mask."""
     advantages_T: Tensor
     """float64 advantage of each token."""
-    cu_seqlens: Tensor
-    """int32: start of each sequence, then the end of the last."""
     rewards_N: Tensor
     """float64 reward of each sample."""
     groups_N: Tensor
@@ -314,8 +312,7 @@ def collate(
     sequences = [sequence for trajectory in trajectories for sequence in sequences_of(trajectory)]
     lengths, sample_lengths = [s.num_tokens for s in sequences], [t.num_tokens for t in trajectories]
     shared = SharedRows.of(sequences) if shares_prefixes else None
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
-    starts, total = bounds[:-1], int(bounds[-1])
+    starts, total = np.cumsum(lengths) - lengths, sum(lengths)
 
     def of_tokens(values: Sequence[Any], dtype: type) -> NDArray[Any]:
         """One number for each token, from one number or one array for each sample."""
@@ -337,7 +334,6 @@ def collate(
         "versions_T": np.concatenate([t.versions for t in trajectories]),
         "lags_T": of_tokens([s.lag for s in samples], np.int64),
         "advantages_T": of_tokens([s.advantage for s in samples], np.float64),
-        "cu_seqlens": bounds.astype(np.int32),
         "rewards_N": np.array([t.reward for t in trajectories], dtype=np.float64),
         "groups_N": np.array([s.group for s in samples], dtype=np.int64),
         "truncated_N": np.array([t.finish_reason.is_truncated for t in trajectories]),

@@ -58,7 +58,7 @@ from areal_like.weights.untrained import (
     set_buffer,
     text_config,
 )
-from trainer.attention.context import exchange_of
+from trainer.attention.context import ContextExchange
 from trainer.attention.linear import CLASSES as LINEAR_CLASSES
 from trainer.attention.linear import LINEAR, check_kernels, linear_layers, pack_linear_layers
 from trainer.attention.packed_attention import ATTENTION_NAME, Kind
@@ -426,9 +426,9 @@ class PackedModel(nn.Module):
         tokens, positions = batch.tokens_T, batch.positions_T
         routes_ULK, exchange = batch.routes_ULK, None
         if (part := batch.context) is not None:
-            assert self._ranks is not None
+            assert self._ranks is not None and self._ranks.context is not None
             tokens, positions = (x.index_select(0, part.token_R) for x in (tokens, positions))
-            exchange = exchange_of(self._ranks.context, part.num_rows)
+            exchange = ContextExchange(self._ranks.context, num_rows=part.num_rows)
             routes_ULK = None if routes_ULK is None else routes_ULK.index_select(0, part.row_R)
         elif (rows := batch.rows) is not None:
             tokens, positions = (x.index_select(0, rows.token_U) for x in (tokens, positions))

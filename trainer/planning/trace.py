@@ -595,7 +595,6 @@ class _Trace:
                 versions_T=zeros(total, torch.int32),
                 lags_T=zeros(total, torch.int64),
                 advantages_T=zeros(total, torch.float64),
-                cu_seqlens=zeros(num_seqs + 1, torch.int32),
                 rewards_N=zeros(num_seqs, torch.float64),
                 groups_N=zeros(num_seqs, torch.int64),
                 truncated_N=zeros(num_seqs, torch.bool),
