@@ -146,7 +146,7 @@ class Critic:
                 arrays = [t.values_S for t in of_batch], [t.targets_S for t in of_batch]
                 old_S, target_S = (
                     each_S.to(value_S.dtype)
-                    for each_S in copied([*map(np.concatenate, arrays)], value_S.device)
+                    for each_S in copied([np.concatenate(each) for each in arrays], value_S.device)
                 )
                 loss = value_loss(value_S, old_S, target_S, clip=self.settings.value_clip).sum()
             else:
