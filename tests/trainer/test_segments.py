@@ -9,14 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from tests.support.trainer_helpers import joined, random_trajectory
 from tests.support.trainer_ranks import last_gradient, make_runner
 from trainer.advantages import Advantage
-from trainer.batching.packing import Packer, collate, is_target, num_targets
-from trainer.batching.segments import cut, segments_of, split_targets, trained_segments
+from trainer.batching.packing import PackedBatch, Packer, collate, is_target, num_targets
+from trainer.batching.segments import (
+    cut,
+    segments_of,
+    split_targets,
+    trained_segments,
+    values_of_targets,
+)
 from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
 
@@ -96,6 +103,21 @@ def test_values_and_penalties_are_those_of_segments(path: str, ranks: Ranks) -> 
     ]
     metrics = runner.run([[joined(sample) for sample in group] for group in pieces()], step=7)
     assert metrics["value_loss"] > 0 and metrics["num_sequences"] == 12
+
+
+def test_values_are_read_after_the_last_micro_batch(ranks: Ranks) -> None:
+    """On a GPU, which would be idle while the host prepares the next one. A tensor without memory cannot be
+    read."""
+    sizes = []
+
+    def compute(batch: PackedBatch) -> Tensor:
+        sizes.append(batch.num_samples)
+        return torch.zeros(len(batch.sampled_S), device="meta")
+
+    samples = [t for group in pieces() for sample in group for t in sample]
+    with pytest.raises(NotImplementedError):
+        values_of_targets(samples, compute, ranks, budget_tokens=30)
+    assert len(sizes) > 1 and sum(sizes) == len(samples)
 
 
 def test_cutting_cuts_advantage_lag_and_arrays() -> None:

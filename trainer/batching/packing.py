@@ -290,12 +290,6 @@ class PackedBatch:
         return value_S.new_zeros(self.num_samples).index_add(0, self.samples_T[self.sampled_S], value_S)
 
 
-def split_by_sample(value_S: Tensor, batch: PackedBatch) -> list[NDArray[np.float64]]:
-    """Splits a value [S] per sampled token into one float64 array per sample, on the host."""
-    length_N = batch.sum_N(torch.ones_like(batch.sampled_S))
-    return np.split(value_S.double().cpu().numpy(), length_N.cumsum(0)[:-1].cpu().numpy())
-
-
 def collate(
     samples: Sequence[TrainingSample],
     *,

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from areal_like.trajectory import Trajectory
-from trainer.batching.packing import PackedBatch, Packer, in_lockstep, is_target, split_by_sample
+from trainer.batching.packing import PackedBatch, Packer, in_lockstep, is_target, num_targets
 from trainer.batching.routes import routes_of
 from trainer.batching.training_sample import TrainingSample
 from trainer.distributed.ranks import Ranks
@@ -57,14 +57,18 @@ def values_of_targets(
     """
     segments = [[segment for _, segment in segments_of(trajectory)] for trajectory in trajectories]
     samples = [TrainingSample(trajectory=s, advantage=0.0, group=0) for each in segments for s in each]
-    values: list[NDArray[np.float64]] = []
+    computed: list[tuple[Tensor, list[int]]] = []
     packer = Packer(budget_tokens=budget_tokens, shares_prefixes=shares_prefixes)
     for batch, live in in_lockstep(packer.microbatches([samples]), ranks, shares_prefixes=shares_prefixes):
         with torch.no_grad():
             value_S = compute(batch)
         if live:
-            values += split_by_sample(value_S, batch)
-    remaining = iter(values)
+            computed.append((value_S, [num_targets(sample.trajectory) for sample in batch.samples]))
+    # Not before the last micro-batch is queued: the host would wait for a GPU after each.
+    values = [
+        np.split(value_S.double().cpu().numpy(), np.cumsum(counts)[:-1]) for value_S, counts in computed
+    ]
+    remaining = iter(value_S for of_batch in values for value_S in of_batch)
     return [np.concatenate([next(remaining) for _ in each]) for each in segments]
 
 

@@ -24,7 +24,8 @@ from areal_like.trajectory import GOLD_REWARD, Trajectory
 from trainer.distributed.ranks import Ranks
 
 MAX_NAMES = 64
-"""Most names of one kind in a step; the rest, in alphabetical order, are left out."""
+"""Most names of one kind in a step: on a rank the first that occur, over all ranks the first in alphabetical
+order."""
 MAX_NAME_CHARS = 64
 """Longer names are left out."""
 KINDS = ("reward_parts", "sample_metrics", "by_label")
