@@ -1,5 +1,7 @@
 """Pushes over real sockets and real gloo groups: to servers that join, fail, stop replying and die."""
 
+from __future__ import annotations
+
 import asyncio
 import dataclasses
 import gc
@@ -46,6 +48,9 @@ from trainer.weights.receivers import Receiver, ReceiverBackoff, ReceiverId, rec
 from trainer.weights.senders import SenderLink
 from trainer.weights.snapshot import GatheredBucket
 
+SERVERS: list[FakeServer] = []
+"""Those of a test, which `run` closes."""
+
 
 class FakeServer:
     """A rollout server's weight socket without an engine. It keeps the tensors it receives.
@@ -78,6 +83,7 @@ class FakeServer:
         self.pushed: asyncio.Task[None] | None = None
         self.tasks: set[asyncio.Task[None]] = set()
         self.listener = Listener(host="127.0.0.1", port=0, handler=self.handle, max_message_bytes=1 << 20)
+        SERVERS.append(self)
 
     @property
     def entry(self) -> ServerEntry:
@@ -209,6 +215,7 @@ class FakeServer:
             group.close()
 
     def close(self) -> None:
+        SERVERS.remove(self)
         self.leave()
         self.listener.close()
         self.thread.shutdown(wait=False)
@@ -220,22 +227,55 @@ def snapshot(value: float, *, size: int = 300) -> Held:
     )
 
 
-def run(body: Callable[[Broadcaster], Awaitable[None]], *, deadline_s: float = 60.0, **settings: Any) -> None:
+def run(
+    body: Callable[[Broadcaster], Awaitable[None]], *, deadline_s: float = HANG_LIMIT_S, **settings: Any
+) -> None:
     async def bounded() -> None:
         broadcaster = Broadcaster(WeightsConfig(push_deadline_s=deadline_s, **settings), device="cpu")
-        async with asyncio.timeout(HANG_LIMIT_S):
-            await body(broadcaster)
-            await broadcaster.close()
+        try:
+            async with asyncio.timeout(HANG_LIMIT_S):
+                await body(broadcaster)
+        finally:
+            await broadcaster.close(())
+            for server in [*SERVERS]:
+                server.close()
 
     asyncio.run(bounded())
 
 
 @pytest.fixture(autouse=True)
-def no_back_off_ends_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Except where a test sets a shorter one."""
+def nothing_ends_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Except where a test sets a shorter back-off, or is `impatient`."""
     monkeypatch.setattr(
         "trainer.weights.broadcaster.ReceiverBackoff", lambda: ReceiverBackoff(first_s=HANG_LIMIT_S)
     )
+    monkeypatch.setattr("trainer.weights.broadcaster._FORM_S", HANG_LIMIT_S)
+    monkeypatch.setattr("trainer.weights.broadcaster.ALIVE_S", HANG_LIMIT_S)
+
+
+@pytest.fixture
+def impatient(nothing_ends_with_time: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a server that does not reply."""
+    monkeypatch.setattr("trainer.weights.broadcaster.ALIVE_S", ALIVE_S)
+
+
+class Publishing(Publisher):
+    """A publisher to these servers, with what it has reported."""
+
+    def __init__(self, broadcaster: Broadcaster, *servers: FakeServer, **options: Any) -> None:
+        self.reports, self.failures = list[PushReport](), list[ArealError]()
+        self.to = list(servers)
+        self._versions = iter(range(1, 100))
+        super().__init__(
+            broadcaster,
+            servers=lambda: [server.entry for server in self.to],
+            on_push=self.reports.append,
+            on_failure=self.failures.append,
+            **{"call": self._granted, **options},
+        )
+
+    async def _granted(self, _: Any, *, timeout_s: float) -> VersionGranted:
+        return VersionGranted(version=next(self._versions))
 
 
 def test_a_group_serves_many_pushes_until_a_server_joins() -> None:
@@ -253,7 +293,6 @@ def test_a_group_serves_many_pushes_until_a_server_joins() -> None:
         for receiver in (one, two):
             assert torch.equal(receiver.tensors["a"], torch.full((300,), 4.0))
             assert torch.equal(receiver.tensors["b"], torch.full((7, 3), 5.0))
-            receiver.close()
 
     run(body)
 
@@ -268,6 +307,7 @@ def test_a_group_serves_many_pushes_until_a_server_joins() -> None:
         *(pytest.param(how, marks=pytest.mark.long) for how in ("mute", "expire")),
     ],
 )
+@pytest.mark.usefixtures("impatient")
 def test_a_faulty_server_costs_the_others_one_push(how: str) -> None:
     async def body(broadcaster: Broadcaster) -> None:
         good, bad = FakeServer("good"), FakeServer("bad")
@@ -285,13 +325,11 @@ def test_a_faulty_server_costs_the_others_one_push(how: str) -> None:
         bad.misbehave, bad.incarnation = "", bad.incarnation + 1
         outcome = await broadcaster.push(snapshot(4), version=4, step=4, servers=[good.entry, bad.entry])
         assert set(outcome.activated) == {"good", "bad"}
-        for receiver in (good, bad):
-            receiver.close()
 
-    # The broadcaster notices a death or a refusal long before the deadline.
-    run(body, deadline_s=120.0)
+    run(body)  # the broadcaster notices it long before the deadline
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_broadcast_begins_when_every_server_is_ready() -> None:
     """The first bucket is read meanwhile. A server's report about another push does not count."""
 
@@ -314,8 +352,6 @@ def test_a_broadcast_begins_when_every_server_is_ready() -> None:
         outcome = await push
         assert (set(outcome.activated), outcome.failed) == ({"fast", "slow"}, {})
         assert broadcaster.num_sessions == 1
-        for receiver in (fast, slow):
-            receiver.close()
 
     run(body)
 
@@ -357,8 +393,6 @@ def test_a_member_without_the_base_costs_its_group_a_delta(topology: str) -> Non
         b.confirms = False
         assert await push(a, b) == [True, True]
         assert await push(a, b) == [not is_shared, False], "b has what it has, and no base"
-        for server in servers:
-            server.close()
 
     run(body, topology=topology)
 
@@ -395,39 +429,27 @@ def test_a_server_that_cannot_be_reached_costs_no_push(tmp_path: Path) -> None:
         malformed = dataclasses.replace(other.entry, weights_address="tcp://127.0.0.1:port")
         outcome = await broadcaster.push(snapshot(1), version=1, step=0, servers=[malformed, healthy.entry])
         assert list(outcome.activated) == ["healthy"] and list(outcome.failed) == ["other"]
-        other.close()
-        healthy.close()
 
     run(push)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_slow_server_is_retried_and_costs_no_versions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("trainer.weights.broadcaster.ReceiverBackoff", lambda: ReceiverBackoff(first_s=1.5))
-    versions = iter(range(1, 100))
-
-    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
-        return VersionGranted(version=next(versions))
 
     async def body(broadcaster: Broadcaster) -> None:
         slow = FakeServer("slow")
         slow.misbehave = "mute"
-        reports, failures = list[PushReport](), list[ArealError]()
-        publisher = Publisher(
-            broadcaster,
-            call=granted,
-            servers=lambda: [slow.entry],
-            on_push=reports.append,
-            on_failure=failures.append,
-        )
+        publisher = Publishing(broadcaster, slow)
         publisher.offer(1, snapshot(1))
-        while not reports:
+        while not publisher.reports:
             await asyncio.sleep(0.05)
         slow.misbehave = ""  # its directory entry has not changed
-        assert (await publisher.wait_until_active(1), failures) == (1, []), "it never saw version 1 before"
+        assert await publisher.wait_until_active(1) == 1, "it never saw version 1 before"
+        assert not publisher.failures
         await publisher.close()
-        slow.close()
 
     run(body)
 
@@ -495,24 +517,14 @@ def test_a_lost_sender_is_asked_ever_more_rarely(
 ) -> None:
     assert [retry_delay_s(num) for num in (1, 2, 3, 6, 7, 8, 9999)] == [0.5, 1, 2, 16, 30, 30, 30]
     monkeypatch.setattr("trainer.weights.publisher._RETRY_S", 0.001)
-    versions = iter(range(1, 100))
     waits = PendingWaits()
     link = link_to(PlayedSender(is_dead=True), rank=3)
 
-    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
-        return VersionGranted(version=next(versions))
-
     async def body() -> None:
-        server, reports, failures = FakeServer("one"), list[PushReport](), list[ArealError]()
+        server = FakeServer("one")
         broadcaster = Broadcaster(WeightsConfig(), device="cpu", links=[link])
-        publisher = Publisher(
-            broadcaster,
-            call=granted,
-            servers=lambda: [server.entry],
-            on_push=reports.append,
-            on_failure=failures.append,
-            waits=waits,
-        )
+        publisher = Publishing(broadcaster, server, waits=waits)
+        reports = publisher.reports
         publisher.offer(1, snapshot(1))
         while len(reports) < 6:
             publisher.directory_changed()  # neither this nor new weights end the wait early
@@ -526,7 +538,7 @@ def test_a_lost_sender_is_asked_ever_more_rarely(
         for _ in range(20):
             publisher.directory_changed()
             await asyncio.sleep(0.001)
-        assert [report.version for report in reports] == [1] * (num_reports + 1) and not failures
+        assert [report.version for report in reports] == [1] * (num_reports + 1) and not publisher.failures
         assert all("trainer rank 3" in report.failed["broadcast"] for report in reports)
         assert broadcaster.eligible([server.entry]), "no server is at fault"
         assert list(waits.durations()) == [OWN_FAILURE]
@@ -541,10 +553,6 @@ def test_a_version_is_used_again_only_for_the_same_weights(monkeypatch: pytest.M
     """A push fails in the trainer before a server has seen the version; the next one of the same snapshot has
     it, one of other weights and one after a server has seen it do not."""
     monkeypatch.setattr("trainer.weights.publisher._RETRY_S", 0.01)
-    versions = iter(range(1, 100))
-
-    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
-        return VersionGranted(version=next(versions))
 
     class Failing(Held):
         def stage(self, *, integrity: str) -> None:
@@ -556,15 +564,10 @@ def test_a_version_is_used_again_only_for_the_same_weights(monkeypatch: pytest.M
 
     async def body(broadcaster: Broadcaster) -> None:
         nonlocal server
-        server, reports, failures = FakeServer("one"), list[PushReport](), list[ArealError]()
+        server = FakeServer("one")
         server.loads_in_place = True
-        publisher = Publisher(
-            broadcaster,
-            call=granted,
-            servers=lambda: [server.entry],
-            on_push=reports.append,
-            on_failure=failures.append,
-        )
+        publisher = Publishing(broadcaster, server)
+        reports = publisher.reports
         publisher.offer(1, Failing({"a": torch.zeros(300)}, bucket_bytes=1024))
         while len(reports) < 3:
             await asyncio.sleep(0.01)
@@ -580,45 +583,30 @@ def test_a_version_is_used_again_only_for_the_same_weights(monkeypatch: pytest.M
             await asyncio.sleep(0.01)
         publisher.offer(3, snapshot(3))
         assert await publisher.wait_until_active(3) == 4
-        assert [report.version for report in reports] == [1, 1, 1, 2, 3, 4] and not failures
+        assert [report.version for report in reports] == [1, 1, 1, 2, 3, 4] and not publisher.failures
         await publisher.close()
-        server.close()
 
     server: FakeServer
     run(body)
 
 
-def test_a_refusing_server_costs_others_no_further_pushes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.weights.broadcaster.ReceiverBackoff", lambda: ReceiverBackoff(first_s=3.0))
-    versions = iter(range(1, 100))
-
-    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
-        return VersionGranted(version=next(versions))
-
+def test_a_refusing_server_costs_others_no_further_pushes() -> None:
     async def body(broadcaster: Broadcaster) -> None:
         good, bad = FakeServer("good"), FakeServer("bad")
         bad.misbehave = "reject"
-        reports, failures = list[PushReport](), list[ArealError]()
-        publisher = Publisher(
-            broadcaster,
-            call=granted,
-            servers=lambda: [good.entry, bad.entry],
-            on_push=reports.append,
-            on_failure=failures.append,
-        )
+        publisher = Publishing(broadcaster, good, bad)
         publisher.offer(1, snapshot(1))
         await publisher.wait_until_active(1)
         for _ in range(3):
             await asyncio.sleep(0.1)
             publisher.directory_changed()
-        assert (len(reports), good.version, bad.version) == (1, 1, 0)
-        bad.misbehave = ""  # its back-off ends before a new offer or a change of its directory entry
-        while len(reports) == 1:
+        assert (len(publisher.reports), good.version, bad.version) == (1, 1, 0)
+        # Its back-off ends before a new offer or a change of its directory entry.
+        bad.misbehave, broadcaster._backoff = "", ReceiverBackoff()
+        while len(publisher.reports) == 1:
             await asyncio.sleep(0.05)
-        assert (good.version, bad.version, failures) == (2, 2, [])
+        assert (good.version, bad.version, publisher.failures) == (2, 2, [])
         await publisher.close()
-        for receiver in (good, bad):
-            receiver.close()
 
     run(body)
 
@@ -632,18 +620,6 @@ def test_only_servers_that_are_left_are_asked_to_leave(is_left: bool) -> None:
         assert list(outcome.activated) == ["one"] and receiver.group is not None
         await broadcaster.close({receiver_id(receiver.entry)} if is_left else ())
         assert (receiver.group is None) == is_left
-        receiver.close()
-
-    asyncio.run(body())
-
-
-def test_error_message_for_a_host_of_another_machine() -> None:
-    async def body() -> None:
-        receiver = FakeServer("one")
-        broadcaster = Broadcaster(WeightsConfig(host="192.0.2.1"), device="cpu")
-        with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1.*set weights\.host"):
-            await broadcaster.push(snapshot(1), version=1, step=1, servers=[receiver.entry])
-        await broadcaster.close()
         receiver.close()
 
     asyncio.run(body())
@@ -671,23 +647,14 @@ def test_no_free_port_is_a_mistake_only_at_the_start() -> None:
 
 
 def test_a_publisher_reports_a_wrong_setting() -> None:
-    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
-        return VersionGranted(version=1)
-
     async def body() -> None:
-        receiver, failures = FakeServer("one"), list[ArealError]()
+        receiver = FakeServer("one")
         broadcaster = Broadcaster(WeightsConfig(host="192.0.2.1"), device="cpu")
-        publisher = Publisher(
-            broadcaster,
-            call=granted,
-            servers=lambda: [receiver.entry],
-            on_push=lambda _: None,
-            on_failure=failures.append,
-        )
+        publisher = Publishing(broadcaster, receiver)
         publisher.offer(1, snapshot(1))
-        with pytest.raises(ConfigError, match=r"weights\.host"):
+        with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1.*set weights\.host"):
             await publisher.wait_until_active(1)
-        assert len(failures) == 1
+        assert len(publisher.failures) == 1
         await publisher.close()
         receiver.close()
 
@@ -695,55 +662,38 @@ def test_a_publisher_reports_a_wrong_setting() -> None:
 
 
 def test_a_publisher_reports_an_unexpected_error() -> None:
-    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
+    async def fail(_: Any, *, timeout_s: float) -> VersionGranted:
         raise RuntimeError("out of memory")
 
     async def body(broadcaster: Broadcaster) -> None:
-        receiver, failures = FakeServer("one"), list[ArealError]()
-        publisher = Publisher(
-            broadcaster,
-            call=granted,
-            servers=lambda: [receiver.entry],
-            on_push=lambda _: None,
-            on_failure=failures.append,
-        )
+        receiver = FakeServer("one")
+        publisher = Publishing(broadcaster, receiver, call=fail)
         publisher.offer(1, snapshot(1))
         with pytest.raises(RuntimeError, match="out of memory"):
             await publisher.wait_until_active(1)
-        assert list(map(str, failures)) == ["no more weights are published: RuntimeError: out of memory"]
+        assert list(map(str, publisher.failures)) == [
+            "no more weights are published: RuntimeError: out of memory"
+        ]
         await publisher.close()
-        receiver.close()
 
     run(body)
 
 
 def test_a_server_with_an_earlier_runs_weights_gets_a_push() -> None:
-    async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
-        return VersionGranted(version=1)
-
     async def body(broadcaster: Broadcaster) -> None:
         fresh, kept = FakeServer("fresh"), FakeServer("kept")
         kept.version = 57
-        servers, reports, failures = [fresh.entry], list[PushReport](), list[ArealError]()
-        publisher = Publisher(
-            broadcaster,
-            call=granted,
-            servers=lambda: servers,
-            on_push=reports.append,
-            on_failure=failures.append,
-        )
+        publisher = Publishing(broadcaster, fresh)
         publisher.offer(0, snapshot(0), loaded=True)
         publisher.directory_changed()
         await asyncio.sleep(0.1)
-        assert not reports, "a server that starts with the run's first weights needs no push"
-        servers.append(kept.entry)
+        assert not publisher.reports, "a server that starts with the run's first weights needs no push"
+        publisher.to.append(kept)
         publisher.directory_changed()
-        while not reports:
+        while not publisher.reports:
             await asyncio.sleep(0.02)
-        assert (fresh.version, kept.version, failures) == (1, 1, [])
+        assert (fresh.version, kept.version, publisher.failures) == (1, 1, [])
         await publisher.close()
-        for receiver in (fresh, kept):
-            receiver.close()
 
     run(body)
 
@@ -763,12 +713,11 @@ def test_a_server_that_breaks_every_broadcast_is_isolated() -> None:
         assert all(outcome.recovery_s["good"] < 30 for outcome in pushes[:2])
         outcome = await broadcaster.push(snapshot(4), version=4, step=4, servers=servers)
         assert (set(outcome.activated), outcome.failed) == ({"good"}, {}), "the faulty server must back off"
-        for receiver in (good, bad):
-            receiver.close()
 
     run(body)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_per_engine_groups_isolate_a_hang() -> None:
     async def body(broadcaster: Broadcaster) -> None:
         good, bad = FakeServer("good"), FakeServer("bad")
@@ -784,12 +733,11 @@ def test_per_engine_groups_isolate_a_hang() -> None:
         outcome = await broadcaster.push(snapshot(2), version=2, step=2, servers=[bad.entry, good.entry])
         assert (set(outcome.activated), outcome.failed) == ({"good"}, {})
         assert broadcaster.num_sessions == 2, "the good server must keep its group"
-        for receiver in (good, bad):
-            receiver.close()
 
     run(body, deadline_s=8.0, topology="per_engine")
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_push_ends_when_refused_or_rank_0_is_stuck(caplog: pytest.LogCaptureFixture) -> None:
     async def body(broadcaster: Broadcaster) -> None:
         one, slow = FakeServer("one"), snapshot(2)
@@ -808,7 +756,6 @@ def test_a_push_ends_when_refused_or_rank_0_is_stuck(caplog: pytest.LogCaptureFi
         one.misbehave = ""
         outcome = await broadcaster.push(snapshot(4), version=4, step=4, servers=[one.entry])
         assert (set(outcome.activated), one.version) == ({"one"}, 4)
-        one.close()
 
     run(body, deadline_s=6.0)
     gc.collect()
@@ -849,8 +796,6 @@ def test_engines_stand_still_only_for_the_broadcast() -> None:
         assert (outcome.activated, outcome.failed) == ({}, {"broadcast": "a rank was lost"})
         outcome = await broadcaster.push(snapshot(3), version=3, step=3, servers=servers)
         assert (one.version, paused.version, broadcaster.num_sessions) == (3, 3, 1), "the group is intact"
-        for receiver in (one, paused):
-            receiver.close()
 
     run(body)
 
@@ -871,8 +816,6 @@ def test_a_failed_server_that_still_receives_breaks_nothing() -> None:
         slow.read = lambda index: (time.sleep(0.3), read(index))[1]  # type: ignore[method-assign]
         outcome = await broadcaster.push(slow, version=1, step=1, servers=[good.entry, bad.entry])
         assert (set(outcome.activated), outcome.failed) == ({"good"}, {"bad": "will not have it"})
-        for receiver in (good, bad):
-            receiver.close()
 
     run(body)
 
@@ -897,8 +840,6 @@ def test_max_unavailable_leaves_capacity(topology: str) -> None:
         assert (set(outcome.activated), outcome.failed) == (set("abcde"), {})
         assert 1 <= most <= 2
         assert broadcaster.num_sessions == (3 if topology == "shared" else 5)
-        for receiver in receivers:
-            receiver.close()
 
     run(body, topology=topology, max_unavailable=2)
 
