@@ -46,20 +46,20 @@ def outcomes(
 @pytest.mark.parametrize("function", ["misbehaves", "misbehaves_later"])
 def test_a_part_that_misbehaves_fails_its_own_sample(function: str) -> None:
     spec = ["exact", {"name": f"{USERS}.{function}", "weight": 2.0, "part": "odd"}]
-    texts = ("4", "nan", "inf", "raise", "rubbish", "hang", "5")
-    right, nan, inf, raised, rubbish, hung, wrong = outcomes(spec, *texts, timeout_s=1.0, concurrency=4)
+    texts = ("4", "nan", "inf", "raise", "rubbish", "5")
+    right, nan, inf, raised, rubbish, wrong = outcomes(spec, *texts, concurrency=4)
     assert right.parts == {"exact": 1.0, "odd": 1.0} and right.value == 2.0
     assert wrong.parts == {"exact": 0.0, "odd": 1.0}
     for error in (nan, inf, raised, rubbish):
         assert type(error) is RewardError
     assert "reward odd: reward() must be a finite number" in str(nan) and "no such move" in str(raised)
+    (hung,) = outcomes(spec, "hang", timeout_s=1.0, concurrency=4)
     assert type(hung) is RewardTimeoutError
 
 
 def test_a_catastrophic_pattern_meets_the_time_limit() -> None:
-    spec = {"name": "regex", "pattern": r"(a+)+$"}
-    hung, found = outcomes(spec, "a" * 40 + "b", "a", timeout_s=1.0)
-    assert type(hung) is RewardTimeoutError and found.value == 1.0
+    (hung,) = outcomes({"name": "regex", "pattern": r"(a+)+$"}, "a" * 40 + "b", timeout_s=1.0)
+    assert type(hung) is RewardTimeoutError
 
 
 @pytest.mark.long
