@@ -237,8 +237,8 @@ def _has_children() -> bool:
         return False
     if not lasting.pids:
         return True
-    try:
-        lists = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
-    except OSError:  # some kernels do not have this file
-        return True
+    lists: list[str] = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            lists.append(path.read_text())
     return not lasting.pids.issuperset(int(pid) for one in lists for pid in one.split())
