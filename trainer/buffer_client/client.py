@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 _RESEND_AFTER_S = 20.0
 _LEAVE_S = 2.0
 """Time for tasks to end after they were cancelled."""
+_CLOSE_S = 60.0
+"""Longest wait for the loop's thread to close the connections: on a busy machine that may take long."""
 _POLL_S = 0.25
 """Interval at which a blocked training thread checks for a lost buffer or a requested stop."""
 _OUTSIDE = (
@@ -156,9 +158,9 @@ class TrainerBufferClient:
 
     def __exit__(self, *exc: object) -> None:
         # Not through run(), which raises if the buffer is lost.
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(timeout=10)
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(timeout=_CLOSE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=5)
+        self._thread.join(timeout=_CLOSE_S)
         if not self._thread.is_alive():
             self._loop.close()
 
