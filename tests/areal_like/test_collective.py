@@ -10,7 +10,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -157,24 +156,15 @@ def test_closing_sender_releases_the_receiver_at_once() -> None:
 
 
 def test_broadcast_of_a_closed_group_fails() -> None:
-    with create() as group, receiver(JOIN, group.port, 1, 2, 1) as process, ThreadPoolExecutor() as thread:
+    with create() as group, receiver(JOIN, group.port, 1, 2, 1) as process:
         group.connect()
         assert read_line(process) == "joined"
-        begun = threading.Event()
-
-        def send() -> None:
-            payload = torch.ones(NUM_BYTES, dtype=torch.uint8)
-            begun.set()
-            group.broadcast(payload)
-
-        sending = thread.submit(send)
-        begun.wait()
-        time.sleep(0.3)
+        wait = group.begin_broadcast(torch.ones(NUM_BYTES, dtype=torch.uint8))
         group.close()
         write_line(process, "")
         assert read_line(process) == str(NUM_BYTES)
         with pytest.raises(WeightSyncError, match="closed during a broadcast"):
-            sending.result()
+            wait()
 
 
 def test_broadcast_has_its_own_timeout() -> None:

@@ -15,7 +15,7 @@ from areal_like.errors import ConfigError
 from areal_like.http.discovery import DiscoveryFile, http_port
 from areal_like.runtime.daemon import Runtime
 from launch.local_job.specs import JobSpecs
-from tests.support.ports import free_port
+from tests.support.ports import held_port
 
 
 def config(directory: Path, **sections: Any) -> Config:
@@ -75,17 +75,16 @@ def test_a_write_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_fixed_port_is_bound_or_named(tmp_path: Path) -> None:
-    port = free_port()
-    job = config(tmp_path, daemon={"http_port": port})
-
-    async def run() -> None:
+    async def run(port: int) -> None:
+        job = config(tmp_path, daemon={"http_port": port})
         async with Runtime(job, role="rollout", name="rollout-0") as runtime:
             assert runtime.http_port == port
             with pytest.raises(ConfigError, match=f"port {port} is taken, which daemon.http_port={port}"):
                 async with Runtime(job, role="rollout", name="rollout-1"):
                     pass
 
-    asyncio.run(run())
+    with held_port() as port:
+        asyncio.run(run(port))
 
 
 def test_daemons_of_one_machine_have_different_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from areal_like.wire.channel import Envelope, Link, Listener, tcp_address
 from areal_like.wire.messages.consumer import AllocVersion, VersionGranted
 from areal_like.wire.messages.hello import Refused
 from tests.support.keys import keyed_link, keyed_listener, keyring, keys_of_machine, new_keys
-from tests.support.ports import free_port
+from tests.support.ports import held_port
 from tests.support.waiting import HANG_LIMIT_S
 
 
@@ -296,7 +296,6 @@ def test_a_link_finds_a_server_that_starts_later(keys: Path) -> None:
     """Also one that is replaced by a process with the same key, as after a crash."""
 
     async def body() -> None:
-        port = free_port()
         link = keyed_link(tcp_address("127.0.0.1", port), keyring(keys, KeyRole.ROLLOUT))
         waiting = asyncio.create_task(works(link, 1))
         await asyncio.sleep(0.2)
@@ -325,7 +324,8 @@ def test_a_link_finds_a_server_that_starts_later(keys: Path) -> None:
         )
         return listener[0]
 
-    run(body)
+    with held_port() as port:
+        run(body)
 
 
 def test_a_port_that_is_taken_ends_the_rotation(

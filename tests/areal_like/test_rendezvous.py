@@ -45,7 +45,7 @@ def listening_addresses(port: int) -> list[str]:
 def intruder_of(group: WeightGroup) -> Any:
     stores: Any = dist
     return stores.TCPStore(
-        group.address, group.port, None, False, timedelta(seconds=5), wait_for_workers=False
+        group.address, group.port, None, False, timedelta(seconds=HANG_LIMIT_S), wait_for_workers=False
     )
 
 

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from rollout_server.sessions.book import JOB_OVER
 from rollout_server.sessions.open_session import SessionOutcome, SessionState
 from rollout_server.tasks.base import Example
 from tests.support.guide_code import code_of
+from tests.support.ports import held_port
 from tests.support.session_plane import PlaneServer, read_request
 from tests.support.session_server import SessionServer
 from tests.support.waiting import HANG_LIMIT_S
@@ -56,19 +58,19 @@ def works(server: SessionServer, tmp_path: Path, name: str, *command: str) -> No
     assert [one.reward for one in sessions] == [1.0, 0.0]
 
 
-def goes_on(tmp_path: Path, name: str, *command: str) -> None:
+@pytest.fixture
+def port() -> Iterator[int]:
+    """It is not given to others while no server listens at it."""
+    with held_port() as held:
+        yield held
+
+
+def goes_on(tmp_path: Path, port: int, name: str, *command: str) -> None:
     """An agent loses its server in the middle of a sample, and makes one of the next server."""
     path = written(tmp_path, name)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server(("127.0.0.1", port)) as listener:
         listener.settimeout(HANG_LIMIT_S)
-        port = listener.getsockname()[1]
-        agent = subprocess.Popen(
-            [*command, path, f"http://127.0.0.1:{port}"],
-            env={"PYTHONPATH": CLIENT},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        agent = started(*command, path, f"http://127.0.0.1:{port}")
         for answer in (claimed_at(port), b""):  # to the request to the model there is none
             with listener.accept()[0] as connection:
                 read_request(connection)
@@ -99,21 +101,19 @@ def claimed_at(port: int) -> bytes:
 
 
 @pytest.mark.chaos
-def test_the_agent_in_python_outlives_a_server(tmp_path: Path) -> None:
-    goes_on(tmp_path, "outside.py", sys.executable)
+def test_the_agent_in_python_outlives_a_server(tmp_path: Path, port: int) -> None:
+    goes_on(tmp_path, port, "outside.py", sys.executable)
 
 
 @pytest.mark.skipif(NODE is None, reason="needs node")
-def test_the_agent_in_javascript_outlives_a_server(tmp_path: Path) -> None:
-    goes_on(tmp_path, "outside.mjs", str(NODE))
+def test_the_agent_in_javascript_outlives_a_server(tmp_path: Path, port: int) -> None:
+    goes_on(tmp_path, port, "outside.mjs", str(NODE))
 
 
 @pytest.mark.skipif(NODE is None, reason="needs node")
-def test_the_agent_in_javascript_ends_without_a_server(tmp_path: Path) -> None:
+def test_the_agent_in_javascript_ends_without_a_server(tmp_path: Path, port: int) -> None:
     path, code = Path(written(tmp_path, "outside.mjs")), code_of("agents", "outside.mjs")
     path.write_text(code.replace("{ token }", "{ token, restartS: 0.01 }"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
     command = [str(NODE), path, f"http://127.0.0.1:{port}"]
     agent = subprocess.run(command, env={}, capture_output=True, text=True)
     assert agent.returncode == 0
