@@ -347,6 +347,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.chaos
 def test_peer_that_fills_the_queue_and_leaves_does_no_harm() -> None:
     """ZeroMQ heartbeats aborted the process here: one was due on a connection that nobody had read."""
     with subprocess.Popen(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -22,6 +21,7 @@ from areal_like.wire.messages.consumer import Directory, GetRunCounters, RunCoun
 from areal_like.wire.messages.hello import Hello, Refused, Welcome
 from areal_like.wire.messages.producer import HeartbeatAck, Leases
 from buffer.service.peers import PeerKeys
+from tests.support import warm_start
 from tests.support.buffer_harness import (
     ROOT,
     BufferProcess,
@@ -314,7 +314,7 @@ def test_a_key_revoked_while_its_peer_waits_gets_no_name(keys: Path) -> None:
 )
 def test_a_buffer_that_may_not_start(settings: list[str], message: str, keys: Path, tmp_path: Path) -> None:
     words = [setting.replace("KEYS", str(keys)) for setting in settings]
-    ended = subprocess.run(
+    ended = warm_start.run(
         [sys.executable, "-m", "buffer", f"runs_dir={tmp_path}/runs", *words],
         cwd=ROOT,
         capture_output=True,
