@@ -8,6 +8,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -207,34 +209,28 @@ def test_no_file_descriptors_left_is_no_error_of_the_server() -> None:
 
 @pytest.mark.parametrize("end", ["leaves the pool", "is killed", "is killed while the zygote is stopped"])
 def test_what_environments_have_started_ends_with_the_server(end: str) -> None:
-    server, sent = os.pipe()
-    if (pid := os.fork()) == 0:  # the server
-
-        async def body() -> None:
-            async with pool() as environments:
-                session = await environments.open(split="train", index=0, seed=0)
-                await session.reset()
-                left = [
-                    (await session.step(reply(text))).messages[0]["content"] for text in ("fork", "daemon")
-                ]
-                assert environments._host._zygote is not None
-                zygote = environments._host._zygote.pid
-                if "stopped" in end:
-                    os.kill(zygote, signal.SIGSTOP)
-                os.write(sent, " ".join([str(zygote), *left]).encode())
-                if "killed" in end:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        try:
-            asyncio.run(body())
-        finally:
-            os._exit(0)
-    os.close(sent)
-    os.waitpid(pid, 0)
-    left = [int(text) for text in os.read(server, 1000).split()]
-    os.close(server)
+    program = f"import asyncio; from {__name__} import server; asyncio.run(server({end!r}))"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        left = [int(text) for text in process.stdout.readline().split()]
     assert len(left) == 3
     asyncio.run(all_gone(*left))
+
+
+async def server(end: str) -> None:
+    """Prints the ids of the processes that it leaves."""
+    async with pool() as environments:
+        session = await environments.open(split="train", index=0, seed=0)
+        await session.reset()
+        left = [(await session.step(reply(text))).messages[0]["content"] for text in ("fork", "daemon")]
+        assert environments._host._zygote is not None
+        zygote = environments._host._zygote.pid
+        if "stopped" in end:
+            os.kill(zygote, signal.SIGSTOP)
+        print(zygote, *left, flush=True)
+        if "killed" in end:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_cancelled_call_is_closed_in_order(may_go_on: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import multiprocessing
+import subprocess
+import sys
 import time
 from email.utils import formatdate
 from pathlib import Path
@@ -272,24 +273,23 @@ def test_check_reads_the_key_and_calls_nobody(tmp_path: Path) -> None:
         make_rewards({**nobody, "api_key_file": str(tmp_path / "key")}).check()
 
 
-def _fill(file: str, writer: int) -> None:
-    cache = ReplyCache(Path(file))
-    for number in range(100):
-        cache.put(key_of("u", {"n": number}), f"{number}")
-        assert cache.get(key_of("u", {"n": number})) == f"{number}", writer
-    cache.close()
+FILL = """
+import sys
+from pathlib import Path
+from rollout_server.rewards.library.cache import ReplyCache, key_of
+cache = ReplyCache(Path(sys.argv[1]))
+for number in range(100):
+    cache.put(key_of("u", {"n": number}), f"{number}")
+    assert cache.get(key_of("u", {"n": number})) == f"{number}"
+cache.close()
+"""
 
 
 def test_several_processes_share_the_cache(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    file = str(tmp_path / "shared.sqlite")
-    writers = [context.Process(target=_fill, args=(file, writer)) for writer in range(3)]
-    for process in writers:
-        process.start()
-    for process in writers:
-        process.join()
-    assert [process.exitcode for process in writers] == [0, 0, 0]
-    cache = ReplyCache(Path(file))
+    file = tmp_path / "shared.sqlite"
+    writers = [subprocess.Popen([sys.executable, "-c", FILL, str(file)]) for _ in range(3)]
+    assert [process.wait() for process in writers] == [0, 0, 0]
+    cache = ReplyCache(file)
     assert cache.get(key_of("u", {"n": 99})) == "99" and cache.get(b"x") is None
     cache.close()
 
