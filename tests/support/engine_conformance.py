@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -47,10 +48,20 @@ from tests.support.waiting import HANG_LIMIT_S
 PROMPT = [5, 17, 33, 8]
 
 
-async def until_running(client: EngineClient, num_sequences: int) -> None:
-    """Waits until the engine decodes at least `num_sequences` sequences."""
-    while (await client.load())["running"] < num_sequences:
+async def until_running(
+    client: EngineClient, num_sequences: int, *, unless: asyncio.Future[Any] | None = None
+) -> None:
+    """Waits until the engine decodes at least `num_sequences` sequences, or `unless` is done."""
+    while (await client.load())["running"] < num_sequences and (unless is None or not unless.done()):
         await asyncio.sleep(0.01)
+
+
+async def in_time(attempt: Callable[[], Coroutine[Any, Any, bool]]) -> None:
+    """Repeats what has to happen while requests run: on a busy machine they may have ended before it."""
+    for _ in range(20):
+        if await attempt():
+            return
+    raise AssertionError("each of 20 attempts came after the end of the requests")
 
 
 async def logprobs_and_greedy_match_transformers(engine: Engine, models: Models) -> None:
@@ -212,21 +223,28 @@ async def turns_reuse_what_earlier_turns_computed(engine: Engine, models: Models
 async def abort_returns_partial_tokens(engine: Engine, models: Models) -> None:
     """Requests are aborted by id and all at once; the log-probs of an aborted request's tokens are right."""
     model = load_model(models[0])
-    async with engine.client() as client:
-        one = asyncio.ensure_future(
-            client.generate(PROMPT, sampling=Sampling(max_new_tokens=1500, ignore_eos=True), rid="1")
+    sampling = Sampling(max_new_tokens=CONTEXT - 50, ignore_eos=True)
+
+    async def abort_both() -> bool:
+        one, two = (
+            asyncio.ensure_future(client.generate(PROMPT, sampling=sampling, rid=rid)) for rid in ("1", "12")
         )
-        two = asyncio.ensure_future(
-            client.generate(PROMPT, sampling=Sampling(max_new_tokens=1500, ignore_eos=True), rid="12")
-        )
-        await until_running(client, 2)
+        await until_running(client, 2, unless=one)
         await client.abort("1")
         aborted = await one
-        assert aborted.finish_reason is FinishReason.ABORT and 0 < len(aborted.output_ids) < 1500
-        assert error_of(model, PROMPT, aborted) < TOLERANCE
-        assert not two.done(), "request 12 was aborted with request 1: compare ids for equality, not prefix"
+        assert not two.done() or (await two).finish_reason is FinishReason.LENGTH, (
+            "request 12 was aborted with request 1: compare ids for equality, not prefix"
+        )
         await client.abort()
-        assert (await two).finish_reason is FinishReason.ABORT
+        if FinishReason.LENGTH in (aborted.finish_reason, (await two).finish_reason):
+            return False
+        assert aborted.finish_reason is (await two).finish_reason is FinishReason.ABORT
+        assert 0 < len(aborted.output_ids) < CONTEXT - 50
+        assert error_of(model, PROMPT, aborted) < TOLERANCE
+        return True
+
+    async with engine.client() as client:
+        await in_time(abort_both)
         await client.abort("no such request")
         assert len((await sample(client, PROMPT, 2)).output_ids) == 2
 
@@ -305,24 +323,27 @@ async def progress_shows_in_the_load(engine: Engine, models: Models) -> None:
 async def pause_modes(engine: Engine, models: Models) -> None:
     """A pause stops running requests (mode abort ends them) and new ones; a resume continues them."""
     model = load_model(models[0])
+
+    async def pause(mode: str) -> bool:
+        running = asyncio.ensure_future(sample(client, PROMPT, 1200))
+        await until_running(client, 1, unless=running)
+        await client.pause(mode)
+        new = asyncio.ensure_future(sample(client, PROMPT, 3))
+        await asyncio.sleep(0.3)
+        assert not new.done(), f"a new request was served during a pause ({mode})"
+        if mode == "abort":
+            await running
+        was_done = running.done()
+        await client.resume()
+        generation = await running
+        assert error_of(model, PROMPT, generation) < TOLERANCE
+        assert len((await new).output_ids) == 3
+        wanted = FinishReason.ABORT if mode == "abort" else FinishReason.LENGTH
+        return generation.finish_reason is wanted and was_done == (mode == "abort")
+
     async with engine.client() as client:
         for mode in ("in_place", "retract", "abort"):
-            running = asyncio.ensure_future(sample(client, PROMPT, 1200))
-            await until_running(client, 1)
-            await client.pause(mode)
-            new = asyncio.ensure_future(sample(client, PROMPT, 3))
-            await asyncio.sleep(0.3)
-            assert not new.done(), f"a new request was served during a pause ({mode})"
-            if mode == "abort":
-                await running
-            assert running.done() == (mode == "abort")
-            await client.resume()
-            generation = await running
-            assert generation.finish_reason is (
-                FinishReason.ABORT if mode == "abort" else FinishReason.LENGTH
-            )
-            assert error_of(model, PROMPT, generation) < TOLERANCE
-            assert len((await new).output_ids) == 3
+            await in_time(partial(pause, mode))
 
 
 async def groups_are_made_destroyed_and_made_again(engine: Engine, models: Models) -> None:
@@ -344,27 +365,32 @@ async def versions_across_an_update_in_flight(engine: Engine, models: Models, *,
     Returns the largest log-prob error of any token under the weights of its recorded version.
     """
     old_new = [load_model(path) for path in models]
-    new_weights = weights_of(models[1])
-    async with engine.client() as client:
+    old_weights, new_weights = (weights_of(path) for path in models)
+    prompts = [PROMPT, PROMPT, [9], list(range(3, 30))]
+    errors: list[float] = []
+
+    async def update() -> bool:
         version = await client.weight_version()
-        async with Pusher(engine, client) as pusher:
-            await pusher.push(weights_of(models[0]), version=version + 1)
-            prompts = [PROMPT, PROMPT, [9], list(range(3, 30))]
-            drawing = asyncio.gather(*(sample(client, prompt, CONTEXT - 50) for prompt in prompts))
-            await until_running(client, len(prompts))
-            await pusher.push(new_weights, version=version + 2, running=running, bucket_bytes=1 << 15)
-            drawn = await drawing
-            errors = []
-            for prompt, generation in zip(prompts, drawn, strict=True):
-                assert sorted(set(generation.versions.tolist())) == [version + 1, version + 2], (
-                    "the update must come while the requests run"
-                )
-                assert np.all(np.diff(generation.versions) >= 0)
-                for model, stated in zip(old_new, (version + 1, version + 2), strict=True):
-                    mine = generation.versions == stated
-                    want = reference_logprobs(model, prompt, generation.output_ids.tolist())
-                    errors.append(float(np.abs(want - generation.logprobs)[mine].max()))
-            await pusher.push(weights_of(models[0]), version=version + 3)
+        await pusher.push(old_weights, version=version + 1)
+        drawing = asyncio.gather(*(sample(client, prompt, CONTEXT - 50) for prompt in prompts))
+        await until_running(client, len(prompts), unless=drawing)
+        await pusher.push(new_weights, version=version + 2, running=running, bucket_bytes=1 << 15)
+        drawn = await drawing
+        await pusher.push(old_weights, version=version + 3)
+        versions = [sorted(set(generation.versions.tolist())) for generation in drawn]
+        if [version + 1] in versions:
+            return False
+        assert versions == [[version + 1, version + 2]] * len(prompts)
+        for prompt, generation in zip(prompts, drawn, strict=True):
+            assert np.all(np.diff(generation.versions) >= 0)
+            for model, stated in zip(old_new, (version + 1, version + 2), strict=True):
+                mine = generation.versions == stated
+                want = reference_logprobs(model, prompt, generation.output_ids.tolist())
+                errors.append(float(np.abs(want - generation.logprobs)[mine].max()))
+        return True
+
+    async with engine.client() as client, Pusher(engine, client) as pusher:
+        await in_time(update)
     return max(errors)
 
 
@@ -437,7 +463,7 @@ async def strangers_calls_are_refused(engine: Engine, models: Models) -> None:
     async with engine.client() as client:
         version = await client.weight_version()
         running = asyncio.create_task(sample(client, PROMPT, 200))
-        await until_running(client, 1)
+        await until_running(client, 1, unless=running)
         async with aiohttp.ClientSession() as session:
             for path, body in STRANGERS_CALLS:
                 for key in ("", "Bearer ", "Bearer wrong", engine.api_key):
