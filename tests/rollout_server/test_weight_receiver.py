@@ -28,9 +28,14 @@ from rollout_server.weights.receiver import WeightReceiver
 from rollout_server.weights.shadow import ShadowWeightUpdate
 from rollout_server.weights.strategy import WeightUpdateStrategy
 from tests.rollout_server.test_weight_socket import FORM, PUSH
+from tests.support import moved_clock
+from tests.support.moved_clock import advance
 from tests.support.served_app import served
 from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
+
+LIMIT_S = 100.0
+"""Time limit of a push."""
 
 
 class PlayedEngine:
@@ -67,7 +72,8 @@ class PlayedEngine:
             while len(self.ready) < self.num_ready:
                 await asyncio.sleep(0.01)
         if path == self.silent_at:
-            await asyncio.sleep(30)
+            advance(LIMIT_S)
+            await asyncio.sleep(2 * HANG_LIMIT_S)
         if path == self.failing_at:
             return web.json_response({"error": {"message": "cannot"}}, status=500)
         return web.json_response(
@@ -89,7 +95,7 @@ def push(
     in_place: bool = False,
     integrity: str = "none",
 ) -> tuple[Any, list[str]]:
-    """Pushes version 1; returns the answer and reasons to replace the engine. A silent engine has 2 s.
+    """Pushes version 1; returns the answer and reasons to replace the engine.
 
     `in_place`: with SGLang's strategy and a tensor to push; quarantines are recorded in `engine.quarantined`.
     """
@@ -137,7 +143,7 @@ def push(
                 update_mode=update_mode,
                 manifest=manifest,
                 integrity=integrity,
-                timeout_s=2.0 if engine.silent_at else HANG_LIMIT_S,
+                timeout_s=LIMIT_S,
             )
             link.send(PushChecksums(version=1, checksums=[], digests=[]))
             answer = await link.call(request, timeout_s=HANG_LIMIT_S)
@@ -154,7 +160,7 @@ def push(
         async with asyncio.timeout(HANG_LIMIT_S):
             return await work()
 
-    return asyncio.run(bounded(body)), untrusted
+    return moved_clock.run(bounded(body)), untrusted
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -178,7 +184,7 @@ def test_timed_out_receiver_leaves_the_group() -> None:
     engine = PlayedEngine()
     engine.silent_at = "receive_weights"
     answer, untrusted = push(engine)
-    assert isinstance(answer, WeightsFailed) and "not active within 2 s" in answer.reason
+    assert isinstance(answer, WeightsFailed) and f"not active within {LIMIT_S:g} s" in answer.reason
     assert engine.called[-1] == "destroy_weights_update_group" and not untrusted
 
 
