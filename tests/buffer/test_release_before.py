@@ -22,9 +22,7 @@ import pytest
 from areal_like.config import Config
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
-from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
 from areal_like.wire.messages.consumer import AllocVersion, CommitStep, StartTraining
-from areal_like.wire.messages.hello import Hello
 from launch.audit.run import audit_run
 from tests.support.buffer_harness import ROOT, BufferProcess, FakeTrainer, connected, trainer_hello
 from tests.support.quick import only_in_chaos
@@ -66,11 +64,6 @@ def recorded_tickets(config: Config) -> list[tuple[int, int, int]]:
         return list(connection.execute(query, (RESUMED,)))
 
 
-def rank_of(config: Config) -> Hello:
-    path = config.model.path
-    return trainer_hello(config, model=model_fingerprint(path), tokenizer=tokenizer_fingerprint(path))
-
-
 def test_a_run_of_the_release_before_continues(config: Config) -> None:
     with ledger_of(config) as connection:
         marks = dict(connection.execute("SELECT name, value FROM marks"))
@@ -87,7 +80,7 @@ def test_a_run_of_the_release_before_continues(config: Config) -> None:
 
     async def train() -> list[tuple[int, int, int]]:
         async with connected(buffer) as link:
-            welcome = await link.call(rank_of(config), timeout_s=HANG_LIMIT_S)
+            welcome = await link.call(trainer_hello(config), timeout_s=HANG_LIMIT_S)
             assert welcome.incarnation == marks["incarnation:trainer-0"] + 1
             trainer = FakeTrainer(config, link)
             await trainer.call(StartTraining(step=RESUMED))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import json
 import threading
@@ -16,12 +15,11 @@ from typing import Any
 import pytest
 
 from areal_like.client.areal_like_client import JobOverError, SessionOverError, claim
-from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
-from areal_like.wire.messages.consumer import CommitStep, EvalResult, Group, RequestEval, StartTraining
+from areal_like.wire.messages.consumer import CommitStep, EvalResult, Group, RequestEval
 from launch.audit.run import audit_run
 from tests.jobs.test_environment_job import environment_processes, status_of
 from tests.support.agent_tasks import post, said
-from tests.support.buffer_harness import FakeTrainer, connected, running_buffer, trainer_hello
+from tests.support.buffer_harness import running_buffer, training
 from tests.support.chat_jobs import build_chat_model
 from tests.support.launching import TEST_LIMIT_S, WAIT_LIMIT_S, wait_until
 from tests.support.rollout_harness import ServerProcess
@@ -83,10 +81,7 @@ def run_job(
     settings["model"] = {"path": str(model), "renderer": "tests.support.line_chat.LineChat"}
     with ExitStack() as stack, ExitStack() as outside:
         buffer = stack.enter_context(running_buffer(tmp_path, **settings))
-        port = int(buffer.address.rsplit(":", 1)[1])
-        config = dataclasses.replace(
-            buffer.config, buffer=dataclasses.replace(buffer.config.buffer, port=port)
-        )
+        config = buffer.peers_config
         server = ServerProcess(config)
         stack.callback(server.close)
         endpoint = server.paths.endpoints / "rollout-0.json"
@@ -96,12 +91,7 @@ def run_job(
             outside.enter_context(agents_from_outside(str(url), num=num_outside))
 
         async def train() -> tuple[list[Group], EvalResult]:
-            hello = trainer_hello(
-                config, model=model_fingerprint(str(model)), tokenizer=tokenizer_fingerprint(str(model))
-            )
-            async with connected(buffer, hello) as link:
-                trainer = FakeTrainer(config, link)
-                await trainer.call(StartTraining(step=0))
+            async with training(buffer) as trainer:
                 request = RequestEval(eval_id=0, num_prompts=4, min_version=0)
                 evaluation = await trainer.call(request, timeout_s=WAIT_LIMIT_S)
                 groups: list[Group] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -15,8 +14,6 @@ from typing import Any
 
 import pytest
 
-from areal_like.config import Config
-from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
 from areal_like.wire.messages.consumer import (
     CommitStep,
     EvalResult,
@@ -24,16 +21,9 @@ from areal_like.wire.messages.consumer import (
     Group,
     RequestEval,
     RunCounters,
-    StartTraining,
 )
 from launch.audit.run import audit_run
-from tests.support.buffer_harness import (
-    BufferProcess,
-    FakeTrainer,
-    connected,
-    running_buffer,
-    trainer_hello,
-)
+from tests.support.buffer_harness import BufferProcess, running_buffer, training
 from tests.support.chat_jobs import build_chat_model
 from tests.support.launching import TEST_LIMIT_S, WAIT_LIMIT_S, wait_until
 from tests.support.rollout_harness import ServerProcess
@@ -76,14 +66,10 @@ def test_environments_are_killed_and_no_sample_is_lost(tmp_path: Path) -> None:
     settings = SETTINGS | {"model": {"path": str(model), "renderer": "tests.support.line_chat.LineChat"}}
     with ExitStack() as stack:
         buffer = stack.enter_context(running_buffer(tmp_path, **settings))
-        port = int(buffer.address.rsplit(":", 1)[1])
-        config = dataclasses.replace(
-            buffer.config, buffer=dataclasses.replace(buffer.config.buffer, port=port)
-        )
-        server = ServerProcess(config)
+        server = ServerProcess(buffer.peers_config)
         stack.callback(server.close)
         processes: set[int] = set()
-        groups, counters, evaluation = asyncio.run(train(buffer, config, model, server, processes))
+        groups, counters, evaluation = asyncio.run(train(buffer, server, processes))
         wait_until(
             lambda: status_of(server)["stats"]["environment_restarts"] >= 2, what="two restarts counted"
         )
@@ -108,19 +94,14 @@ def test_environments_are_killed_and_no_sample_is_lost(tmp_path: Path) -> None:
 
 
 async def train(
-    buffer: BufferProcess, config: Config, model: Path, server: ServerProcess, processes: set[int]
+    buffer: BufferProcess, server: ServerProcess, processes: set[int]
 ) -> tuple[list[Group], RunCounters, EvalResult]:
     """Trains all steps; between them, the process that starts environments and one of them are killed.
 
     `processes`: gets the processes of environments that were seen.
     """
-    hello = trainer_hello(
-        config, model=model_fingerprint(str(model)), tokenizer=tokenizer_fingerprint(str(model))
-    )
     groups: list[Group] = []
-    async with connected(buffer, hello) as link:
-        trainer = FakeTrainer(config, link)
-        await trainer.call(StartTraining(step=0))
+    async with training(buffer) as trainer:
         evaluation = await trainer.call(
             RequestEval(eval_id=0, num_prompts=4, min_version=0), timeout_s=WAIT_LIMIT_S
         )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import secrets
 import sqlite3
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -14,7 +12,6 @@ import numpy as np
 import pytest
 
 from areal_like.config import Config
-from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
 from areal_like.wire.messages.consumer import StartTraining
 from areal_like.wire.messages.evaluation import EvalResult, RequestEval, SampleOutcome
 from areal_like.wire.messages.hello import Hello
@@ -71,18 +68,10 @@ def test_an_evaluation_survives_the_buffer(tmp_path: Path) -> None:
     build_tiny_model(model, seed=0, warm_start_steps=5, swap_prob=0.5)
     with ExitStack() as stack:
         buffer = stack.enter_context(running_buffer(tmp_path, model={"path": str(model)}, **SETTINGS))
-        port = int(buffer.address.rsplit(":", 1)[1])
-        config = dataclasses.replace(
-            buffer.config, buffer=dataclasses.replace(buffer.config.buffer, port=port)
-        )
+        config = buffer.peers_config
         server = ServerProcess(config)
         stack.callback(server.close)
-        hello = trainer_hello(
-            config,
-            model=model_fingerprint(str(model)),
-            tokenizer=tokenizer_fingerprint(str(model)),
-            process=secrets.token_hex(16),
-        )
+        hello = trainer_hello(config)
         before = asyncio.run(evaluate(buffer, hello, eval_id=1, kills=False))
         asyncio.run(evaluate(buffer, hello, eval_id=2, kills=True))
         killed_at = num_samples_in(config)

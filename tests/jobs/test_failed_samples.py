@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from areal_like.config import Config
 from areal_like.selection import selection_report
 from areal_like.trajectory import Trajectory
-from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
 from areal_like.wire.messages.consumer import (
     CommitStep,
     EvalResult,
@@ -21,17 +18,10 @@ from areal_like.wire.messages.consumer import (
     Group,
     RequestEval,
     RunCounters,
-    StartTraining,
 )
 from launch.audit.run import audit_run
 from rollout_server.tasks.base import make_task
-from tests.support.buffer_harness import (
-    BufferProcess,
-    FakeTrainer,
-    connected,
-    running_buffer,
-    trainer_hello,
-)
+from tests.support.buffer_harness import BufferProcess, running_buffer, training
 from tests.support.launching import TEST_LIMIT_S, WAIT_LIMIT_S
 from tests.support.rollout_harness import ServerProcess
 from tests.support.rollout_tasks import HangingVerifier
@@ -57,13 +47,9 @@ def test_answers_that_hang_the_verifier_get_reward_0(tmp_path: Path) -> None:
     build_tiny_model(model, seed=0, warm_start_steps=5, swap_prob=0.5)
     with ExitStack() as stack:
         buffer = stack.enter_context(running_buffer(tmp_path, model={"path": str(model)}, **SETTINGS))
-        port = int(buffer.address.rsplit(":", 1)[1])
-        config = dataclasses.replace(
-            buffer.config, buffer=dataclasses.replace(buffer.config.buffer, port=port)
-        )
-        server = ServerProcess(config)
+        server = ServerProcess(buffer.peers_config)
         stack.callback(server.close)
-        evaluation, groups, counters = asyncio.run(train(buffer, config, model))
+        evaluation, groups, counters = asyncio.run(train(buffer))
         metrics = buffer.get("/metrics")
         code, _, errors = server.terminate()
         assert code == 0, errors
@@ -84,16 +70,9 @@ def test_answers_that_hang_the_verifier_get_reward_0(tmp_path: Path) -> None:
     assert audit.failures["reward_timeout zero"] == report["failures"]["reward_timeout"]["zero"]
 
 
-async def train(
-    buffer: BufferProcess, config: Config, model: Path
-) -> tuple[EvalResult, list[Group], RunCounters]:
-    hello = trainer_hello(
-        config, model=model_fingerprint(str(model)), tokenizer=tokenizer_fingerprint(str(model))
-    )
+async def train(buffer: BufferProcess) -> tuple[EvalResult, list[Group], RunCounters]:
     groups: list[Group] = []
-    async with connected(buffer, hello) as link:
-        trainer = FakeTrainer(config, link)
-        await trainer.call(StartTraining(step=0))
+    async with training(buffer) as trainer:
         request = RequestEval(eval_id=0, num_prompts=4, min_version=0)
         evaluation = await trainer.call(request, timeout_s=WAIT_LIMIT_S)
         for step in range(NUM_STEPS):

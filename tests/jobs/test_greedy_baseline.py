@@ -16,19 +16,12 @@ import torch.distributed as dist
 from areal_like.config import SamplingConfig
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
-from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
-from areal_like.wire.messages.consumer import GetRunCounters, Group, RequestEval, RunCounters, StartTraining
+from areal_like.wire.messages.consumer import GetRunCounters, Group, RequestEval, RunCounters
 from areal_like.wire.messages.producer import Lease
 from areal_like.wire.records import Record
 from buffer.ledger.ledger import Ledger
 from buffer.tickets import Drop, State, Verdict
-from tests.support.buffer_harness import (
-    BufferProcess,
-    FakeTrainer,
-    connected,
-    running_buffer,
-    trainer_hello,
-)
+from tests.support.buffer_harness import BufferProcess, running_buffer, training
 from tests.support.launching import TEST_LIMIT_S, WAIT_LIMIT_S
 from tests.support.ledger_simulation import add_server, deliver, done, new_ledger, trajectory
 from tests.support.rollout_harness import ServerProcess
@@ -166,13 +159,9 @@ def test_real_servers_give_one_greedy_answer(tmp_path: Path) -> None:
             "task": {"name": "sort", "num_train": 2},
         }
         buffer = stack.enter_context(running_buffer(tmp_path, model={"path": str(model)}, **settings))
-        port = int(buffer.address.rsplit(":", 1)[1])
-        config = dataclasses.replace(
-            buffer.config, buffer=dataclasses.replace(buffer.config.buffer, port=port)
-        )
-        server = ServerProcess(config)
+        server = ServerProcess(buffer.peers_config)
         stack.callback(server.close)
-        groups, counters = asyncio.run(_train(buffer, model))
+        groups, counters = asyncio.run(_train(buffer))
     assert all([t.is_greedy for t in group.trajectories] == [False] * 3 + [True] for group in groups)
     texts: dict[int, set[tuple[int, ...]]] = {}
     sampled: dict[int, set[tuple[int, ...]]] = {}
@@ -190,14 +179,8 @@ def test_real_servers_give_one_greedy_answer(tmp_path: Path) -> None:
     )
 
 
-async def _train(buffer: BufferProcess, model: Path) -> tuple[list[Group], RunCounters]:
-    config = buffer.config
-    hello = trainer_hello(
-        config, model=model_fingerprint(str(model)), tokenizer=tokenizer_fingerprint(str(model))
-    )
-    async with connected(buffer, hello) as link:
-        trainer = FakeTrainer(config, link)
-        await trainer.call(StartTraining(step=0))
+async def _train(buffer: BufferProcess) -> tuple[list[Group], RunCounters]:
+    async with training(buffer) as trainer:
         await trainer.call(
             RequestEval(eval_id=0, num_prompts=2, min_version=0), timeout_s=WAIT_LIMIT_S
         )  # the engine has started

@@ -1,24 +1,15 @@
 """Two rollout servers and a buffer as processes, with the test as the trainer; one server is killed."""
 
 import asyncio
-import dataclasses
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from areal_like.config import Config
-from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
-from areal_like.wire.messages.consumer import GetRunCounters, Group, RequestEval, StartTraining
+from areal_like.wire.messages.consumer import GetRunCounters, Group, RequestEval
 from rollout_server.tasks.sort import SortTask
-from tests.support.buffer_harness import (
-    BufferProcess,
-    FakeTrainer,
-    connected,
-    running_buffer,
-    trainer_hello,
-)
+from tests.support.buffer_harness import BufferProcess, running_buffer, training
 from tests.support.launching import TEST_LIMIT_S, WAIT_LIMIT_S
 from tests.support.rollout_harness import ServerProcess
 from trainer.models.tiny import build_tiny_model, character_tokenizer
@@ -42,14 +33,11 @@ def test_a_run_survives_a_killed_server(tmp_path: Path) -> None:
     build_tiny_model(model, seed=0, warm_start_steps=5, swap_prob=0.5)
     with ExitStack() as stack:
         buffer = stack.enter_context(running_buffer(tmp_path, model={"path": str(model)}, **SETTINGS))
-        port = int(buffer.address.rsplit(":", 1)[1])
-        config = dataclasses.replace(
-            buffer.config, buffer=dataclasses.replace(buffer.config.buffer, port=port)
-        )
+        config = buffer.peers_config
         servers = [ServerProcess(config, name=f"rollout-{i}") for i in range(2)]
         for server in servers:
             stack.callback(server.close)
-        groups, counters = asyncio.run(train(buffer, config, model, victim=servers[0]))
+        groups, counters = asyncio.run(train(buffer, victim=servers[0]))
         check(groups)
         assert (
             counters.tickets["trained"] + counters.tickets["batched"] == NUM_STEPS * 8
@@ -65,16 +53,9 @@ def test_a_run_survives_a_killed_server(tmp_path: Path) -> None:
         assert code == 0, errors
 
 
-async def train(
-    buffer: BufferProcess, config: Config, model: Path, *, victim: ServerProcess
-) -> tuple[list[Group], Any]:
-    hello = trainer_hello(
-        config, model=model_fingerprint(str(model)), tokenizer=tokenizer_fingerprint(str(model))
-    )
+async def train(buffer: BufferProcess, *, victim: ServerProcess) -> tuple[list[Group], Any]:
     groups: list[Group] = []
-    async with connected(buffer, hello) as link:
-        trainer = FakeTrainer(config, link)
-        await trainer.call(StartTraining(step=0))
+    async with training(buffer) as trainer:
         before = await trainer.call(
             RequestEval(eval_id=0, num_prompts=16, min_version=0), timeout_s=WAIT_LIMIT_S
         )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import re
 import threading
@@ -26,10 +25,9 @@ from typing import Any, Self, TypeVar
 
 from areal_like.config import Config
 from areal_like.trajectory import Trajectory
-from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
-from areal_like.wire.messages.consumer import Fetch, Group, StartTraining
+from areal_like.wire.messages.consumer import Fetch, Group
 from rollout_server.rendering.jinja import JinjaRenderer
-from tests.support.buffer_harness import FakeTrainer, connected, running_buffer, trainer_hello
+from tests.support.buffer_harness import running_buffer, training
 from tests.support.chat_models import APPENDING, chat_tokenizer, jinja_renderer
 from tests.support.rollout_harness import ServerProcess, serving
 from tests.support.saying_engine import saying_engine
@@ -110,16 +108,9 @@ def running_agent_job(
         buffer = stack.enter_context(
             running_buffer(directory, **_settings(model, engine=engine, max_episodes=max_episodes))
         )
-        port = int(buffer.address.rsplit(":", 1)[1])
-        config = dataclasses.replace(
-            buffer.config, buffer=dataclasses.replace(buffer.config.buffer, port=port)
-        )
+        config = buffer.peers_config
         server = stack.enter_context(serving(config))
-        hello = trainer_hello(
-            config, model=model_fingerprint(str(model)), tokenizer=tokenizer_fingerprint(str(model))
-        )
-        trainer = FakeTrainer(config, run(resources.enter_async_context(connected(buffer, hello))))
-        run(trainer.call(StartTraining(step=0)))
+        trainer = run(resources.enter_async_context(training(buffer)))
         file = server.paths.endpoints / "rollout-0.json"
         url = sessions_url(server, "rollout-0")
         endpoint = json.loads(file.read_text())

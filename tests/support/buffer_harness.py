@@ -24,7 +24,7 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import save_config
 from areal_like.security.tokens import operator_token
 from areal_like.wire.channel import Link
-from areal_like.wire.fingerprint import dataset_fingerprint
+from areal_like.wire.fingerprint import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
 from areal_like.wire.messages.consumer import CompleteStep, Directory, Fetch, Group, StartTraining
 from areal_like.wire.messages.hello import AreYouAlive, Hello, HelloRequired, JobFailed, Role, StillAlive
 from areal_like.wire.messages.producer import Lease, SampleAck, SampleAcks, ServerHeartbeat
@@ -92,6 +92,12 @@ class BufferProcess:
             assert self.process.poll() is None, self.process.communicate()[1]
             time.sleep(0.02)
         self.address, self.http = endpoint["stream"], endpoint["http"]
+
+    @property
+    def peers_config(self) -> Config:
+        """The configuration of its peers, with its port."""
+        port = int(self.address.rpartition(":")[2])
+        return dataclasses.replace(self.config, buffer=dataclasses.replace(self.config.buffer, port=port))
 
     def produce(self, name: str, *, capacity: int = 8, sample_s: float = 0.01) -> subprocess.Popen[bytes]:
         """Starts a fake producer."""
@@ -201,14 +207,16 @@ class FakeTrainer:
 
 
 def trainer_hello(config: Config, **changes: Any) -> Hello:
-    """The Hello of rank 0."""
+    """The Hello of rank 0; of the job's model if there is one."""
+    path = config.model.path
+    has_model = Path(path).is_dir()
     fields: dict[str, Any] = {
         "role": Role.TRAINER,
         "name": "trainer-0",
         "process": secrets.token_hex(16),
         "job": config.name,
-        "model": "m",
-        "tokenizer": "t",
+        "model": model_fingerprint(path) if has_model else "m",
+        "tokenizer": tokenizer_fingerprint(path) if has_model else "t",
         "dataset": dataset_fingerprint(config),
         "http_address": "",
     }
