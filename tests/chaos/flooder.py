@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -19,13 +18,11 @@ import msgpack
 import zmq
 
 from areal_like.config import Config
-from areal_like.paths import model_path
 from areal_like.runtime.command_line import load_config
 from areal_like.runtime.process import die_with_parent
 from areal_like.wire.codec import WIRE_VERSION, decode, encode
-from areal_like.wire.fingerprint import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
 from areal_like.wire.messages.consumer import Fetch, StartTraining
-from areal_like.wire.messages.hello import Hello, Role, Welcome
+from areal_like.wire.messages.hello import Welcome
 from areal_like.wire.messages.producer import (
     ReturnLeases,
     SampleDone,
@@ -34,27 +31,12 @@ from areal_like.wire.messages.producer import (
     ServerState,
 )
 from areal_like.wire.records import Record
-from tests.chaos.producer import synthetic
+from tests.chaos.producer import hello, synthetic
+from tests.support.waiting import HANG_LIMIT_S
 
 Frames = list[bytes]
 _RECONNECT_EVERY = 200
 """Frames after which the peer of kind `leaving` closes its connection without having read anything."""
-
-
-def hello(config: Config, name: str) -> Hello:
-    """The registration of a rollout server of this job."""
-    return Hello(
-        role=Role.ROLLOUT,
-        name=name,
-        process=secrets.token_hex(16),
-        job=config.name,
-        model=model_fingerprint(model_path(config)),
-        tokenizer=tokenizer_fingerprint(model_path(config)),
-        dataset=dataset_fingerprint(config),
-        http_address="",
-        num_train_prompts=1_000_000,
-        eval_sets={"eval": 64},
-    )
 
 
 def heartbeat(num_leases: int) -> ServerHeartbeat:
@@ -107,7 +89,7 @@ class _Peer:
             self._socket.send_multipart(
                 encode(hello(config, kind.replace(", ", "-").replace(" ", "-")), rid=1)
             )
-            assert self._socket.poll(20_000), "the buffer does not answer"
+            assert self._socket.poll(HANG_LIMIT_S * 1000), "the buffer does not answer"
             assert isinstance(decode(self._socket.recv_multipart())[0], Welcome)
 
     def send(self) -> bool:

@@ -11,6 +11,7 @@ import asyncio
 import secrets
 import signal
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,22 @@ def is_synthetic(trajectory: Trajectory, *, ticket_id: int, sample_index: int) -
     )
 
 
+def hello(config: Config, name: str) -> Hello:
+    """The registration of a rollout server of this job."""
+    return Hello(
+        role=Role.ROLLOUT,
+        name=name,
+        process=secrets.token_hex(16),
+        job=config.name,
+        model=model_fingerprint(model_path(config)),
+        tokenizer=tokenizer_fingerprint(model_path(config)),
+        dataset=dataset_fingerprint(config),
+        http_address="",
+        num_train_prompts=1_000_000,
+        eval_sets={"eval": 64},
+    )
+
+
 class Producer:
     """Finishes each sample some time after it was leased, with the newest weight version, and with
     `model.router_replay` routes for the tests' mixture of experts."""
@@ -92,30 +109,14 @@ class Producer:
         self._loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
         self._version = 0
         self._has_routes = config.model.router_replay
-        process = secrets.token_hex(16)
-
-        def hello() -> Hello:
-            return Hello(
-                role=Role.ROLLOUT,
-                name=name,
-                process=process,
-                job=config.name,
-                model=model_fingerprint(model_path(config)),
-                tokenizer=tokenizer_fingerprint(model_path(config)),
-                dataset=dataset_fingerprint(config),
-                http_address="",
-                weights_version=self._version,
-                num_train_prompts=1_000_000,
-                eval_sets={"eval": 64},
-            )
-
+        registration = hello(config, name)
         client_module._RESEND_AFTER_S = RESEND_AFTER_S
         client_module._HELLO_TIMEOUT_S = 1.0
         self._client = ShardedBufferClient(
             config,
             engine_samples=capacity,
             max_episodes=capacity,
-            hello=hello,
+            hello=lambda: replace(registration, weights_version=self._version),
             waits=PendingWaits(),
             on_leases=self._take,
             on_abort=lambda leases: None,
