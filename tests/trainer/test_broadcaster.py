@@ -42,7 +42,7 @@ from areal_like.wire.messages.weights import (
 from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.weights.backend import NcclTrial, choose_backend, refuse_mixed_nccl
-from trainer.weights.broadcaster import ALIVE_S, Broadcaster, assign_ranks
+from trainer.weights.broadcaster import _FORM_S, ALIVE_S, Broadcaster, assign_ranks
 from trainer.weights.publisher import OWN_FAILURE, Publisher, PushReport, retry_delay_s
 from trainer.weights.receivers import Receiver, ReceiverBackoff, ReceiverId, receiver_id, split_groups
 from trainer.weights.senders import SenderLink
@@ -255,7 +255,8 @@ def nothing_ends_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def impatient(nothing_ends_with_time: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a server that does not reply."""
+    """For a server that does not reply, or leaves others in a broadcast, which ends at its own limit."""
+    monkeypatch.setattr("trainer.weights.broadcaster._FORM_S", _FORM_S)
     monkeypatch.setattr("trainer.weights.broadcaster.ALIVE_S", ALIVE_S)
 
 
@@ -698,6 +699,7 @@ def test_a_server_with_an_earlier_runs_weights_gets_a_push() -> None:
     run(body)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_server_that_breaks_every_broadcast_is_isolated() -> None:
     async def body(broadcaster: Broadcaster) -> None:
         good, bad = FakeServer("good"), FakeServer("bad")
