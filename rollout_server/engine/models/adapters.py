@@ -132,5 +132,5 @@ class AdapterSlots:
             return out.addmm_(low, fused.up_SRO[self._slot], alpha=self.header.scaling)
         num_used = self._scale_NS1.shape[1]
         down_SRC, up_SRO = fused.down_SRC[:num_used], fused.up_SRO[:num_used]
-        low = F.linear(x, down_SRC.flatten(0, 1)).unflatten(-1, (num_used, -1)) * self._scale_NS1
+        low = F.linear(x, down_SRC.flatten(0, 1)).view(len(x), num_used, -1) * self._scale_NS1
         return out.addmm_(low.flatten(1), up_SRO.flatten(0, 1))
