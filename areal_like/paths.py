@@ -182,10 +182,10 @@ def read_json(path: Path) -> Any:
 
 
 def read_endpoint(path: Path) -> dict[str, Any] | None:
-    """The content of an endpoint file, or None if the daemon has not written it."""
+    """The content of an endpoint file, or None if the daemon has not written it, or it is damaged."""
     try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
+        return dict(read_json(path))
+    except (OSError, ValueError, TypeError):
         return None
 
 

@@ -94,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         code = _run(argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is closed
+            sys.stdout.flush()
     except BrokenPipeError:  # Python would complain when it flushes at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -111,8 +112,8 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         parser = parser_of(words[0], words[1:])
         return parser.declared.main(parser.parse_words(words[1:]))
-    except SystemExit:  # raised by --help, and by rich if the reader of its output has ended
-        return 0
+    except SystemExit as ended:  # raised by --help, and by rich if the reader of its output has ended
+        return 0 if not ended.code or isinstance(ended.__context__, BrokenPipeError) else 1
     except UserError as error:
         sys.stderr.write(f"areal-like: {harmless(str(error))}\n")
         return 2

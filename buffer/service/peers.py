@@ -369,8 +369,8 @@ def _refuse_difference(hello: Hello, name: str, *, expected: object, owner: str)
     which = f" in {', '.join(names)}" if (names := _differing(own, expected)) else ""
     raise RefusedError(
         name,
-        f"differs from the job's{which}; the buffer's log has both values: start both with the same "
-        "configuration",
+        f"differs from the job's{which}; the buffer's log has both values (of long ones the digests): start "
+        "both with the same configuration",
     )
 
 

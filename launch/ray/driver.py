@@ -236,8 +236,9 @@ class Driver:
                 _say(f"{role.name} was not started: {error}")
                 for each in added[added.index(role) :]:
                     each.is_over = True
-                # Each attempt takes up to --wait, in which nothing is supervised.
-                (directory_of(self._paths) / "servers").unlink(missing_ok=True)
+                # Each attempt takes up to --wait, in which nothing is supervised. A newer order stays.
+                if wanted_servers(self._paths) == wanted:
+                    (directory_of(self._paths) / "servers").unlink(missing_ok=True)
                 break
         for role in servers[wanted:]:
             if (started := self._started.get(role)) is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fcntl
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pathlib import Path
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, find_checkpoints
 from launch.run_files import read_object
+
+log = logging.getLogger(__name__)
 
 _LOCK = ".lock"
 
@@ -92,6 +95,7 @@ def take_restart_order(paths: RunPaths) -> RestartOrder | None:
     taken.unlink()
     role, settings = order.get("role"), order.get("settings")
     if not isinstance(role, str) or not isinstance(settings, list):
+        log.warning("%s was damaged: no process is started again", file)
         return None
     order_id = str(order.get("order_id", ""))
     return RestartOrder(role=role, settings=[str(setting) for setting in settings], order_id=order_id)

@@ -48,7 +48,7 @@ from rollout_server.sessions.kept_responses import SHARED
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-_LEASE = "lease"
+_LEASE, _FULL = "lease", "full"
 _CLAIMED = "claimed"
 """Kind of the first entry; without it there are no others."""
 
@@ -152,7 +152,9 @@ class SessionJournal:
     async def forget(self) -> None:
         """The session is not to be continued; a new one may begin."""
         async with self._lock:
-            if self.num_entries and self.state is not JournalState.MOVED:
+            # While it is off, the buffer may have an entry whose acknowledgement did not come.
+            may_exist = self.num_entries > 0 or self.state is JournalState.OFF
+            if may_exist and self.state is not JournalState.MOVED:
                 await self._forget()
             self.num_entries = self._num_bytes = 0
             self._numbers, self._shared = {}, {}
@@ -184,7 +186,7 @@ class SessionJournal:
         except OverflowError as error:  # a client's integer of more than 64 bits
             data, refused = b"", str(error)
         if self._num_bytes + len(data) > self._max_bytes:
-            refused = "full"
+            refused = _FULL
         try:
             if refused:
                 await self._forget()
@@ -215,10 +217,11 @@ class SessionJournal:
             self.counts.num_off += 1
             log_at_powers_of_2(
                 self.counts.num_off,
-                "the session %s would not survive this server (%s; %d so far): see sessions.journal_bytes "
-                "and buffer.journals_bytes",
+                "the session %s would not survive this server (%s; %d so far)",
                 self.session,
-                refused,
+                f"{refused}: see sessions.journal_bytes and buffer.journals_bytes"
+                if refused == _FULL
+                else refused,
             )
 
     async def _forget(self) -> None:

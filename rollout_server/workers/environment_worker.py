@@ -241,4 +241,4 @@ def _has_children() -> bool:
     for path in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):  # the thread has ended
             lists.append(path.read_text())
-    return not lasting.pids.issuperset(int(pid) for one in lists for pid in one.split())
+    return not lists or not lasting.pids.issuperset(int(pid) for one in lists for pid in one.split())

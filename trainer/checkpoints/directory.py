@@ -121,6 +121,7 @@ def remove(checkpoint: Path) -> None:
     complete. `remove_partials` deletes the rest."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.pruned.partial")
     checkpoint.rename(doomed)
+    _sync(doomed.parent)
     shutil.rmtree(doomed)
 
 

@@ -61,9 +61,13 @@ def main(argv: Sequence[str]) -> int:
             return start_ranks(argv, world_size=config.trainer.world_size, module="trainer.replay")
     name = f"replay-{os.environ['RANK']}" if "RANK" in os.environ else "replay"
     keep_files_private()
-    configure_logging(config, name)
-    handle_log_signals()
-    return exit_code_of(name, lambda: _run(config, values.recording, follows_changes=not values.own_lr))
+
+    def body() -> None:
+        configure_logging(config, name)
+        handle_log_signals()
+        _run(config, values.recording, follows_changes=not values.own_lr)
+
+    return exit_code_of(name, body)
 
 
 if __name__ == "__main__":

@@ -81,3 +81,22 @@ def test_an_entry_that_cannot_be_written_is_none(caplog: pytest.LogCaptureFixtur
 
     run(body())
     assert "would not survive this server" in caplog.text
+
+
+def test_a_claim_whose_entry_was_not_acknowledged_is_forgotten() -> None:
+    """The client that claims it may go while its entry is on its way to the buffer."""
+
+    async def body() -> None:
+        store = Store()
+        session = waiting(store)
+        assert session.journal is not None
+        offered = asyncio.create_task(session.offered(nonce="first"))
+        await asyncio.sleep(0)
+        offered.cancel()
+        await asyncio.gather(offered, return_exceptions=True)
+        store.entries.append(b"it has arrived")
+        store.is_open.set()
+        await session.journal.forget()
+        assert session.journal.state is JournalState.OFF and not store.entries
+
+    run(body())
