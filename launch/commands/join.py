@@ -136,6 +136,7 @@ def free_name(paths: RunPaths, *, role: str = "rollout") -> str:
     for number in itertools.count():
         name = f"{role}-{number}"
         if not (paths.endpoints / f"{name}.json").exists():
+            paths.logs.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
                 (paths.logs / f"{name}.log").touch(exist_ok=False)
                 return name

@@ -30,8 +30,8 @@ def jobs_of(config: Config, paths: RunPaths, *roles: str) -> list[Job]:
 def begin(config: Config, scripts: Mapping[str, str], *, num_servers: int) -> dict[str, list[int]]:
     """Writes the run's directory with its scripts, and submits its jobs; returns their numbers by role.
 
-    If one is refused, those before it are cancelled. Raises ConfigError, also if jobs of the run are in the
-    queue or a launcher runs it.
+    If one is refused, or Ctrl-C comes, those before it are cancelled. Raises ConfigError, also if jobs of the
+    run are in the queue or a launcher runs it.
     """
     paths = RunPaths.of(config)
     if jobs := jobs_of(config, paths, *ROLES):
@@ -53,7 +53,7 @@ def begin(config: Config, scripts: Mapping[str, str], *, num_servers: int) -> di
             submitted[role].append(submit(scripts_of(paths) / f"{role}.sh", *after))
             # A job that started before the buffer's job would hold its nodes idle.
             after = [f"--dependency=after:{submitted['buffer'][0]}"]
-    except ArealError:
+    except (ArealError, KeyboardInterrupt):
         if begun := [str(number) for each in submitted.values() for number in each]:
             run_command("scancel", "--quiet", *begun)
         raise

@@ -23,6 +23,7 @@ from areal_like.runtime.command_line import load_config
 from launch.cli import main
 from launch.nodes.settings import settings_for_nodes
 from launch.nodes.start import RolePlace, role_settings
+from launch.slurm import jobs
 from launch.slurm.jobs import to_end
 from launch.slurm.node import own_address, place_of
 from launch.slurm.options import SlurmOptions
@@ -258,6 +259,19 @@ def test_a_refused_job_takes_the_others_back(
     error = capsys.readouterr().err
     assert "QOSMaxSubmitJobPerUserLimit" in error and "KillWait is 10 s" in error
     assert calls(slurm)[-1] == "scancel --quiet 101 102 103"
+
+
+def test_ctrl_c_takes_submitted_jobs_back(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = jobs.submit
+
+    def submit(script: Path, *options: str) -> int:
+        if script.name == "rollout.sh":
+            raise KeyboardInterrupt
+        return real(script, *options)
+
+    monkeypatch.setattr(jobs, "submit", submit)
+    assert main(["submit", "--slurm", "name=x", "security.insecure=true"]) == 130
+    assert calls(slurm)[-1] == "scancel --quiet 101 102"
 
 
 def test_a_run_that_has_begun_keeps_its_options(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
