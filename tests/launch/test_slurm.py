@@ -27,7 +27,7 @@ from launch.slurm import jobs
 from launch.slurm.jobs import to_end
 from launch.slurm.node import own_address, place_of
 from launch.slurm.options import SlurmOptions
-from launch.slurm.scheduler import Job
+from launch.slurm.scheduler import Job, submit
 from launch.slurm.script import BODY, job_script
 from tests.support.fake_slurm import calls, install
 from tests.support.keys import new_keys
@@ -262,14 +262,12 @@ def test_a_refused_job_takes_the_others_back(
 
 
 def test_ctrl_c_takes_submitted_jobs_back(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = jobs.submit
-
-    def submit(script: Path, *options: str) -> int:
+    def interrupted(script: Path, *options: str) -> int:
         if script.name == "rollout.sh":
             raise KeyboardInterrupt
-        return real(script, *options)
+        return submit(script, *options)
 
-    monkeypatch.setattr(jobs, "submit", submit)
+    monkeypatch.setattr(jobs, "submit", interrupted)
     assert main(["submit", "--slurm", "name=x", "security.insecure=true"]) == 130
     assert calls(slurm)[-1] == "scancel --quiet 101 102"
 
