@@ -303,6 +303,8 @@ class OpenSession:
         self.num_heard = 0
         """Number of heartbeats, and other requests that are not to the model."""
         self._waits_for_agent = False
+        self._num_recording = 0
+        """Number of rewards, deletions and ends whose entries in the journal are not durable yet."""
         self._on_call: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
@@ -394,11 +396,14 @@ class OpenSession:
 
     @property
     def _is_busy(self) -> bool:
-        """True while a request is pending, or while its agent waits for a process. After a refusal only
-        requests at the engine count, because a client that repeats a large, refused request may have one in
-        preparation at any time."""
+        """True while a request is pending, or while its agent waits for a process or for the buffer, which
+        may be starting again.
+
+        After a refusal, of the requests to the model only those at the engine count: a client that repeats a
+        large, refused request may have one in preparation at any time."""
         is_calling = self.num_pending > 0 and not self._was_refused
-        return self._waits_for_agent or self.conversation.is_sampling or is_calling
+        is_waiting = self._waits_for_agent or self._num_recording > 0
+        return is_waiting or self.conversation.is_sampling or is_calling
 
     @property
     def idle_s(self) -> float:
@@ -458,22 +463,38 @@ class OpenSession:
         """Calls `set_reward`, and returns when that is recorded. Also raises SessionMovedError."""
         self.set_reward(**posted)
         if self.journal is not None:
-            await self.journal.posted(**{**posted, "turns": dict(posted.get("turns", _NONE))})
+            turns = dict(posted.get("turns", _NONE))
+            await self._recorded(self.journal.posted(**{**posted, "turns": turns}))
 
     async def delete_response(self, id: str) -> None:
         """Deletes a kept response, and returns when that is recorded. Raises SessionMovedError."""
         self.kept.delete(id)
         if self.journal is not None:
-            await self.journal.deleted(id)
+            await self._recorded(self.journal.deleted(id))
 
     async def end_recorded(self, answer: Mapping[str, Any] | None = None) -> None:
         """Calls `end` for the agent once that is recorded. `answer`: what it is told, with a group. Raises
-        SessionMovedError."""
+        SessionMovedError, and SessionGoneError if the session was closed meanwhile and is no sample."""
         answer = answer or self._answer_to_end()
         if self.journal is not None and self.state is SessionState.OPEN:
-            await self.journal.ended(budget=self.budget)
+            await self._recorded(self.journal.ended(budget=self.budget))
+        is_good = self.end_answer is not None or (self.outcome is not None and self.outcome.is_good)
+        if self.state is SessionState.GONE and not is_good:
+            raise self._gone_error()
         self.end()
         self.end_answer = answer
+
+    async def _recorded(self, entry: Coroutine[Any, Any, None]) -> None:
+        """Awaits an entry of the journal. The idle time stands still meanwhile."""
+        began_s = self._loop.time()
+        self._num_recording += 1
+        try:
+            await entry
+        finally:
+            self._num_recording -= 1
+            now_s = self._loop.time()
+            self._last_activity_s = min(now_s, self._last_activity_s + now_s - began_s)
+            self._changed.set()
 
     def _answer_to_end(self) -> dict[str, Any]:
         return {"id": self.id, "ended": True, "problem": self.problem or None}

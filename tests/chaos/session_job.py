@@ -159,7 +159,8 @@ def check_books(root: Path, agents: OutsideAgents) -> None:
     events = agents.events
     kinds = kinds_of(events)
     assert kinds["ended"] and not kinds["hung"], kinds
-    failed = [event["message"] for event in events if event.get("status", 0) >= 500]
+    # 503: the session continues at another server. These agents do not ask again.
+    failed = [event["message"] for event in events if 500 <= event.get("status", 0) != 503]
     assert all("the engine failed" in message for message in failed), failed
     audit = audit_run(root)
     assert audit.is_clean, "\n".join(audit.lines())

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from areal_like.errors import SessionGoneError
 from areal_like.wire.messages.producer import AppendSession, ForgetSession
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.claimants import Claimant
 from rollout_server.sessions.journal import JournalCounts, JournalState, SessionJournal, read_journal
-from rollout_server.sessions.open_session import OpenSession
+from rollout_server.sessions.open_session import OpenSession, SessionState
 from tests.rollout_server.sessions.test_open_session import make, run
+from tests.support import moved_clock
+from tests.support.moved_clock import advance
 
 
 @dataclass(eq=False)
@@ -98,5 +101,47 @@ def test_a_claim_whose_entry_was_not_acknowledged_is_forgotten() -> None:
         store.is_open.set()
         await session.journal.forget()
         assert session.journal.state is JournalState.OFF and not store.entries
+
+    run(body())
+
+
+def test_a_session_is_not_idle_while_its_end_is_recorded() -> None:
+    """The buffer may be starting again."""
+
+    async def body() -> None:
+        store = Store()
+        store.is_open.set()
+        session = waiting(store)
+        await session.offered(nonce="n")
+        session.claim()
+        ended = asyncio.create_task(session.wait_ended(idle_timeout_s=3.0, deadline_s=lambda: None))
+        store.is_open.clear()
+        ending = asyncio.create_task(session.end_recorded())
+        await asyncio.sleep(0)
+        advance(10.0)
+        await asyncio.sleep(0.05)
+        assert not ended.done() and not ending.done()
+        store.is_open.set()
+        await ending
+        assert await ended == "" and session.state is SessionState.ENDED
+
+    moved_clock.run(body())
+
+
+def test_an_end_does_not_succeed_if_its_session_is_closed() -> None:
+    async def body() -> None:
+        store = Store()
+        store.is_open.set()
+        session = waiting(store)
+        await session.offered(nonce="n")
+        session.claim()
+        store.is_open.clear()
+        ending = asyncio.create_task(session.end_recorded())
+        await asyncio.sleep(0)
+        session.close("its lease was cancelled")
+        store.is_open.set()
+        with pytest.raises(SessionGoneError, match="its lease was cancelled"):
+            await ending
+        assert session.end_answer is None
 
     run(body())
