@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         code = _run(argv)
-        if sys.stdout is not None:  # it is closed
+        if sys.stdout is not None:  # None: the caller has closed it
             sys.stdout.flush()
     except BrokenPipeError:  # Python would complain when it flushes at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -86,6 +86,13 @@ class PlayedBuffer:
             while not self.received[name]:
                 await asyncio.sleep(0.01)
 
+    async def lease(self, leases: list[Any]) -> None:
+        """Sends LEASE once the client has registered; returns when the client has it in `leases`."""
+        await self.expect("ServerHeartbeat")
+        self.listener.send(self.peer, Leases(leases=[LEASE]))
+        while not leases:
+            await asyncio.sleep(0.01)
+
 
 @contextlib.asynccontextmanager
 async def running_client(config: Config) -> AsyncIterator[tuple[BufferClient, HeldLeases, list[Any]]]:
@@ -114,10 +121,7 @@ def test_messages_to_an_absent_buffer_do_not_pile_up(tmp_path: Path, monkeypatch
             {"runs_dir": str(tmp_path), "buffer": {"port": port}, "daemon": {"heartbeat_s": 1.0}}
         )
         async with running_client(config) as (client, held, leases):
-            await first.expect("ServerHeartbeat")
-            first.listener.send(first.peer, Leases(leases=[LEASE]))
-            while not leases:
-                await asyncio.sleep(0.01)
+            await first.lease(leases)
             first.listener.close()
             client.deliver(FAILED)
             for _ in range(150):  # heartbeats that would pile up
@@ -154,10 +158,7 @@ def test_a_buffer_that_moved_gets_the_results(tmp_path: Path, monkeypatch: pytes
         endpoint = RunPaths.of(config).endpoints / "buffer.json"
         write_json(endpoint, {"stream": f"tcp://127.0.0.1:{first.listener.port}"})
         async with running_client(config) as (client, held, leases):
-            await first.expect("ServerHeartbeat")
-            first.listener.send(first.peer, Leases(leases=[LEASE]))
-            while not leases:
-                await asyncio.sleep(0.01)
+            await first.lease(leases)
             first.listener.close()
             client.deliver(FAILED)
             second = PlayedBuffer(acknowledging=True)
@@ -213,10 +214,7 @@ def test_a_server_says_which_results_it_leaves_behind(
         port = {"port": buffer.listener.port}
         config = from_mapping({"runs_dir": str(tmp_path), "buffer": port, "daemon": {"heartbeat_s": 1.0}})
         async with running_client(config) as (client, _, leases):
-            await buffer.expect("ServerHeartbeat")
-            buffer.listener.send(buffer.peer, Leases(leases=[LEASE]))
-            while not leases:
-                await asyncio.sleep(0.01)
+            await buffer.lease(leases)
             client.deliver(FAILED)
             leaving = asyncio.create_task(client.leave())
             await asyncio.sleep(0.05)

@@ -48,6 +48,15 @@ def waiting(store: Store) -> OpenSession:
     return session
 
 
+async def claimed(store: Store) -> OpenSession:
+    """An open session whose claim is recorded."""
+    store.is_open.set()
+    session = waiting(store)
+    await session.offered(nonce="n")
+    session.claim()
+    return session
+
+
 def test_a_claim_taken_back_leaves_no_entry() -> None:
     """Of a group, one session may be lost while the entry of another is on its way."""
 
@@ -74,10 +83,7 @@ def test_an_entry_that_cannot_be_written_is_none(caplog: pytest.LogCaptureFixtur
 
     async def body() -> None:
         store = Store()
-        store.is_open.set()
-        session = waiting(store)
-        await session.offered(nonce="n")
-        session.claim()
+        session = await claimed(store)
         assert session.journal is not None and len(store.entries) == 1
         await session.journal.posted(metrics={"a": 10**30})
         assert session.journal.state is JournalState.OFF and not store.entries
@@ -110,10 +116,7 @@ def test_a_session_is_not_idle_while_its_end_is_recorded() -> None:
 
     async def body() -> None:
         store = Store()
-        store.is_open.set()
-        session = waiting(store)
-        await session.offered(nonce="n")
-        session.claim()
+        session = await claimed(store)
         ended = asyncio.create_task(session.wait_ended(idle_timeout_s=3.0, deadline_s=lambda: None))
         store.is_open.clear()
         ending = asyncio.create_task(session.end_recorded())
@@ -131,10 +134,7 @@ def test_a_session_is_not_idle_while_its_end_is_recorded() -> None:
 def test_an_end_does_not_succeed_if_its_session_is_closed() -> None:
     async def body() -> None:
         store = Store()
-        store.is_open.set()
-        session = waiting(store)
-        await session.offered(nonce="n")
-        session.claim()
+        session = await claimed(store)
         store.is_open.clear()
         ending = asyncio.create_task(session.end_recorded())
         await asyncio.sleep(0)
