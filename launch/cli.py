@@ -107,7 +107,7 @@ def _run(argv: Sequence[str] | None) -> int:
     if len(words) > 1 and words[0] == "help":
         words = [words[1], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):
-        sys.stdout.write(overview())
+        print(overview(), end="")
         return 0 if words else 2
     try:
         parser = parser_of(words[0], words[1:])

@@ -220,6 +220,13 @@ def test_a_reader_that_has_ended_is_no_failure(words: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("words", ["--help", "plan --help"])
+def test_a_closed_stdout_is_no_failure(words: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m launch {words} >&-"
+    done = subprocess.run(command, shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
 def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -16,6 +16,7 @@ import pytest
 from areal_like.client.areal_like_client import claim, claim_group
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths
 from areal_like.security.keys import KeyRole
 from rollout_server.router.directory import Directory, listed_in, status_urls
 from rollout_server.router.table import Listed
@@ -174,3 +175,14 @@ def test_the_list_is_read_with_the_router_s_own_token(tmp_path: Path) -> None:
         assert {one.header("authorization") for one in buffer.arrived} == {f"Bearer {tokens['router']}"}
 
     moved_clock.run(body())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "7", "null", "[" * 100_000])
+def test_a_damaged_endpoint_file_is_no_buffer(text: str, tmp_path: Path) -> None:
+    config = from_mapping({"name": "x", "runs_dir": str(tmp_path), "buffer": {"discovery": "run_dir"}})
+    file = RunPaths.of(config).endpoints / "buffer.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    assert status_urls(config)() == []
+    file.write_text('{"http": "127.0.0.1:7"}')
+    assert status_urls(config)() == ["http://127.0.0.1:7/status"]
