@@ -46,6 +46,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from areal_like.config import from_mapping
 from benchmarks.report import table, write
 from rollout_server.engine.core import EngineCore
+from rollout_server.engine.models.base import NewTokens
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.sampling import sample
@@ -225,9 +226,8 @@ def measure_phases(subject: Subject, *, repeats: int) -> dict[str, Any]:
         cache = model.facts.new_cache(num_rows=max(PHASE_ROWS), context_length=subject.context)
         prompts_BT = tokens(BATCH, subject.prompt_tokens)
         began_s = time.thread_time()
-        cache.begin_prefill(np.full(BATCH, subject.prompt_tokens, np.int64))
-        model.prefill(prompts_BT, cache)
-        cache.end_prefill(rows=range(BATCH), sources=range(BATCH))
+        cache.begin_prefill(np.full(BATCH, subject.prompt_tokens, np.int64), rows=[[i] for i in range(BATCH)])
+        model.compute(NewTokens(tokens_BT=prompts_BT), cache)
         if repeat:
             prefill_ms.append(1e3 * (time.thread_time() - began_s))
         for rows in PHASE_ROWS:

@@ -99,6 +99,8 @@ class KVCache:
     Decode step: `begin_decode`, then `append` for each layer.
     Prefill: `begin_prefill`, then `fill` for each layer, then `end_prefill`.
     Extension: `begin_extension`, then `extend` for each layer.
+    A prefill or an extension may be one pass with a decode step of the rows that it fills: in each layer
+    `fill` or `extend` comes before `append`.
     """
 
     def __init__(
@@ -131,6 +133,8 @@ class KVCache:
         self._batch: DecodeBatch | None = None
         self._extension: Extension | None = None
         self._computed_L2BHTD = torch.empty(0)
+        self._filled_rows = self._filled_from = torch.empty(0)
+        """int64: rows that the prefill fills, and for each of them its context."""
         self.new_lengths_B: NDArray[np.int64] = np.zeros(0, np.int64)
         """Tokens of each context in the prefill or extension that was begun last, without padding."""
         layout = StateLayout(state_shapes, dtype=dtype)
@@ -204,38 +208,39 @@ class KVCache:
 
     # Prefill
 
-    def begin_prefill(self, lengths_B: NDArray[np.int64]) -> None:
+    def begin_prefill(self, lengths_B: NDArray[np.int64], *, rows: Sequence[Sequence[int]]) -> None:
         """Prepares for one `fill` per layer, with contexts of `lengths_B` tokens, right-padded to the longest
-        one."""
+        one. `rows`: for each context, the rows that get it."""
         layers, _, _, heads, _, dim = self._storage.shape
         num_contexts = len(lengths_B)
         shape = (layers, 2, num_contexts, heads, int(lengths_B.max()), dim)
         self._computed_L2BHTD = torch.empty(shape, dtype=self.dtype, device=self.device)
         self.new_lengths_B = lengths_B
+        sources = [source for source, targets in enumerate(rows) for _ in targets]
+        self._filled_rows = torch.tensor([row for targets in rows for row in targets], device=self.device)
+        self._filled_from = torch.tensor(sources, device=self.device)
         if self._state_layout is not None:
             self.computed_states = self._state_layout.zeros(num_contexts, device=self.device)
 
     def fill(self, layer: int, key_BHTD: Tensor, value_BHTD: Tensor) -> None:
-        """Keeps one layer's computed keys and values until `end_prefill`."""
-        _, heads, _, key_dim = key_BHTD.shape
-        self._computed_L2BHTD[layer, 0, :, :heads, :, :key_dim] = key_BHTD
-        self._computed_L2BHTD[layer, 1, :, :heads, :, : value_BHTD.shape[3]] = value_BHTD
-
-    def end_prefill(self, *, rows: Sequence[int], sources: Sequence[int]) -> None:
-        """Copies computed context `sources[i]` to row `rows[i]`.
+        """Writes one layer's computed keys and values to the rows, and keeps them until the next prefill.
 
         The KV of the padding after a shorter context is written too; the row's own tokens overwrite it before
         it is read.
         """
-        if not rows:
-            return
-        computed = self._computed_L2BHTD
-        target, source = torch.tensor(rows, device=self.device), torch.tensor(sources, device=self.device)
-        used = self._storage[:, :, :, :, : computed.shape[4]]
-        used.index_copy_(2, target, computed.index_select(2, source))
-        if self.states is not None:
+        _, heads, length, key_dim = key_BHTD.shape
+        computed_2BHTD = self._computed_L2BHTD[layer]
+        computed_2BHTD[0, :, :heads, :, :key_dim] = key_BHTD
+        computed_2BHTD[1, :, :heads, :, : value_BHTD.shape[3]] = value_BHTD
+        if len(self._filled_rows):
+            used = self._storage[layer, :, :, :, :length]
+            used.index_copy_(1, self._filled_rows, computed_2BHTD.index_select(1, self._filled_from))
+
+    def end_prefill(self) -> None:
+        """Writes the computed states to the rows, in models that have them."""
+        if self.states is not None and len(self._filled_rows):
             assert self.computed_states is not None, "begin_prefill first"
-            self.states.write(target, self.computed_states.select(source))
+            self.states.write(self._filled_rows, self.computed_states.select(self._filled_from))
 
     def computed_prefix(self, source: int) -> Prefix:
         """Copies what the last prefill computed for context `source`."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from rollout_server.engine.cache import KVCache, Prefix, PrefixCache
 from rollout_server.engine.kept_prefixes import KeptPrefixes
-from rollout_server.engine.models.base import CausalModel
+from rollout_server.engine.models.base import CausalModel, NewTokens
 from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.routes import RowRoutes
 from rollout_server.engine.rows import RowState
@@ -84,6 +84,8 @@ class Contexts:
             state_tokens=self._state_tokens,
         )
         self._warn_of_small_caches()
+        self._filling: Iterator[tuple[NewTokens, bool]] = iter(())
+        """The passes of which `fill` returned the last one."""
         self.num_prefilled = 0
         """Context tokens computed."""
         self.num_copied = 0
@@ -137,26 +139,47 @@ class Contexts:
             is_shared=is_shared,
         )
 
-    def fill(self, admitted: list[Sequence], *, waiting: Iterable[Sequence]) -> None:
+    def fill(
+        self, admitted: list[Sequence], *, num_rows: int, waiting: Iterable[Sequence]
+    ) -> NewTokens | None:
         """Fills the rows of new sequences with the KV of all but the last token of their contexts.
 
-        `waiting`: sequences whose prompts may be computed ahead, for the cache.
+        `num_rows`: rows in use. `waiting`: sequences whose prompts may be computed ahead, for the cache.
+        Returns the tokens of the last pass if the caller is to compute them in one pass with a decode step of
+        all rows in use, and then to call `filled`.
         """
         groups: dict[ServedVersion, list[Sequence]] = {}  # nearly always one
         for sequence in admitted:
             assert sequence.served is not None, f"{sequence.seq_id} is admitted without weights"
             groups.setdefault(sequence.served, []).append(sequence)
-        for served, group in groups.items():
-            self._fill(group, served, waiting=waiting if self._is_newest(served) else ())
+            self._rows.enter(sequence)
+        for i, (served, group) in enumerate(groups.items()):
+            if self._model.adapters is not None:
+                self._model.adapters.select_one(served.slot)
+            # Adapters are selected for a whole pass, and its last layer leaves out the tokens that only fill.
+            can_join = i + 1 == len(groups) and bool((self._rows.slot[:num_rows] == served.slot).all())
+            passes = self._passes(group, served, waiting=waiting if self._is_newest(served) else ())
+            for new, is_last in passes:
+                if is_last and can_join and self._model.joins_passes:
+                    self._filling = passes
+                    return new
+                self._model.compute(new, self._cache)
+        return None
+
+    def filled(self) -> None:
+        """Keeps what the pass that `fill` returned has computed."""
+        for _ in self._filling:
+            raise AssertionError("it was not the last pass")
 
     def _is_newest(self, served: ServedVersion | None) -> bool:
         return served is None or served.serial == self._prefixes.serial
 
-    def _fill(self, admitted: list[Sequence], served: ServedVersion, *, waiting: Iterable[Sequence]) -> None:
-        """Fills the rows of sequences that are sampled with the same weights."""
+    def _passes(
+        self, admitted: list[Sequence], served: ServedVersion, *, waiting: Iterable[Sequence]
+    ) -> Iterator[tuple[NewTokens, bool]]:
+        """The passes that fill the rows of sequences that are sampled with the same weights, each with True
+        if nothing but keeping KV follows it. The caller computes each pass before it takes the next one."""
         uses_caches = self._is_newest(served)
-        if self._model.adapters is not None:
-            self._model.adapters.select_one(served.slot)
         # Context -> rows that need it: each context is computed once for all its rows. A prompt computed
         # ahead has no row yet.
         missing: dict[_Context, list[int]] = {}
@@ -167,7 +190,6 @@ class Contexts:
         begun: dict[_Context, list[int]] = {}
         """Shared prompt that has to be computed -> rows of sequences that have it and output."""
         for sequence in admitted:
-            self._rows.enter(sequence)
             context = sequence.context
             if uses_caches and sequence.keeps_prefix and not sequence.output_ids:
                 kept.add(context)
@@ -208,9 +230,13 @@ class Contexts:
         prompts |= begun.keys()
         if whole:
             self._add_waiting_prompts(whole, prompts, waiting)
-            self._compute_whole(whole, prompts)
+            for new, is_last in self._prefills(whole, prompts):
+                yield new, is_last and not extensions
         if extensions:
-            self._extend([(context, rows[0], known[context]) for context, rows in extensions.items()])
+            is_copied = any(len(rows) > 1 for rows in extensions.values())
+            left = [(context, rows[0], known[context]) for context, rows in extensions.items()]
+            for new, is_last in self._extensions(left):
+                yield new, is_last and not is_copied
             for context, (first, *others) in extensions.items():
                 if others:
                     self._move([first] * len(others), others, num_positions=len(context) - 1)
@@ -268,30 +294,35 @@ class Contexts:
             missing[prompt] = []
             prompts.add(prompt)
 
-    def _compute_whole(self, missing: dict[_Context, list[int]], prompts: set[_Context]) -> None:
+    def _prefills(
+        self, missing: dict[_Context, list[int]], prompts: set[_Context]
+    ) -> Iterator[tuple[NewTokens, bool]]:
+        """The passes that compute contexts from their beginning, each with True if it is the last."""
         # Contexts of similar length share a batch, so that little computation is spent on padding.
         queue = sorted(missing.items(), key=lambda item: len(item[0]))
         while queue:
             size = max(1, self._max_prefill_tokens // (len(queue[-1][0]) + self._state_tokens))
             queue, batch = queue[:-size], queue[-size:]
-            self._prefill(batch, prompts)
+            yield self._begin_prefill(batch), not queue
+            self._end_prefill(batch, prompts)
 
-    def _prefill(self, batch: list[tuple[_Context, list[int]]], prompts: set[_Context]) -> None:
-        """Runs one forward pass over right-padded contexts and copies their KV to their rows."""
+    def _begin_prefill(self, batch: list[tuple[_Context, list[int]]]) -> NewTokens:
         tokens_BT = np.zeros((len(batch), max(len(context) for context, _ in batch) - 1), np.int64)
-        rows, sources = [], []
-        for i, (context, context_rows) in enumerate(batch):
+        for i, (context, _) in enumerate(batch):
             tokens_BT[i, : len(context) - 1] = context[:-1]
             self.num_prefilled += len(context) - 1
-            rows += context_rows
-            sources += [i] * len(context_rows)
-        self._cache.begin_prefill(np.array([len(context) - 1 for context, _ in batch], np.int64))
-        self._model.prefill(self._tensor(tokens_BT), self._cache)
-        self._cache.end_prefill(rows=rows, sources=sources)
+        self._cache.begin_prefill(
+            np.array([len(context) - 1 for context, _ in batch], np.int64), rows=[rows for _, rows in batch]
+        )
+        return NewTokens(tokens_BT=self._tensor(tokens_BT))
+
+    def _end_prefill(self, batch: list[tuple[_Context, list[int]]], prompts: set[_Context]) -> None:
+        self._cache.end_prefill()
         routes_BTLK = None if self._routes is None else self._routes.prefilled(len(batch))
         if self._routes is not None and routes_BTLK is not None:
-            for row, source in zip(rows, sources, strict=True):
-                self._routes.write(row, routes_BTLK[source])
+            for (_, rows), routes_TLK in zip(batch, routes_BTLK, strict=True):
+                for row in rows:
+                    self._routes.write(row, routes_TLK)
         for i, (context, _) in enumerate(batch):
             # Only prompts are cached: the other samples of a group share the prompt, but no other sequence
             # has the same prompt and output.
@@ -301,8 +332,9 @@ class Contexts:
                     prefix = replace(prefix, routes_TLK=routes_BTLK[i, : len(context) - 1].copy())
                 self._prefixes.put(context, prefix)
 
-    def _extend(self, left: list[tuple[_Context, int, int]]) -> None:
-        """Computes the KV of contexts from a given position on, given what their rows hold before it.
+    def _extensions(self, left: list[tuple[_Context, int, int]]) -> Iterator[tuple[NewTokens, bool]]:
+        """The passes that compute contexts from a given position on, given what their rows hold before it,
+        each with True if it is the last.
 
         `left`: (context, row, position). A long one takes several passes, so that masks stay small.
         """
@@ -325,7 +357,7 @@ class Contexts:
             self.num_prefilled += int(lengths_B.sum())
             rows = [row for _, row, _ in batch]
             extension = self._cache.begin_extension(rows=rows, starts_B=starts_B, lengths_B=lengths_B)
-            self._model.extend(self._tensor(tokens_BT), extension, self._cache)
+            yield NewTokens(tokens_BT=self._tensor(tokens_BT), extension=extension), not left
             if self._routes is not None:
                 self._routes.extended(rows, starts_B, lengths_B)
 

@@ -3,7 +3,8 @@
 No threads and no sockets: the benchmark drives the same code. A step admits waiting sequences to rows,
 computes or copies the KV of all but the last token of each new context, and then decodes one token for every
 row at once. New rows are decoded together with old ones, because the last token of a new context is treated
-like the last sampled token of an old row.
+like the last sampled token of an old row. Where the model can (`joins_passes`), the last prefill and the
+decode step are one forward pass, which reads the weights once.
 
 Weights change only between two steps, and the version recorded for a token is that of the weights whose
 logits it was drawn from. `swap_weights` replaces all weights, so a forward pass never mixes two versions of
@@ -29,7 +30,7 @@ from areal_like.trajectory import FinishReason
 from areal_like.weights.adapters import AdapterHeader
 from rollout_server.engine.contexts import PREFILL_AHEAD_TOKENS, Contexts
 from rollout_server.engine.models.adapters import NO_SLOT
-from rollout_server.engine.models.base import CausalModel, Weights
+from rollout_server.engine.models.base import CausalModel, NewTokens, Weights
 from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.routes import RowRoutes
 from rollout_server.engine.rows import RowState
@@ -236,9 +237,9 @@ class EngineCore:
             self.model.adapters.select_one(self._newest.slot)
         tokens_1T = torch.tensor([tokens], device=facts.device)
         if first > 1:
-            cache.begin_prefill(np.array([first - 1], np.int64))
-            self.model.prefill(tokens_1T[:, : first - 1], cache)
-            cache.end_prefill(rows=[0], sources=[0])
+            cache.begin_prefill(np.array([first - 1], np.int64), rows=[[0]])
+            self.model.compute(NewTokens(tokens_BT=tokens_1T[:, : first - 1]), cache)
+            cache.end_prefill()
         logprobs = []
         for position in range(first - 1, len(tokens) - 1):
             batch = cache.begin_decode(np.array([position]))
@@ -268,19 +269,26 @@ class EngineCore:
         if admitted:
             for sequence in admitted:
                 sequence.served = sequence.served or self._newest
-            self.contexts.fill(admitted, waiting=scheduler.upcoming(PREFILL_AHEAD_TOKENS))
-        self.begun = [sequence for sequence in admitted if not sequence.output_ids]
         num_rows = scheduler.num_running
-        tokens_N, logprobs_N = self._decode(num_rows)
+        new = self.contexts.fill(
+            admitted, num_rows=num_rows, waiting=scheduler.upcoming(PREFILL_AHEAD_TOKENS)
+        )
+        self.begun = [sequence for sequence in admitted if not sequence.output_ids]
+        tokens_N, logprobs_N = self._decode(num_rows, new)
         return self._append_tokens(num_rows, tokens_N, logprobs_N)
 
-    def _decode(self, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Samples a token for each of rows 0..num_rows-1; returns (tokens int64[N], log-probs float32[N])."""
+    def _decode(self, num_rows: int, new: NewTokens | None) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Samples a token for each of rows 0..num_rows-1; returns (tokens int64[N], log-probs float32[N]).
+
+        `new`: the last tokens of contexts that are to be computed, in the same pass.
+        """
         rows = self._rows
         batch = self._cache.begin_decode(rows.num_tokens[:num_rows] - 1)
         if self.model.adapters is not None:
             self.model.adapters.select(rows.slot[:num_rows])
-        logits_NV = self.model.decode(self._tensor(rows.last_token[:num_rows]), batch, self._cache)
+        logits_NV = self.model.decode(self._tensor(rows.last_token[:num_rows]), batch, self._cache, new)
+        if new is not None:
+            self.contexts.filled()
         if self.routes is not None:
             self.routes.decoded(rows.num_tokens[:num_rows] - 1)
         temperature_N = rows.temperature[:num_rows]

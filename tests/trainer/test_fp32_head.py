@@ -84,10 +84,9 @@ def test_mismatch_in_bfloat16_is_smaller_with_it(tmp_path: Path, fast: bool) -> 
             theirs_S = engine_logps(path, torch.from_numpy(tokens).long(), fp32_head=fp32_head, fast=fast)
             differences.append((ours_S - theirs_S).abs().mean())
         mismatch[fp32_head] = float(torch.stack(differences).mean())
-    if fast:  # the layers are in bfloat16 in both cases; only the head's part of the mismatch goes
-        assert mismatch[True] < 0.95 * mismatch[False], mismatch
-    else:  # both sides run transformers' layers
-        assert mismatch[True] < 1e-6, mismatch
+    # The layers are in bfloat16 in both cases, and on a CPU the trainer's short attention is in float32: only
+    # the head's part of the mismatch goes.
+    assert mismatch[True] < 0.95 * mismatch[False], mismatch
 
 
 def trained_head(path: str, *, chunk_tokens: int, fp32_head: bool = True) -> tuple[Tensor, Tensor, Tensor]:

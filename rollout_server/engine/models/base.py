@@ -106,6 +106,16 @@ def new_arena(facts: ModelFacts, groups: Iterable[Sequence[str]]) -> tuple[Tenso
     ]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NewTokens:
+    """Tokens of contexts whose KV a pass computes: from their beginning, or over what rows hold already."""
+
+    tokens_BT: Tensor
+    """int64, right-padded."""
+    extension: Extension | None = None
+    """None: from their beginning (`KVCache.begin_prefill`)."""
+
+
 class CausalModel(Protocol):
     """A decoder-only model over KV rows."""
 
@@ -118,6 +128,8 @@ class CausalModel(Protocol):
     """True if `activate` copies the set, which may be filled again at once."""
     max_pass_tokens: int | None
     """Context tokens of one forward pass beyond which each of them takes longer; None: no such number."""
+    joins_passes: bool
+    """True if `decode` can compute new tokens of contexts in the same pass, which reads the weights once."""
 
     def make_slots(self, header: AdapterHeader, *, num_slots: int) -> AdapterSlots:
         """Allocates slots for adapters of this model. Raises WeightSyncError for an unknown target."""
@@ -131,15 +143,16 @@ class CausalModel(Protocol):
         """Makes all later forward passes use this set."""
         ...
 
-    def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
-        """Computes the KV of right-padded contexts (int64) and hands it to `cache.fill`."""
+    def compute(self, new: NewTokens, cache: KVCache) -> None:
+        """Computes the KV of new tokens of contexts and hands it to `cache.fill` or `cache.extend`."""
         ...
 
-    def extend(self, tokens_BT: Tensor, extension: Extension, cache: KVCache) -> None:
-        """Computes the KV of right-padded tokens (int64) that extend the contents of rows, and writes it to
-        the rows."""
-        ...
+    def decode(
+        self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache, new: NewTokens | None = None
+    ) -> Tensor:
+        """Returns the logits [N, V] after one more token (int64[N]) in each of rows 0..N-1.
 
-    def decode(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> Tensor:
-        """Returns the logits [N, V] after one more token (int64[N]) in each of rows 0..N-1."""
+        `new`: tokens to `compute` in the same pass, before the rows that they fill are read; only if
+        `joins_passes`.
+        """
         ...

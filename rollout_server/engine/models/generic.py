@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from areal_like.weights.adapters import AdapterHeader, linear_layers
 from rollout_server.engine.cache import DecodeBatch, Extension, KVCache
 from rollout_server.engine.models.adapters import AdapterSlots
-from rollout_server.engine.models.base import ModelFacts, Weights, new_arena
+from rollout_server.engine.models.base import ModelFacts, NewTokens, Weights, new_arena
 from rollout_server.engine.models.routes import RouteRecorder
 from rollout_server.engine.models.row_cache import RowCache
 
@@ -63,6 +63,7 @@ class GenericModel:
         self.routes: RouteRecorder | None = None
         self.copies_weights = False
         self.max_pass_tokens: int | None = None
+        self.joins_passes = False
         self._module = module
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         self._cache = RowCache(facts)
@@ -122,11 +123,15 @@ class GenericModel:
         for name, parameter in self._module.named_parameters():
             parameter.data = weights.plan[name]
 
-    def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
-        """Computes the KV of right-padded contexts.
+    def compute(self, new: NewTokens, cache: KVCache) -> None:
+        """Computes the KV of new tokens of contexts, and writes it to the rows."""
+        if new.extension is None:
+            self._prefill(new.tokens_BT, cache)
+        else:
+            self._extend(new.tokens_BT, new.extension, cache)
 
-        The causal mask is enough: padding comes after all real tokens.
-        """
+    def _prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
+        """The causal mask is enough: padding comes after all real tokens."""
         length = tokens_BT.shape[1]
         if self._causal_11TT.shape[-1] < length:
             # Additive, not boolean: models without an SDPA path add their mask to the scores.
@@ -139,9 +144,7 @@ class GenericModel:
         self._cache.begin("prefill", cache, states=cache.computed_states, lengths_B=lengths_B)
         self._forward(tokens_BT, positions_BT, self._causal_11TT[..., :length, :length])
 
-    def extend(self, tokens_BT: Tensor, extension: Extension, cache: KVCache) -> None:
-        """Computes the KV of right-padded tokens that extend the contents of rows, and writes it to the
-        rows."""
+    def _extend(self, tokens_BT: Tensor, extension: Extension, cache: KVCache) -> None:
         lengths_B = self._begin_padded(cache.new_lengths_B, tokens_BT.shape[1])
         states = None if cache.states is None else cache.states.select(extension.rows_B)
         self._cache.begin("extend", cache, states=states, lengths_B=lengths_B)
@@ -149,8 +152,11 @@ class GenericModel:
         if cache.states is not None and states is not None:
             cache.states.write(extension.rows_B, states)
 
-    def decode(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> Tensor:
+    def decode(
+        self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache, new: NewTokens | None = None
+    ) -> Tensor:
         """Returns the logits [N, V] after one more token in each of rows 0..N-1."""
+        assert new is None, "a transformers module computes one kind of tokens in a pass"
         mask_N11T = batch.bias_N1T.unsqueeze(1)
         self._padding_BT1 = None
         states = None if cache.states is None else cache.states.first(batch.num_rows)

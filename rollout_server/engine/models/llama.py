@@ -13,7 +13,7 @@ intermediate.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from areal_like.precision import fp32_linear, fp32_operand
 from areal_like.weights.adapters import AdapterHeader, linear_layers
-from rollout_server.engine.cache import DecodeBatch, Extension, KVCache
+from rollout_server.engine.cache import DecodeBatch, KVCache
 from rollout_server.engine.models import packed
 from rollout_server.engine.models.adapters import AdapterSlots
-from rollout_server.engine.models.base import ModelFacts, Weights, new_arena
+from rollout_server.engine.models.base import ModelFacts, NewTokens, Weights, new_arena
 from rollout_server.engine.models.routes import RouteRecorder
 
 _CACHE_BYTES = 2 << 20
@@ -65,6 +65,19 @@ class _Layer:
     gate_up: Tensor
     """[2F, C]"""
     down_CF: Tensor
+
+
+class _Part(NamedTuple):
+    """Tokens of a forward pass that attend in the same way."""
+
+    tokens: Tensor
+    """int64[tokens]"""
+    positions: Tensor
+    """int64[tokens]"""
+    attend: Callable[[int, Tensor, Tensor], Tensor]
+    """Of a layer: takes rotated queries and keys [tokens, H + K, D] and values [tokens, K, D], stores the
+    latter two, returns what the queries get [tokens, H D]; nothing in the last layer if it is not wanted."""
+    is_wanted: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -188,6 +201,7 @@ class LlamaModel:
         # So that a pass's gates and up-projections stay in the core's own cache.
         of_token = 2 * config.intermediate_size * facts.dtype.itemsize
         self.max_pass_tokens = _CACHE_BYTES // of_token if self.copies_weights else None
+        self.joins_passes = True
         self._mean_C1 = torch.full(
             (config.hidden_size, 1), 1 / config.hidden_size, dtype=facts.dtype, device=facts.device
         )
@@ -261,89 +275,102 @@ class LlamaModel:
         if self._packs_head:
             self._head_VC = packed.packed(head_VC)
 
-    def decode(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> Tensor:
+    def compute(self, new: NewTokens, cache: KVCache) -> None:
+        """Computes the KV of new tokens of contexts, and writes it to the rows."""
+        part = self._new_tokens(new, cache)
+        self._forward(part.tokens, part.positions, [part])
+
+    def decode(
+        self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache, new: NewTokens | None = None
+    ) -> Tensor:
         """Returns the logits [N, V] after one more token in each of rows 0..N-1."""
-        plan = self._plan
-        assert plan is not None, "activate a set of weights first"
-        num_rows, kv_heads, head_dim = batch.num_rows, self._num_kv_heads, self._head_dim
-        rotated_heads = self._num_heads + kv_heads
-        x_NC = F.embedding(tokens_N, plan.embed_VC)
-        cos_N1D = self._cos_TD.index_select(0, batch.position_N).unsqueeze(1)
-        sin_N1D = self._sin_TD.index_select(0, batch.position_N).unsqueeze(1)
-        bias_N11T = batch.bias_N1T.unsqueeze(1)
-        for i, layer in enumerate(plan.layers):
-            h_NC = self._rms_norm(x_NC, layer.input_norm_C)
-            qkv_NHD = self._qkv(h_NC, layer).view(num_rows, -1, head_dim)
-            qk_NHD = self._rotate(self._normed(qkv_NHD[:, :rotated_heads], layer), cos_N1D, sin_N1D)
-            key_NKTD, value_NKTD = cache.append(i, qk_NHD[:, self._num_heads :], qkv_NHD[:, rotated_heads:])
-            query_NKGD = qk_NHD[:, : self._num_heads].reshape(num_rows, kv_heads, self._group, head_dim)
-            attended = self._attend(query_NKGD, key_NKTD, value_NKTD, bias_N11T)
-            x_NC = self._mlp(self._output(x_NC, attended.reshape(num_rows, -1), layer), layer)
-        h_NC = self._rms_norm(x_NC, plan.norm_C)
+        parts = [self._decoded(tokens_N, batch, cache)]
+        tokens, positions = tokens_N, batch.position_N
+        if new is not None:
+            # Before the rows are decoded, because it writes what they attend to.
+            parts.insert(0, self._new_tokens(new, cache))
+            tokens = torch.cat([part.tokens for part in parts])
+            positions = torch.cat([part.positions for part in parts])
+        h_NC = self._forward(tokens, positions, parts)
         if not self._has_fp32_head:
             return self._linear(h_NC, self._head_VC)
         product = packed.fp32_linear if self._packs_head else fp32_linear
         return product(h_NC, self._head_VC)
 
-    def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
-        """Computes the KV of right-padded contexts.
+    def _decoded(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> _Part:
+        num_rows, num_heads = batch.num_rows, self._num_heads
+        grouped = (num_rows, self._num_kv_heads, self._group, self._head_dim)
+        bias_N11T = batch.bias_N1T.unsqueeze(1)
 
-        The causal mask is enough: padding comes after all real tokens.
-        """
-        length = tokens_BT.shape[1]
+        def attend(layer: int, qk_NHD: Tensor, value_NKD: Tensor) -> Tensor:
+            key_NKTD, value_NKTD = cache.append(layer, qk_NHD[:, num_heads:], value_NKD)
+            query_NKGD = qk_NHD[:, :num_heads].reshape(grouped)
+            return self._attend(query_NKGD, key_NKTD, value_NKTD, bias_N11T).reshape(num_rows, -1)
 
-        def fill(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            cache.fill(layer, key, value)
-            return key, value
+        return _Part(tokens_N, batch.position_N, attend, is_wanted=True)
 
-        cos_1T1D, sin_1T1D = self._cos_TD[None, :length, None], self._sin_TD[None, :length, None]
-        self._compute(tokens_BT, cos_1T1D, sin_1T1D, store=fill, bias=None)
+    def _new_tokens(self, new: NewTokens, cache: KVCache) -> _Part:
+        """In a prefill the causal mask is enough: padding comes after all real tokens."""
+        extension = new.extension
+        num_contexts, length = new.tokens_BT.shape
+        if extension is None:
+            position_T = torch.arange(length, device=new.tokens_BT.device)
+            positions = position_T.expand(num_contexts, length).reshape(-1)
+        else:
+            positions = extension.position_BT.flatten()
+        last = self._config.num_hidden_layers - 1
 
-    def extend(self, tokens_BT: Tensor, extension: Extension, cache: KVCache) -> None:
-        """Computes the KV of right-padded tokens that extend the contents of rows, and writes it to the
-        rows."""
-        cos_BT1D = self._cos_TD[extension.position_BT].unsqueeze(2)
-        sin_BT1D = self._sin_TD[extension.position_BT].unsqueeze(2)
-        self._compute(tokens_BT, cos_BT1D, sin_BT1D, store=cache.extend, bias=extension.bias_B1TS)
-
-    def _compute(
-        self,
-        tokens_BT: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *,
-        store: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
-        bias: Tensor | None,
-    ) -> None:
-        """Computes the KV of new tokens. `store`: takes a layer's new keys and values [B, K, T, D], returns
-        the ones that the queries attend to. `bias`: see Extension; None: the causal mask."""
-        plan = self._plan
-        assert plan is not None, "activate a set of weights first"
-        num_contexts, length = tokens_BT.shape
-        rotated_heads = self._num_heads + self._num_kv_heads
-        x = F.embedding(tokens_BT.reshape(-1), plan.embed_VC)
-        for i, layer in enumerate(plan.layers):
-            h = self._rms_norm(x, layer.input_norm_C)
-            qkv = self._qkv(h, layer).view(num_contexts, length, -1, self._head_dim)
-            qk = self._rotate(self._normed(qkv[:, :, :rotated_heads], layer), cos, sin)
-            query = qk[:, :, : self._num_heads].transpose(1, 2)
-            key, value = store(
-                i, qk[:, :, self._num_heads :].transpose(1, 2), qkv[:, :, rotated_heads:].transpose(1, 2)
-            )
-            # Only KV is needed, so the last layer's output is not computed.
-            if i + 1 == len(plan.layers):
-                break
-            attended = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=bias,
-                is_causal=bias is None,
+        def attend(layer: int, qk: Tensor, value: Tensor) -> Tensor:
+            qk_BTHD = qk.view(num_contexts, length, *qk.shape[1:])
+            query_BHTD = qk_BTHD[:, :, : self._num_heads].transpose(1, 2)
+            key_BKTD = qk_BTHD[:, :, self._num_heads :].transpose(1, 2)
+            value_BKTD = value.view(num_contexts, length, *value.shape[1:]).transpose(1, 2)
+            if extension is None:
+                cache.fill(layer, key_BKTD, value_BKTD)
+            else:
+                key_BKTD, value_BKTD = cache.extend(layer, key_BKTD, value_BKTD)
+            if layer == last:
+                return qk.new_empty(0, self._num_heads * self._head_dim)
+            attended_BHTD = F.scaled_dot_product_attention(
+                query_BHTD,
+                key_BKTD,
+                value_BKTD,
+                attn_mask=None if extension is None else extension.bias_B1TS,
+                is_causal=extension is None,
                 scale=self._scale,
                 enable_gqa=self._group > 1,
             )
-            attended = attended.transpose(1, 2).reshape(num_contexts * length, -1)
+            return attended_BHTD.transpose(1, 2).reshape(num_contexts * length, -1)
+
+        return _Part(new.tokens_BT.reshape(-1), positions, attend, is_wanted=False)
+
+    def _forward(self, tokens: Tensor, positions: Tensor, parts: Sequence[_Part]) -> Tensor:
+        """Runs the layers over the tokens of all parts, one after the other. Returns the normed hidden states
+        of those that are wanted; of the others only the KV are computed."""
+        plan = self._plan
+        assert plan is not None, "activate a set of weights first"
+        sizes = [len(part.tokens) for part in parts]
+        num_wanted = sum(len(part.tokens) for part in parts if part.is_wanted)
+        rotated_heads = self._num_heads + self._num_kv_heads
+        x = F.embedding(tokens, plan.embed_VC)
+        cos_11D = self._cos_TD.index_select(0, positions).unsqueeze(1)
+        sin_11D = self._sin_TD.index_select(0, positions).unsqueeze(1)
+        for i, layer in enumerate(plan.layers):
+            h = self._rms_norm(x, layer.input_norm_C)
+            qkv = self._qkv(h, layer).view(len(x), -1, self._head_dim)
+            qk = self._rotate(self._normed(qkv[:, :rotated_heads], layer), cos_11D, sin_11D)
+            value = qkv[:, rotated_heads:]
+            if len(parts) == 1:
+                attended = parts[0].attend(i, qk, value)
+            else:
+                pieces = zip(parts, torch.split(qk, sizes), torch.split(value, sizes), strict=True)
+                attended = torch.cat([part.attend(i, *piece) for part, *piece in pieces])
+            if i + 1 == len(plan.layers):
+                x = x[len(x) - num_wanted :]
+                if not num_wanted:
+                    break
             x = self._mlp(self._output(x, attended, layer), layer)
+        return self._rms_norm(x, plan.norm_C)
 
     def _rms_norm(self, x: Tensor, weight_C: Tensor) -> Tensor:
         """Divides x [rows, C] by its root mean square.

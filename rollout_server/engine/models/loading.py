@@ -31,7 +31,7 @@ from areal_like.weights.untrained import (
     text_config,
 )
 from rollout_server.engine.models import llama
-from rollout_server.engine.models.base import CausalModel, ModelFacts, Weights
+from rollout_server.engine.models.base import CausalModel, ModelFacts, NewTokens, Weights
 from rollout_server.engine.models.generic import GenericModel, delta_nets, gates_of
 from rollout_server.engine.models.routes import RouteRecorder
 from rollout_server.engine.models.row_cache import ShapeProbe
@@ -280,16 +280,20 @@ def _difference(model: CausalModel, tokens_BT: Tensor, reference: list[Tensor]) 
     lengths = [CHECK_TOKENS, CHECK_TOKENS // 2]
     cache = facts.new_cache(num_rows=2, context_length=CHECK_TOKENS)
     starts_B = np.array([CHECK_TOKENS - 4, CHECK_TOKENS // 2 - 3], np.int64)
-    cache.begin_prefill(starts_B)
-    model.prefill(tokens_BT[:, : int(starts_B[0])], cache)
-    cache.end_prefill(rows=[0, 1], sources=[0, 1])
+    cache.begin_prefill(starts_B, rows=[[0], [1]])
+    model.compute(NewTokens(tokens_BT=tokens_BT[:, : int(starts_B[0])]), cache)
+    cache.end_prefill()
     lengths_B = np.array(lengths, np.int64) - 1 - starts_B
     new_BT = torch.zeros(2, int(lengths_B.max()), dtype=torch.int64, device=facts.device)
     for row, (start, length) in enumerate(zip(starts_B.tolist(), lengths_B.tolist(), strict=True)):
         new_BT[row, :length] = tokens_BT[row, start : start + length]
-    model.extend(new_BT, cache.begin_extension(rows=[0, 1], starts_B=starts_B, lengths_B=lengths_B), cache)
+    extension = cache.begin_extension(rows=[0, 1], starts_B=starts_B, lengths_B=lengths_B)
+    new = NewTokens(tokens_BT=new_BT, extension=extension)
+    if not model.joins_passes:
+        model.compute(new, cache)
     last_N = torch.stack([tokens_BT[row, length - 1] for row, length in enumerate(lengths)])
     batch = cache.begin_decode(np.array(lengths, dtype=np.int64) - 1)
-    ours_NV = torch.log_softmax(model.decode(last_N, batch, cache).float(), -1)
+    logits_NV = model.decode(last_N, batch, cache, new if model.joins_passes else None)
+    ours_NV = torch.log_softmax(logits_NV.float(), -1)
     theirs_NV = torch.log_softmax(torch.stack(reference).float(), -1)
     return float((theirs_NV.exp() * (ours_NV - theirs_NV).abs()).sum(-1).max())

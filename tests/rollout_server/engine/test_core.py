@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from areal_like.errors import ConfigError
 from areal_like.trajectory import FinishReason
 from rollout_server.engine import cache
+from rollout_server.engine.cache import KVCache
 from rollout_server.engine.contexts import LEAST_SHARED_TOKENS
 from rollout_server.engine.core import EngineCore
+from rollout_server.engine.models.base import NewTokens
 from rollout_server.engine.models.generic import GenericModel
 from rollout_server.engine.models.llama import LlamaModel
 from rollout_server.engine.models.loading import load
@@ -210,6 +212,28 @@ def test_long_prompts_are_admitted_within_the_budget(tmp_path: Path) -> None:
     assert core.scheduler.num_running == 2, "18 of 20 tokens"
     run(core)
     assert all(error(path, s) < 1e-4 for s in sequences)
+
+
+def test_the_last_prefill_joins_the_decode_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_model(tmp_path / "m", "qwen3")
+    model, weights = load(str(path), dtype=torch.float32, device=CPU, context_length=64)
+    model.max_pass_tokens = 20
+    alone = []
+    compute = model.compute
+
+    def recorded(new: NewTokens, cache: KVCache) -> None:
+        alone.append(tuple(new.tokens_BT.shape))
+        compute(new, cache)
+
+    monkeypatch.setattr(model, "compute", recorded)
+    core = EngineCore(model, weights, EngineOptions(max_running_requests=8, context_length=64), version="0")
+    sequences = [submit(core, [3 + i] * 9, max_new_tokens=20) for i in range(5)]
+    core.step()
+    assert core.scheduler.num_running == 5 and alone == [(2, 8), (2, 8)], "the third is not"
+    sequences += [submit(core, [20 + i] * (4 + i), max_new_tokens=9) for i in range(2)]
+    run(core)
+    assert len(alone) == 2
+    assert all(error(path, sequence) < 1e-4 for sequence in sequences)
 
 
 @pytest.mark.parametrize("recompute", [True, False])
