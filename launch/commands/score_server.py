@@ -34,6 +34,8 @@ def main(args: argparse.Namespace) -> int:
     if not NAME.fullmatch(args.name):
         raise ConfigError(f"--name {args.name[:80]}: {NAME_RULE}")
     path = Path(args.model).expanduser().resolve()
+    if not path.is_dir():
+        raise ConfigError(f"score-server: no directory {path}")
     settings = [f"name={_RUN}", *args.settings, f'scorer.path="{path}"']
     if any(word.startswith("scorer.path=") for word in args.settings):
         raise ConfigError("score-server: DIR is scorer.path: leave the setting out")

@@ -59,6 +59,7 @@ def areal_like(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["run", "runs_dir=/proc/1/nowhere"], "cannot create the run directory"),
         (["status", "nowhere"], "no run 'nowhere'"),
         (["audit", "nowhere"], "no run 'nowhere'"),
+        (["score-server", "nowhere"], "score-server: no directory /"),
         (["audit"], "audit: the following arguments are required: RUN"),
         (["drop", "nowhere"], "drop: the following arguments are required: TICKET"),
         (["drop", "nowhere", "x"], "'x' is not a ticket number"),
