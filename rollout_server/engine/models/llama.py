@@ -353,12 +353,12 @@ class LlamaModel:
         num_wanted = sum(len(part.tokens) for part in parts if part.is_wanted)
         rotated_heads = self._num_heads + self._num_kv_heads
         x = F.embedding(tokens, plan.embed_VC)
-        cos_11D = self._cos_TD.index_select(0, positions).unsqueeze(1)
-        sin_11D = self._sin_TD.index_select(0, positions).unsqueeze(1)
+        cos_N1D = self._cos_TD.index_select(0, positions).unsqueeze(1)
+        sin_N1D = self._sin_TD.index_select(0, positions).unsqueeze(1)
         for i, layer in enumerate(plan.layers):
             h = self._rms_norm(x, layer.input_norm_C)
             qkv = self._qkv(h, layer).view(len(x), -1, self._head_dim)
-            qk = self._rotate(self._normed(qkv[:, :rotated_heads], layer), cos_11D, sin_11D)
+            qk = self._rotate(self._normed(qkv[:, :rotated_heads], layer), cos_N1D, sin_N1D)
             value = qkv[:, rotated_heads:]
             if len(parts) == 1:
                 attended = parts[0].attend(i, qk, value)
