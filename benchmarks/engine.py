@@ -228,6 +228,7 @@ def measure_phases(subject: Subject, *, repeats: int) -> dict[str, Any]:
         began_s = time.thread_time()
         cache.begin_prefill(np.full(BATCH, subject.prompt_tokens, np.int64), rows=[[i] for i in range(BATCH)])
         model.compute(NewTokens(tokens_BT=prompts_BT), cache)
+        cache.end_prefill()
         if repeat:
             prefill_ms.append(1e3 * (time.thread_time() - began_s))
         for rows in PHASE_ROWS:

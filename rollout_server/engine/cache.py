@@ -99,8 +99,8 @@ class KVCache:
     Decode step: `begin_decode`, then `append` for each layer.
     Prefill: `begin_prefill`, then `fill` for each layer, then `end_prefill`.
     Extension: `begin_extension`, then `extend` for each layer.
-    A prefill or an extension may be one pass with a decode step of the rows that it fills: in each layer
-    `fill` or `extend` comes before `append`.
+    A prefill or an extension may be one pass with a decode step of all rows in use: in each layer `fill` or
+    `extend` comes before `append`.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class KVCache:
         self._batch: DecodeBatch | None = None
         self._extension: Extension | None = None
         self._computed_L2BHTD = torch.empty(0)
-        self._filled_rows = self._filled_from = torch.empty(0)
+        self._filled_rows = self._filled_from = torch.empty(0, dtype=torch.int64)
         """int64: rows that the prefill fills, and for each of them its context."""
         self.new_lengths_B: NDArray[np.int64] = np.zeros(0, np.int64)
         """Tokens of each context in the prefill or extension that was begun last, without padding."""
@@ -217,8 +217,9 @@ class KVCache:
         self._computed_L2BHTD = torch.empty(shape, dtype=self.dtype, device=self.device)
         self.new_lengths_B = lengths_B
         sources = [source for source, targets in enumerate(rows) for _ in targets]
-        self._filled_rows = torch.tensor([row for targets in rows for row in targets], device=self.device)
-        self._filled_from = torch.tensor(sources, device=self.device)
+        filled = [row for targets in rows for row in targets]
+        self._filled_rows = torch.tensor(filled, dtype=torch.int64, device=self.device)
+        self._filled_from = torch.tensor(sources, dtype=torch.int64, device=self.device)
         if self._state_layout is not None:
             self.computed_states = self._state_layout.zeros(num_contexts, device=self.device)
 

@@ -72,7 +72,7 @@ class Contexts:
         self._max_prefill_tokens = min(
             options.max_prefill_tokens, model.max_pass_tokens or options.max_prefill_tokens
         )
-        """Also the maximum number of tokens in one forward pass."""
+        """Also the maximum number of new tokens in one forward pass."""
         self._state_tokens = cache.state_tokens
         # Kept routes take the place of KV.
         kv_share = 1.0 if routes is None else cache.num_bytes / (cache.num_bytes + routes.num_bytes)
@@ -156,11 +156,12 @@ class Contexts:
         for i, (served, group) in enumerate(groups.items()):
             if self._model.adapters is not None:
                 self._model.adapters.select_one(served.slot)
-            # Adapters are selected for a whole pass, and its last layer leaves out the tokens that only fill.
-            can_join = i + 1 == len(groups) and bool((self._rows.slot[:num_rows] == served.slot).all())
+            # Slots are selected for all rows of a pass, and its last layer has fewer rows than the others.
+            one_slot = bool((self._rows.slot[:num_rows] == served.slot).all())
+            can_join = self._model.joins_passes and one_slot and i + 1 == len(groups)
             passes = self._passes(group, served, waiting=waiting if self._is_newest(served) else ())
             for new, is_last in passes:
-                if is_last and can_join and self._model.joins_passes:
+                if is_last and can_join:
                     self._filling = passes
                     return new
                 self._model.compute(new, self._cache)

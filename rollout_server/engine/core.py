@@ -229,7 +229,7 @@ class EngineCore:
         temperature 1: float32[len(tokens) - first].
 
         Uses a KV row of its own. The tokens before `first` are one prefill; each later token is one decode
-        step with the kernels with which it was sampled.
+        step, as when it was sampled.
         """
         facts = self.model.facts
         cache = facts.new_cache(num_rows=1, context_length=len(tokens))
@@ -266,13 +266,13 @@ class EngineCore:
             if self.routes is not None:
                 self.routes.move(sources, targets, num_positions=num_positions)
             self._rows.move(sources, targets)
+        num_rows = scheduler.num_running
+        new = None
         if admitted:
             for sequence in admitted:
                 sequence.served = sequence.served or self._newest
-        num_rows = scheduler.num_running
-        new = self.contexts.fill(
-            admitted, num_rows=num_rows, waiting=scheduler.upcoming(PREFILL_AHEAD_TOKENS)
-        )
+            ahead = scheduler.upcoming(PREFILL_AHEAD_TOKENS)
+            new = self.contexts.fill(admitted, num_rows=num_rows, waiting=ahead)
         self.begun = [sequence for sequence in admitted if not sequence.output_ids]
         tokens_N, logprobs_N = self._decode(num_rows, new)
         return self._append_tokens(num_rows, tokens_N, logprobs_N)
@@ -280,7 +280,7 @@ class EngineCore:
     def _decode(self, num_rows: int, new: NewTokens | None) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Samples a token for each of rows 0..num_rows-1; returns (tokens int64[N], log-probs float32[N]).
 
-        `new`: the last tokens of contexts that are to be computed, in the same pass.
+        `new`: the tokens of the step's last prefill or extension, which the same pass computes.
         """
         rows = self._rows
         batch = self._cache.begin_decode(rows.num_tokens[:num_rows] - 1)

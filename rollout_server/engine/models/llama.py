@@ -13,7 +13,7 @@ intermediate.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -31,6 +31,9 @@ from rollout_server.engine.models.routes import RouteRecorder
 
 _CACHE_BYTES = 2 << 20
 """Of the level-2 cache of a core."""
+_ROWS_MULTIPLE = 16
+"""A pass with new tokens is padded to a multiple of so many. For each number of rows oneDNN generates code,
+which takes as long as half of the products of a pass, and it keeps a limited number of them."""
 
 
 class _MatrixNames(NamedTuple):
@@ -76,8 +79,7 @@ class _Part(NamedTuple):
     """int64[tokens]"""
     attend: Callable[[int, Tensor, Tensor], Tensor]
     """Of a layer: takes rotated queries and keys [tokens, H + K, D] and values [tokens, K, D], stores the
-    latter two, returns what the queries get [tokens, H D]; nothing in the last layer if it is not wanted."""
-    is_wanted: bool
+    latter two, returns what the queries get [tokens, H D]; [0, H D] in the last layer if it is not wanted."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -277,21 +279,17 @@ class LlamaModel:
 
     def compute(self, new: NewTokens, cache: KVCache) -> None:
         """Computes the KV of new tokens of contexts, and writes it to the rows."""
-        part = self._new_tokens(new, cache)
-        self._forward(part.tokens, part.positions, [part])
+        self._forward([self._new_tokens(new, cache)], num_wanted=0)
 
     def decode(
         self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache, new: NewTokens | None = None
     ) -> Tensor:
         """Returns the logits [N, V] after one more token in each of rows 0..N-1."""
         parts = [self._decoded(tokens_N, batch, cache)]
-        tokens, positions = tokens_N, batch.position_N
         if new is not None:
             # Before the rows are decoded, because it writes what they attend to.
             parts.insert(0, self._new_tokens(new, cache))
-            tokens = torch.cat([part.tokens for part in parts])
-            positions = torch.cat([part.positions for part in parts])
-        h_NC = self._forward(tokens, positions, parts)
+        h_NC = self._forward(parts, num_wanted=batch.num_rows)
         if not self._has_fp32_head:
             return self._linear(h_NC, self._head_VC)
         product = packed.fp32_linear if self._packs_head else fp32_linear
@@ -307,7 +305,7 @@ class LlamaModel:
             query_NKGD = qk_NHD[:, :num_heads].reshape(grouped)
             return self._attend(query_NKGD, key_NKTD, value_NKTD, bias_N11T).reshape(num_rows, -1)
 
-        return _Part(tokens_N, batch.position_N, attend, is_wanted=True)
+        return _Part(tokens_N, batch.position_N, attend)
 
     def _new_tokens(self, new: NewTokens, cache: KVCache) -> _Part:
         """In a prefill the causal mask is enough: padding comes after all real tokens."""
@@ -342,15 +340,30 @@ class LlamaModel:
             )
             return attended_BHTD.transpose(1, 2).reshape(num_contexts * length, -1)
 
-        return _Part(new.tokens_BT.reshape(-1), positions, attend, is_wanted=False)
+        return _Part(new.tokens_BT.reshape(-1), positions, attend)
 
-    def _forward(self, tokens: Tensor, positions: Tensor, parts: Sequence[_Part]) -> Tensor:
+    def _padding(self, num_tokens: int) -> _Part:
+        """Tokens that nothing attends to."""
+        zeros = torch.zeros(num_tokens, dtype=torch.int64, device=self.facts.device)
+        last = self._config.num_hidden_layers - 1
+
+        def attend(layer: int, qk: Tensor, value: Tensor) -> Tensor:
+            return qk.new_zeros(0 if layer == last else num_tokens, self._num_heads * self._head_dim)
+
+        return _Part(zeros, zeros, attend)
+
+    def _forward(self, parts: list[_Part], *, num_wanted: int) -> Tensor:
         """Runs the layers over the tokens of all parts, one after the other. Returns the normed hidden states
-        of those that are wanted; of the others only the KV are computed."""
+        of the last `num_wanted` tokens, which are a part or none; of the others only the KV are computed."""
         plan = self._plan
         assert plan is not None, "activate a set of weights first"
         sizes = [len(part.tokens) for part in parts]
-        num_wanted = sum(len(part.tokens) for part in parts if part.is_wanted)
+        if self.copies_weights and sum(sizes) > num_wanted and (missing := -sum(sizes) % _ROWS_MULTIPLE):
+            parts, sizes = [self._padding(missing), *parts], [missing, *sizes]
+        tokens, positions = parts[0].tokens, parts[0].positions
+        if len(parts) > 1:
+            tokens = torch.cat([part.tokens for part in parts])
+            positions = torch.cat([part.positions for part in parts])
         rotated_heads = self._num_heads + self._num_kv_heads
         x = F.embedding(tokens, plan.embed_VC)
         cos_N1D = self._cos_TD.index_select(0, positions).unsqueeze(1)
@@ -366,9 +379,9 @@ class LlamaModel:
                 pieces = zip(parts, torch.split(qk, sizes), torch.split(value, sizes), strict=True)
                 attended = torch.cat([part.attend(i, *piece) for part, *piece in pieces])
             if i + 1 == len(plan.layers):
-                x = x[len(x) - num_wanted :]
                 if not num_wanted:
-                    break
+                    return x[:0]
+                x = x[-num_wanted:]
             x = self._mlp(self._output(x, attended, layer), layer)
         return self._rms_norm(x, plan.norm_C)
 

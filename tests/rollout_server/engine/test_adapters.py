@@ -99,17 +99,21 @@ def test_log_probs_are_those_of_peft(
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_versions_finish_side_by_side(fast: bool, tmp_path: Path) -> None:
+def test_versions_finish_side_by_side(fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base, two adapters and a preempted sequence: each under the version that it began with, also where
     they have the same prompt. KV of a prompt never passes from one version to another."""
     path = save_model(tmp_path / "llama", "llama")
     one, two = make_adapter(path, seed=1), make_adapter(path, seed=2)
     core = make_core(path, fast=fast)
+    alone, compute = [], core.model.compute
+    monkeypatch.setattr(core.model, "compute", lambda *args: (alone.append(args), compute(*args)))
     base = submit(core, 12)
     run(core, steps=2)
+    assert len(alone) == (0 if fast else 1)
     activate(core, one, version="1", running="finish")
     first = [submit(core, 12), submit(core, 12, keeps_prefix=True)]
     run(core, steps=2)
+    assert len(alone) == (1 if fast else 2), "a pass of rows of two versions has no prefill"
     activate(core, two, version="2", running="finish")
     second = [submit(core, 12), submit(core, 12, keeps_prefix=True)]
     run(core, steps=2)
