@@ -31,9 +31,6 @@ from rollout_server.engine.models.routes import RouteRecorder
 
 _CACHE_BYTES = 2 << 20
 """Of the level-2 cache of a core."""
-_ROWS_MULTIPLE = 16
-"""A pass with new tokens is padded to a multiple of so many. For each number of rows oneDNN generates code,
-which takes as long as half of the products of a pass, and it keeps a limited number of them."""
 
 
 class _MatrixNames(NamedTuple):
@@ -342,24 +339,12 @@ class LlamaModel:
 
         return _Part(new.tokens_BT.reshape(-1), positions, attend)
 
-    def _padding(self, num_tokens: int) -> _Part:
-        """Tokens that nothing attends to."""
-        zeros = torch.zeros(num_tokens, dtype=torch.int64, device=self.facts.device)
-        last = self._config.num_hidden_layers - 1
-
-        def attend(layer: int, qk: Tensor, value: Tensor) -> Tensor:
-            return qk.new_zeros(0 if layer == last else num_tokens, self._num_heads * self._head_dim)
-
-        return _Part(zeros, zeros, attend)
-
     def _forward(self, parts: list[_Part], *, num_wanted: int) -> Tensor:
         """Runs the layers over the tokens of all parts, one after the other. Returns the normed hidden states
         of the last `num_wanted` tokens, which are a part or none; of the others only the KV are computed."""
         plan = self._plan
         assert plan is not None, "activate a set of weights first"
         sizes = [len(part.tokens) for part in parts]
-        if self.copies_weights and sum(sizes) > num_wanted and (missing := -sum(sizes) % _ROWS_MULTIPLE):
-            parts, sizes = [self._padding(missing), *parts], [missing, *sizes]
         tokens, positions = parts[0].tokens, parts[0].positions
         if len(parts) > 1:
             tokens = torch.cat([part.tokens for part in parts])
