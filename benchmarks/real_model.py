@@ -45,10 +45,9 @@ from benchmarks.real_model_trl import missing_trl, trl_command
 from benchmarks.report import ROOT, table
 from launch.run_files import read_object
 
-MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(128 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
-"""Makes glibc keep the memory of tensors of up to 128 MiB. By default it returns that of much smaller ones to
-the kernel, which then spends time on clearing the same pages again. Where it keeps all, the trainer's heap
-grows with each step that has larger tensors than the ones before."""
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+"""Makes glibc keep the memory of large tensors. By default it returns the memory to the kernel after each
+one, which then spends time on clearing the same pages again."""
 
 
 def main() -> None:
