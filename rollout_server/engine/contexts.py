@@ -7,6 +7,8 @@
                                    over them: an extension
     anything else                  computed from its beginning: a prefill
 
+The last pass of a step is left to the caller where the model joins it with the decode step (`fill`).
+
 Only sequences that a later request may continue (`Sequence.keeps_prefix`) are kept when they end; for all
 others a copy would be wasted. All KV that is kept was computed under the newest weights: a swap drops it, and
 a row whose KV is older than the last swap is not kept. A sequence that goes on under an older adapter neither
