@@ -198,6 +198,9 @@ def decode(frames: Sequence[Frame], prefix: HeaderPrefix | None = None) -> tuple
 def _compile(hint: Any) -> tuple[_Encode, _Decode]:
     """Encoder and decoder for one annotation."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    aliased = getattr(origin, "__value__", None)  # of a type statement, which is what NDArray is in numpy 2.5
+    if aliased is not None:
+        return _compile(aliased[args])
     if hint is Any:
         return _same, (lambda raw, _: raw)
     if origin is np.ndarray:

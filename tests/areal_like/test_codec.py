@@ -6,16 +6,19 @@ import pickle
 import struct
 import tracemalloc
 import zlib
+from typing import Any, TypeVar
 
 import msgpack
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typing_extensions import TypeAliasType
 
 from areal_like.config.buffer import MAX_PEERS
 from areal_like.errors import WireError
 from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.wire import codec
 from areal_like.wire.codec import (
     HEADER_LIMITS,
     MAX_HEADER_BYTES,
@@ -94,6 +97,15 @@ def test_trajectories_survive_a_round_trip(num_prompt: int, num_sampled: int, ri
     assert (done.lease_id, done.ticket_id, done.sample_index) == (1, 2, 0)
     assert same(done.record.trajectory(), sent) and done.record.num_sampled == num_sampled
     assert not done.record.trajectory().tokens.flags.writeable
+
+
+def test_arrays_may_be_declared_by_a_type_statement() -> None:
+    """As numpy 2.5 declares NDArray; a statement of its own needs Python 3.12."""
+    item = TypeVar("item", bound=np.generic)
+    alias = TypeAliasType("alias", np.ndarray[Any, np.dtype[item]], type_params=(item,))
+    _, read = codec._compile(alias[np.float32])
+    _, expected = codec._compile(np.ndarray[Any, np.dtype[np.float32]])
+    assert read.__code__ is expected.__code__
 
 
 def test_nested_messages_survive_a_round_trip() -> None:

@@ -6,12 +6,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -184,3 +186,15 @@ def without_measured(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics that follow from the data: without times, rates and memory."""
     measured = re.compile(r".*_s(_min|_max|_per_gpu|_trained)?|mfu\w*|memory_\w+")
     return {name: value for name, value in metrics.items() if not measured.fullmatch(name)}
+
+
+def pretend_liger(
+    monkeypatch: pytest.MonkeyPatch, apply: Callable[..., None] | None, *, family: str = "qwen3"
+) -> None:
+    """Puts a package in place of Liger, which needs a GPU, that calls `apply`."""
+    package, patches = ModuleType("liger_kernel.transformers"), ModuleType("monkey_patch")
+    package._apply_liger_kernel_to_instance = apply  # type: ignore[attr-defined]
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {family: None}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", patches)

@@ -103,7 +103,7 @@ def inputs(layout: AttentionLayout, dtype: torch.dtype = torch.float64) -> list[
 def results(attend: Callable[..., Tensor], qkv: list[Tensor], *args: Any, **settings: Any) -> list[Tensor]:
     """The output, and the gradients of a weighted sum of it."""
     out_UHD = attend(*qkv, *args, **settings)
-    weights = torch.linspace(-1, 1, out_UHD.numel(), dtype=out_UHD.dtype).view_as(out_UHD)
+    weights = torch.linspace(-1, 1, out_UHD.numel(), dtype=out_UHD.dtype).view_as(out_UHD).to(out_UHD.device)
     return [out_UHD.detach(), *torch.autograd.grad((out_UHD * weights).sum(), qkv)]
 
 

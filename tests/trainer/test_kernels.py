@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from areal_like.config import from_mapping
-from tests.support.trainer_helpers import write_model
+from tests.support.trainer_helpers import pretend_liger, write_model
 from trainer.distributed.ranks import Ranks
 from trainer.models import kernels
 from trainer.models.kernels import Kernels, apply_liger, choose_kernels, use_kernels
@@ -76,14 +76,30 @@ def test_a_cpu_uses_none(tmp_path: Path, installed: set[str], ranks: Ranks) -> N
     assert not any("forward" in vars(module) for module in policy.model.base_model.modules())
 
 
+def test_liger_changes_only_the_models_that_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger itself replaces classes of transformers, so that later models of this process would use them."""
+    from transformers.models.qwen3 import modeling_qwen3
+
+    def patch(model: Any, **_settings: bool) -> None:
+        modeling_qwen3.Qwen3RMSNorm = torch.nn.Identity  # type: ignore[assignment,misc]
+        modeling_qwen3.apply_rotary_pos_emb = lambda query, *_rest: pytest.fail("on a CPU")
+
+    pretend_liger(monkeypatch, patch)
+    monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", modeling_qwen3.apply_rotary_pos_emb)
+    norm = modeling_qwen3.Qwen3RMSNorm
+    path = write_model(tmp_path, "qwen3")
+    plain = AutoModelForCausalLM.from_pretrained(path)
+    tokens_1T = torch.arange(7)[None]
+    want = plain(tokens_1T).logits
+    for _ in range(2):  # the second call finds what the first one left
+        assert apply_liger(AutoModelForCausalLM.from_pretrained(path))
+        assert modeling_qwen3.Qwen3RMSNorm is norm
+        assert torch.equal(plain(tokens_1T).logits, want)
+
+
 def test_liger_gets_the_whole_model_and_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
-    package, patches = ModuleType("liger_kernel.transformers"), ModuleType("monkey_patch")
-    package._apply_liger_kernel_to_instance = lambda **settings: calls.append(settings)  # type: ignore[attr-defined]
-    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"qwen3": None}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", patches)
+    pretend_liger(monkeypatch, lambda **settings: calls.append(settings))
     model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "qwen3", "qwen3"))
     assert apply_liger(model)
     (settings,) = calls

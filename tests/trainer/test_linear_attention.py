@@ -30,7 +30,7 @@ from areal_like.trajectory import Trajectory
 from areal_like.weights.buckets import unflatten
 from tests.support.families import HYBRIDS, write_family
 from tests.support.quick import others_in_chaos
-from tests.support.trainer_helpers import joined, random_groups
+from tests.support.trainer_helpers import joined, pretend_liger, random_groups
 from tests.support.trainer_ranks import make_runner
 from tests.trainer.test_families import unpacked
 from tests.trainer.test_policy import gradients
@@ -452,12 +452,7 @@ def test_compilation_and_liger_leave_it_out(
             plain = {name for name, child in layer.named_children() if child._compiled_call_impl is None}
             attention = "linear_attn" if hasattr(layer, "linear_attn") else "self_attn"
             assert plain == {attention} | ({"mlp"} if family == "qwen3_next" else set())
-    package, patches = ModuleType("liger_kernel.transformers"), ModuleType("monkey_patch")
-    package._apply_liger_kernel_to_instance = None  # type: ignore[attr-defined]
-    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"qwen3_5_text": None}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", patches)
+    pretend_liger(monkeypatch, None, family="qwen3_5_text")
     caplog.set_level("INFO")
     assert not kernels.apply_liger(Policy.build(paths["qwen3_5_text"]).model)
     assert "Liger has none for models of type qwen3_5_text" in caplog.text
@@ -495,6 +490,31 @@ def test_a_value_model_keeps_sequences_apart(paths: dict[str, str], ranks: Ranks
         together_S = model(packed(chosen))
         alone_S = torch.cat([model(packed([each])) for each in chosen])
     torch.testing.assert_close(together_S, alone_S, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "others", "is_refused"),
+    [
+        ((9, 0), "3.6.0", set(), True),
+        ((9, 0), "3.6.0", {"tilelang"}, False),
+        ((9, 0), "3.7.1", set(), False),
+        ((10, 0), "3.6.0", set(), False),
+    ],
+)
+def test_a_wrong_triton_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    triton: str,
+    others: set[str],
+    is_refused: bool,
+) -> None:
+    """On Hopper GPUs, where flash-linear-attention itself raises in the first backward."""
+    assert linear._wrong_on_hopper() == "" or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(linear.importlib.metadata, "version", lambda _: triton)
+    monkeypatch.setattr(linear.importlib.util, "find_spec", lambda name: name if name in others else None)
+    assert (f"Triton {triton} computes wrong gradients" in linear._wrong_on_hopper()) == is_refused
 
 
 @pytest.mark.gpu

@@ -24,9 +24,11 @@ D hidden size, C channels of the convolution, K its kernel, H heads.
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType
@@ -255,7 +257,7 @@ def check_kernels(device: torch.device, *, kind: Kind, dtype: torch.dtype) -> No
     missing = "" if _unfit(device.type, dtype) else _import_error("flash-linear-attention")
     if missing and kind != "rectangles":
         raise ConfigError(
-            f"this model has linear attention, whose kernels are missing ({missing}): {INSTALL}. "
+            f"this model has linear attention, whose kernels cannot be used ({missing}): {INSTALL}. "
             "trainer.attention=rectangles does without them, in torch, and is much slower"
         )
     if kind == "varlen" and obstacle:
@@ -303,7 +305,24 @@ def _import_error(package: str) -> str:
         return f"{package} is not installed" if is_absent else f"{package}: {error}"
     except Exception as error:  # built for another torch, no driver: the package decides what it raises
         return f"{package}: {type(error).__name__}: {error}"
-    return ""
+    return _wrong_on_hopper() if package == "flash-linear-attention" else ""
+
+
+def _wrong_on_hopper() -> str:
+    """Why this machine's Triton is refused; empty if it is not, or if tilelang takes its place.
+
+    From 3.4.0 to 3.7.0 it computes wrong gradients of the gated delta rule on Hopper GPUs, and the package
+    raises in the first backward (flash-linear-attention, issue 640).
+    """
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return ""
+    version = importlib.metadata.version("triton")
+    is_wrong = (3, 4) <= tuple(map(int, re.findall(r"\d+", version)[:3])) < (3, 7, 1)
+    if not is_wrong or importlib.util.find_spec("tilelang"):
+        return ""
+    return (
+        f"Triton {version} computes wrong gradients of it on this GPU, so tilelang or Triton 3.7.1 is needed"
+    )
 
 
 @functools.cache

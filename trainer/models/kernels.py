@@ -17,10 +17,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from areal_like.config import Config
 from areal_like.precision import routers
@@ -31,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _FA3_CAPABILITY = (9, 0)
 """Compute capability of H100 and H200, the only one that FlashAttention 3 supports."""
+_ROPE = "apply_rotary_pos_emb"
+"""transformers' name of the rotary embedding in a model's module."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +115,10 @@ def apply_liger(model: Any, *, rope: bool = True) -> bool:
 
     False, with a line in the log, for models that Liger does not support. Names of parameters stay.
 
-    Liger replaces the rotary embedding in the model's module of transformers, for all models of that family
-    in this process. It overwrites the queries and keys that it gets: `rope` has to be False where one of them
-    is kept for the backward (`recomputation.py`).
+    Liger changes the model's module of transformers too, for every later model of that family in the
+    process. Only its rotary embedding stays there, because the layers look it up by its name, and only for
+    tensors that Liger's kernels can read. It overwrites the queries and keys that it gets: `rope` has to be
+    False where one of them is kept for the backward (`recomputation.py`).
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -122,6 +128,8 @@ def apply_liger(model: Any, *, rope: bool = True) -> bool:
     if not is_known or next(routers(model), None) is not None or linear_layers(model):
         log.info("kernels: Liger has none for models of type %s", family)
         return False
+    module = sys.modules[type(model).__module__]
+    before = dict(vars(module))
     _apply_liger_kernel_to_instance(
         model=model,
         rope=rope,
@@ -130,7 +138,23 @@ def apply_liger(model: Any, *, rope: bool = True) -> bool:
         cross_entropy=False,
         fused_linear_cross_entropy=False,
     )
+    for name, value in before.items():
+        found = getattr(module, name)
+        if found is not value:
+            setattr(module, name, _only_on_gpus(found, value) if name == _ROPE else value)
     return True
+
+
+def _only_on_gpus(of_liger: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls `of_liger` for tensors on a GPU, and `own` for those of a CPU and for fake tensors."""
+    own = getattr(own, "__wrapped__", own)
+
+    @functools.wraps(own)
+    def rotary(query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        is_real = query.is_cuda and type(query) is Tensor
+        return (of_liger if is_real else own)(query, *args, **kwargs)
+
+    return rotary
 
 
 def _absent(package: str) -> str:
