@@ -205,6 +205,11 @@ class TrainerConfig(Section, key="trainer"):
             "trainer.gradient_checkpointing to true, selective or auto, or turn it off",
         )
         require(
+            not (self.compile and self.gradient_checkpointing == "selective"),
+            "trainer.gradient_checkpointing=selective cannot keep products that are compiled "
+            "(trainer.compile=true): set gradient_checkpointing to true, or compile to false",
+        )
+        require(
             all(0 <= beta < 1 for beta in self.betas),
             f"trainer.betas={list(self.betas)}: use two numbers of at least 0 and below 1",
         )

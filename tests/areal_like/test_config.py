@@ -182,6 +182,7 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["trainer.device=gpu"], "use cpu, cuda or cuda:N"),
         (["rollout.engine_device=tpu"], r"rollout\.engine_device=tpu: use cpu, cuda or cuda:N"),
         (["trainer.betas=[2,3]"], "at least 0 and below 1"),
+        (["trainer.compile=true", "trainer.gradient_checkpointing=selective"], "cannot keep products"),
         (["eval.sets.a.num_samples=2"], r"eval\.sets\.a\.num_samples=2 with temperature=0: .*set a temp"),
         (["eval.sets.a.num_sample=2"], r"did you mean `eval\.sets\.a\.num_samples`"),
         (["eval.sets={a: {temperature: 1, num_samples: 2, k: [4]}}"], r"eval\.sets\.a\.k=\[4\]: .*1 to .*2"),

@@ -81,6 +81,9 @@ def record(rng: random.Random) -> Record:
 def example(hint: Any, rng: random.Random) -> Any:
     """A value of an annotation of a message."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    aliased = getattr(origin, "__value__", None)  # of a type statement
+    if aliased is not None:
+        return example(aliased[args], rng)
     if origin is list:
         return [example(args[0], rng) for _ in range(rng.randrange(4))]
     if origin is np.ndarray:

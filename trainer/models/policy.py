@@ -37,7 +37,7 @@ from trainer.models.lora import adapter_off
 from trainer.models.packed_model import PackedModel
 from trainer.profiling.ranges import ranged
 
-ENTROPY_NUMBERS_ON_CPU, ENTROPY_NUMBERS_ON_GPU = 1 << 16, 1 << 24
+ENTROPY_NUMBERS_ON_CPU, ENTROPY_NUMBERS_ON_GPU = 1 << 16, 1 << 26
 
 
 class TokenLogProbs(NamedTuple):

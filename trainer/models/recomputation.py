@@ -12,9 +12,9 @@ backward, so it is not computed again in any case (torch's early stop). These ch
 counts from the first product on and so keeps the last one.
 
 Products of experts (grouped) and linear attention are computed again: the former's outputs are larger than
-their inputs by the number of experts of a token, and the latter's kernels are no operations of torch. Also
-what `trainer.compile` compiles, which is one operation to torch. Liger's rotary embedding writes into the
-product k that it gets, so `selective` leaves it out (`kernels.py`).
+their inputs by the number of experts of a token, and the latter's kernels are no operations of torch. Liger's
+rotary embedding writes into the product k that it gets, so `selective` leaves it out (`kernels.py`). With
+`trainer.compile` it is refused: compiled products write into buffers, which torch refuses to keep.
 
 Left out: copies on a stream of their own. A layer's input is a few hundredths of a second of PCIe for some
 tenths of a second of computation; the copies run on the training's stream.
