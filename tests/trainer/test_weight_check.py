@@ -61,7 +61,7 @@ def sample(mask: list[int], *, first_token: int) -> TrainingSample:
     return TrainingSample(trajectory=trajectory, advantage=1.0, group=0)
 
 
-def test_check_tokens_are_the_first_sampled_turn() -> None:
+def test_check_tokens_are_the_longest_first_turn() -> None:
     # The first sequence is too long; the second has two turns with a tool's answer between them.
     long = [0] * MAX_CONTEXT + [1, 1]
     batch = collate([sample(long, first_token=0), sample([0, 0, 1, 1, 1, 0, 1], first_token=50)])
@@ -69,6 +69,9 @@ def test_check_tokens_are_the_first_sampled_turn() -> None:
     found = check_tokens(batch, logp_S, step=3)
     assert found == CheckTokens(step=3, tokens=[50, 51, 52, 53, 54], first=2, logprobs=[-3.0, -4.0, -5.0])
     assert check_tokens(collate([sample(long, first_token=0)]), logp_S[:2], step=3) is None
+    shorter, longer = sample([0, 1], first_token=10), sample([0, 1, 1], first_token=20)
+    found = check_tokens(collate([shorter, longer, shorter]), logp_S[:4], step=3)
+    assert found == CheckTokens(step=3, tokens=[20, 21, 22], first=1, logprobs=[-2.0, -3.0])
     many = check_tokens(collate([sample([0] + [1] * 100, first_token=0)]), -torch.ones(100), step=0)
     assert many is not None and (many.first, len(many.tokens), len(many.logprobs)) == (1, 33, 32)
 
@@ -86,6 +89,15 @@ def test_a_jump_stands_out_from_earlier_checks() -> None:
     for _ in range(5):
         assert not fp32.is_jump(1e-6)
     assert fp32.is_jump(0.01) and not fp32.is_jump(5e-4), "float32 noise varies by orders of magnitude"
+
+
+def test_the_mean_of_few_tokens_varies_more() -> None:
+    detector = JumpDetector(noise=NOISE["bfloat16"])
+    for _ in range(5):
+        assert not detector.is_jump(0.012, 32)
+    assert detector.limit(32) == 0.05 and detector.limit(8) == 0.1
+    assert not detector.is_jump(0.098, 3), "measured on an H100, with the right weights"
+    assert detector.is_jump(0.2, 3) and detector.is_jump(0.098, 32)
 
 
 def test_fewer_and_fewer_pushes_if_they_do_not_help() -> None:

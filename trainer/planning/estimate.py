@@ -33,8 +33,9 @@ SPREADS = (0.5, 1.0)
 class Assumptions:
     """Assumed efficiencies and rates."""
 
-    trainer_efficiency: float = 0.30
-    """Share of the peak FLOP/s that the trainer's kernels reach (eager, one kernel for each operation)."""
+    trainer_efficiency: float = 0.35
+    """Share of the peak FLOP/s that the trainer's kernels reach (eager, one kernel for each operation). With
+    Liger 0.39 was measured: Qwen3-1.7B on one H100, benchmarks/results/gpu/step_h100.json."""
     fa3_attention: float = 0.45
     """Time of attention with FlashAttention 3, relative to torch's own kernel (estimated from rates on an
     H100: 31 instead of 69 microseconds a token with sequences of 16,384 tokens and Qwen3-8B)."""

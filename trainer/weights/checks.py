@@ -42,8 +42,8 @@ _WINDOW = 64
 _MIN_HISTORY = 3
 _FACTOR = 3.0
 NOISE = {"float32": 1e-3, "bfloat16": 0.05}
-"""`model.dtype` -> mean difference, in nats, that is never a jump. In bfloat16 one check of a few nearly
-certain tokens may differ by a few thousandths, and the next one by some hundredths."""
+"""`model.dtype` -> mean difference of MAX_SCORED tokens, in nats, that is never a jump. In bfloat16 one check
+of nearly certain tokens may differ by a few thousandths, and the next one by some hundredths."""
 MERGED_HINT = (
     "; the push had the base merged with the adapter and rounded to {dtype}, which the trainer's own forward "
     "does not do (lora_lost_updates is the share of updates that rounding undoes)"
@@ -73,12 +73,13 @@ class CheckTokens:
 
 
 def check_tokens(batch: PackedBatch, logp_S: Tensor, *, step: int) -> CheckTokens | None:
-    """The first sampled tokens of a micro-batch's first sequence that is short enough; None if there is none.
+    """The first sampled tokens of a sequence of a micro-batch: of the one that has most, MAX_SCORED at most.
 
-    `logp_S`: log-probs of the batch's sampled tokens. A token's log-prob depends only on the part of the
-    sequence before it, so the rest is left out.
+    None if every sequence is too long. `logp_S`: log-probs of the batch's sampled tokens. A token's log-prob
+    depends only on the part of the sequence before it, so the rest is left out.
     """
     sampled = batch.sampled_S.tolist()
+    found: tuple[int, int, int] | None = None
     start, at = 0, 0
     for length in batch.lengths:
         end, begin = start + length, at
@@ -87,21 +88,29 @@ def check_tokens(batch: PackedBatch, logp_S: Tensor, *, step: int) -> CheckToken
         run = begin
         while run < at and run < begin + MAX_SCORED and sampled[run] - sampled[begin] == run - begin:
             run += 1
-        if run > begin and sampled[run - 1] - start < MAX_CONTEXT:
-            return CheckTokens(
-                step=step,
-                tokens=batch.tokens_T[start : sampled[run - 1] + 1].tolist(),
-                first=sampled[begin] - start,
-                logprobs=logp_S[begin:run].detach().tolist(),
-            )
+        is_longer = run - begin > (found[2] - found[1] if found else 0)
+        if is_longer and sampled[run - 1] - start < MAX_CONTEXT:
+            found = start, begin, run
+            if run - begin == MAX_SCORED:
+                break
         start = end
-    return None
+    if found is None:
+        return None
+    start, begin, run = found
+    return CheckTokens(
+        step=step,
+        tokens=batch.tokens_T[start : sampled[run - 1] + 1].tolist(),
+        first=sampled[begin] - start,
+        logprobs=logp_S[begin:run].detach().tolist(),
+    )
 
 
 class JumpDetector:
     """Finds differences that are far above those of the last checks of all engines.
 
-    The limit is three times the median of the last 64 accepted differences, and never below `noise`.
+    The limit for MAX_SCORED tokens is three times the median of the last 64 accepted differences, and never
+    below `noise`. The mean of fewer tokens varies more, by the root of their number, and so does its limit:
+    of three tokens in bfloat16 a single one can raise the mean above `noise`.
     """
 
     def __init__(self, *, noise: float = NOISE["float32"]) -> None:
@@ -109,16 +118,16 @@ class JumpDetector:
         self._noise = noise
         self._accepted: deque[float] = deque(maxlen=_WINDOW)
 
-    @property
-    def limit(self) -> float:
-        """Largest difference, in nats, that is accepted now."""
+    def limit(self, num_tokens: int) -> float:
+        """Largest mean difference of so many tokens, in nats, that is accepted now."""
         if len(self._accepted) < _MIN_HISTORY:
             return _UNKNOWN_LIMIT
-        return max(self._noise, _FACTOR * statistics.median(self._accepted))
+        of_many = max(self._noise, _FACTOR * statistics.median(self._accepted))
+        return of_many * math.sqrt(MAX_SCORED / num_tokens)
 
-    def is_jump(self, difference: float) -> bool:
+    def is_jump(self, difference: float, num_tokens: int = MAX_SCORED) -> bool:
         """Records one check's difference; returns True if it is a jump or not finite."""
-        if not difference <= self.limit:
+        if not difference <= self.limit(num_tokens):
             return True
         self._accepted.append(difference)
         return False
@@ -235,7 +244,8 @@ class WeightChecks:
         self.next_due_s = min(self._due_s.values())
 
     async def _check(self, receiver: ReceiverId, tokens: CheckTokens, version: int) -> None:
-        name, limit = receiver[0], self._jumps.limit
+        name, num_tokens = receiver[0], len(tokens.logprobs)
+        limit = self._jumps.limit(num_tokens)
         reply = await self._score_at(receiver, ScoreTokens(tokens=tokens.tokens, first=tokens.first))
         if not isinstance(reply, TokenScores) or reply.version != version:
             reason = (
@@ -244,9 +254,9 @@ class WeightChecks:
             log.debug("version %d at %s was not checked: %s", version, name, reason)
             self._set_due(receiver, 0.0)
             return
-        is_short = len(reply.logprobs) != len(tokens.logprobs)
+        is_short = len(reply.logprobs) != num_tokens
         difference = float("nan") if is_short else tokens.difference(reply.logprobs)
-        is_jump = self._jumps.is_jump(difference)
+        is_jump = self._jumps.is_jump(difference, num_tokens)
         self._on_report(
             CheckReport(server=name, version=version, difference=difference, limit=limit, is_jump=is_jump)
         )
@@ -260,7 +270,7 @@ class WeightChecks:
             "trainer's by %.3g on average, and at most %.3g is numerical noise%s%s",
             name,
             version,
-            len(tokens.logprobs),
+            num_tokens,
             difference,
             limit,
             self._hint,
