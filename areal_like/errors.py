@@ -101,6 +101,10 @@ class EngineError(ArealError):
     """The inference engine returned an error or did not respond."""
 
 
+class NoSuchRouteError(EngineError):
+    """The engine has no endpoint of this name (HTTP 404)."""
+
+
 class EngineTimeoutError(EngineError):
     """The engine returned no token of a sequence within the time limit of a generation."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from areal_like.errors import ConfigError, EngineError
+from areal_like.errors import ConfigError, EngineError, NoSuchRouteError
 from areal_like.security.tokens import read_secret
 from rollout_server.policy.generation import MAX_ERROR_CHARS
 
@@ -77,8 +77,8 @@ class EngineHttp:
     ) -> bytes:
         """Makes one request; returns the body of the response.
 
-        Raises EngineError if it takes longer than `timeout_s`, for a status other than 200, and for a
-        response of more than 64 MiB.
+        Raises EngineError if it takes longer than `timeout_s`, for a status other than 200
+        (NoSuchRouteError for 404), and for a response of more than 64 MiB.
         """
         total_s = _CONTROL_TIMEOUT_S if timeout_s is None else timeout_s
         timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=min(total_s, CONNECT_TIMEOUT_S))
@@ -90,7 +90,8 @@ class EngineHttp:
                 method, f"{self.base_url}{path}", json=body, timeout=timeout, allow_redirects=False
             ) as response:
                 if response.status != 200:
-                    raise EngineError(f"{name}: {await error_text(response)}")
+                    kind = NoSuchRouteError if response.status == 404 else EngineError
+                    raise kind(f"{name}: {await error_text(response)}")
                 return await _content(response)
         except TimeoutError:
             raise EngineError(f"{name}: no response within {total_s:g} s") from None

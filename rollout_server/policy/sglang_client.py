@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from areal_like.errors import EngineError, PromptRefusedError
+from areal_like.errors import ConfigError, EngineError, NoSuchRouteError, PromptRefusedError
 from areal_like.wire.messages.weights import FormGroup, group_name_of
 from rollout_server.policy.client import EngineClient, EngineInfo
 from rollout_server.policy.generation import Generation, Sampling
@@ -250,9 +250,19 @@ class SglangClient(EngineClient):
             raise error(f"{name}: token id {outside} is outside the vocabulary of {self._vocab_size}")
 
     async def health(self) -> bool:
-        """True if the engine has started and accepts requests; False while it is paused."""
+        """True if the engine has started and accepts requests; False while it is paused.
+
+        Raises ConfigError for an SGLang that is too old to say so.
+        """
         try:
-            await self._http.call("GET", "/ready", timeout_s=CONNECT_TIMEOUT_S)
+            try:
+                await self._http.call("GET", "/ready", timeout_s=CONNECT_TIMEOUT_S)
+            except NoSuchRouteError:
+                version = str((await self.server_info()).get("version") or "")[:40]
+                raise ConfigError(
+                    f"SGLang {version} at {self._http.base_url} has no /ready, so it is too old: "
+                    "install sglang 0.5.23 or a later version"
+                ) from None
         except EngineError:
             return False
         return True

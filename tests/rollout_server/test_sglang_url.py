@@ -74,6 +74,27 @@ def test_an_engine_at_a_url_needs_the_trainers_head(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
+def test_an_old_sglang_is_named_at_once(tmp_path: Path) -> None:
+    """It never says that it is ready. A proxy without its engine has no server info either."""
+    has_engine = True
+
+    async def answer(request: web.Request) -> web.Response:
+        if request.path == "/server_info" and has_engine:
+            return web.json_response({"version": "0.5.16"})
+        raise web.HTTPNotFound
+
+    async def body() -> None:
+        nonlocal has_engine
+        async with served(answer) as url:
+            with pytest.raises(ConfigError, match=r"SGLang 0\.5\.16 at \S+ has no /ready.*0\.5\.23"):
+                await at_url(tmp_path, url=url).start(version=0)
+            has_engine = False
+            async with SglangClient(url, vocab_size=10) as client:
+                assert not await client.health()
+
+    asyncio.run(body())
+
+
 def test_engine_behind_tls_gets_the_key(tmp_path: Path) -> None:
     certificate, private_key = make_certificate(tmp_path, "tls")
     key = tmp_path / "engine.key"
