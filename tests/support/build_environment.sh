@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds an environment of its own for a package whose requirements differ from ours, once, and prints its directory.
 # The link NAME beside it is where tests and benchmarks look.
-#   usage: build_environment.sh NAME MODULE REQUIREMENTS     MODULE: imported at the end, as a check
+#   usage: build_environment.sh NAME MODULE REQUIREMENTS     MODULE: imported at the end, as a check; "" for none
 # Below $XDG_CACHE_HOME or ~/.cache; PYTHON=python3.12 PIP_ARGS="--index-url ..." choose interpreter and packages.
 set -euo pipefail
 name=$1 module=$2 requirements=$3
@@ -19,7 +19,7 @@ if [[ ! -e $venv/.complete ]]; then
     "$python" -m venv "$venv"
     read -ra pip_args <<<"${PIP_ARGS:-}"
     "$venv/bin/python" -m pip install -q -q --disable-pip-version-check "${pip_args[@]}" -r "$requirements" >&2
-    "$venv/bin/python" -c "import $module" >&2
+    "$venv/bin/python" -c "${module:+import $module}" >&2
     touch "$venv/.complete"
 fi
 ln -sfn "$name-$recipe" "$root/$name"
