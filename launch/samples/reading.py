@@ -113,7 +113,7 @@ class RunLedgers:
     def find(self, selection: Selection) -> list[LocatedRow]:
         """The rows of the wanted samples, in the order of the step. Raises ConfigError if there are none."""
         if selection.ticket is not None:
-            rows = self._query("ticket_id = ?1 OR recorded_in = ?1", [selection.ticket])
+            rows = self._query("ticket_id = ? OR recorded_in = ?", [selection.ticket] * 2)
             return rows or self._nothing(f"ticket {selection.ticket} has no samples")
         if selection.set_name is not None:
             return self._find_evaluated(selection.set_name, selection.step)

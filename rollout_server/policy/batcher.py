@@ -179,6 +179,8 @@ class GenerateBatcher:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            # From Python 3.12 on, gather does not wait for the callbacks of tasks that are done.
+            self._tasks.difference_update(tasks)
         for pending in self._queued:
             pending.fail(EngineError("the client was closed"))
         self._queued.clear()

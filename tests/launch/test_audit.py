@@ -40,8 +40,8 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             fast.terminate()
             job.produce("rollout-1", sample_s=3600.0)
             train(link, first=5, last=6)
-            # On disk: what the status shows may not be durable yet.
-            wait_until(lambda: num_leased(job.buffer.paths.root) > 0)
+            # On disk: what the status shows may not be durable yet. Those of the other producer are returned.
+            wait_until(lambda: num_leases(job.buffer.paths.root, "rollout-1") > 0)
         job.buffer.process.kill()
         job.buffer.process.wait()
         bound = job.buffer.config.staleness_cap
@@ -53,10 +53,11 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return job.buffer.paths.root
 
 
-def num_leased(run: Path) -> int:
-    """Leased tickets on disk."""
+def num_leases(run: Path, server: str) -> int:
+    """Leases of a server on disk."""
     with closing(sqlite3.connect(run / "ledger" / "ledger.sqlite3")) as connection:
-        (found,) = connection.execute("SELECT count(*) FROM tickets WHERE state = 'leased'").fetchone()
+        query = "SELECT count(*) FROM leases WHERE server = ?"
+        (found,) = connection.execute(query, [server]).fetchone()
     return int(found)
 
 
