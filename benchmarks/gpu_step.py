@@ -7,7 +7,7 @@
 The steps are those of `areal-like doctor --gpu`, stage `speed`: a model of the shape of Qwen3-1.7B with
 random weights, sequences of up to 4096 tokens, micro-batches of 16,384 tokens. Each option has a process of
 its own, because kernels and compilers change a whole process. An option that fails, because it needs more
-memory than there is for example, has its error in the table. Writes benchmarks/results/gpu_step.json.
+memory than there is for example, has its error in the table. Writes benchmarks/results/gpu/step.json.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def main() -> None:
     for name, plan in zip(complete, plans, strict=True):
         results[name] |= plan
     gpu = torch.cuda.get_device_name(0)
-    write("gpu_step", {"gpu": gpu, "torch": torch.__version__, "model": args.model, "options": results})
+    write("gpu/step", {"gpu": gpu, "torch": torch.__version__, "model": args.model, "options": results})
     print(report(results))
 
 
