@@ -12,6 +12,7 @@
         DeadlineError
         PeerLostError
         EngineError
+            NoSuchRouteError
             EngineTimeoutError
             PromptRefusedError
             RoutesError

@@ -25,6 +25,7 @@ from buffer.storage import sql
 from buffer.storage.segments import SegmentWriter
 from launch.cli import main
 from tests.support.launching import ROOT
+from tests.support.row_store import Closing
 
 CHARS = "abcdefghijklmnopqrstuvwxyzJ0123456789=[];/ \n\x1b\x07\u202eé"
 HOSTILE = "\x1b]0;owned\x07\x1b[2J[red]x[/red]\u202eé"
@@ -52,7 +53,7 @@ class LedgerOnDisk:
 
     def __init__(self, directory: Path, *, migrations: int = len(sql.MIGRATIONS)) -> None:
         (directory / "segments").mkdir(parents=True)
-        self.connection = sqlite3.connect(directory / "ledger.sqlite3", isolation_level=None)
+        self.connection = sqlite3.connect(directory / "ledger.sqlite3", isolation_level=None, factory=Closing)
         self.connection.execute("PRAGMA journal_mode = WAL")
         sql.migrate(self.connection, path=directory, migrations=sql.MIGRATIONS[:migrations])
         self.segments = SegmentWriter(directory, segment=0, offset=0, segment_bytes=1 << 20, sync=False)

@@ -14,12 +14,19 @@ from buffer.storage.changes import Changes, RowRecorder
 from buffer.tickets import SampleSummary, State, Ticket
 
 
+class Closing(sqlite3.Connection):
+    """Closes itself at its end; from Python 3.13 on others warn."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class RowStore(RowRecorder):
     """`copy()` returns the store that the next buffer would find after a SIGKILL."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.connection = sqlite3.connect(":memory:", isolation_level=None)
+        self.connection = sqlite3.connect(":memory:", isolation_level=None, factory=Closing)
         self.records: dict[int, dict[int, Record]] = {}
         self.evaluated: set[int] = set()
         """Tickets whose records are on disk only, as in the real store."""

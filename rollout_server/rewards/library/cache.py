@@ -11,6 +11,7 @@ import json
 import logging
 import sqlite3
 import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,4 +89,5 @@ class ReplyCache:
         except sqlite3.Error:
             connection.close()
             raise
+        weakref.finalize(self, connection.close)  # of a cache that nobody closes
         return connection

@@ -47,7 +47,7 @@ def test_exact() -> None:
 def test_exact_after_a_marker() -> None:
     gsm8k = {"name": "exact", "after": "####", "numbers": True}
     right = scored(gsm8k, "2+2 #### 5\nWait.\n#### 4\nDone", "First 2+2=4.\n#### 4")
-    assert right == Score(value=1.0, parts={"exact": 1.0}, metrics={"exact/found": 1.0}, tokens=right.tokens)
+    assert (right.value, right.parts, right.metrics) == (1.0, {"exact": 1.0}, {"exact/found": 1.0})
     assert scored(gsm8k, "It is 4", "4").metrics == {"exact/found": 0.0} and value(gsm8k, "", "#### ") == 0
     assert value({"name": "exact", "after": "<answer>"}, "<answer>5</answer> <answer> 4 </answer> ok") == 1
     assert value({"name": "exact", "after": "\\boxed{"}, r"so \boxed{\frac{1}{2}} .", r"\frac{1}{2}") == 1
