@@ -62,6 +62,7 @@ class Recording:
         self.num_gone = sum(map(_num_gone, self._ledgers))
         """Number of trajectories that were trained on and not kept."""
         if self.num_gone and needs_records:
+            self.close()
             raise ConfigError(
                 f"{self.num_gone} trajectories that {self._root} was trained on were not kept: "
                 "only a run with buffer.retain_trajectories=true can be replayed"
