@@ -53,7 +53,10 @@ class LedgerOnDisk:
 
     def __init__(self, directory: Path, *, migrations: int = len(sql.MIGRATIONS)) -> None:
         (directory / "segments").mkdir(parents=True)
-        self.connection = sqlite3.connect(directory / "ledger.sqlite3", isolation_level=None, factory=Closing)
+        file = directory / "ledger.sqlite3"
+        self.connection = sqlite3.connect(
+            file, isolation_level=None, check_same_thread=False, factory=Closing
+        )
         self.connection.execute("PRAGMA journal_mode = WAL")
         sql.migrate(self.connection, path=directory, migrations=sql.MIGRATIONS[:migrations])
         self.segments = SegmentWriter(directory, segment=0, offset=0, segment_bytes=1 << 20, sync=False)

@@ -15,7 +15,7 @@ from buffer.tickets import SampleSummary, State, Ticket
 
 
 class Closing(sqlite3.Connection):
-    """Closes itself at its end; from Python 3.13 on others warn."""
+    """Closes itself at its end, in whichever thread; from Python 3.13 on others warn."""
 
     def __del__(self) -> None:
         self.close()
@@ -26,7 +26,9 @@ class RowStore(RowRecorder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.connection = sqlite3.connect(":memory:", isolation_level=None, factory=Closing)
+        self.connection = sqlite3.connect(
+            ":memory:", isolation_level=None, check_same_thread=False, factory=Closing
+        )
         self.records: dict[int, dict[int, Record]] = {}
         self.evaluated: set[int] = set()
         """Tickets whose records are on disk only, as in the real store."""
