@@ -369,7 +369,7 @@ def test_the_plan_of_the_step_on_an_h100(scratch: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     config, shape = with_local_model(speed.settings_of("qwen3-0.6b", Request(scratch=str(scratch))))
     lengths = lengths_of(config, max_positions=shape.max_positions)
-    predicted = speed._predict(config, shape, lengths, torch.device("cuda", 0))
+    predicted = speed.predict(config, shape, lengths, torch.device("cuda", 0))
     assert 5e9 < predicted.peak_bytes < 60e9
     assert predicted.tokens_per_s is not None and predicted.tokens_per_s > 1000
     assert predicted.mfu is not None and 0.05 < predicted.mfu < 0.5

@@ -33,7 +33,7 @@ SPREADS = (0.5, 1.0)
 class Assumptions:
     """Assumed efficiencies and rates."""
 
-    trainer_efficiency: float = 0.35
+    trainer_efficiency: float = 0.30
     """Share of the peak FLOP/s that the trainer's kernels reach (eager, one kernel for each operation). With
     Liger 0.39 was measured: Qwen3-1.7B on one H100, benchmarks/results/gpu/step_h100.json."""
     fa3_attention: float = 0.45
