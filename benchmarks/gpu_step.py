@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Name -> settings of the trainer, where they differ from those of the stage `speed`."""
 TIMES = 5
-"""Timed steps of four micro-batches; the fastest counts, because other work of the host delays launches."""
+"""Timed steps of four micro-batches; the fastest counts: a single one was up to 30 % slower."""
 LIMIT_S = 120.0
 """Longest time of one option."""
 
@@ -102,10 +102,15 @@ def main() -> None:
     for name in names:
         if name not in OPTIONS:
             parser.error(f"{name}: use one of {', '.join(OPTIONS)}")
+    if not torch.cuda.is_available():
+        parser.error("torch finds no GPU on this machine")
+    if args.profile and len(names) != 1:
+        parser.error("--profile is for one option: name it")
+    if args.part == "planned":
+        print(json.dumps(planned(names[0], args.model)))
+        return
     if args.part or args.profile:
-        (name,) = names
-        part = planned if args.part == "planned" else lambda *job: measure(*job, profiled=args.profile)
-        print(json.dumps(part(name, args.model)))
+        print(json.dumps(measure(names[0], args.model, profiled=args.profile)))
         return
     results = {name: apart(name, args.model, "measure") for name in names}  # alone on the GPU
     complete = [name for name, found in results.items() if "error" not in found]

@@ -512,7 +512,9 @@ def test_a_wrong_triton_is_refused_at_the_start(
     assert linear._wrong_on_hopper() == "" or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(linear.importlib.metadata, "version", lambda _: triton)
+    package = ModuleType("triton")
+    package.__version__ = triton  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "triton", package)
     monkeypatch.setattr(linear.importlib.util, "find_spec", lambda name: name if name in others else None)
     assert (f"Triton {triton} computes wrong gradients" in linear._wrong_on_hopper()) == is_refused
 

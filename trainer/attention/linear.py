@@ -24,7 +24,6 @@ D hidden size, C channels of the convolution, K its kernel, H heads.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import inspect
 import logging
@@ -316,7 +315,7 @@ def _wrong_on_hopper() -> str:
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return ""
-    version = importlib.metadata.version("triton")
+    version = str(importlib.import_module("triton").__version__)
     is_wrong = (3, 4) <= tuple(map(int, re.findall(r"\d+", version)[:3])) < (3, 7, 1)
     if not is_wrong or importlib.util.find_spec("tilelang"):
         return ""

@@ -147,7 +147,6 @@ def apply_liger(model: Any, *, rope: bool = True) -> bool:
 
 def _only_on_gpus(of_liger: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
     """Calls `of_liger` for tensors on a GPU, and `own` for those of a CPU and for fake tensors."""
-    own = getattr(own, "__wrapped__", own)
 
     @functools.wraps(own)
     def rotary(query: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -44,7 +44,7 @@ _MODELS = ("qwen3-1.7b", "qwen3-0.6b")
 _MICROBATCHES = 4
 """Micro-batches of a step whose time is taken."""
 _STEPS = 3
-"""Timed steps, of which the fastest counts: kernels are still loaded in the first one."""
+"""Timed steps, of which the fastest counts: a single one was up to 30 % slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
