@@ -14,6 +14,8 @@ _LARGE_BYTES = 1 << 16
 def release_freed_memory() -> None:
     """From now on freed tensors go back to the system at once, so the peak is that of live tensors.
 
+    Only those made after the call: blocks freed before it are kept, and later tensors are made from them.
+
     Otherwise glibc keeps freed blocks of up to 32 MiB for later, and how many depends on what the process has
     freed before. Its environment variables for this have no effect here: the ranks of the tests are forks,
     and glibc reads the variables when a program starts.

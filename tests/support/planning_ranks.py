@@ -26,6 +26,8 @@ from trainer.step.runner import StepRunner
 
 def memory(ranks: Ranks, out_dir: Path, settings: str) -> None:
     """Writes the measured and the traced peak of a rank, in bytes, to `rank-N.json`."""
+    # Before the first large block is freed: glibc would put it in a list, and make later ones from it.
+    release_freed_memory()
     config, shape = with_local_model(from_mapping(json.loads(settings)))
     trainer = config.trainer
     ranks = Ranks(context_parallel=trainer.context_parallel, replicas=trainer.replicas)
