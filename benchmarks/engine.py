@@ -340,6 +340,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
     parser.add_argument("--new-tokens", type=int, default=MAX_NEW_TOKENS)
+    parser.add_argument("--label", default="", help="end of the names of the written files")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -354,6 +355,7 @@ def main() -> None:
         )
         # The default model's results keep their file.
         kept = f"_{Path(subject.name).name}_{arguments.dtype}" if arguments.model else ""
+        kept += f"_{arguments.label}" if arguments.label else ""
         if arguments.part in ("all", "requests"):
             result = measure(subject, scratch, repeats=arguments.repeats)
             print_requests(result)
