@@ -206,7 +206,8 @@ def _compile(hint: Any) -> tuple[_Encode, _Decode]:
     if origin is np.ndarray:
         return _compile_array(np.dtype(typing.get_args(args[1])[0]).newbyteorder("<"))
     if origin is list:
-        return _compile_integers() if args[0] is int else _compile_list(*_compile(args[0]))
+        whole = {int: _compile_integers, float: _compile_floats}.get(args[0])
+        return whole() if whole else _compile_list(*_compile(args[0]))
     if origin is dict:
         return _compile_dict(*_compile(args[1]))
     if origin in (types.UnionType, typing.Union):
@@ -276,6 +277,20 @@ def _compile_integers() -> tuple[_Encode, _Decode]:
         return raw
 
     return _same, read
+
+
+def _compile_floats() -> tuple[_Encode, _Decode]:
+    """`list[float]`, in which an integer is refused: it may take one byte where its number takes nine, so
+    what was read from a header within its limit could not be written again."""
+
+    def read(raw: Any, _: _Reader) -> Any:
+        if type(raw) is not list or set(map(type, raw)) - {float}:
+            raise TypeError("want a list of floats")
+        if not all(map(math.isfinite, raw)):
+            raise ValueError("a number of a list is not finite")
+        return raw
+
+    return (lambda value, _: [float(number) for number in value]), read
 
 
 def _compile_union(args: tuple[Any, ...]) -> tuple[_Encode, _Decode]:

@@ -53,7 +53,7 @@ from areal_like.wire.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
-from areal_like.wire.messages.weights import PushChecksums, PushWeights
+from areal_like.wire.messages.weights import PushChecksums, PushWeights, TokenScores
 from areal_like.wire.records import Record
 from tests.support.cpu_time import cpu_units
 from tests.support.quick import others_in_chaos
@@ -264,6 +264,17 @@ def test_record_built_by_hand_is_accepted() -> None:
 def test_malformed_frames_raise_wire_error(frames: list[bytes]) -> None:
     with pytest.raises(WireError):
         decode(frames)
+
+
+def test_integers_in_a_list_of_floats_are_refused() -> None:
+    """Such a list would be up to nine times as long if it were written again."""
+    (frame,) = encode(TokenScores(version=1, logprobs=[-0.5, -1]))
+    message, _ = decode([frame])
+    assert message.logprobs == [-0.5, -1.0]
+    header = msgpack.unpackb(frame)
+    for wrong in ([0] * 2000, [-0.5, -1], [float("nan")]):
+        with pytest.raises(WireError, match="list"):
+            decode([msgpack.packb([*header[:3], header[3] | {"logprobs": wrong}])])
 
 
 @given(st.lists(st.binary(max_size=200), max_size=3))
