@@ -14,11 +14,12 @@ _LARGE_BYTES = 1 << 16
 def release_freed_memory() -> None:
     """From now on freed tensors go back to the system at once, so the peak is that of live tensors.
 
-    Only those made after the call: blocks freed before it are kept, and later tensors are made from them.
-
     Otherwise glibc keeps freed blocks of up to 32 MiB for later, and how many depends on what the process has
     freed before. Its environment variables for this have no effect here: the ranks of the tests are forks,
     and glibc reads the variables when a program starts.
+
+    Call it before the first large tensor is freed: glibc makes later tensors from blocks that it already
+    keeps.
     """
     libc = ctypes.CDLL("libc.so.6")
     assert libc.mallopt(_TRIM_THRESHOLD, _LARGE_BYTES) and libc.mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
