@@ -233,8 +233,8 @@ class EmbeddedProcess(EngineProcess):
         # A thread that waits for another one spins for about 300,000 turns by default: on a core that another
         # process wants, too, a decode step of SmolLM2 then takes up to 970 ms in place of 200. Without any
         # turns it sleeps hundreds of times in a step, and two threads on two idle cores take 215 ms in place
-        # of 155. With this many they take 149. Beside another process a step of 64 rows takes 271 ms (with one
-        # thread 159), until the engine returns the core.
+        # of 155. With this many they take 149. Beside another process a step of 64 rows takes 271 ms (159 on
+        # one thread), until the engine returns the core.
         spins = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
         return spins | super()._environment()
 
