@@ -1,8 +1,9 @@
 """Compares the embedded engine with `model.generate`: same model, dtype, prompts and lengths, one thread.
 
-    equal      32 requests of equal length: both run full batches, so only the cost of a step counts
-    long_tail  256 requests with log-normal lengths, 32 at a time; generate takes them in order, in batches of
-               32, each of which runs until its longest request ends: continuous batching avoids that
+    equal      32 requests (--rows) of equal length: both run full batches, so only the cost of a step counts
+    long_tail  256 requests with log-normal lengths, 32 at a time (--rows); generate takes them in order, in
+               batches of as many, each of which runs until its longest request ends: continuous batching
+               avoids that
     grouped    the long tail with eight samples per prompt, as in training
     http       the long tail through a real engine process and client, against the engine in this process
     turns      conversations of eight turns, 16 at a time, with and without the KV that the engine keeps for
@@ -78,6 +79,8 @@ class Subject:
     prompt_tokens: int
     new_tokens: int
     """Largest number of sampled tokens of a request."""
+    rows: int = BATCH
+    """Requests that run at a time."""
     long_tail_goal: float
     """Goal of the engine's rate on the long tail, relative to `generate`."""
 
@@ -90,7 +93,7 @@ class Subject:
         """For the results."""
         return {"model": self.name, "dtype": str(self.dtype).removeprefix("torch.")}
 
-    def load(self, *, context: int = 0, rows: int = BATCH) -> EngineCore:
+    def load(self, *, context: int = 0, rows: int = 0) -> EngineCore:
         """An engine in this process, as a job has it in this dtype."""
         context = context or self.context
         model, weights = load(
@@ -100,7 +103,7 @@ class Subject:
             context_length=context,
             fp32_head=self.dtype != torch.float32,
         )
-        options = EngineOptions(max_running_requests=rows, context_length=context)
+        options = EngineOptions(max_running_requests=rows or self.rows, context_length=context)
         return EngineCore(model, weights, options, version="0")
 
 
@@ -121,10 +124,10 @@ def workload(subject: Subject, num_requests: int, *, group_size: int = 1, equal:
     return [(prompts[i // group_size], most if equal else int(lengths[i])) for i in range(num_requests)]
 
 
-def run_generate(model: Any, requests: Workload) -> None:
-    """Runs transformers' own loop, batch after batch."""
-    for start in range(0, len(requests), BATCH):
-        batch = requests[start : start + BATCH]
+def run_generate(model: Any, requests: Workload, *, rows: int) -> None:
+    """Runs transformers' own loop, batch after batch of `rows` requests."""
+    for start in range(0, len(requests), rows):
+        batch = requests[start : start + rows]
         longest = max(length for _, length in batch)
         prompt = torch.tensor([prompt for prompt, _ in batch])
         model.generate(
@@ -340,6 +343,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
     parser.add_argument("--new-tokens", type=int, default=MAX_NEW_TOKENS)
+    parser.add_argument("--rows", type=int, default=BATCH, help="requests that run at a time")
     parser.add_argument("--label", default="", help="end of the names of the written files")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -351,6 +355,7 @@ def main() -> None:
             dtype=getattr(torch, arguments.dtype),
             prompt_tokens=arguments.prompt_tokens,
             new_tokens=arguments.new_tokens,
+            rows=arguments.rows,
             long_tail_goal=4.0 if arguments.model else 3.0,
         )
         # The default model's results keep their file.
@@ -391,7 +396,7 @@ def print_requests(result: dict[str, Any]) -> None:
     print()
     print(
         table(
-            ["256 requests, long-tailed lengths, 32 at a time", "tokens/s"],
+            [f"256 requests, long-tailed lengths, {result['batch']} at a time", "tokens/s"],
             [
                 ["embedded engine, in process", f"{http['in_process']:,}"],
                 ["embedded engine, through HTTP", f"{http['http']:,}"],
@@ -417,7 +422,7 @@ def measure(subject: Subject, scratch: str, *, repeats: int) -> dict[str, Any]:
     """Times the in-process engine, generate, and an engine process over HTTP."""
     core = subject.load()
     reference = LlamaForCausalLM.from_pretrained(subject.path, dtype=subject.dtype).eval()
-    equal, tail = workload(subject, BATCH, equal=True), workload(subject, 256)
+    equal, tail = workload(subject, subject.rows, equal=True), workload(subject, 256)
     grouped = workload(subject, 256, group_size=8)
     port_file, key_file = Path(scratch) / "port", Path(scratch) / "key"
     key_file.touch(mode=0o600)
@@ -431,7 +436,7 @@ def measure(subject: Subject, scratch: str, *, repeats: int) -> dict[str, Any]:
         "--api-key-file",
         str(key_file),
         "--max-running-requests",
-        str(BATCH),
+        str(subject.rows),
     ]
     command += [
         "--context-length",
@@ -458,9 +463,9 @@ def measure(subject: Subject, scratch: str, *, repeats: int) -> dict[str, Any]:
         cpu, wall = rates(
             {
                 "equal/engine": (equal, lambda: run_engine(core, equal)),
-                "equal/generate": (equal, lambda: run_generate(reference, equal)),
+                "equal/generate": (equal, lambda: run_generate(reference, equal, rows=subject.rows)),
                 "long_tail/engine": (tail, lambda: run_engine(core, tail)),
-                "long_tail/generate": (tail, lambda: run_generate(reference, tail)),
+                "long_tail/generate": (tail, lambda: run_generate(reference, tail, rows=subject.rows)),
                 "grouped/engine": (grouped, lambda: run_engine(core, grouped)),
                 "http/engine": (tail, lambda: loop.run_until_complete(run_http(client, tail))),
             },
@@ -501,7 +506,7 @@ def measure(subject: Subject, scratch: str, *, repeats: int) -> dict[str, Any]:
         },
         "tokens_per_wall_second": {name: round(value) for name, value in wall.items()},
         "load_average": os.getloadavg()[0],
-        "batch": BATCH,
+        "batch": subject.rows,
         "prompt_tokens": subject.prompt_tokens,
         "max_new_tokens": subject.new_tokens,
         "num_threads": 1,
