@@ -45,10 +45,6 @@ from benchmarks.real_model_trl import missing_trl, trl_command
 from benchmarks.report import ROOT, table
 from launch.run_files import read_object
 
-MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
-"""Makes glibc keep the memory of large tensors. By default it returns the memory to the kernel after each
-one, which then spends time on clearing the same pages again."""
-
 
 def main() -> None:
     """Runs one command."""
@@ -203,7 +199,7 @@ def run_logged(
     def is_to_be_killed() -> bool:
         return kill is not None and len(study.step_rows(cell)) >= kill
 
-    env = MEMORY | {"OMP_NUM_THREADS": "1"} | os.environ
+    env = {"OMP_NUM_THREADS": "1"} | os.environ
     code = run_program(command, cwd=ROOT, log=log, env=env, on_look=look, is_to_be_killed=is_to_be_killed)
     look(0.0)
     if kill is not None and code == -signal.SIGKILL:

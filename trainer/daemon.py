@@ -34,6 +34,7 @@ from areal_like.config.default_objective import as_setting
 from areal_like.errors import ConfigError, RunFinishedError, UserError
 from areal_like.paths import RunPaths, model_path
 from areal_like.runtime.daemon import DrainSignals
+from areal_like.runtime.freed_memory import keep_freed_memory
 from areal_like.runtime.process import parent_is_gone
 from areal_like.security.binding import require_loopback_or_keys
 from areal_like.spans.recorder import record, record_phase
@@ -313,6 +314,8 @@ def run_rank(config: Config) -> bool:
     build_trackers(config.trackers)  # reports a missing package
     torch.set_num_threads(config.trainer.least_threads)
     device = device_of(config)
+    if device.type == "cpu":
+        keep_freed_memory()  # `StepSpeed` returns it
     activations = {True: "recomputed", False: "kept", "selective": "recomputed in part"}[
         recomputation(config)
     ]

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from areal_like.cpus import core_times
 from areal_like.errors import EngineError, WeightSyncError
+from areal_like.runtime.freed_memory import FreedMemory, resident_bytes, return_freed_memory
 from areal_like.runtime.threads import NamedThread
 from rollout_server.engine.core import EngineCore, Running
 from rollout_server.engine.models.base import Weights
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _REPORT_EVERY_S = 0.004
 """Minimum time between two reports of outputs while sequences run and no command arrives."""
+_LOOK_AT_MEMORY_EVERY_S = 10.0
+"""A return of freed memory takes up to a quarter of a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +126,7 @@ class EngineLoop:
         self._stopping = False
         self._idle_since_s: float | None = None
         self._idle_s = self._busy_s = self._stall_s = 0.0
+        self._freed, self._looked_s = FreedMemory(), time.perf_counter()
         self.on_first_token: Callable[[float], None] = lambda seconds: None
         """Called with the time from a sequence's request to its first token."""
         self.on_end: Callable[[float], None] = lambda seconds: None
@@ -277,6 +281,7 @@ class EngineLoop:
             return
         self._take_idle_cores()
         started_s = time.perf_counter()
+        self._return_freed_memory(started_s)
         self._collect(self._core.step())
         ended_s = time.perf_counter()
         self._busy_s += ended_s - started_s
@@ -290,6 +295,12 @@ class EngineLoop:
             before, now = self._threads.count, self._threads.look(core_times())
             if now != before:
                 torch.set_num_threads(now)
+
+    def _return_freed_memory(self, now_s: float) -> None:
+        if now_s - self._looked_s >= _LOOK_AT_MEMORY_EVERY_S:
+            self._looked_s = now_s
+            if self._freed.is_due(resident_bytes()):
+                return_freed_memory()
 
     def _collect(self, sequences: list[Sequence]) -> None:
         now_s = time.perf_counter()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 from pathlib import Path
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""glibc's mallopt(3)."""
+from areal_like.runtime.freed_memory import return_freed_memory, set_thresholds
+
 _LARGE_BYTES = 1 << 16
 
 
@@ -21,9 +20,8 @@ def release_freed_memory() -> None:
     Call it before the first large tensor is freed: glibc makes later tensors from blocks that it already
     keeps.
     """
-    libc = ctypes.CDLL("libc.so.6")
-    assert libc.mallopt(_TRIM_THRESHOLD, _LARGE_BYTES) and libc.mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
-    libc.malloc_trim(0)
+    set_thresholds(mmap_bytes=_LARGE_BYTES, trim_bytes=_LARGE_BYTES)
+    return_freed_memory()
 
 
 def reset_peak() -> int:

@@ -23,6 +23,7 @@ from tests.support.trainer_helpers import ARCHITECTURES, random_groups, run_rank
 from tests.support.trainer_ranks import LATE_S, make_runner
 from trainer.batching.shared_prefixes import InputSequence, SharedRows
 from trainer.distributed.ranks import Ranks
+from trainer.metrics import speed
 from trainer.metrics.model_flops import ModelFlops
 from trainer.metrics.prometheus import GpuMemory, TrainerSeries
 from trainer.metrics.speed import Clock, PhaseTimer, clock_of
@@ -218,6 +219,18 @@ def test_mfu_of_a_step_with_a_given_peak(tmp_path: Path, ranks: Ranks) -> None:
     assert "mfu" not in make_runner(path, ranks).run(groups, step=5)
     nothing = make_runner(path, ranks, peak_tflops=1.0).run(groups[:1], step=5)  # equal rewards
     assert nothing["num_tokens"] == nothing["shared_share"] == nothing["mfu"] == nothing["mfu_compute"] == 0
+
+
+def test_freed_memory_is_returned_after_growth(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident, returned = iter([100, 120, 130, 300, 310]), []
+    monkeypatch.setattr(speed, "resident_bytes", lambda: next(resident))
+    monkeypatch.setattr(speed, "return_freed_memory", lambda: returned.append(step))
+    runner = make_runner(write_model(tmp_path), ranks)
+    for step in range(5):
+        runner.run(random_groups(1), step=step)
+    assert returned == [2]
 
 
 def test_two_ranks_report_their_slowest_and_all_lengths(tmp_path: Path) -> None:

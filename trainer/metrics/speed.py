@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from areal_like.gpus import peak_flops
+from areal_like.runtime.freed_memory import FreedMemory, resident_bytes, return_freed_memory
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import RankPhase, Ranks
 from trainer.metrics.model_flops import ModelFlops
@@ -136,10 +137,16 @@ class StepSpeed:
         device = ranks.device
         known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = peak_tflops * 1e12 or known
+        self._freed = FreedMemory()
 
     def begin(self, step: int) -> PhaseTimer:
-        """Starts the timer of the step after `step` completed steps."""
+        """Starts the timer of the step after `step` completed steps.
+
+        On a CPU it first returns the memory that earlier steps have freed, if that has become much.
+        """
         self._ranks.place.enter("lockstep", step=step)
+        if self._ranks.device.type == "cpu" and self._freed.is_due(resident_bytes()):
+            return_freed_memory()
         return PhaseTimer(PHASES, place=self._ranks.place, clock=clock_of(self._ranks.device))
 
     def flops_of(self, batch: PackedBatch) -> float:

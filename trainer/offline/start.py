@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from areal_like.config import Config
 from areal_like.runtime.daemon import DrainSignals
+from areal_like.runtime.freed_memory import keep_freed_memory
 from areal_like.runtime.imports import uncollected
 from trainer.start import start
 
@@ -46,7 +47,10 @@ def start_offline(
         torch.set_num_threads(threads_alone(config))
         stopping = threading.Event()
         DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=stopping.set)
-        with joined_ranks(config, device_of(config)) as ranks:
+        device = device_of(config)
+        if device.type == "cpu":
+            keep_freed_memory()  # `StepSpeed` returns it
+        with joined_ranks(config, device) as ranks:
             run = OfflineRun(training, config, ranks, stopping=stopping, started_s=started_s)
             run.run()
             return run.is_finished

@@ -86,3 +86,14 @@ def test_an_abort_is_answered_after_its_outputs(core: EngineCore, monkeypatch: p
     reports.loop.abort(lambda core: core.all_sequences).result(LIMIT_S)
     assert reports.ids == [["0", "1"]]
     reports.loop.stop(timeout_s=LIMIT_S)
+
+
+def test_freed_memory_is_returned_after_growth(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    resident, returned_at = iter([100, 110, 200, 210, 220]), []
+    monkeypatch.setattr(loop_module, "_LOOK_AT_MEMORY_EVERY_S", 0.0)
+    monkeypatch.setattr(loop_module, "resident_bytes", lambda: next(resident, 220))
+    monkeypatch.setattr(loop_module, "return_freed_memory", lambda: returned_at.append(core.num_steps))
+    reports = Reports(core, [6])
+    assert reports.complete.wait(LIMIT_S)
+    reports.loop.stop(timeout_s=LIMIT_S)
+    assert returned_at == [2], "before the third step"
