@@ -117,7 +117,7 @@ def order(job: RunningJob, paths: RunPaths, role: str, settings: Sequence[str], 
         raise ConfigError(
             "restart: with buffer.durability=none the groups are lost with the buffer: stop the run instead"
         )
-    file = restart_order_file(paths)
+    file = restart_order_file(paths, order_id)
     write_json(file, {"role": role, "settings": list(settings), "order_id": order_id})
     deadline_s = time.monotonic() + _TAKE_TIMEOUT_S
     while file.exists():

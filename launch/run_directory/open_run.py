@@ -38,7 +38,7 @@ from launch.run_directory.rundir import (
     lock,
     remove_ledgers,
     remove_unbegun,
-    restart_order_file,
+    restart_orders,
     restart_outcome_file,
 )
 
@@ -143,7 +143,7 @@ def prepared(run: OpenRun) -> OpenRun:
             stale.unlink(missing_ok=True)
         if not run.is_resumed:
             run.paths.config_changes.unlink(missing_ok=True)  # from a job that failed before its first step
-        for order in (restart_order_file(run.paths), restart_outcome_file(run.paths)):
+        for order in (*restart_orders(run.paths), restart_outcome_file(run.paths)):
             order.unlink(missing_ok=True)  # it was for an earlier launcher
         for folder in (run.paths.endpoints, run.paths.logs):
             folder.mkdir(exist_ok=True)

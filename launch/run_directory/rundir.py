@@ -58,9 +58,21 @@ def newest_checkpoint(word: str, *, verb: str) -> Path | None:
     return found[max(found)]
 
 
-def restart_order_file(paths: RunPaths) -> Path:
-    """The file in which `areal-like restart` writes an order; the launcher reads and removes it."""
-    return paths.root / "restart.json"
+def restart_order_file(paths: RunPaths, order_id: str) -> Path:
+    """The file in which `areal-like restart` writes an order; the launcher reads and removes it.
+
+    Each order has its own, so that commands at the same time do not replace each other's.
+    """
+    return paths.root / f"restart-{order_id}.json"
+
+
+def restart_orders(paths: RunPaths) -> list[Path]:
+    """The files of all orders, the oldest first."""
+    found = []
+    for file in paths.root.glob("restart-*.json"):
+        with contextlib.suppress(FileNotFoundError):  # its command has removed it
+            found.append((file.stat().st_mtime_ns, file))
+    return [file for _, file in sorted(found)]
 
 
 def restart_outcome_file(paths: RunPaths) -> Path:
@@ -81,11 +93,13 @@ class RestartOrder:
 
 
 def take_restart_order(paths: RunPaths) -> RestartOrder | None:
-    """Takes an order; None if there is none, or only a damaged one.
+    """Takes the oldest order; None if there is none, or if it is damaged.
 
-    The file is renamed first: its command may remove or replace it at any moment.
+    The file is renamed first: its command may remove it at any moment.
     """
-    file = restart_order_file(paths)
+    file = next(iter(restart_orders(paths)), None)
+    if file is None:
+        return None
     taken = file.with_name(f".{file.name}")
     try:
         file.replace(taken)

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from areal_like.paths import RunPaths
+from areal_like.paths import RunPaths, write_json
 from launch.local_job.child import ProcessTable
 from launch.local_job.specs import ChildSpec
 from launch.run_directory.rundir import RestartOrder, is_held, lock, restart_order_file, take_restart_order
 
 
-def test_an_order_is_taken_once(tmp_path: Path) -> None:
+def test_orders_are_taken_once_the_oldest_first(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     assert take_restart_order(paths) is None
-    order = {"role": "trainer", "settings": ["trainer.lr=1"], "order_id": "a"}
-    restart_order_file(paths).write_text(json.dumps(order))
-    assert take_restart_order(paths) == RestartOrder(role="trainer", settings=["trainer.lr=1"], order_id="a")
-    assert take_restart_order(paths) is None and not list(tmp_path.iterdir())
+    orders = [
+        RestartOrder(role="trainer", settings=["trainer.lr=1"], order_id="b"),
+        RestartOrder(role="rollout-0", settings=[], order_id="a"),
+    ]
+    for at, order in enumerate(orders):  # two commands, before the launcher has looked
+        file = restart_order_file(paths, order.order_id)
+        write_json(file, asdict(order))
+        os.utime(file, ns=(at, at))
+    assert [take_restart_order(paths) for _ in range(3)] == [*orders, None]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"role": 1}', '{"role": "x", "settings": null}'])
 def test_a_damaged_order_is_removed(text: str, tmp_path: Path) -> None:
-    restart_order_file(RunPaths(tmp_path)).write_text(text)
+    restart_order_file(RunPaths(tmp_path), "a").write_text(text)
     assert take_restart_order(RunPaths(tmp_path)) is None
     assert not list(tmp_path.iterdir())
 

@@ -264,7 +264,7 @@ def test_a_killed_buffer_and_trainer_are_started_again(workplace: Path) -> None:
 
 def _order_rate(rate: str, order_id: str, root: Path, process: subprocess.Popen[str]) -> None:
     """Orders a trainer with this learning rate, and waits until the launcher has taken the order."""
-    file = restart_order_file(RunPaths(root))
+    file = restart_order_file(RunPaths(root), order_id)
     write_json(file, {"role": "trainer", "settings": [f"trainer.lr={rate}"], "order_id": order_id})
     wait_until(lambda: not file.exists(), what="the order is taken", run_root=root, process=process)
 

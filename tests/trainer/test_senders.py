@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,11 @@ from safetensors.torch import load_file
 
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError, WeightSyncError
+from areal_like.hosts import LOOPBACK
 from areal_like.weights.buckets import Bucket, flatten
 from areal_like.weights.integrity import BucketSums, sha256
 from areal_like.wire.messages.weights import SenderAddress
+from areal_like.wire.sockets import bound_socket
 from rollout_server.policy.client import EmbeddedClient, EngineClient
 from rollout_server.policy.generation import Generation
 from rollout_server.policy.generation_gate import GenerationGate
@@ -38,6 +41,7 @@ from tests.support.engine_harness import (
 from tests.support.trainer_helpers import run_ranks
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.weights.broadcaster import interleaved
+from trainer.weights.bucket_sender import BucketSender
 from trainer.weights.senders import SenderService
 from trainer.weights.shares import sender_ranks, share_of_sender
 
@@ -186,6 +190,35 @@ def test_a_sender_without_a_route_to_rank_0_says_so() -> None:
     service._handle({"id": 3, "do": "open", "session": 1, "toward": ["no such host", 1]})
     (reply,) = replies
     assert reply["id"] == 3 and "open failed: [Errno" in reply["error"]
+
+
+def test_a_session_that_opens_too_late_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 no longer waits for it: nobody else would close its store."""
+    replies: list[dict[str, Any]] = []
+    closed: list[tuple[str, int]] = []
+    close = BucketSender.forget
+
+    def forget(end: BucketSender) -> None:
+        closed.append((end.store.address, end.store.port))
+        close(end)
+
+    monkeypatch.setattr(BucketSender, "forget", forget)
+    channel: Any = SimpleNamespace(send=replies.append)
+    taken: Any = SimpleNamespace(sender_ranks=(0, 1))
+    service = SenderService(channel, taken, number=1, device=torch.device("cpu"), ports=(0,))
+    with bound_socket(LOOPBACK, 0) as of_rank_0:
+        form = {"toward": of_rank_0.getsockname(), "world_size": 2, "group_name": "1", "backend": "gloo"}
+        form |= {"group_timeout_s": HANG_LIMIT_S, "secret": ""}
+        service._start({"do": "forget", "session": 1})
+        service._handle({"id": 3, "do": "open", "session": 1, **form})
+        service._handle({"id": 4, "do": "open", "session": 2, **form})
+        service._start({"do": "forget", "session": 2})
+    late, in_time = replies
+    assert "took too long" in late["error"] and not service._ends
+    assert len(closed) == 2 and closed[1][1] == in_time["port"]
+    for address in closed:
+        with pytest.raises(ConnectionRefusedError), socket.create_connection(address, timeout=HANG_LIMIT_S):
+            pass
 
 
 def test_shares_cover_all_buckets_once() -> None:

@@ -7,6 +7,7 @@ a base, reading includes the comparison with it, and a header precedes each buck
 
 from __future__ import annotations
 
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -86,8 +87,10 @@ class BucketSender:
         if group.backend == "nccl":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        choose_device = functools.partial(_choose_device, device, self._stream)
+        # Without a reference to this object: its group and store end with its last reference.
         self._reader = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix=f"{name}-read", initializer=self._choose_device
+            max_workers=1, thread_name_prefix=f"{name}-read", initializer=choose_device
         )
 
     def connect(self) -> None:
@@ -121,7 +124,7 @@ class BucketSender:
         share = share_of_sender(
             self._sender, num_senders=self._num_senders, num_buckets=len(snapshot.buckets)
         )
-        self._choose_device()
+        _choose_device(self._device, self._stream)
         with torch.cuda.stream(self._stream):
             next_read = self._reader.submit(self._read, snapshot, share[0], base)
             for position in range(len(share)):
@@ -146,13 +149,6 @@ class BucketSender:
     def forget(self) -> None:
         """Ends the reading thread, without waiting for it. Nothing may be called afterwards."""
         self._reader.shutdown(wait=False)
-
-    def _choose_device(self) -> None:
-        """Sets the thread's GPU. Otherwise it is GPU 0, and leaving a stream's context would set that GPU
-        again; since CUDA 12 this creates a context there, half a gigabyte on a GPU that may be an
-        engine's."""
-        if self._stream is not None:
-            torch.cuda.set_device(self._device)
 
     def _read(self, snapshot: Snapshot, index: int, base: int | None) -> _Read:
         """Reads a bucket, and compares it with the base. Runs in the reader's thread."""
@@ -189,3 +185,10 @@ class BucketSender:
     def _on_wire(self, data: Tensor) -> Tensor:
         """The same bytes on the device that the group sends from."""
         return data if self._copy_stream is None else data.to(self._device, non_blocking=True)
+
+
+def _choose_device(device: torch.device, stream: torch.cuda.Stream | None) -> None:
+    """Sets the thread's GPU. Otherwise it is GPU 0, and leaving a stream's context would set that GPU again;
+    since CUDA 12 this creates a context there, half a gigabyte on a GPU that may be an engine's."""
+    if stream is not None:
+        torch.cuda.set_device(device)

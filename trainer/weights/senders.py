@@ -164,7 +164,11 @@ class RemoteEnd:
         self._link = link
         self._session = session
         self._timeout_s = timeout_s
-        found = link.call("open", timeout_s=_QUICK_S, session=session, group_timeout_s=timeout_s, **form)
+        try:
+            found = link.call("open", timeout_s=_QUICK_S, session=session, group_timeout_s=timeout_s, **form)
+        except WeightSyncError:
+            self.forget()  # it may be about to open
+            raise
         self.store = SenderAddress(address=found["address"], port=found["port"])
 
     def connect(self) -> None:
@@ -243,6 +247,10 @@ class SenderService:
         self._ports = ports
         self._ends: dict[int, BucketSender] = {}
         """Number of a session -> this rank's end of it."""
+        self._forgotten: set[int] = set()
+        """Sessions that rank 0 has given up before they were open."""
+        self._lock = threading.Lock()
+        """For the two above."""
         self._may_begin: dict[int, threading.Event] = {}
         """Id of a request to send -> set when the engines are ready."""
 
@@ -265,7 +273,11 @@ class SenderService:
                     may_begin.set()
                 return
             case "forget":
-                if (end := self._ends.pop(request["session"], None)) is not None:
+                with self._lock:
+                    end = self._ends.pop(request["session"], None)
+                    if end is None:
+                        self._forgotten.add(request["session"])
+                if end is not None:
                     end.forget()
                 return
             case "send":
@@ -310,13 +322,21 @@ class SenderService:
             timeout_s=request["group_timeout_s"],
             secret=request["secret"],
         )
-        self._ends[session] = BucketSender(
+        end = BucketSender(
             group,
             device=self._device,
             name=f"weight-session-{session}",
             sender=self._number,
             num_senders=len(self._snapshotter.sender_ranks),
         )
+        with self._lock:
+            is_forgotten = session in self._forgotten
+            if not is_forgotten:
+                self._ends[session] = end
+        if is_forgotten:
+            end.leave()
+            end.forget()
+            raise WeightSyncError("it took too long to open the session")
         return {"address": group.address, "port": group.port}
 
     def _stage(self, request: dict[str, Any]) -> None:
