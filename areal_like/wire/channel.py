@@ -270,6 +270,7 @@ class Link:
         self._handler = handler
         self._rids = itertools.count(1)
         self._pending: dict[int, tuple[Any, asyncio.Future[Any]]] = {}
+        self._is_closed = False
         self.address = address
         self.num_bad_frames = 0
         self.num_dropped = 0
@@ -320,7 +321,10 @@ class Link:
         self._reopen()
 
     def send(self, message: Any, *, rid: int = 0) -> None:
-        """Queues a message, one-way without a `rid`; drops it if the peer does not read earlier ones."""
+        """Queues a message, one-way without a `rid`; drops it if the peer does not read earlier ones, or if
+        the link is closed."""
+        if self._is_closed:
+            return
         try:
             self._pump.send(encode(message, rid=rid))
         except zmq.Again:
@@ -339,9 +343,11 @@ class Link:
     async def call(self, message: Any, *, timeout_s: float, rid: int = 0) -> Any:
         """Sends a request and returns its reply. `rid`: of `new_rid`; 0: another one.
 
-        Raises DeadlineError without a reply in time, PeerLostError when the link is closed meanwhile,
+        Raises DeadlineError without a reply in time, PeerLostError when the link is or gets closed,
         RefusedError for `Refused`, RunFinishedError for `JobFinished`, ArealError for `JobFailed`.
         """
+        if self._is_closed:
+            raise self._closed_error()
         rid = rid or self.new_rid()
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._pending[rid] = (message, future)
@@ -375,12 +381,16 @@ class Link:
 
     def close(self) -> None:
         """Closes the socket; pending calls raise PeerLostError."""
+        self._is_closed = True
         if self._curve is not None:
             self._curve.close()
         self._pump.close()
         for _, future in self._pending.values():
             if not future.done():
-                future.set_exception(PeerLostError(f"link to {self.address} was closed"))
+                future.set_exception(self._closed_error())
+
+    def _closed_error(self) -> PeerLostError:
+        return PeerLostError(f"link to {self.address} was closed")
 
     def _on_frames(self, frames: list[bytes]) -> None:
         self.last_heard_s = asyncio.get_running_loop().time()

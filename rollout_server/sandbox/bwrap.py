@@ -116,17 +116,19 @@ class _Namespaces(OpenSandbox):
     ) -> ProgramResult:
         request = {"command": command, "directory": directory, "timeout_s": limits.timeout_s}
         with self._lock, contextlib.ExitStack() as stack:
-            pipes = [os.pipe() for _ in range(2)]
-            readers = [stack.enter_context(os.fdopen(reader, "rb", buffering=0)) for reader, _ in pipes]
-            try:
-                with memory_file(stdin) as given:
-                    theirs = [given.fileno(), *(writer for _, writer in pipes)]
-                    socket.send_fds(self._control, [json.dumps(request).encode()], theirs)
-            except OSError as error:
-                raise SandboxError(self._how_it_ended()) from error
-            finally:
-                for _, writer in pipes:
-                    os.close(writer)
+            readers, writers = [], []
+            with contextlib.ExitStack() as sent:
+                for _ in range(2):
+                    reader, writer = os.pipe()
+                    sent.callback(os.close, writer)
+                    readers.append(stack.enter_context(os.fdopen(reader, "rb", buffering=0)))
+                    writers.append(writer)
+                try:
+                    with memory_file(stdin) as given:
+                        theirs = [given.fileno(), *writers]
+                        socket.send_fds(self._control, [json.dumps(request).encode()], theirs)
+                except OSError as error:
+                    raise SandboxError(self._how_it_ended()) from error
             ending = _Command(self._control, lost=self._lost)
             result = collected(readers[0], readers[1], ending, limits=limits)
             return replace(result, stderr=result.stderr + ending.problem) if ending.problem else result

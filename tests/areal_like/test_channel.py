@@ -90,6 +90,9 @@ def test_unsolicited_messages_and_deadlines() -> None:
         link.close()
         with pytest.raises(PeerLostError):
             await pending
+        link.send(GetRunCounters())  # a task that has not noticed it yet
+        with pytest.raises(PeerLostError):
+            await link.call(GetRunCounters(), timeout_s=HANG_LIMIT_S)
         listener.close()
 
     moved_clock.run(body())
