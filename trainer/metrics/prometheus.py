@@ -93,7 +93,11 @@ _SCALED_GAUGES = {
         1e12,
         "Model FLOPs of the last step over its time",
     ),
-    "memory_peak_gb": ("trainer_memory_peak_bytes", 1e9, "Largest memory of a rank in the last step"),
+    "memory_peak_gb": (
+        "trainer_memory_peak_bytes",
+        1e9,
+        "Largest memory of a rank: on a GPU in the last step, on a CPU since its start",
+    ),
     "memory_reserved_peak_gb": (
         "trainer_memory_reserved_peak_bytes",
         1e9,
