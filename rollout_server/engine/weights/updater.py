@@ -78,6 +78,8 @@ class WeightUpdater:
         self.groups = JoinedGroups(facts.device)
         """The weight groups of this engine."""
         self._update: _OpenUpdate | None = None
+        self._changing = asyncio.Lock()
+        """Held by `begin` and `end`: another one would see half of what they do."""
         self._buffers: list[Tensor] = []
         """Receive buffers for buckets that cannot be received in place, at most one for each sender and one
         more. They are kept between
@@ -104,28 +106,29 @@ class WeightUpdater:
         active weights, if the update contains only what differs from them. Raises WeightSyncError if this
         engine cannot have such an adapter, or does not have such a base.
         """
-        self._discard()
-        if base_digest and (adapter is not None or base_digest != self.base_digest):
-            raise WeightSyncError(
-                f"the update needs weights of digest {base_digest[:12]} as its base, the engine has "
-                f"{self.base_digest[:12] or 'none that can be one'}"
-            )
-        # If this update fails, a model that copies its weights has a part of it in both sets.
-        self.base_digest = ""
-        base: Weights | None = None
-        if adapter is None:
-            weights = await asyncio.wrap_future(self._loop.call(lambda core: core.take_shadow_weights()))
-            if base_digest:
-                base = await asyncio.wrap_future(self._loop.call(lambda core: core.active_weights))
-            facts: ModelFacts | AdapterFacts = self._facts
-        else:
-            header = adapter
-            named = await asyncio.wrap_future(self._loop.call(lambda core: core.new_adapter(header)))
-            weights = Weights(named=named)
-            facts = AdapterFacts.of(named, dtype=self._facts.dtype, device=self._facts.device)
-        buffers, self._buffers = self._buffers, []
-        receiver = BucketReceiver(weights, facts, buffers, base=base)
-        self._update = _OpenUpdate(receiver, is_adapter=adapter is not None)
+        async with self._changing:
+            self._discard()
+            if base_digest and (adapter is not None or base_digest != self.base_digest):
+                raise WeightSyncError(
+                    f"the update needs weights of digest {base_digest[:12]} as its base, the engine has "
+                    f"{self.base_digest[:12] or 'none that can be one'}"
+                )
+            # If this update fails, a model that copies its weights has a part of it in both sets.
+            self.base_digest = ""
+            base: Weights | None = None
+            if adapter is None:
+                weights = await asyncio.wrap_future(self._loop.call(lambda core: core.take_shadow_weights()))
+                if base_digest:
+                    base = await asyncio.wrap_future(self._loop.call(lambda core: core.active_weights))
+                facts: ModelFacts | AdapterFacts = self._facts
+            else:
+                header = adapter
+                named = await asyncio.wrap_future(self._loop.call(lambda core: core.new_adapter(header)))
+                weights = Weights(named=named)
+                facts = AdapterFacts.of(named, dtype=self._facts.dtype, device=self._facts.device)
+            buffers, self._buffers = self._buffers, []
+            receiver = BucketReceiver(weights, facts, buffers, base=base)
+            self._update = _OpenUpdate(receiver, is_adapter=adapter is not None)
 
     async def receive(
         self,
@@ -184,38 +187,41 @@ class WeightUpdater:
         `running`: what happens to sequences that have begun. Raises WeightSyncError if the update is
         incomplete or had an error; the old weights stay active.
         """
-        update = self._open_update()
-        if update.num_receiving:
-            raise WeightSyncError("a bucket is still being received")
-        receiver, version = update.receiver, version or update.version
-        try:
-            if receiver.error:
-                raise WeightSyncError(receiver.error)
-            facts = receiver.facts
-            check_names(receiver.received, facts.parameter_shapes, tied=facts.tied_names)
-            if running == "finish" and not update.is_adapter:
-                raise WeightSyncError(
-                    "running=finish needs an adapter: all weights change for every sequence"
+        async with self._changing:
+            update = self._open_update()
+            if update.num_receiving:
+                raise WeightSyncError("a bucket is still being received")
+            receiver, version = update.receiver, version or update.version
+            try:
+                if receiver.error:
+                    raise WeightSyncError(receiver.error)
+                facts = receiver.facts
+                check_names(receiver.received, facts.parameter_shapes, tied=facts.tied_names)
+                if running == "finish" and not update.is_adapter:
+                    raise WeightSyncError(
+                        "running=finish needs an adapter: all weights change for every sequence"
+                    )
+                if not version:
+                    raise WeightSyncError("no weight_version was given: pass it to /end_weight_update")
+            except WeightSyncError:
+                self.num_failures += 1
+                self._discard()
+                raise
+            self._update, self._buffers = None, receiver.buffers
+            if update.is_adapter:
+                activating = self._loop.activate_adapter(
+                    receiver.weights.named, version=version, running=running
                 )
-            if not version:
-                raise WeightSyncError("no weight_version was given: pass it to /end_weight_update")
-        except WeightSyncError:
-            self.num_failures += 1
-            self._discard()
-            raise
-        self._update, self._buffers = None, receiver.buffers
-        if update.is_adapter:
-            activating = self._loop.activate_adapter(receiver.weights.named, version=version, running=running)
-        else:
-            activating = self._loop.swap_weights(
-                receiver.weights, version=version, recompute=running == "recompute"
-            )
-        stall_s = await asyncio.wrap_future(activating)
-        self.base_digest = update.base_digest
-        self.num_updates += 1
-        self.update_s += time.perf_counter() - update.started_s
-        logger.debug("weight version %s is active, decoding stalled for %.1f ms", version, stall_s * 1e3)
-        return stall_s
+            else:
+                activating = self._loop.swap_weights(
+                    receiver.weights, version=version, recompute=running == "recompute"
+                )
+            stall_s = await asyncio.wrap_future(activating)
+            self.base_digest = update.base_digest
+            self.num_updates += 1
+            self.update_s += time.perf_counter() - update.started_s
+            logger.debug("weight version %s is active, decoding stalled for %.1f ms", version, stall_s * 1e3)
+            return stall_s
 
     async def load_from_disk(self, path: str, *, version: str, running: Running) -> float:
         """Loads a Hugging Face directory as one update; returns and raises as `end` does."""

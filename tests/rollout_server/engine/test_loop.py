@@ -1,16 +1,20 @@
-"""The engine's thread: when it passes on outputs."""
+"""The engine's thread: when it passes on outputs, returns freed memory, and opens updates."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import pytest
 
+from areal_like.errors import WeightSyncError
 from rollout_server.engine import loop as loop_module
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.loop import EngineLoop, SequenceOutput
+from rollout_server.engine.models.base import Weights
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from rollout_server.engine.threads import ThreadCount
+from rollout_server.engine.weights.updater import WeightUpdater
 from tests.rollout_server.engine.test_core import make_core
 from tests.support.engine_harness import Models
 from tests.support.waiting import HANG_LIMIT_S
@@ -97,3 +101,28 @@ def test_freed_memory_is_returned_after_growth(core: EngineCore, monkeypatch: py
     assert reports.complete.wait(LIMIT_S)
     reports.loop.stop(timeout_s=LIMIT_S)
     assert returned_at == [2], "before the third step"
+
+
+def test_updates_that_begin_together_leave_one(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each replaces the one before, and gets its memory; without turns each took memory of its own."""
+    new_weights, made = core.model.new_weights, []
+
+    def counted() -> Weights:
+        made.append(new_weights())
+        return made[-1]
+
+    async def begin() -> None:
+        updater = WeightUpdater(loop, core.model.facts)
+        await asyncio.gather(*(updater.begin() for _ in range(3)))
+        with pytest.raises(WeightSyncError, match="missing"):
+            await updater.end(version="1", running="keep")
+        await updater.begin()
+        updater.close()
+
+    monkeypatch.setattr(core.model, "new_weights", counted)
+    threads = ThreadCount(least=1, most=1)
+    loop = EngineLoop(core, threads=threads, on_output=lambda outputs: None, on_failure=pytest.fail)
+    loop.start()
+    asyncio.run(begin())
+    loop.stop(timeout_s=LIMIT_S)
+    assert len(made) == 1
