@@ -27,6 +27,8 @@ from rollout_server.tasks.base import make_task
 SAVE_STEPS = 25
 GROUPS_AT_ONCE = 2
 """Groups of one micro-batch."""
+KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+"""glibc keeps the memory of freed tensors, as in this project's trainer."""
 
 
 def missing_trl() -> str:
@@ -39,7 +41,8 @@ def trl_command(study: Study, cell: Cell, config: Mapping[str, Any]) -> list[str
     folder = study.run(cell)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spec.json").write_text(json.dumps(trl_spec(folder, config)))
-    return [str(PYTHON), "-P", str(ROOT / "benchmarks/trl_side.py"), str(folder / "spec.json")]
+    keeps = [f"{name}={value}" for name, value in KEEPS_MEMORY.items()]
+    return ["env", *keeps, str(PYTHON), "-P", str(ROOT / "benchmarks/trl_side.py"), str(folder / "spec.json")]
 
 
 def trl_spec(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,10 @@ class FreedMemory:
         self._usual_bytes: int | None = None
 
     def is_due(self, resident_bytes: int) -> bool:
-        """True if it is to be returned now. Look at equal moments of the work, such as after each step."""
+        """True if it is to be returned now.
+
+        Look at equal moments of the work, such as before each step, or at equal intervals.
+        """
         if self._usual_bytes is None:
             self._usual_bytes = resident_bytes
         if resident_bytes <= GROWTH * self._usual_bytes:
@@ -54,29 +57,34 @@ def resident_bytes() -> int:
 
 
 def return_freed_memory() -> None:
-    """Returns the free pages of all blocks to the system (malloc_trim(3))."""
+    """Returns whole pages of free blocks to the system (malloc_trim(3))."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 
 
 def keep_freed_memory() -> None:
-    """From now on glibc keeps every freed block of less than 1 GiB, until `return_freed_memory`.
+    """From now on glibc keeps the freed blocks of the main thread until `return_freed_memory`: those of less
+    than 1 GiB, in releases before 2.35 those of less than 32 MiB.
 
     By default it returns one of 32 MiB and more at once, and the system clears its pages again for the next
-    tensor of that size: supervised steps of SmolLM2 then take 1.1 to 1.2 times as long.
+    tensor of that size. Other threads have heaps of at most 64 MiB, which end when they are free.
     """
-    set_thresholds(mmap_bytes=1 << 30, trim_bytes=_NEVER)
+    if not set_thresholds(mmap_bytes=1 << 30, trim_bytes=_NEVER):
+        set_thresholds(mmap_bytes=32 << 20, trim_bytes=_NEVER)
 
 
-def set_thresholds(*, mmap_bytes: int, trim_bytes: int) -> None:
+def set_thresholds(*, mmap_bytes: int, trim_bytes: int) -> bool:
     """Blocks of `mmap_bytes` and more are mapped one by one, and returned when they are freed; the end of the
     heap is returned when `trim_bytes` of it are free.
 
-    Both are less than 2 GiB. glibc no longer changes them.
+    Both are less than 2 GiB. glibc no longer changes them. Returns False, and changes nothing, if glibc
+    refuses `mmap_bytes`, or if this is not glibc.
     """
-    if (libc := _glibc()) is not None:
-        libc.mallopt(_MMAP_THRESHOLD, mmap_bytes)
-        libc.mallopt(_TRIM_THRESHOLD, trim_bytes)
+    libc = _glibc()
+    # The first one first: setting the other alone would fix the first at its present, low value.
+    return libc is not None and bool(
+        libc.mallopt(_MMAP_THRESHOLD, mmap_bytes) and libc.mallopt(_TRIM_THRESHOLD, trim_bytes)
+    )
 
 
 @functools.cache

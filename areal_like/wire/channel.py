@@ -305,6 +305,8 @@ class Link:
         return Pump(socket, self._on_frames)
 
     def _reopen(self) -> None:
+        if self._is_closed:
+            return
         if self._curve is not None:
             self._curve.stop()
         self._pump.close()

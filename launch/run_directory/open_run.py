@@ -38,8 +38,6 @@ from launch.run_directory.rundir import (
     lock,
     remove_ledgers,
     remove_unbegun,
-    restart_orders,
-    restart_outcome_file,
 )
 
 
@@ -143,8 +141,9 @@ def prepared(run: OpenRun) -> OpenRun:
             stale.unlink(missing_ok=True)
         if not run.is_resumed:
             run.paths.config_changes.unlink(missing_ok=True)  # from a job that failed before its first step
-        for order in (*restart_orders(run.paths), restart_outcome_file(run.paths)):
-            order.unlink(missing_ok=True)  # it was for an earlier launcher
+        for pattern in ("restart*.json", ".restart*.json"):
+            for order in run.paths.root.glob(pattern):  # orders for an earlier launcher, and their outcome
+                order.unlink(missing_ok=True)
         for folder in (run.paths.endpoints, run.paths.logs):
             folder.mkdir(exist_ok=True)
         save_config(run.config, run.config_file)

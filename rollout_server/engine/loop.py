@@ -126,6 +126,7 @@ class EngineLoop:
         self._stopping = False
         self._idle_since_s: float | None = None
         self._idle_s = self._busy_s = self._stall_s = 0.0
+        self._is_on_cpu = core.model.facts.device.type == "cpu"
         self._freed, self._looked_s = FreedMemory(), time.perf_counter()
         self.on_first_token: Callable[[float], None] = lambda seconds: None
         """Called with the time from a sequence's request to its first token."""
@@ -235,6 +236,7 @@ class EngineLoop:
             with torch.inference_mode():
                 while not self._stopping:
                     self._run_commands()
+                    self._return_freed_memory(time.perf_counter())
                     self._step()
                 self._report()
         # The outermost frame of the thread: an uncaught exception would leave all requests waiting forever.
@@ -281,7 +283,6 @@ class EngineLoop:
             return
         self._take_idle_cores()
         started_s = time.perf_counter()
-        self._return_freed_memory(started_s)
         self._collect(self._core.step())
         ended_s = time.perf_counter()
         self._busy_s += ended_s - started_s
@@ -297,7 +298,7 @@ class EngineLoop:
                 torch.set_num_threads(now)
 
     def _return_freed_memory(self, now_s: float) -> None:
-        if now_s - self._looked_s >= _LOOK_AT_MEMORY_EVERY_S:
+        if self._is_on_cpu and now_s - self._looked_s >= _LOOK_AT_MEMORY_EVERY_S:
             self._looked_s = now_s
             if self._freed.is_due(resident_bytes()):
                 return_freed_memory()

@@ -142,12 +142,13 @@ class StepSpeed:
     def begin(self, step: int) -> PhaseTimer:
         """Starts the timer of the step after `step` completed steps.
 
-        On a CPU it first returns the memory that earlier steps have freed, if that has become much.
+        On a CPU the memory that earlier steps have freed is returned, if it has become much.
         """
         self._ranks.place.enter("lockstep", step=step)
+        timer = PhaseTimer(PHASES, place=self._ranks.place, clock=clock_of(self._ranks.device))
         if self._ranks.device.type == "cpu" and self._freed.is_due(resident_bytes()):
             return_freed_memory()
-        return PhaseTimer(PHASES, place=self._ranks.place, clock=clock_of(self._ranks.device))
+        return timer
 
     def flops_of(self, batch: PackedBatch) -> float:
         """Model FLOPs of a pass over a micro-batch, including a backward if gradients are enabled."""

@@ -87,8 +87,9 @@ class BucketSender:
         if group.backend == "nccl":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Not a bound method: the executor would refer to this object, whose store would then stay open until
+        # a collection of cycles.
         choose_device = functools.partial(_choose_device, device, self._stream)
-        # Without a reference to this object: its group and store end with its last reference.
         self._reader = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix=f"{name}-read", initializer=choose_device
         )

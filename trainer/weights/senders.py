@@ -249,8 +249,10 @@ class SenderService:
         """Number of a session -> this rank's end of it."""
         self._forgotten: set[int] = set()
         """Sessions that rank 0 has given up before they were open."""
+        self._has_ended = False
+        """Nothing else may be opened."""
         self._lock = threading.Lock()
-        """For the two above."""
+        """For the three above."""
         self._may_begin: dict[int, threading.Event] = {}
         """Id of a request to send -> set when the engines are ready."""
 
@@ -262,7 +264,9 @@ class SenderService:
             self._channel.send({"id": request["id"], "closed": True})
         except RuntimeError as error:
             log.info("this rank has stopped sending weights: %s", error)
-        for end in self._ends.values():
+        with self._lock:
+            self._has_ended, ends = True, list(self._ends.values())
+        for end in ends:
             end.leave()
 
     def _start(self, request: dict[str, Any]) -> None:
@@ -330,10 +334,11 @@ class SenderService:
             num_senders=len(self._snapshotter.sender_ranks),
         )
         with self._lock:
-            is_forgotten = session in self._forgotten
-            if not is_forgotten:
+            is_late = self._has_ended or session in self._forgotten
+            self._forgotten.discard(session)
+            if not is_late:
                 self._ends[session] = end
-        if is_forgotten:
+        if is_late:
             end.leave()
             end.forget()
             raise WeightSyncError("it took too long to open the session")

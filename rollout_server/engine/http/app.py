@@ -17,7 +17,6 @@ from areal_like.http.access import AccessRules, host_names, single_key
 from areal_like.http.guard import BodyLimits, HttpGuard
 from areal_like.http.server import HttpConfig, HttpServer
 from areal_like.runtime.exhaustion import end_if_callbacks_fail
-from areal_like.runtime.freed_memory import keep_freed_memory
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.http.generate_request import RequestLimits
 from rollout_server.engine.http.generation_routes import deliver
@@ -43,15 +42,12 @@ def run(options: ProcessOptions, listener: socket.socket) -> int:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(options.num_threads)
-    device = _checked_device(options.device)
-    if device.type == "cpu":
-        keep_freed_memory()  # `EngineLoop` returns it
     model, weights = load(
         options.model_path,
         dtype=getattr(torch, options.dtype),
         fp32_head=options.enable_fp32_lm_head,
         router_dtype=options.router_dtype,
-        device=device,
+        device=_checked_device(options.device),
         context_length=options.context_length,
         records_routes=options.enable_return_routed_experts,
     )

@@ -187,8 +187,12 @@ class WeightUpdater:
         `running`: what happens to sequences that have begun. Raises WeightSyncError if the update is
         incomplete or had an error; the old weights stay active.
         """
+        return await self._end(self._open_update(), version=version, running=running)
+
+    async def _end(self, update: _OpenUpdate, *, version: str, running: Running) -> float:
         async with self._changing:
-            update = self._open_update()
+            if self._update is not update:
+                raise WeightSyncError("the weight update was discarded")
             if update.num_receiving:
                 raise WeightSyncError("a bucket is still being received")
             receiver, version = update.receiver, version or update.version
@@ -239,7 +243,8 @@ class WeightUpdater:
             receiver.error = str(error)
         finally:
             update.num_receiving -= 1
-        return await self.end(version=version, running=running)
+            self._reclaim(update)
+        return await self._end(update, version=version, running=running)
 
     def device_facts(self) -> dict[str, str]:
         """Returns device and NCCL version of this engine, which rank 0 compares before it chooses a

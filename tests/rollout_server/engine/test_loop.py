@@ -113,10 +113,14 @@ def test_updates_that_begin_together_leave_one(core: EngineCore, monkeypatch: py
 
     async def begin() -> None:
         updater = WeightUpdater(loop, core.model.facts)
-        await asyncio.gather(*(updater.begin() for _ in range(3)))
-        with pytest.raises(WeightSyncError, match="missing"):
-            await updater.end(version="1", running="keep")
-        await updater.begin()
+        async with asyncio.timeout(LIMIT_S):
+            await asyncio.gather(*(updater.begin() for _ in range(3)))
+            late = updater.end(version="1", running="keep")
+            outcomes = await asyncio.gather(updater.begin(), late, return_exceptions=True)
+            assert outcomes[0] is None and "no weight update is open" in str(outcomes[1])
+            with pytest.raises(WeightSyncError, match="missing"):
+                await updater.end(version="2", running="keep")
+            await updater.begin()
         updater.close()
 
     monkeypatch.setattr(core.model, "new_weights", counted)
