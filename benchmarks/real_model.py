@@ -17,9 +17,9 @@ SIGTERM end a cell with a checkpoint. Whether it ends or is stopped, its results
 benchmarks/results/real_model/NAME/ (benchmarks/real_model_result.py); `report` refreshes them.
 
 `trl-2` needs `make trl`. The goal is that the processes of a cell use less than 16 GB; the largest sum of
-their proportional set sizes is in the results (`killed-2` has taken 17, `distill-2` 17.9). `key=value`
-changes a setting of all cells, for a machine that needs others (`model.dtype=float32` where there is no fast
-bfloat16).
+their proportional set sizes is in the results. (Before the trainer returned freed memory `distill-2` took
+17.9, and `rl-2` 15.5; a later run of `rl-2` took 11.4.) `key=value` changes a setting of all cells, for a
+machine that needs others (`model.dtype=float32` where there is no fast bfloat16).
 """
 
 from __future__ import annotations
