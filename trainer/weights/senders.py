@@ -164,10 +164,12 @@ class RemoteEnd:
         self._link = link
         self._session = session
         self._timeout_s = timeout_s
+        reply = link.start("open", session=session, group_timeout_s=timeout_s, **form)[1]
         try:
-            found = link.call("open", timeout_s=_QUICK_S, session=session, group_timeout_s=timeout_s, **form)
+            found = link.result(reply, timeout_s=_QUICK_S)
         except WeightSyncError:
-            self.forget()  # it may be about to open
+            if not reply.done():  # it may be about to open
+                self.forget()
             raise
         self.store = SenderAddress(address=found["address"], port=found["port"])
 
