@@ -27,6 +27,7 @@ from typing import Any
 from areal_like.config import Config, from_mapping
 from areal_like.failures import FailureKind
 from areal_like.paths import RunPaths
+from areal_like.runtime.freed_memory import resident_bytes
 from areal_like.wire.messages.producer import Lease, SampleDone, SampleFailed, ServerHeartbeat, ServerState
 from areal_like.wire.records import Record
 from benchmarks import report
@@ -218,7 +219,7 @@ def _figures(config: Config, ledger: Ledger) -> dict[str, Any]:
     state, directory = ledger.state, RunPaths.of(config).ledger
     return {
         "tickets": state.tickets.num_issued,
-        "rss_mb": round(rss_bytes() / 1e6, 1),
+        "rss_mb": round(resident_bytes() / 1e6, 1),
         "sqlite_mb": round((directory / "ledger.sqlite3").stat().st_size / 1e6, 1),
         "wal_mb": round((directory / "ledger.sqlite3-wal").stat().st_size / 1e6, 1),
         "segments_mb": round(sum(_sizes(directory / "segments")) / 1e6, 1),
@@ -240,11 +241,6 @@ def _mb_by_table(path: Path) -> dict[str, float]:
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
         found = connection.execute("SELECT name, sum(pgsize) FROM dbstat GROUP BY 1 ORDER BY 2 DESC")
         return {name: round(num_bytes / 1e6, 2) for name, num_bytes in found if num_bytes >= 1e4}
-
-
-def rss_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
 
 
 if __name__ == "__main__":

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from areal_like.errors import WireError
+from areal_like.runtime.freed_memory import resident_bytes
 from areal_like.wire.codec import MESSAGES, decode, encode
 from tests.support.cpu_time import cpu_units
 from tests.support.wire_mutation import encoded, mutated
@@ -69,7 +68,3 @@ def test_a_million_mutated_messages_are_decoded_or_refused() -> None:
     grown_bytes = resident_bytes() - before_bytes
     print(f"{num_refused} refused, grown by {grown_bytes} bytes")
     assert grown_bytes < 8 << 20
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -3,7 +3,8 @@
 On a CPU the clock is the host's. A GPU runs kernels asynchronously, so there a phase lasts from one event in
 the stream to another. These times are read at the end of the step, because reading them earlier would stall
 the GPU. Then the ranks exchange one short vector. Memory: on a GPU the allocator's peak since the last step,
-on a CPU the largest memory that the process has had.
+on a CPU the largest memory that the process has had. There freed memory is returned when a step begins
+(`areal_like/runtime/freed_memory.py`).
 """
 
 from __future__ import annotations

@@ -168,7 +168,8 @@ class RemoteEnd:
         try:
             found = link.result(reply, timeout_s=_QUICK_S)
         except WeightSyncError:
-            if not reply.done():  # it may be about to open
+            # Unless the sender has refused, it may be about to open, or has just done so.
+            if not reply.done() or (reply.exception() is None and "error" not in reply.result()):
                 self.forget()
             raise
         self.store = SenderAddress(address=found["address"], port=found["port"])
