@@ -118,8 +118,8 @@ def measured(
         started_s, before = time.time(), used(job.pid, root).by_role
         while time.time() < started_s + seconds and job.poll() is None:
             time.sleep(0.1)
-        cpu_ms = used(job.pid, root).by_role
-        cpu_ms.subtract(before)
+        after = used(job.pid, root).by_role
+        cpu_ms = {role: ms - before[role] for role, ms in after.items()}
         if disturber is not None:
             disturber.send_signal(signal.SIGTERM)
             report, _ = disturber.communicate(timeout=60)

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,8 +60,8 @@ _MIN_SHOWN_MS = 1.0
 class Usage:
     """CPU time of a job's processes up to one moment, in milliseconds."""
 
-    by_role: Counter[str] = field(default_factory=Counter)
-    by_thread: Counter[tuple[str, str]] = field(default_factory=Counter)
+    by_role: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    by_thread: defaultdict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
     """By (role, thread)."""
     num_processes: Counter[str] = field(default_factory=Counter)
 

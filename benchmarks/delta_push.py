@@ -114,7 +114,7 @@ def train(path: Path, *, num_steps: int) -> list[dict[str, Any]]:
     adam = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=0.0, fused=True)
     rng, steps, before = random.Random(0), [], pushed(model)
     for step in range(1, num_steps + 1):
-        policy_loss(model, tokenizer, rng).backward()  # type: ignore[no-untyped-call]
+        policy_loss(model, tokenizer, rng).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         adam.step()
         adam.zero_grad()

@@ -25,7 +25,7 @@ def made_pairs(split: Split, num_pairs: int, *, seed: int) -> Iterator[dict[str,
         wrong = example.answer
         while not wrong or task.reward(example, wrong) == 1.0:
             wrong = changed(example.answer, draw)
-        yield {"prompt": example.prompt, "chosen": example.answer, "rejected": wrong}
+        yield {"prompt": str(example.prompt), "chosen": example.answer, "rejected": wrong}
 
 
 def changed(answer: str, draw: random.Random) -> str:

@@ -38,7 +38,7 @@ def held_out_reward(model_dir: str, *, seed: int, do_sample: bool = False) -> fl
     """Mean reward of answers to held-out prompts, greedy or sampled at temperature 1."""
     torch.manual_seed(seed)
     task = SortTask(seed=seed)
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     total = 0.0
     for begin in range(0, NUM_PROMPTS, BATCH):

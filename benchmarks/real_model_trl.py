@@ -53,7 +53,7 @@ def trl_spec(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     task = make_task(config.task, seed=config.seed)
     num_groups = config.trainer.groups_per_step
     examples = examples_of(task, config.trainer.num_steps * num_groups, seed=config.seed)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False)
     prompts = [
         tokenizer.apply_chat_template(example.prompt, tokenize=False, add_generation_prompt=True)
         for example in examples

@@ -40,7 +40,7 @@ def pairs(model_dir: str, split: Split, num_pairs: int, *, seed: int) -> Iterato
     """Rows with a right and a wrong answer of the model to the same prompt."""
     torch.manual_seed(seed)
     draw, task = random.Random(seed), SortTask(seed=seed)
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     index = found = 0
     while found < num_pairs:
@@ -57,7 +57,7 @@ def pairs(model_dir: str, split: Split, num_pairs: int, *, seed: int) -> Iterato
             wrong = [text for text in answers if task.reward(example, text) == 0.0]
             if right and wrong and found < num_pairs:
                 found += 1
-                yield {"prompt": example.prompt, "chosen": right[0], "rejected": draw.choice(wrong)}
+                yield {"prompt": str(example.prompt), "chosen": right[0], "rejected": draw.choice(wrong)}
 
 
 def measured(

@@ -295,7 +295,7 @@ def points_of(
     )
 
 
-def _means(rewards: Sequence[float], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _means(rewards: Sequence[float], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """reward, best, entropy and ess_ratio, from the rewards along the run and the metrics of its steps."""
     tail = max(1, len(rewards) // 10)
     # Steps that trained no group (in each group all rewards were equal) lack these metrics.

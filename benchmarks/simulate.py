@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.growth import rss_bytes
+from areal_like.runtime.freed_memory import resident_bytes
 from benchmarks.report import RESULTS, ROOT, machine, table
 from benchmarks.simulation_report import close_table, draw, rules_table, scale_table, tails_table
 from benchmarks.simulation_rules import CLOSE_RULES, RULES, LedgerRule
@@ -63,7 +63,7 @@ def scale(num_tickets: int) -> Iterator[dict[str, Any]]:
                 "tickets": simulation.num_tickets,
                 "cpu_us_a_ticket": round(1e6 * (simulation.cpu_s - before[1]) / max(1, num_new), 1),
                 "lag_max": max(simulation.lags),
-                "rss_mb": round(rss_bytes() / 1e6),
+                "rss_mb": round(resident_bytes() / 1e6),
             }
         )
         print(parts[-1], flush=True)

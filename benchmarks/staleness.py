@@ -246,7 +246,7 @@ def _start_worker() -> None:
     # Turns off the trainer's warnings about settings that OAPL overrides, and the progress bar for each model
     # that is loaded.
     logging.disable(logging.WARNING)
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bar()
 
 
 def main() -> None:

@@ -36,13 +36,14 @@ import numpy as np
 import torch
 
 from areal_like.config import BufferConfig, Config, TrainerConfig
+from areal_like.config.trainer import NormalizerName
 from areal_like.trajectory import NOT_SAMPLED, Trajectory
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from rollout_server.rendering.prompt_renderer import PromptRenderer
-from rollout_server.tasks.base import Example, Split, make_task
+from rollout_server.tasks.base import Completion, Example, Split, make_task
 from tests.support.full_state import gather_full_state
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy, build_policy
@@ -68,7 +69,7 @@ class Cell:
     """The `objective` section of a configuration."""
     advantage: dict[str, Any] = field(default_factory=dict)
     """The `advantage` section; empty: the default."""
-    normalizer: str = "token_mean"
+    normalizer: NormalizerName = "token_mean"
     """`trainer.normalizer`, as in the method's paper."""
     periodic: bool = False
     """Ages are periodic instead of fixed or mixed."""
@@ -261,9 +262,8 @@ class Sampler:
         return groups
 
     def _reward(self, example: Example, sequence: Sequence) -> float:
-        reward = self._task.reward(
-            example, self._renderer.decode(np.array(sequence.output_ids, dtype=np.int32))
-        )
+        text = self._renderer.decode(np.array(sequence.output_ids, dtype=np.int32))
+        reward = self._task.reward(example, Completion(text))
         assert isinstance(reward, float)
         return reward
 

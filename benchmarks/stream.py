@@ -78,9 +78,11 @@ def measure(
     ]
     try:
         for worker in workers:
+            assert worker.stdout is not None
             assert worker.stdout.readline() == "ready\n", module
         begin_s = time.monotonic() + WARM_UP_S
         for worker in workers:
+            assert worker.stdin is not None
             worker.stdin.write(f"{begin_s} {begin_s + seconds}\n")
             worker.stdin.flush()
         time.sleep(max(0.0, begin_s - time.monotonic()))
@@ -376,9 +378,9 @@ def main() -> None:
         )
     )
     if bench.wire_rows:
-        names = ("per_s", "mb_per_s", "server_cpu_us", "ack_p50_ms", "ack_p99_ms")
-        rows = [[name, *(row[key] for key in names)] for name, row in bench.wire_rows.items()]
-        print(table(["record, ZeroMQ threads", *names], rows))
+        wire_names = ("per_s", "mb_per_s", "server_cpu_us", "ack_p50_ms", "ack_p99_ms")
+        rows = [[name, *(row[key] for key in wire_names)] for name, row in bench.wire_rows.items()]
+        print(table(["record, ZeroMQ threads", *wire_names], rows))
     for pair, share in shares(bench.rows).items():
         print(f"{pair}: {share:.2f}")
 

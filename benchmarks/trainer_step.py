@@ -86,7 +86,7 @@ def model_of(case: Case, directory: str) -> str:
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     path = f"{directory}/{case.width}"
-    LlamaForCausalLM(config).save_pretrained(path)  # type: ignore[no-untyped-call]
+    LlamaForCausalLM(config).save_pretrained(path)
     return path
 
 
@@ -185,7 +185,7 @@ def _bare_step(path: str, trajectories: Sequence[Trajectory]) -> Callable[[], fl
             logits = model(input_ids=tokens, attention_mask=torch.from_numpy(real), use_cache=False).logits
             logps = torch.log_softmax(logits[:, :-1], -1).gather(-1, tokens[:, 1:, None])[..., 0]
             logprobs = (logps * torch.from_numpy(sampled[:, 1:])).sum()
-            logprobs.backward()  # type: ignore[no-untyped-call]
+            logprobs.backward()
             total += float(logprobs.detach())
         return total
 

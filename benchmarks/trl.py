@@ -207,7 +207,9 @@ def run_trl(
 ) -> Run:
     """Trains with TRL. `num_steps`: 3 or 4 for a trial of the speed."""
     task, steps = job.task(seed), num_steps or job.max_steps
-    arguments = dict(METHODS["TRL"][setting.method])
+    method = METHODS["TRL"][setting.method]
+    assert isinstance(method, Mapping)
+    arguments = dict(method)
     num_batches = steps // arguments.get("num_iterations", 1)
     examples = examples_of(task, num_batches * Config().trainer.groups_per_step, seed=seed)
     out, weights = scratch / f"trl-{job.name}-{seed}.jsonl", scratch / "trl-weights"

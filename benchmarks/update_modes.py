@@ -29,7 +29,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from areal_like.config import Config, WeightsConfig, from_mapping
+from areal_like.config import Config, from_mapping
 from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import table, write
@@ -93,8 +93,8 @@ class Server:
             return turns.to_trajectory(SampleRewards())
 
         async def update() -> None:
-            config = WeightsConfig(update_mode=mode, bucket_bytes=BUCKET_BYTES)
-            broadcaster = Broadcaster(config, device="cpu")
+            config = from_mapping({"weights": {"update_mode": mode, "bucket_bytes": BUCKET_BYTES}})
+            broadcaster = Broadcaster(config.weights, device="cpu")
             address = f"tcp://127.0.0.1:{self.receiver.port}"
             entry = ServerEntry(
                 name="rollout-0",
@@ -175,6 +175,7 @@ async def serving(config: Config, model: Path) -> AsyncIterator[Server]:
     gate = GenerationGate()
     strategy = make_update_strategy(
         config,
+        name="rollout-0",
         model=str(model),
         gate=gate,
         on_quarantine=lambda reason, _: fail(reason),
@@ -248,7 +249,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     engines = {}
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / "model"

@@ -44,7 +44,7 @@ def server() -> Iterator[Served]:
 
 
 def _forward() -> None:
-    socket = zmq.Context.instance().socket(zmq.ROUTER)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     socket.set(zmq.SNDHWM, 0)
     socket.set(zmq.RCVHWM, 0)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
@@ -73,7 +73,7 @@ def _produce(plan: Plan, tally: Tally) -> None:
     poller = zmq.Poller()
     sent_s: dict[zmq.Socket[bytes], deque[float]] = {}
     for _ in plan.names:
-        socket = zmq.Context.instance().socket(zmq.DEALER)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         socket.set(zmq.LINGER, 0)
         socket.connect(plan.address)
         poller.register(socket, zmq.POLLIN)
@@ -101,7 +101,7 @@ def _produce(plan: Plan, tally: Tally) -> None:
 
 
 def _consume(plan: Plan, tally: Tally) -> None:
-    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.RCVHWM, 0)
     socket.connect(plan.address)

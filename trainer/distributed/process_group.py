@@ -177,7 +177,7 @@ def join_ranks(config: Config, device: torch.device) -> Meeting | None:
     timeout_s = config.trainer.collective_timeout_s
     timeout = timedelta(seconds=timeout_s)
     if "RANK" not in os.environ:
-        alone = dist.HashStore()  # type: ignore[attr-defined]
+        alone = dist.HashStore()
         dist.init_process_group(backend, timeout=timeout, store=alone, rank=0, world_size=1)
         return None
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -187,7 +187,7 @@ def join_ranks(config: Config, device: torch.device) -> Meeting | None:
     try:
         store = _store_of(rank, world_size, timeout)
         meeting = meet(store, rank=rank, world_size=world_size, timeout_s=timeout_s)
-        own = dist.PrefixStore(meeting.token, store)  # type: ignore[attr-defined]
+        own = dist.PrefixStore(meeting.token, store)
         dist.init_process_group(backend, timeout=timeout, store=own, rank=rank, world_size=world_size)
     except (ArealError, RuntimeError) as error:  # RuntimeError: torch's DistError
         raise ArealError(
@@ -202,7 +202,7 @@ def _store_of(rank: int, world_size: int, timeout: timedelta) -> Any:
     if (listen_fd := os.environ.get(STORE_FD)) is None:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         return store
-    return dist.TCPStore(  # type: ignore[attr-defined]
+    return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         world_size,
@@ -223,14 +223,14 @@ def watch_members(ranks: Ranks, meeting: Meeting | None, *, timeout_s: float) ->
         return None
 
     def open_store() -> Any:
-        own = dist.TCPStore(  # type: ignore[attr-defined]
+        own = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
             timeout=_MEMBERS_TIMEOUT,
             wait_for_workers=False,
         )
-        return dist.PrefixStore(f"{meeting.token}/members", own)  # type: ignore[attr-defined]
+        return dist.PrefixStore(f"{meeting.token}/members", own)
 
     return Members(
         open_store,

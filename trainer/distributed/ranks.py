@@ -146,7 +146,7 @@ class Ranks:
         Creates the default process group if there is none.
         """
         if not dist.is_initialized():
-            store = dist.HashStore()  # type: ignore[attr-defined]
+            store = dist.HashStore()
             dist.init_process_group("gloo", timeout=timedelta(seconds=60), store=store, rank=0, world_size=1)
         return cls()
 
