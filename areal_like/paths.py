@@ -87,6 +87,11 @@ class RunPaths:
         return cls(Path(config.runs_dir).expanduser().resolve() / config.name)
 
     @property
+    def named(self) -> list[Path]:
+        """All of the above, whether they exist or not."""
+        return [getattr(self, name) for name, value in vars(RunPaths).items() if isinstance(value, _Below)]
+
+    @property
     def ledger(self) -> Path:
         """The buffer's durable state: `ledger.sqlite3` and `segments/`."""
         return self.ledger_of(WHOLE)

@@ -187,14 +187,11 @@ def checkpoints(paths: RunPaths) -> list[int]:
 
 
 def remove_unbegun(paths: RunPaths) -> None:
-    """Removes the directory of a job that was refused, if it holds only what every launch writes there.
+    """Removes the directory of a job that was refused, if it holds only what a run writes there.
 
     The caller holds the lock, and this launch has created the directory.
     """
-    ours = {paths.config, paths.logs, paths.endpoints, paths.traces, paths.built_model, paths.root / _LOCK}
-    ours.update((paths.spans, paths.next_config, paths.config_changes, restart_outcome_file(paths)))
-    ours.update((paths.metrics, paths.summary, paths.rows, paths.replay, *paths.root.glob("ledger*")))
-    ours.update((paths.tensorboard, paths.wandb))
+    ours = {*paths.named, paths.root / _LOCK, restart_outcome_file(paths), *paths.root.glob("ledger*")}
     if not _has_steps(paths) and ours.issuperset(paths.root.iterdir()):
         remove_ledgers(paths)
         shutil.rmtree(paths.root)

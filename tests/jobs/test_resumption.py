@@ -318,10 +318,10 @@ def test_a_drain_abandons_a_long_step(tmp_path: Path, root: Path, cache: dict[st
         "trainer.tokens_per_microbatch=64",
         "rollout.max_context=64",
         "buffer.retain_trajectories=true",
-        "daemon.drain_timeout_s=600",
+        "daemon.drain_timeout_s=60",
         "objective._target_=tests.support.fault_points.SlowTrainer",
         f"objective.folder={tmp_path}",
-        "objective.seconds=5",
+        "objective.seconds=40",  # the first micro-batch ends after the drain's limit for a step, a third
     )
     with launcher(*settings, cwd=tmp_path, environment=cache) as process:
         wait_for_steps(2, root, process=process)

@@ -14,7 +14,14 @@ import pytest
 from areal_like.paths import RunPaths, write_json
 from launch.local_job.child import ProcessTable
 from launch.local_job.specs import ChildSpec
-from launch.run_directory.rundir import RestartOrder, is_held, lock, restart_order_file, take_restart_order
+from launch.run_directory.rundir import (
+    RestartOrder,
+    is_held,
+    lock,
+    remove_unbegun,
+    restart_order_file,
+    take_restart_order,
+)
 
 
 def test_orders_are_taken_once_the_oldest_first(tmp_path: Path) -> None:
@@ -37,6 +44,24 @@ def test_a_damaged_order_is_removed(text: str, tmp_path: Path) -> None:
     restart_order_file(RunPaths(tmp_path), "a").write_text(text)
     assert take_restart_order(RunPaths(tmp_path)) is None
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("file", "stays"), [("evaluations.jsonl", False), ("notes.txt", True)])
+def test_a_refused_run_leaves_only_what_is_not_its_own(file: str, stays: bool, tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path / "x")
+    os.close(lock(paths))
+    for path in paths.named:
+        path.mkdir() if path == paths.checkpoints else path.touch()
+    (paths.root / file).touch()
+    remove_unbegun(paths)
+    assert paths.root.exists() == stays
+
+
+def test_a_run_with_a_step_is_not_removed(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    paths.metrics.write_text("{}\n")
+    remove_unbegun(paths)
+    assert paths.metrics.exists()
 
 
 def test_a_full_disk_does_not_keep_the_lock_from_its_owner(tmp_path: Path) -> None:

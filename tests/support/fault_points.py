@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.batching.positions import Position
 from trainer.leader import Leader
 from trainer.objectives import SampledTokens, StepStats, TokenLosses
 from trainer.objectives.tis import TruncatedIS
@@ -45,9 +46,9 @@ class KilledTrainer(TruncatedIS):
         push, read = Broadcaster.push, Snapshot.read
 
         def run_or_die(
-            runner: StepRunner, groups: Iterable[Any], *, step: int, **rest: Any
+            runner: StepRunner, positions: Iterable[Position], *, step: int, **rest: Any
         ) -> dict[str, float]:
-            metrics = run(runner, points.poisoned(groups, step=step), step=step, **rest)
+            metrics = run(runner, points.poisoned(positions, step=step), step=step, **rest)
             points.at("update", step)  # the weights have changed; the buffer has not got CompleteStep
             return metrics
 
@@ -112,16 +113,16 @@ class _FaultPoints:
             note.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def poisoned(self, groups: Iterable[Any], *, step: int) -> Iterable[Any]:
+    def poisoned(self, positions: Iterable[Position], *, step: int) -> Iterable[Position]:
         note = self._notes.get(f"poison:{step}")
         if note is None:
-            return groups
-        groups = list(groups)
+            return positions
+        positions = list(positions)
         first = hashlib.sha256(
-            b"".join(trajectory.logprobs.tobytes() for trajectory in groups[0])
+            b"".join(trajectory.logprobs.tobytes() for trajectory in positions[0].trajectories)
         ).hexdigest()
         if not note.exists():
             note.write_text(first)
         if note.read_text() == first:
             os.kill(os.getpid(), signal.SIGKILL)
-        return groups
+        return positions
