@@ -75,8 +75,8 @@ class SessionsConfig(Section, key="sessions"):
     """Largest journal of one session of an external agent, in bytes: what the buffer keeps so that another
     server can continue the session. A session that needs more does not survive its server. 0: none does."""
     num_routers: Annotated[int, Bounds(0, MAX_ROUTERS)] = 0
-    """Routers that `areal-like run` starts: each is one address for external agents, in front of all rollout
-    servers."""
+    """Routers that `areal-like run` and `submit` start: each is one address for external agents, in front of
+    all rollout servers."""
     router_host: str = "127.0.0.1"
     """Address that a router binds for external agents."""
     router_port: Annotated[int, Bounds(0, 65535)] = 0

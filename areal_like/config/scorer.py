@@ -17,7 +17,8 @@ class ScorerConfig(Section, key="scorer"):
 
     path: str = ""
     """Hugging Face directory of a reward model: a sequence classifier with one label, in safetensors, with
-    its tokenizer. `areal-like run` then starts score servers for `task.reward: model`. Empty: none."""
+    its tokenizer. `areal-like run` and `submit` then start score servers for `task.reward: model`. Empty:
+    none."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the reward model's chat template: those with which it was trained
     (`model.chat_template_kwargs` of its run)."""

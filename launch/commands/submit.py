@@ -1,4 +1,5 @@
-"""`areal-like submit`: starts a run on a cluster: a buffer, a trainer, and rollout servers.
+"""`areal-like submit`: starts a run on a cluster: a buffer, a trainer, rollout servers, and the score servers
+and routers that its settings ask for.
 
 `--slurm`: as jobs of Slurm that share the run's directory, with their batch scripts in `slurm/`. This command
 ends when they are submitted: each job restarts itself, and all end with the run.
@@ -23,7 +24,7 @@ from areal_like.runtime.process import keep_files_private
 from launch.commands.configuration import CONFIG_FILE, file_and_settings
 from launch.commands.foreground import StopSignals
 from launch.commands.parser import SETTINGS, argument, command, flag, group
-from launch.nodes.settings import ClusterOptions, settings_for_nodes
+from launch.nodes.settings import ClusterOptions, counts_of, settings_for_nodes
 from launch.nodes.start import read_run
 from launch.ray.cluster import RayOptions, import_ray
 from launch.ray.driver import run_on_ray
@@ -85,11 +86,12 @@ def _slurm(args: argparse.Namespace) -> int:
     if args.dry_run:
         for role, text in scripts.items():
             sys.stdout.write(f"##### {paths.root}/slurm/{role}.sh\n{text}\n")
-        sys.stdout.write(f"##### 1 buffer, 1 trainer and {number} rollout jobs; nothing was submitted\n")
+        counts = counts_of(config, num_servers=number).items()
+        listed = ", ".join(f"{number} {role}" for role, number in counts)
+        sys.stdout.write(f"##### jobs: {listed}; nothing was submitted\n")
         return 0
     if _is_finished(config):
         return 0
-    _warn_of_routers(config)
     _warn_of_kill_wait(config.daemon.drain_timeout_s)
     for role, numbers in begin(config, scripts, num_servers=number).items():
         sys.stdout.write(f"{role}: job {', '.join(map(str, numbers))}\n")
@@ -122,7 +124,6 @@ def _ray(args: argparse.Namespace) -> int:
     config = settings_for_nodes(file_and_settings(args), trainer_nodes=options.trainer_nodes)
     if _is_finished(config):
         return 0
-    _warn_of_routers(config)
 
     def listen() -> Callable[[], bool]:
         signals = StopSignals()
@@ -139,15 +140,6 @@ def _is_finished(config: Config) -> bool:
     if is_finished:
         sys.stdout.write(f"the run in {paths.root} is finished; trainer.num_steps=MORE continues it\n")
     return is_finished
-
-
-def _warn_of_routers(config: Config) -> None:
-    """Says that a scheduler starts no routers."""
-    if config.sessions.num_routers:
-        sys.stderr.write(
-            "areal-like: no routers are started there: start them with `areal-like router RUN`, where the "
-            "run's directory can be seen\n"
-        )
 
 
 def _warn_of_kill_wait(drain_timeout_s: float) -> None:

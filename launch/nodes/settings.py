@@ -62,7 +62,19 @@ def gpus_of(config: Config, role: str, *, trainer_nodes: int) -> int:
         return config.trainer.world_size // trainer_nodes
     if role == "rollout" and rollout.engine_device != "cpu" and not rollout.sglang.url:
         return rollout.gpus_per_engine
+    if role == "scorer" and config.scorer.device != "cpu":
+        return 1
     return 0
+
+
+def counts_of(config: Config, *, num_servers: int) -> dict[str, int]:
+    """Role -> number of them that a scheduler places, in the order in which they are started.
+
+    `num_servers`: rollout servers. The trainer counts once, on however many nodes it is.
+    """
+    num_scorers = config.scorer.num_servers if config.scorer.path else 0
+    counts = {"buffer": 1, "trainer": 1, "scorer": num_scorers, "router": config.sessions.num_routers}
+    return {role: number for role, number in counts.items() if number} | {"rollout": num_servers}
 
 
 def settings_for_nodes(argv: Sequence[str], *, trainer_nodes: int) -> Config:
@@ -107,18 +119,23 @@ def make_directory(config: Config, *, folders: Sequence[Path] = ()) -> None:
 
 
 def _check(config: Config, nodes: int) -> None:
-    if config.scorer.path:
-        raise ConfigError(
-            f"submit: scorer.path={config.scorer.path}: no score servers are started there: start them with "
-            "`areal-like score-server`, set task.reward.url to their URLs, and leave scorer.path out"
-        )
     tasks = {"task": config.task, **{f"eval.sets.{n}": one.task for n, one in config.eval.sets.items()}}
     for name in (name for name, task in tasks.items() if _needs_own_scorers(task)):
-        raise ConfigError(
-            f"submit: {name}: the reward `model` without `url` asks score servers of the job, and none are "
-            "started there: start them with `areal-like score-server`, and give the reward their URLs "
-            "(task.reward={name: model, url: [...]})"
-        )
+        if not config.scorer.path:
+            raise ConfigError(
+                f"submit: {name}: the reward `model` without `url` asks score servers of the job: set "
+                "scorer.path to the directory of a reward model, or the reward's url"
+            )
+    ports = {
+        "scorer.port": (config.scorer.port, config.scorer.num_servers if config.scorer.path else 0),
+        "sessions.router_port": (config.sessions.router_port, config.sessions.num_routers),
+    }
+    for setting, (port, number) in ports.items():
+        if port and number > 1:
+            raise ConfigError(
+                f"submit: {setting}={port}: several of the {number} may be placed on one node, where they "
+                f"cannot share a port: leave {setting} out"
+            )
     world_size = config.trainer.world_size
     if nodes < 1 or world_size % nodes:
         raise ConfigError(

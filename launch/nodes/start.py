@@ -8,10 +8,11 @@ waits:
 
     buffer    for the lock of its ledger: a buffer may still work on a node that the scheduler has given up
     trainer   for the buffer; then the trainer of an earlier start loses its name
-    rollout   for the buffer
+    others    for the buffer
 
 Each start of a rollout server has a new name, so a server on a lost node does no harm: its samples count as
-long as it reaches the job, and it ends with the run.
+long as it reaches the job, and it ends with the run. Score servers and routers keep their names: the newest
+start is the one that is found.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from dataclasses import dataclass
 
 from areal_like.built_model import is_built
 from areal_like.config import Config
+from areal_like.config.episode import SessionsConfig
 from areal_like.errors import ArealError, ConfigError, UserError
+from areal_like.hosts import is_loopback
 from areal_like.paths import BUILT_MODELS, RunPaths
 from areal_like.runtime.command_line import load_config
 from areal_like.runtime.process import PARENT_PID, keep_files_private
@@ -40,6 +43,17 @@ from launch.observation.reach import RunningJob
 from launch.run_directory.rundir import find_run, is_locked
 
 ROLES = ("buffer", "trainer", "rollout")
+SIDE_ROLES = ("scorer", "router")
+"""Roles that a run has if its settings ask for them. They do not know when the run is finished, so who
+supervises them ends them."""
+ALL_ROLES = (*ROLES, *SIDE_ROLES)
+_MODULES = {
+    "buffer": "buffer",
+    "trainer": "trainer",
+    "rollout": "rollout_server",
+    "scorer": "rollout_server.scoring",
+    "router": "rollout_server.router",
+}
 _BUFFER_LIMIT_S = 600.0
 """Longest wait for the buffer. The trainer and the rollout servers start after it."""
 _UNFENCE_LIMIT_S = 60.0
@@ -69,11 +83,15 @@ class RolePlace:
     first_address: str = ""
     """Address of the first of several nodes."""
 
-    @property
-    def server_name(self) -> str:
-        """The name of a rollout server. It does not end with a plain number, which would choose GPUs: the
-        scheduler has chosen those of the job."""
-        return f"rollout-{self.job}r{self.num_starts}"
+    def name_of(self, role: str) -> str:
+        """The name of the daemon; empty for the buffer and the trainer, which are named after their roles.
+
+        It does not end with a plain number, which would choose GPUs and ports: the scheduler has chosen those
+        of the job.
+        """
+        if role == "rollout":
+            return f"rollout-{self.job}r{self.num_starts}"
+        return f"{role}-{self.job}" if role in SIDE_ROLES else ""
 
 
 def read_run(run: str) -> tuple[RunPaths, Config]:
@@ -109,21 +127,33 @@ def start(role: str, config: Config, paths: RunPaths, place: RolePlace) -> None:
         _wait_for_buffer(config)
     if role == "trainer" and place.num_starts:
         _take_name(paths)
-    name = ["--name", place.server_name] if role == "rollout" else []
-    module = "rollout_server" if role == "rollout" else role
-    threads = {"trainer": config.trainer.least_threads, "rollout": config.rollout.least_threads}.get(role, 1)
-    settings = role_settings(role, place)
-    _become([module, "--config", str(paths.config), *name, *settings], num_threads=threads)
+    name = ["--name", own] if (own := place.name_of(role)) else []
+    threads = {
+        "trainer": config.trainer.least_threads,
+        "rollout": config.rollout.least_threads,
+        "scorer": config.scorer.num_threads,
+    }.get(role, 1)
+    settings = role_settings(role, place, config.sessions)
+    _become([_MODULES[role], "--config", str(paths.config), *name, *settings], num_threads=threads)
 
 
-def role_settings(role: str, place: RolePlace) -> list[str]:
-    """The settings of one role that depend on the node."""
+def role_settings(role: str, place: RolePlace, sessions: SessionsConfig) -> list[str]:
+    """The settings of one role that depend on the node.
+
+    External agents and routers are on other machines, so what serves them binds the node's address, unless
+    the user has chosen one.
+    """
     address = place.address
     common = [f'daemon.http_host="{address}"', "daemon.advertise_host=''"]
-    if role == "buffer":
-        return [*common, f'buffer.host="{address}"', "buffer.advertise_host=''"]
-    if role == "rollout":
-        return [*common, f'rollout.host="{address}"', "rollout.advertise_host=''"]
+    if role == "router":
+        return [
+            *common,
+            *([f'sessions.router_host="{address}"'] if is_loopback(sessions.router_host) else []),
+        ]
+    if role == "rollout" and is_loopback(sessions.host):
+        common.append(f'sessions.host="{address}"')
+    if role != "trainer":
+        return [*common, f'{role}.host="{address}"', f"{role}.advertise_host=''"]
     first = place.first_address if place.num_nodes > 1 else address
     port = _FIRST_PORT + place.number % _NUM_PORTS
     several = [f"trainer.host_index={place.index}", f'trainer.rendezvous="{first}:{port}"']
@@ -215,8 +245,8 @@ def _become(words: Sequence[str], *, num_threads: int) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Replaces this process by the daemon; returns an exit code only if that fails."""
-    if len(argv) != 3 or argv[0] not in ROLES:
-        sys.stderr.write(f"usage: python -m launch.nodes.start {'|'.join(ROLES)} RUN PLACE\n")
+    if len(argv) != 3 or argv[0] not in ALL_ROLES:
+        sys.stderr.write(f"usage: python -m launch.nodes.start {'|'.join(ALL_ROLES)} RUN PLACE\n")
         return 2
     role, run, place = argv
 

@@ -21,8 +21,8 @@ from typing import Any
 from areal_like.config import Config
 from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths
-from launch.nodes.settings import MOST_SERVERS, make_directory
-from launch.nodes.start import ROLES, RolePlace
+from launch.nodes.settings import MOST_SERVERS, counts_of, make_directory
+from launch.nodes.start import SIDE_ROLES, RolePlace
 from launch.ray.cluster import ActorLostError, Cluster, RayOptions, resources_of
 from launch.ray.roles import RoleState, Supervision
 from launch.run_directory.rundir import is_locked
@@ -88,9 +88,9 @@ class Driver:
         self._number = int(time.time())
         self._job = f"y{os.getpid()}"
         now_s = time.monotonic()
-        roles = [self._supervision.add(role, now_s=now_s) for role in ROLES[:2]]
-        roles += [self._supervision.add("rollout", now_s=now_s) for _ in range(num_servers)]
-        self._reserve(roles)
+        counts = counts_of(config, num_servers=num_servers)
+        names = [role for role, number in counts.items() for _ in range(number)]
+        self._reserve([self._supervision.add(role, now_s=now_s) for role in names])
 
     def run(self, *, is_stopped: Callable[[], bool]) -> int:
         """Supervises the run to its end; returns the exit code. `is_stopped`: true when it is to drain."""
@@ -103,7 +103,8 @@ class Driver:
             if supervision.is_stopping:
                 self._stop_all(now_s)
             elif supervision.is_finished:
-                self._end_unstarted(now_s)  # those that run end by themselves
+                self._end_unstarted(now_s)
+                self._stop_side_roles()  # the others end by themselves
             else:
                 self._scale(now_s)
                 self._begin_due(now_s)
@@ -138,7 +139,7 @@ class Driver:
             self._cluster.get(actor.address.remote(self._options.interface), timeout_s=_ANSWER_S)
             for actor in actors
         ]
-        label = f"rollout-{self._job}n{role.number}" if role.role == "rollout" else role.role
+        label = role.role if role.is_single else f"{role.role}-{self._job}n{role.number}"
         runs = []
         for index, (actor, address) in enumerate(zip(actors, addresses, strict=True)):
             place = replace(
@@ -186,8 +187,7 @@ class Driver:
             for actor in started.actors:
                 self._cluster.kill(actor)
             del self._started[role]
-            if role.role == "rollout":  # the next start has another name
-                name = self._place(role).server_name
+            if name := self._place(role).name_of(role.role):  # of a lost one it is still there
                 (self._paths.endpoints / f"{name}.json").unlink(missing_ok=True)
             _say(self._supervision.ended(role, started.code, now_s=time.monotonic()))
 
@@ -216,6 +216,14 @@ class Driver:
             if now_s > self._stop_limit_s + _MARGIN_S:
                 for actor in started.actors:
                     self._cluster.kill(actor)
+
+    def _stop_side_roles(self) -> None:
+        """Stops score servers and routers when the roles that use them have ended."""
+        roles = self._supervision.roles
+        if all(role.is_over for role in roles if role.role not in SIDE_ROLES):
+            for role in roles:
+                if (started := self._started.get(role)) is not None:
+                    self._stop(started)
 
     def _end_unstarted(self, now_s: float) -> None:
         for role in self._supervision.roles:

@@ -2,11 +2,11 @@
 
     WAITING --begin()--> RUNNING --ended(code)--> over, or WAITING again
 
-A role is the buffer, the whole trainer (its nodes start and stop together), or one rollout server. It ends
-by:
+A role is the buffer, the whole trainer (its nodes start and stop together), or one rollout server, score
+server or router. It ends by:
 
     0      the run is finished              over
-    75     drained                          over; if it is not a rollout server, the run drains
+    75     drained                          over; if it is the buffer or the trainer, the run drains
     2      a wrong setting                  over, and the run with it
     None   its node or its actor is lost    restarted
     else   a failure                        restarted; after `max_failures` in a row it is over, and the
@@ -23,6 +23,8 @@ from launch.local_job.specs import DRAINED
 HEALTHY_S = 600.0
 """Uptime in seconds after which a role's earlier failures no longer count."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+_SHOWN = {"rollout": "rollout server", "scorer": "score server", "router": "router"}
+"""Roles of which a run may have several, as messages name them."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -30,9 +32,9 @@ class RoleState:
     """One role, compared by identity. `now_s`: seconds on any monotonic clock."""
 
     role: str
-    """`buffer` | `trainer` | `rollout`"""
+    """`buffer` | `trainer` | `rollout` | `scorer` | `router`"""
     number: int = 0
-    """The number of a rollout server."""
+    """Among those of its role."""
     num_starts: int = 0
     restarts: Restarts
     is_over: bool = False
@@ -40,7 +42,12 @@ class RoleState:
     @property
     def name(self) -> str:
         """The role as messages name it."""
-        return f"rollout server {self.number}" if self.role == "rollout" else f"the {self.role}"
+        return f"the {self.role}" if self.is_single else f"{_SHOWN[self.role]} {self.number}"
+
+    @property
+    def is_single(self) -> bool:
+        """True for the roles without which there is no run."""
+        return self.role not in _SHOWN
 
     def begin(self, *, now_s: float) -> None:
         """Records that it is started now."""
@@ -68,7 +75,7 @@ class Supervision:
 
     def add(self, role: str, *, now_s: float) -> RoleState:
         """Adds a role, which is due at once."""
-        numbers = [each.number for each in self.roles if each.role == "rollout"]
+        numbers = [each.number for each in self.roles if each.role == role]
         limits = RestartLimits(
             max_failures=self.max_failures,
             healthy_s=HEALTHY_S,
@@ -90,7 +97,7 @@ class Supervision:
             role.is_over = True
             self.is_finished |= code == 0
             # Without it the others would wait forever.
-            self.is_stopping |= code == DRAINED and role.role != "rollout"
+            self.is_stopping |= code == DRAINED and role.is_single
             return f"{role.name} has ended: {_meaning(code)}"
         restarts = role.restarts
         if code is None:

@@ -1,4 +1,4 @@
-"""The jobs of a run on Slurm: a buffer, a trainer, and one for each rollout server.
+"""The jobs of a run on Slurm: a buffer, a trainer, and one for each rollout server, score server and router.
 
 The pool of servers grows and shrinks by whole jobs. Job arrays are not used, because a job cannot be added to
 an array later.
@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from areal_like.config import Config
 from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths
-from launch.nodes.settings import make_directory
-from launch.nodes.start import ROLES
+from launch.nodes.settings import counts_of, make_directory
+from launch.nodes.start import ALL_ROLES
 from launch.slurm.options import scripts_of
 from launch.slurm.scheduler import Job, end_job, jobs_in_queue, run_command, submit
 from launch.slurm.script import job_name
@@ -34,7 +34,7 @@ def begin(config: Config, scripts: Mapping[str, str], *, num_servers: int) -> di
     run are in the queue or a launcher runs it.
     """
     paths = RunPaths.of(config)
-    if jobs := jobs_of(config, paths, *ROLES):
+    if jobs := jobs_of(config, paths, *ALL_ROLES):
         numbers = ", ".join(str(job.job_id) for job in jobs)
         raise ConfigError(
             f"{paths.root} has jobs already ({numbers}): `areal-like scale` changes the number of its "
@@ -46,10 +46,11 @@ def begin(config: Config, scripts: Mapping[str, str], *, num_servers: int) -> di
             (scripts_of(paths) / f"{role}.sh").write_text(text)
     except OSError as error:
         raise ConfigError(f"cannot write to {paths.root}: {error.strerror}") from None
-    submitted: dict[str, list[int]] = {role: [] for role in ROLES}
+    counts = counts_of(config, num_servers=num_servers)
+    submitted: dict[str, list[int]] = {role: [] for role in counts}
     after: list[str] = []
     try:
-        for role in (*ROLES[:2], *["rollout"] * num_servers):
+        for role in (role for role, number in counts.items() for _ in range(number)):
             submitted[role].append(submit(scripts_of(paths) / f"{role}.sh", *after))
             # A job that started before the buffer's job would hold its nodes idle.
             after = [f"--dependency=after:{submitted['buffer'][0]}"]

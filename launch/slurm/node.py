@@ -1,7 +1,7 @@
 """One role on a node of Slurm: `python -m launch.slurm.node ROLE RUN`, from the batch script job.sh.
 
-`end RUN` drains the other jobs of a run, when the buffer or the trainer is given up. `address RUN` prints the
-address of this node.
+`end RUN` drains the other jobs of a run, when one that it needs is given up; `finish RUN` drains the
+score servers and routers of a finished run. `address RUN` prints the address of this node.
 """
 
 from __future__ import annotations
@@ -16,22 +16,31 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.hosts import is_loopback
 from areal_like.paths import RunPaths
-from launch.nodes.start import ROLES, RolePlace, address_of_interface, exit_code_of, read_run, start
+from launch.nodes.start import (
+    ALL_ROLES,
+    SIDE_ROLES,
+    RolePlace,
+    address_of_interface,
+    exit_code_of,
+    read_run,
+    start,
+)
 from launch.slurm.jobs import jobs_of
 from launch.slurm.scheduler import end_job, node_address
 
 
 def main(argv: Sequence[str]) -> int:
     """Replaces this process by the daemon; returns an exit code only if that fails."""
-    if len(argv) != 2 or argv[0] not in (*ROLES, "end", "address"):
-        sys.stderr.write(f"usage: python -m launch.slurm.node {'|'.join(ROLES)}|end|address RUN\n")
+    verbs = {"end": ALL_ROLES, "finish": SIDE_ROLES}
+    if len(argv) != 2 or argv[0] not in (*ALL_ROLES, *verbs, "address"):
+        sys.stderr.write(f"usage: python -m launch.slurm.node {'|'.join((*ALL_ROLES, *verbs))}|address RUN\n")
         return 2
     verb, run = argv
 
     def body() -> None:
         paths, config = read_run(run)
-        if verb == "end":
-            end_others(config, paths, own=int(os.environ["SLURM_JOB_ID"]))
+        if verb in verbs:
+            end_others(config, paths, verbs[verb], own=int(os.environ["SLURM_JOB_ID"]))
         elif verb == "address":
             sys.stdout.write(own_address(os.environ) + "\n")
         else:
@@ -85,9 +94,9 @@ def own_address(environment: Mapping[str, str]) -> str:
     return reachable[0]
 
 
-def end_others(config: Config, paths: RunPaths, *, own: int) -> None:
-    """Drains or cancels the other jobs of the run, so that no allocation is held idle."""
-    for job in jobs_of(config, paths, *ROLES):
+def end_others(config: Config, paths: RunPaths, roles: Sequence[str], *, own: int) -> None:
+    """Drains or cancels the other jobs of these roles, so that no allocation is held idle."""
+    for job in jobs_of(config, paths, *roles):
         if job.job_id != own:
             sys.stdout.write(f"job {job.job_id} ({job.name}) ends too\n")
             end_job(job)

@@ -34,6 +34,10 @@ class SlurmOptions(ClusterOptions):
     """Options of sbatch for the trainer's job."""
     rollout_args: str = ""
     """Options of sbatch for the rollout jobs."""
+    scorer_args: str = ""
+    """Options of sbatch for the jobs of score servers."""
+    router_args: str = ""
+    """Options of sbatch for the routers' jobs."""
 
     def words_of(self, role: str) -> list[str]:
         """The options of sbatch for the jobs of a role, each in the form of an #SBATCH line.

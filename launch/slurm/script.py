@@ -16,8 +16,7 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from launch.local_job.child import python_path
-from launch.nodes.settings import gpus_of
-from launch.nodes.start import ROLES
+from launch.nodes.settings import counts_of, gpus_of
 from launch.slurm.options import SlurmOptions
 
 BODY = Path(__file__).resolve().parents[1] / "deploy" / "slurm" / "job.sh"
@@ -40,7 +39,7 @@ def job_scripts(config: Config, options: SlurmOptions) -> dict[str, str]:
         role: job_script(
             config, role, options, python=sys.executable, python_path=python_path(), directory=Path.cwd()
         )
-        for role in ROLES
+        for role in counts_of(config, num_servers=1)
     }
 
 

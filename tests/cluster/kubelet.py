@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,7 @@ class Pod:
         }
         self._index = index
         self._directory = cluster.directory / "pods" / name
+        shutil.rmtree(self._directory, ignore_errors=True)  # of an earlier pod of a StatefulSet
         self._directory.mkdir(parents=True)
         self._volumes = {volume["name"]: self._made(volume) for volume in self._spec["volumes"]}
         for claim in self._claims:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from launch.nodes.start import ALL_ROLES
 from tests.support.launching import areal_like
 
 _LAB = Path(__file__).parent / "slurm_lab.sh"
@@ -48,7 +49,7 @@ class Lab:
 
     def jobs(self, name: str) -> dict[str, list[dict[str, str]]]:
         """Role -> jobs of the run in the queue, each with `id`, `state`, `node` and `restarts`."""
-        found: dict[str, list[dict[str, str]]] = {"buffer": [], "trainer": [], "rollout": []}
+        found: dict[str, list[dict[str, str]]] = {role: [] for role in ALL_ROLES}
         for line in self.command("scontrol", "show", "job", "-o").splitlines():
             fields = dict(re.findall(r"(\w+)=(\S*)", line))
             role = fields.get("JobName", "").removeprefix(f"areal-{name}-")

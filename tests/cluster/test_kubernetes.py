@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
+from areal_like.client.areal_like_client import claim
 from areal_like.config import Config
 from areal_like.runtime.command_line import load_config
 from tests.cluster.kubelet import Cluster, Pod
 from tests.support.keys import new_keys
 from tests.support.launching import areal_like, num_steps_done
+from tests.support.reward_models import write_reward_model
 
 KUSTOMIZE = next(
     (words for words in (["kubectl", "kustomize"], ["kustomize", "build"]) if shutil.which(words[0])), []
@@ -28,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(not KUSTOMIZE, reason="neither kubectl nor kustomize is installed"),
 ]
 MANIFESTS = Path(__file__).parents[2] / "launch" / "deploy" / "kubernetes"
-OVERLAYS = ("base", "gpu", "autoscale", "podmonitor")
+OVERLAYS = ("base", "gpu", "autoscale", "podmonitor", "reward-model", "router")
 WORKLOADS = ("StatefulSet", "Deployment", "Job")
 SMALL = {
     "model": {"path": "/runs/model", "warm_start_steps": 0},
@@ -93,7 +95,9 @@ def test_the_pods_have_valid_settings(overlay: str, tmp_path: Path) -> None:
         assert {port["name"]: port["containerPort"] for port in container["ports"]}["http"] == 8080
         assert {"configMap": {"name": config_map}, "name": "job"} in spec["volumes"]
         secret = next(one["secret"] for one in spec["volumes"] if one["name"] == "secret")
-        assert {item["key"] for item in secret["items"]} == {"public.json", f"{role}.secret"}
+        files = {"public.json", f"{role}.secret"}
+        files |= {"scorer.token"} if (overlay, role) == ("reward-model", "rollout") else set()
+        assert {item["key"] for item in secret["items"]} == files
         mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
         assert mounts >= {found[role].runs_dir, found[role].security.keys}
     assert found["buffer"].daemon.http_port == 8080 and found["buffer"].buffer.host == "10.1.2.3"
@@ -105,16 +109,20 @@ def test_the_pods_have_valid_settings(overlay: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def pods(tmp_path: Path) -> Iterator[Callable[..., Pod]]:
-    """Starts pods of the base by their role."""
+def pods(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Pod]]:
+    """Starts pods by their role: of `base`, or of the overlay that is the fixture's parameter."""
     if shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed")
-    documents = built("base")
+    overlay = getattr(request, "param", "base")
+    documents = built(overlay)
     name, text = job_of(documents)
     new_keys(tmp_path / "keys")
     settings = yaml.safe_load(text)
+    if overlay == "router":  # conversations need a chat template, which the toy model lacks
+        settings["model"]["renderer"] = "rollout_server.rendering.tiny.TinyRenderer"
     for section, values in SMALL.items():
-        settings[section] = settings.get(section, {}) | values if isinstance(values, dict) else values
+        if section != "task" or overlay == "base":
+            settings[section] = settings.get(section, {}) | values
     cluster = Cluster(
         tmp_path,
         secrets={"areal-keys": {file.name: file.read_bytes() for file in (tmp_path / "keys").iterdir()}},
@@ -124,7 +132,7 @@ def pods(tmp_path: Path) -> Iterator[Callable[..., Pod]]:
     started: list[Pod] = []
 
     def start(role: str, name: str) -> Pod:
-        host_name = f"areal-{role}-0.areal-{role}" if role != "rollout" else name
+        host_name = f"areal-{role}-0.areal-{role}" if role in ("buffer", "trainer") else name
         started.append(Pod(cluster, roles[role], name=name, host_name=host_name))
         started[-1].start()
         return started[-1]
@@ -180,3 +188,37 @@ def test_pods_run_a_job_to_its_end(pods: Callable[..., Pod], tmp_path: Path) -> 
     ledger.symlink_to(target)
     audit = areal_like("audit", str(root), cwd=tmp_path)
     assert audit.returncode == 0, audit.stdout + audit.stderr
+
+
+def started(pods: Callable[..., Pod], *roles: str) -> list[Pod]:
+    """One pod of each role, all of them ready."""
+    every = [pods(role, f"areal-{role}-0") for role in roles]
+    for pod in every:
+        wait_for(lambda: pod.probe("readinessProbe") == 200, f"{pod.name} to be ready", every)  # noqa: B023
+    return every
+
+
+@pytest.mark.parametrize("pods", ["reward-model"], indirect=True)
+def test_score_servers_are_pods(pods: Callable[..., Pod], tmp_path: Path) -> None:
+    runs = tmp_path / "claims" / "areal-runs"
+    write_reward_model(runs / "reward-model")
+    rows = [{"question": f"{row:03}=", "answer": f"{row:03}"} for row in range(40)]
+    (runs / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    every = started(pods, "buffer", "scorer", "rollout", "trainer")
+    trainer, scorer = every[3], every[1]
+    wait_for(lambda: num_steps_done(runs / "first") >= 3, "three steps", every)
+    scorer.kill()
+    again = pods("scorer", "areal-scorer-0")  # at another address
+    done = num_steps_done(runs / "first")
+    wait_for(lambda: num_steps_done(runs / "first") >= done + 3, "steps with the second scorer", every)
+    assert trainer.process is not None and trainer.process.wait(timeout=120) == 0, trainer.output()[-2000:]
+    assert again.delete() == 75
+
+
+@pytest.mark.parametrize("pods", ["router"], indirect=True)
+def test_agents_claim_sessions_at_a_router(pods: Callable[..., Pod], tmp_path: Path) -> None:
+    *_, router = started(pods, "buffer", "rollout", "router")
+    pods("trainer", "areal-trainer-0")  # it is ready when agents have made its first samples
+    token = (tmp_path / "keys" / "agent.token").read_text().strip()
+    session = claim(f"http://{router.address}:7700", token=token, wait_s=30, restart_s=60)
+    assert session is not None and session.base_url.startswith("http://areal-router:7700/")

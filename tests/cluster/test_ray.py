@@ -22,6 +22,7 @@ import yaml
 from areal_like.paths import RunPaths
 from tests.support.keys import new_keys
 from tests.support.launching import ROOT, areal_like, num_steps_done
+from tests.support.reward_models import write_scored_task
 from tests.support.waiting import is_alive
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -148,6 +149,25 @@ def test_a_run_survives_kills_and_a_lost_node(tmp_path: Path, cluster: Any) -> N
     assert json.loads(run.paths.summary.read_text())["finished"]
     audit = areal_like("audit", "x", cwd=tmp_path)
     assert audit.returncode == 0, audit.stdout
+    assert not list(run.paths.endpoints.glob("*.json")) and not _processes_with(run.paths.root)
+
+
+def test_score_servers_and_routers_are_actors(tmp_path: Path, cluster: Any) -> None:
+    run = Run(tmp_path, cluster, "sessions.num_routers=1", *write_scored_task(tmp_path))
+    try:
+        run.wait_for_progress()
+        scorer, router = run.pid_of("scorer-"), run.pid_of("router-")
+        assert is_alive(router)
+        os.kill(scorer, signal.SIGKILL)
+        run.wait(lambda: "score server 0 failed (exit code 137" in run.output, "the end of the score server")
+        run.wait_for_progress()
+        assert run.driver.wait(300) == 0, run.output
+    finally:
+        run.driver.kill()
+        run.driver.wait()
+    summary = json.loads(run.paths.summary.read_text())
+    assert summary["finished"] and not summary["selection"].get("failures")
+    assert areal_like("audit", "x", cwd=tmp_path).returncode == 0
     assert not list(run.paths.endpoints.glob("*.json")) and not _processes_with(run.paths.root)
 
 

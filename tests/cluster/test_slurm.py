@@ -19,6 +19,7 @@ from tests.cluster.prometheus import Prometheus, running_prometheus
 from tests.cluster.slurm import MISSING, Lab, running_slurm
 from tests.support.keys import new_keys
 from tests.support.launching import num_steps_done
+from tests.support.reward_models import write_scored_task
 from tests.support.waiting import is_alive
 
 pytestmark = [
@@ -215,6 +216,23 @@ def test_a_trainer_on_two_nodes(lab: Lab) -> None:
     run.wait_for_restart("trainer", job["id"], 2)
     assert "drained before the time limit" in run.output("trainer", job["id"])
     run.ends_clean()
+
+
+def test_score_servers_and_routers_are_jobs(lab: Lab) -> None:
+    """A reward model's only server is lost with its node: rewards wait for the job's next start."""
+    words = [*write_scored_task(lab.directory), "sessions.num_routers=1", "trainer.num_steps=100"]
+    run = Run(lab, "scored", "--rollout-jobs", "1", *words)
+    run.wait_for_progress()
+    scorer, router = lab.jobs("scored")["scorer"][0], lab.jobs("scored")["router"][0]
+    for role, job in (("scorer", scorer), ("router", router)):
+        assert (run.paths.endpoints / f"{role}-j{job['id']}.json").exists()
+    lab.lose(scorer["node"], with_processes=True)
+    run.wait_for_restart("scorer", scorer["id"])
+    run.wait_for_progress()
+    lab.bring_back(scorer["node"])
+    run.ends_clean()
+    summary = json.loads(run.paths.summary.read_text())
+    assert not summary["selection"].get("failures"), "no sample was lost with the score server"
 
 
 def test_a_wrong_setting_ends_the_run(lab: Lab) -> None:

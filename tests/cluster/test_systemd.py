@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from areal_like.paths import read_endpoint
 from tests.cluster.test_kubernetes import SMALL
 from tests.support.launching import areal_like, num_steps_done
 from tests.support.ports import free_port
+from tests.support.reward_models import write_reward_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 UNITS = Path(__file__).parents[2] / "launch" / "deploy" / "systemd"
@@ -42,9 +44,9 @@ def units(tmp_path: Path) -> Path:
 def test_systemd_accepts_every_line(units: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
+    _make_instances(units)
     found = (path for path in units.iterdir() if path.suffix in (".service", ".target"))
-    names = sorted(str(path).replace("@.", "@0.") for path in found)
-    (units / "areal-rollout@0.service").symlink_to(units / "areal-rollout@.service")
+    names = sorted(str(path) for path in found if not path.stem.endswith("@"))
     # It ends with 0 also for lines that systemd ignores; its messages tell.
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *names],
@@ -59,13 +61,18 @@ def test_systemd_accepts_every_line(units: Path) -> None:
 def test_systemd_reads_the_common_settings_of_each_unit(units: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
-    (units / "areal-rollout@0.service").symlink_to(units / "areal-rollout@.service")
+    _make_instances(units)
     with (units / COMMON).open("a") as file:
         file.write("NoSuchSetting=1\n")
-    for name in ("areal-buffer", "areal-trainer", "areal-rollout@0"):
+    for name in ("areal-buffer", "areal-trainer", "areal-rollout@0", "areal-scorer@0", "areal-router@0"):
         command = ["systemd-analyze", "verify", "--man=no", str(units / f"{name}.service")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert "NoSuchSetting" in done.stderr, name
+
+
+def _make_instances(units: Path) -> None:
+    for template in list(units.glob("*@.service")):
+        (units / template.name.replace("@.", "@0.")).symlink_to(template)
 
 
 class Service:
@@ -137,6 +144,24 @@ def test_the_units_commands_run_a_job(units: Path, tmp_path: Path) -> None:
             assert service.process.wait(timeout=90) == 0, service.log.read_text()[-2000:]
     assert json.loads((root / "summary.json").read_text())["finished"]
     assert areal_like("audit", str(root), cwd=tmp_path).returncode == 0
+
+
+def test_the_units_of_a_reward_model_and_a_router(units: Path, tmp_path: Path) -> None:
+    """Their commands read the same settings as the others, and serve."""
+    job = yaml.safe_load((units / "job.yaml").read_text())
+    job |= {"scorer": {"path": write_reward_model(tmp_path / "rm")}}
+    (units / "job.yaml").write_text(yaml.safe_dump(job))
+    endpoints = tmp_path / "runs" / "first" / "endpoints"
+    with contextlib.ExitStack() as stack:
+        for name, url in (("areal-scorer@0", "scores"), ("areal-router@0", "sessions")):
+            service = Service(units, name)
+            stack.callback(service.process.kill)
+            file = endpoints / f"{name.removeprefix('areal-').replace('@', '-')}.json"
+            end_s = time.monotonic() + 90
+            while url not in (read_endpoint(file) or {}):
+                assert time.monotonic() < end_s and service.process.poll() is None, service.log.read_text()
+                time.sleep(0.2)
+            assert service.stop() == 0
 
 
 def test_a_wrong_setting_is_not_started_again(units: Path) -> None:

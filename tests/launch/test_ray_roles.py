@@ -28,7 +28,7 @@ from launch.ray.roles import HEALTHY_S, RoleState, Supervision
 
 def supervision(*, max_failures: int = 2) -> Supervision:
     found = Supervision(max_failures=max_failures)
-    for role in ("buffer", "trainer", "rollout", "rollout"):
+    for role in ("buffer", "trainer", "scorer", "router", "rollout", "rollout"):
         found.add(role, now_s=0.0).begin(now_s=0.0)
     return found
 
@@ -46,7 +46,9 @@ def test_a_lost_or_failed_role_begins_again(code: int | None) -> None:
     assert not trainer.is_over and not one.is_stopping
 
 
-@pytest.mark.parametrize(("role", "ends_run"), [("trainer", True), ("buffer", True), ("rollout", False)])
+@pytest.mark.parametrize(
+    ("role", "ends_run"), [("trainer", True), ("buffer", True), ("scorer", True), ("rollout", False)]
+)
 def test_failures_in_a_row_are_bounded(role: str, ends_run: bool) -> None:
     one = supervision()
     failing = role_of(one, role)
@@ -78,7 +80,7 @@ def test_a_wrong_setting_ends_the_run() -> None:
     assert one.is_over
 
 
-@pytest.mark.parametrize(("role", "drains_all"), [("trainer", True), ("rollout", False)])
+@pytest.mark.parametrize(("role", "drains_all"), [("trainer", True), ("rollout", False), ("scorer", False)])
 def test_a_drained_trainer_drains_the_run(role: str, drains_all: bool) -> None:
     one = supervision()
     one.ended(role_of(one, role), 75, now_s=1.0)
@@ -166,3 +168,31 @@ def test_a_full_cluster_is_asked_once(tmp_path: Path) -> None:
         for now_s in (0.0, 1.0):
             driver._scale(now_s)
     assert cluster.num_requests == 2 and len(driver._supervision.servers()) == 1
+
+
+def test_score_servers_and_routers_are_placed_and_end_last(tmp_path: Path) -> None:
+    settings = {"scorer": {"path": "rm", "num_servers": 2, "device": "cuda"}, "sessions": {"num_routers": 1}}
+    config = from_mapping({"name": "x", "runs_dir": str(tmp_path)} | settings)
+    bundles: list[Resources] = []
+
+    class Reserving(_FullCluster):
+        def reserve(self, wanted: Sequence[Resources]) -> list[tuple[Any, int]]:
+            bundles.extend(wanted)
+            return super().reserve(wanted)
+
+    driver = Driver(config, RayOptions(), cast(Cluster, Reserving()), num_servers=1)
+    roles = driver._supervision.roles
+    assert [role.name for role in roles] == [
+        "the buffer", "the trainer", "score server 0", "score server 1", "router 0", "rollout server 0",
+    ]  # fmt: skip
+    assert [each.get("GPU", 0) for each in bundles] == [0, 0, 1, 1, 0, 0]
+    stopped: list[RoleState] = []
+    driver._started = {role: cast(Started, role) for role in roles}
+    driver._stop = lambda started: stopped.append(cast(RoleState, started))  # type: ignore[method-assign]
+    for role in (roles[0], roles[1], roles[-1]):
+        driver._stop_side_roles()
+        assert not stopped, "servers still use them"
+        driver._supervision.ended(role, 0, now_s=1.0)
+        del driver._started[role]
+    driver._stop_side_roles()
+    assert stopped == roles[2:5]

@@ -17,15 +17,16 @@ from typing import Any
 import pytest
 
 from areal_like.config import Config, from_mapping
+from areal_like.config.episode import SessionsConfig
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from launch.cli import main
 from launch.nodes.settings import settings_for_nodes
-from launch.nodes.start import RolePlace, role_settings
+from launch.nodes.start import SIDE_ROLES, RolePlace, role_settings
 from launch.slurm import jobs
 from launch.slurm.jobs import to_end
-from launch.slurm.node import own_address, place_of
+from launch.slurm.node import end_others, own_address, place_of
 from launch.slurm.options import SlurmOptions
 from launch.slurm.scheduler import Job, submit
 from launch.slurm.script import BODY, job_script
@@ -91,7 +92,10 @@ def test_a_script_asks_for_what_its_role_needs() -> None:
         sbatch_args="'--account=a b'",
         trainer_args="--exclusive",
     )
+    gpus |= {"scorer": {"device": "cuda:{index}", "path": "rm"}}
     trainer, rollout, buffer = (script(role, options, **gpus) for role in ("trainer", "rollout", "buffer"))
+    assert "#SBATCH --gpus-per-node=1" in script("scorer", options, **gpus)
+    assert not any("gpus" in line for line in script("router", options, **gpus))
     for line in (
         "--nodes=2",
         "--gpus-per-node=8",
@@ -111,21 +115,33 @@ def test_a_script_asks_for_what_its_role_needs() -> None:
 
 def test_each_role_binds_the_address_of_its_node() -> None:
     one = {"SLURM_JOB_ID": "31007", "SLURM_JOB_NUM_NODES": "1"}
-    assert 'buffer.host="10.0.0.5"' in role_settings("buffer", at(one))
-    assert 'rollout.host="10.0.0.5"' in role_settings("rollout", at(one))
-    assert not any("rendezvous" in each for each in role_settings("trainer", at(one)))
+    assert 'buffer.host="10.0.0.5"' in role_settings("buffer", at(one), SessionsConfig())
+    assert 'rollout.host="10.0.0.5"' in role_settings("rollout", at(one), SessionsConfig())
+    sides = [setting for role in SIDE_ROLES for setting in role_settings(role, at(one), SessionsConfig())]
+    config = load_config(["scorer.advertise_host=elsewhere", *sides])
+    assert (config.scorer.host, config.scorer.advertise_host) == ("10.0.0.5", "")
+    assert (config.sessions.router_host, config.daemon.http_host) == ("10.0.0.5", "10.0.0.5")
+    assert 'sessions.host="10.0.0.5"' in role_settings("rollout", at(one), SessionsConfig())
+    chosen = SessionsConfig(host="0.0.0.0", router_host="0.0.0.0")
+    for role in ("rollout", "router"):
+        assert not any("sessions." in each for each in role_settings(role, at(one), chosen))
+    assert not any("rendezvous" in each for each in role_settings("trainer", at(one), SessionsConfig()))
     two = one | {"SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1", "AREAL_LIKE_FIRST_ADDRESS": "10.0.0.4"}
-    config = load_config(["trainer.world_size=4", *role_settings("trainer", at(two))])
+    config = load_config(["trainer.world_size=4", *role_settings("trainer", at(two), SessionsConfig())])
     assert config.weights.host == "10.0.0.4" and config.daemon.http_host == "10.0.0.5"
     assert (config.trainer.num_hosts, config.trainer.host_index) == (2, 1)
     assert config.trainer.rendezvous == "10.0.0.4:21007"
 
 
 def test_each_start_of_a_server_has_a_name_of_its_own() -> None:
-    first = place_of({"SLURM_JOB_ID": "12"}, address="10.0.0.5").server_name
-    again = place_of({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"}, address="10.0.0.5").server_name
-    assert first != again
-    assert not again.rpartition("-")[2].isdigit(), "a number at the end would choose GPUs"
+    first = place_of({"SLURM_JOB_ID": "12"}, address="10.0.0.5")
+    again = place_of({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"}, address="10.0.0.5")
+    assert first.name_of("rollout") != again.name_of("rollout")
+    assert first.name_of("scorer") == again.name_of("scorer"), "the newest start is the one that is found"
+    for role in ("rollout", "scorer", "router"):
+        last = again.name_of(role).rpartition("-")[2]
+        assert not last.isdigit(), "a number at the end would choose GPUs and ports"
+    assert first.name_of("trainer") == ""
 
 
 def test_the_address_of_a_node_is_one_that_others_reach(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,17 +156,22 @@ def test_the_address_of_a_node_is_one_that_others_reach(slurm: Path, monkeypatch
         own_address(node | {"AREAL_LIKE_INTERFACE": "none0"})
 
 
-def test_score_servers_are_not_submitted() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^submit: scorer\.path=rm: .* set task\.reward\.url to their URLs"
-    ):
-        settings_for_nodes(["name=x", "scorer.path=rm", "security.insecure=true"], trainer_nodes=1)
+@pytest.mark.parametrize("setting", ["scorer.port=7000", "sessions.router_port=7000"])
+def test_two_on_one_node_have_no_fixed_port(setting: str) -> None:
+    settings = ["name=x", "scorer.path=rm", "security.insecure=true", setting]
+    settings_for_nodes([*settings, "sessions.num_routers=1"], trainer_nodes=1)
+    with pytest.raises(ConfigError, match=f"submit: {setting}: .* leave"):
+        settings_for_nodes([*settings, "scorer.num_servers=2", "sessions.num_routers=2"], trainer_nodes=1)
+
+
+def test_a_model_as_reward_needs_score_servers() -> None:
     for reward in ("model", "{name: model, chat: true}", "[exact, {name: model, weight: 2}]"):
         tasks = [f"task={{name: data, train: t, reward: {reward}}}"]
         tasks.append(f"task={{name: mixture, tasks: {{a: {{name: data, gold_reward: {reward}}}}}}}")
         for task in tasks if not reward.startswith("[") else tasks[:1]:
             with pytest.raises(ConfigError, match=r"^submit: task: the reward `model` without `url`"):
                 settings_for_nodes(["name=x", task, "security.insecure=true"], trainer_nodes=1)
+            settings_for_nodes(["name=x", task, "scorer.path=rm", "security.insecure=true"], trainer_nodes=1)
     asks = "task={name: data, train: t, reward: {name: model, url: 'http://a'}}"
     settings_for_nodes(["name=x", asks, "security.insecure=true"], trainer_nodes=1)
 
@@ -250,6 +271,17 @@ def test_submit_join_and_scale(slurm: Path, capsys: pytest.CaptureFixture[str]) 
     assert "has no jobs in the queue" in capsys.readouterr().err
 
 
+def test_score_servers_and_routers_have_jobs(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sides = ["scorer.path=rm", "scorer.num_servers=2", "sessions.num_routers=1"]
+    assert main(["submit", "--slurm", "name=x", "security.insecure=true", "--rollout-jobs", "1", *sides]) == 0
+    assert "scorer: job 103, 104\nrouter: job 105\nrollout: job 106\n" in capsys.readouterr().out
+    config = load_config(["--config", "runs/x/config.yaml"])
+    paths = RunPaths.of(config)
+    end_others(config, paths, SIDE_ROLES, own=101)
+    ended = [int(call.rpartition(" ")[2]) for call in calls(slurm) if call.startswith("scancel")]
+    assert ended == [103, 104, 105]
+
+
 def test_a_refused_job_takes_the_others_back(
     slurm: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,7 +332,7 @@ def test_a_run_that_has_begun_keeps_its_options(slurm: Path, capsys: pytest.Capt
         out.count("rollout: job ") == 1 and len(out.partition("rollout: job ")[2].split("\n")[0].split()) == 2
     )
     out = again("--partition", "", "rollout.num_servers=1", "--dry-run")
-    assert "--partition" not in out and "1 trainer and 1 rollout jobs" in out
+    assert "--partition" not in out and "jobs: 1 buffer, 1 trainer, 1 rollout;" in out
     assert json.loads(kept.read_text())["partition"] == "other", "a dry run changes nothing"
     kept.write_text('{"trainer_nodes": "2"}')
     assert main(["submit", "--slurm", "name=x"]) == 2
@@ -350,6 +382,10 @@ class PlayedJob:
         return "scontrol requeue 7" in calls(self._slurm)
 
     @property
+    def finishes_the_run(self) -> bool:
+        return f"-m launch.slurm.node finish {self.run}" in (self._slurm / "python.txt").read_text()
+
+    @property
     def ends_the_run(self) -> bool:
         return f"-m launch.slurm.node end {self.run}" in (self._slurm / "python.txt").read_text()
 
@@ -366,6 +402,9 @@ DRAINS = "trap 'exit 75' TERM\ntouch ready\nwhile :; do sleep 0.05; done"
         (137, "rollout", True, False, 0),
         (2, "trainer", False, True, 2),
         (2, "rollout", False, False, 2),
+        (0, "buffer", False, False, 0),
+        (75, "buffer", False, False, 0),
+        (2, "scorer", False, True, 2),
     ],
 )
 def test_the_exit_code_decides_what_becomes_of_a_job(
@@ -374,6 +413,7 @@ def test_the_exit_code_decides_what_becomes_of_a_job(
     job = PlayedJob(slurm, f"exit {code}", role=role)
     assert job.end()[0] == exit_code
     assert (job.is_requeued, job.ends_the_run) == (is_requeued, ends_the_run)
+    assert job.finishes_the_run == ((code, role) == (0, "buffer")), "who else ends score servers?"
 
 
 @pytest.mark.parametrize(("number", "is_requeued"), [(signal.SIGTERM, False), (signal.SIGUSR2, True)])

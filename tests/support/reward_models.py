@@ -57,6 +57,21 @@ def write_reward_model(
     return str(out_dir)
 
 
+def write_scored_task(directory: Path) -> list[str]:
+    """Writes a reward model and rows; returns the settings of a job in this directory that is scored by it,
+    also while its score server is started again."""
+    write_reward_model(directory / "rm")
+    rows = [{"question": f"{row:03}=", "answer": f"{row:03}"} for row in range(40)]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        "task={name: data, train: rows.jsonl, reward: {name: model, transform: sigmoid}}",
+        "scorer.path=rm",
+        "sampling.max_new_tokens=4",
+        "rollout.reward_timeout_s=150",
+        "eval.num_prompts=0",
+    ]
+
+
 class StuckModel:
     """Scores nothing until it is released; then each text is scored by its number of tokens."""
 

@@ -70,6 +70,7 @@ case $code in
 0)
     say "the run is finished"
     rm -f "$failures_file"
+    if [ "$ROLE" = buffer ]; then "$PYTHON" -m launch.slurm.node finish "$RUN"; fi
     ;;
 75)
     if [ "$reason" = limit ]; then requeue "drained before the time limit"; fi
