@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from rollout_server.engine.loop import EngineLoop, SequenceOutput
 from rollout_server.engine.models.base import Weights
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from rollout_server.engine.threads import ThreadCount
+from rollout_server.engine.weights import updater as updater_module
 from rollout_server.engine.weights.updater import WeightUpdater
 from tests.rollout_server.engine.test_core import make_core
 from tests.support.engine_harness import Models
@@ -130,3 +133,50 @@ def test_updates_that_begin_together_leave_one(core: EngineCore, monkeypatch: py
     asyncio.run(begin())
     loop.stop(timeout_s=LIMIT_S)
     assert len(made) == 1
+
+
+def test_a_replaced_load_returns_its_memory(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes to its end, so the next update needs memory of its own; the one after that gets the first."""
+    new_weights, made = core.model.new_weights, []
+    may_end = {name: threading.Event() for name in "abc"}
+
+    def counted() -> Weights:
+        made.append(new_weights())
+        return made[-1]
+
+    def stored(path: Path, *_: object, **__: object) -> None:
+        assert may_end[path.name].wait(LIMIT_S)
+
+    async def load_thrice() -> None:
+        updater = WeightUpdater(loop, core.model.facts)
+        load = functools.partial(updater.load_from_disk, version="1", running="recompute")
+        first, second = asyncio.create_task(load("a")), asyncio.create_task(load("b"))
+        while len(made) < 2:
+            await asyncio.sleep(0.01)
+        may_end["a"].set()
+        with pytest.raises(WeightSyncError, match="discarded"):
+            await first
+        update = updater._open_update()
+        third = asyncio.create_task(load("c"))
+        while not update.is_discarded:
+            await asyncio.sleep(0.01)
+        may_end["b"].set()
+        may_end["c"].set()
+        with pytest.raises(WeightSyncError, match="missing"):
+            await third
+        with pytest.raises(WeightSyncError, match="discarded"):
+            await second
+        updater.close()
+
+    monkeypatch.setattr(core.model, "new_weights", counted)
+    monkeypatch.setattr(updater_module, "_store_checkpoint", stored)
+    loop = EngineLoop(
+        core,
+        threads=ThreadCount(least=1, most=1),
+        on_output=lambda outputs: None,
+        on_failure=pytest.fail,
+    )
+    loop.start()
+    asyncio.run(load_thrice())
+    loop.stop(timeout_s=LIMIT_S)
+    assert len(made) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -233,6 +234,27 @@ def test_the_owner_is_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said == "Owner(run='run', server='rollout-3')\n"
     monkeypatch.delenv("AREAL_LIKE_SANDBOX_OWNER")
     assert Owner.of_this_process() == Owner(run="none")
+
+
+@pytest.mark.skipif(bool(problem_of_bwrap()), reason=problem_of_bwrap())
+def test_a_command_without_a_second_pipe_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, made = os.pipe, []
+
+    def only_one() -> tuple[int, int]:
+        if made:
+            raise OSError(errno.EMFILE, "too many open files")
+        made.append(pipe())
+        return made[0]
+
+    with make_sandbox("bwrap").open(limits=LIMITS) as box:
+        assert box.exec(["true"]).exit_code == 0
+        open_before = set(Path("/proc/self/fd").iterdir())
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pipe", only_one)
+            with pytest.raises(OSError, match="too many"):
+                box.exec(["true"])
+        assert made and set(Path("/proc/self/fd").iterdir()) == open_before
+        assert box.exec(["true"]).exit_code == 0
 
 
 def test_only_some_kinds_serve_over_pipes() -> None:
