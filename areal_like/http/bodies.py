@@ -32,17 +32,22 @@ class ParamError(UserError):
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """The body as a JSON object; an empty body is an empty object. Raises UserError."""
+    """The body as a JSON object; an empty body is an empty object. Raises UserError, also for halves of
+    surrogate pairs, which no response could repeat."""
     try:
-        body = json.loads(content) if content else {}
+        text = content.decode()
+        body = json.loads(text) if text else {}
+        _refuse_halves(text, body)
+    except UnicodeError:
+        raise UserError(_NOT_UNICODE) from None
     except (ValueError, RecursionError):
         raise UserError("the body is not JSON") from None
     return _object(body)
 
 
 def parse_bounded_object(content: bytes) -> dict[str, Any]:
-    """Parses a body that is rendered and encoded again. Like `parse_object`, but refuses NaN, halves of
-    surrogate pairs, deep nesting and very many objects."""
+    """Parses a body that is rendered and encoded again. Like `parse_object`, but also refuses NaN,
+    deep nesting and very many objects."""
     try:
         text = content.decode()
     except UnicodeError:
@@ -50,8 +55,7 @@ def parse_bounded_object(content: bytes) -> dict[str, Any]:
     _check_containers(text)
     try:
         raw = json.loads(text, parse_constant=_refuse_constant) if text else {}
-        if "\\ud" in text or "\\uD" in text:
-            json.dumps(raw, ensure_ascii=False).encode()
+        _refuse_halves(text, raw)
     except UnicodeError:
         raise UserError(_NOT_UNICODE) from None
     except (ValueError, RecursionError):
@@ -140,6 +144,12 @@ def _object(body: Any) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise UserError("the body must be a JSON object")
     return body
+
+
+def _refuse_halves(text: str, parsed: Any) -> None:
+    """Raises UnicodeError for halves of surrogate pairs. `parsed`: what was parsed from `text`."""
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(parsed, ensure_ascii=False).encode()
 
 
 def _refuse_constant(name: str) -> None:

@@ -422,6 +422,7 @@ BODIES_UNSAFE_FOR_SGLANG: list[tuple[object, str]] = [
     ({"input_ids": [5], "sampling_params": {"stop_token_ids": [VOCAB]}}, "outside the vocabulary"),
     ({"input_ids": [5], "sampling_params": [{}, {}]}, "2 entries for 1 prompts"),
     ({"input_ids": [[5], [6]], "rid": ["a", "a"]}, "a different id"),
+    ({"input_ids": [5], "rid": "\ud800"}, "half of a surrogate pair"),
 ]
 """Bodies that the embedded engine refuses, but that SGLang accepts, answers with 500 or crashes on.
 

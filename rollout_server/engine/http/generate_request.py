@@ -26,6 +26,8 @@ MAX_SEQUENCES = 4096
 """Maximum number of sequences in one request."""
 DEFAULT_NEW_TOKENS = 128
 MAX_STOP_TOKENS = 64
+GREEDY_BELOW = 1e-6
+"""A lower temperature is 0, as in SGLang: logits divided by it may be infinite."""
 MAX_SCORED = 256
 """Maximum number of tokens scored in one request: each takes one decode step, in which no sequence
 advances."""
@@ -229,11 +231,12 @@ def _sampling_params(raw: Any, prompt: Any, limits: RequestLimits) -> tuple[Samp
     top_p = number(raw, "top_p", 1.0, low=0, high=1)
     if top_p == 0:
         raise UserError("top_p must be above 0 and at most 1")
+    temperature = number(raw, "temperature", 1.0, low=0, high=1e4)
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
-        temperature=number(raw, "temperature", 1.0, low=0, high=1e4),
+        temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
         top_p=top_p,
-        top_k=top_k,
+        top_k=min(top_k, limits.vocab_size),
         min_p=number(raw, "min_p", 0.0, low=0, high=1),
         stop_token_ids=tuple(dict.fromkeys(stops)),
         sampling_seed=integer(raw, "sampling_seed", None, low=-(1 << 63), high=(1 << 64) - 1),

@@ -99,6 +99,20 @@ def test_seeded_sample_does_not_depend_on_the_batch(engine: Engine) -> None:
     asyncio.run(body())
 
 
+def test_numbers_too_large_or_small_for_arrays(engine: Engine) -> None:
+    async def body() -> None:
+        async with engine.client() as client:
+            free = await sample(client, PROMPT, 5, sampling_seed=3)
+            unlimited = await sample(client, PROMPT, 5, sampling_seed=3, top_k=1 << 63)
+            assert unlimited.output_ids.tolist() == free.output_ids.tolist()
+            greedy = await sample(client, PROMPT, 5, temperature=0.0)
+            nearly = await sample(client, PROMPT, 5, temperature=1e-40)
+            assert nearly.output_ids.tolist() == greedy.output_ids.tolist()
+            assert np.array_equal(nearly.logprobs, greedy.logprobs)
+
+    asyncio.run(body())
+
+
 async def post(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Any:
     async with session.post(url, json=body) as response:
         assert response.status == 200, await response.text()
