@@ -129,7 +129,7 @@ class CompletionText:
             text = text[: min(found)]
         elif not is_complete:
             text = text.rstrip(_INCOMPLETE)
-            text = text[: len(text) - self._num_kept] if self._num_kept else text
+            text = text[: max(0, len(text) - self._num_kept)]
         # With some tokenizers the text of the first tokens changes when others follow; text already sent is
         # final.
         new = text[len(self.text) :]

@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -217,6 +217,7 @@ def test_the_engine_as_a_judge(chat_engine: Engine, tmp_path: Path, monkeypatch:
 @given(
     st.lists(st.text(alphabet="abé", min_size=1), max_size=6), st.lists(st.sampled_from(["ab", "é", "bb"]))
 )
+@example(["abab"], ["abab"])
 def test_text_is_sent_once_and_never_behind_a_stop(pieces: list[str], stops: list[str]) -> None:
     """Tokens are bytes, so a character may come in parts."""
     tokens = list("".join(pieces).encode())
