@@ -21,7 +21,6 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -326,8 +325,14 @@ class Conversation(Turns):
             parsed = self.renderer.parse_text(completion_ids, prompt_ids=prompt_ids)
         calls = []
         for call in parsed.tool_calls:
-            # Nine letters and digits, because some templates require that.
-            calls.append(call if call.id else replace(call, id=f"call{self.num_tool_calls:05d}"))
+            calls.append(
+                ToolCall(
+                    # Nine letters and digits, because some templates require that.
+                    id=call.id or f"call{self.num_tool_calls:05d}",
+                    name=_encodable(call.name),
+                    arguments=_encodable(call.arguments),
+                )
+            )
             self.num_tool_calls += 1
         return Reply(
             text=parsed.text,
@@ -337,6 +342,11 @@ class Conversation(Turns):
             finish_reason=finish_reason,
             num_tokens=len(completion_ids),
         )
+
+
+def _encodable(text: str) -> str:
+    """The text with `?` for each half of a surrogate pair, which a policy may write as an escape of JSON."""
+    return text.encode(errors="replace").decode()
 
 
 def _is_whole(call: ToolCall) -> bool:

@@ -181,6 +181,7 @@ def test_tool_calls_are_parsed_and_bridged(template: str) -> None:
         ('<tool_call>{"name": "add", "arguments": [1]}</tool_call>', "add", "[1]"),
         ('<tool_call>{"name": "add"', "", '{"name": "add"'),
         (f"<tool_call>{'[' * 5000}</tool_call>", "", "[" * 5000),
+        (r'<tool_call>{"name": "add", "arguments": {"a": "\ud83d"}}</tool_call>', "add", '{"a": "?"}'),
     ],
 )
 def test_malformed_calls_reach_the_environment(said: str, name: str, arguments: str | None) -> None:
