@@ -12,6 +12,7 @@ Each may also be given as JSON text.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +130,8 @@ def _is_close(word: str, want: str, tolerance: float) -> bool:
         difference, size = abs(float(word) - float(want)), abs(float(want))
     except ValueError:
         return False
-    return difference <= tolerance * max(1.0, size)
+    # Beyond the range of floats every difference from infinity would be close.
+    return math.isfinite(size) and difference <= tolerance * max(1.0, size)
 
 
 def is_same_value(returned: Any, expected: Any, *, tolerance: float) -> bool:

@@ -168,6 +168,13 @@ def test_rows_without_tests_are_named(value: Any, problem: str) -> None:
         scored("x", value, row={"place": "train.jsonl:9"})
 
 
+def test_no_number_is_close_to_one_beyond_the_range_of_floats() -> None:
+    huge = str(10**400)
+    for said, wanted, is_same in [(huge, huge, True), ("5", huge, False), ("5", "inf", False)]:
+        assert forms.is_same_output(said, wanted, tolerance=1e-6) is is_same
+    assert not forms.is_same_value(5, 10**400, tolerance=1e-6)
+
+
 def test_odd_forms_of_data_sets() -> None:
     lines = forms.tests_of({"inputs": [["1", "2"]], "outputs": [["3"]]})
     assert lines.inputs == ("1\n2",) and lines.outputs == ("3",)
