@@ -182,9 +182,9 @@ def _tokens(prompt: Any, limits: RequestLimits) -> Any:
 
 
 def _flags(body: Mapping[str, Any], name: str, num_prompts: int) -> list[bool]:
-    """Returns one flag per prompt: the given list, or the given flag for all."""
-    value = body.get(name, False)
-    flags = value if isinstance(value, list) else [value] * num_prompts
+    """Returns one flag per prompt: the given list, or the given flag for all; null is false."""
+    value = body.get(name)
+    flags = value if isinstance(value, list) else [False if value is None else value] * num_prompts
     if len(flags) != num_prompts or not all(isinstance(one, bool) for one in flags):
         raise UserError(f"{name} must be true or false, or a list with one of these per prompt")
     return flags

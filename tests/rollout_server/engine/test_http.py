@@ -137,7 +137,13 @@ def test_single_and_batched_responses_are_sglangs(engine: Engine) -> None:
             ]
             assert [(s["start"], s["end"]) for s in meta["weight_versions"]] == [(0, 3)]
             many = await post(
-                session, url, {"input_ids": [PROMPT, [9]], "sampling_params": [{**params, "n": 2}, params]}
+                session,
+                url,
+                {
+                    "input_ids": [PROMPT, [9]],
+                    "sampling_params": [{**params, "n": 2}, params],
+                    "return_logprob": None,
+                },
             )
             assert [a["output_ids"] for a in many[:2]] == [one["output_ids"]] * 2 and len(many) == 3
             assert "output_token_logprobs" not in many[0]["meta_info"]
