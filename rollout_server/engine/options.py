@@ -16,11 +16,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from areal_like.config import RolloutConfig
 from areal_like.config.arguments import add_arguments
-from areal_like.config.common import NonNegativeInt, PositiveFloat, PositiveInt, Section, require
+from areal_like.config.common import Bounds, NonNegativeInt, PositiveFloat, PositiveInt, Section, require
 from areal_like.config.loading import build
 from areal_like.errors import ConfigError
 from areal_like.security.tokens import read_secret
@@ -69,7 +69,7 @@ class ProcessOptions(EngineOptions):
     """Hugging Face directory or name."""
     api_key: str = field(repr=False)
     """The key that requests need (Authorization: Bearer KEY); on the command line `--api-key-file`."""
-    port: int = 30000
+    port: Annotated[int, Bounds(0, 65535)] = 30000
     """Port on 127.0.0.1; 0 picks a free one."""
     port_file: str = ""
     """File to which the port is written once the engine accepts requests."""

@@ -70,6 +70,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ({"max_running_requests": 0}, "max_running_requests must be at least 1"),
         ({"conversation_cache_tokens": -1}, "conversation_cache_tokens must be at least 0"),
+        ({"port": 65536}, "port=65536: use 0 to 65535"),
         ({"dtype": "float64"}, "dtype=float64"),
         ({"num_threads": "two"}, "num_threads: want int"),
         ({"max_runing_requests": 8}, "did you mean `max_running_requests`"),
