@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
@@ -134,23 +135,22 @@ def _parsed(arguments: str) -> str:
             arguments.strip() or "{}",
             parse_float=_number,
             parse_int=_number,
-            parse_constant=_refuse_constant,
+            parse_constant=str,
         )
         return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     except (ValueError, RecursionError):
         return arguments
 
 
-def _number(text: str) -> float | int:
-    """Parses a number as JavaScript does, which writes 1.0 as 1 and knows no integers above 2^53."""
+def _number(text: str) -> float | int | str:
+    """Parses a number as JavaScript does, which writes 1.0 as 1 and knows no integers above 2^53. One that is
+    not finite stays a text, as a client of Anthropic's API gets it."""
     value = float(text)
+    if not math.isfinite(value):
+        return text
     if value.is_integer() and abs(value) <= _LARGEST_EXACT:
         return int(value)
     return value
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(name)
 
 
 def _canonical(copy: Any, where: str) -> Message:

@@ -181,9 +181,18 @@ def test_a_repeated_request_is_one_turn(server: SessionServer) -> None:
 
 def test_numbers_that_json_lacks_are_texts(server: SessionServer) -> None:
     session = server.add()
-    server.policy.texts = ['<tool_call>{"name": "add", "arguments": {"a": NaN, "b": 1e999}}</tool_call>']
+    said = '<tool_call>{"name": "add", "arguments": {"a": NaN, "b": 1e999}}</tool_call>'
+    server.policy.texts = [said, "oh"]
     message = asked(server, session, {"messages": HI, "tools": TOOLS})
     assert message["content"][0]["input"] == {"a": "NaN", "b": "Infinity"}
+    result = {"type": "tool_result", "tool_use_id": message["content"][0]["id"], "content": "no numbers"}
+    messages = [
+        *HI,
+        {"role": "assistant", "content": message["content"]},
+        {"role": "user", "content": [result]},
+    ]
+    asked(server, session, {"messages": messages, "tools": TOOLS})
+    assert segments_of(server, session) == 1
 
 
 def test_fields_without_effect_are_counted(server: SessionServer) -> None:
