@@ -123,10 +123,11 @@ class CompletionText:
         if self.has_stopped:
             return ""
         text = self._decode(tokens)
-        found = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self.has_stopped = True
-            text = text[: min(found)]
+            _, at = min(found)  # the one that was complete first
+            text = text[:at]
         elif not is_complete:
             text = text.rstrip(_INCOMPLETE)
             text = text[: max(0, len(text) - self._num_kept)]

@@ -231,6 +231,14 @@ def test_text_is_sent_once_and_never_behind_a_stop(pieces: list[str], stops: lis
     assert text.has_stopped == bool(ends)
 
 
+@pytest.mark.parametrize("num_at_once", [1, 4])
+def test_the_stop_text_that_is_complete_first_counts(num_at_once: int) -> None:
+    text = CompletionText("".join, ["abbé", "b"])
+    for end in range(num_at_once, 5, num_at_once):
+        text.read("abbé"[:end], is_complete=end == 4)
+    assert text.text == "a"
+
+
 @settings(max_examples=50)
 @given(
     st.dictionaries(
