@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -184,7 +185,19 @@ def save_config(config: Config, path: Path) -> None:
     """Writes the resolved configuration so that `--config` reads it back."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        OmegaConf.save(OmegaConf.create(to_mapping(config)), partial)
+        OmegaConf.save(OmegaConf.create(_escaped(to_mapping(config))), partial)
+
+
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
+
+
+def _escaped(value: Any) -> Any:
+    """Plain values in which `${` in a text is no interpolation: those of the user are resolved by now."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return _INTERPOLATION.sub(r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def keep_config(config: Config, path: Path) -> None:

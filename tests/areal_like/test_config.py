@@ -50,6 +50,17 @@ def test_config_survives_yaml_and_dicts(tmp_path: Path) -> None:
     assert (again.seed, name) == (4, "rollout-3")
 
 
+def test_config_keeps_dollar_signs_and_backslashes(tmp_path: Path) -> None:
+    texts = ["${x}", "\\${x}", "\\\\${x:y", "a $ {b} \\"]
+    config = dataclasses.replace(Config(), task={"name": "data", "train": texts, "map": {"a": "${seed}"}})
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
+    given = load_config([r"runs_dir=/data/\${x}", r"task.prompt=${seed} \${x}", "seed=7"])
+    assert (given.runs_dir, given.task["prompt"]) == ("/data/${x}", "7 ${x}")
+    save_config(given, tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == given
+
+
 def test_engine_options_and_environment_are_open() -> None:
     config = load_config(
         ["rollout.engine=sglang", "rollout.sglang.args=--tp-size 1", "rollout.sglang.env.NCCL_DEBUG=INFO"]
