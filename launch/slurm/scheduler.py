@@ -10,7 +10,11 @@ from pathlib import Path
 from areal_like.errors import ArealError, ConfigError
 
 _TIMEOUT_S = 60.0
-ENDING = ("COMPLETING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+ENDING = (
+    *("COMPLETING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"),
+    *("OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"),
+)
+"""States of jobs that have ended or are about to: Slurm shows them for some minutes (MinJobAge)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -282,6 +282,17 @@ def test_score_servers_and_routers_have_jobs(slurm: Path, capsys: pytest.Capture
     assert ended == [103, 104, 105]
 
 
+@pytest.mark.parametrize("state", ["OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED", "TIMEOUT"])
+def test_jobs_that_have_ended_are_not_in_the_queue(slurm: Path, state: str) -> None:
+    """squeue shows them for some minutes, in which the run could neither be continued nor scaled."""
+    submit = ["submit", "--slurm", "name=x", "security.insecure=true", "--rollout-jobs", "2"]
+    assert main(submit) == 0
+    queue = json.loads((slurm / "queue.json").read_text())
+    (slurm / "queue.json").write_text(json.dumps([job | {"state": state} for job in queue]))
+    assert main(submit) == 0
+    assert len(json.loads((slurm / "queue.json").read_text())) == 8
+
+
 def test_a_refused_job_takes_the_others_back(
     slurm: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
