@@ -199,6 +199,8 @@ class JobLifecycle:
                 return [self._trainer.end_trial(), *self._ended(ended, now_s=now_s)]
             if ended.code != DRAINED:
                 return self._fall_back(ended)
+        if ended.name == "trainer" and ended.code == 2 and self._trainer.has_untried_settings:
+            return self._fall_back(ended)  # another order has come meanwhile, which ended the trial
         if ended.code == 2 and not self._has_worked(ended.name):
             report = self._trainer.death_report if ended.name == "trainer" else []
             return self._fail([ended.complaint, *report], exit_code=2, now_s=now_s)

@@ -38,7 +38,10 @@ class SupervisedTrainer:
         self._before = spec
         """The spec without them."""
         self.is_on_trial = False
-        """True from the start of a trainer with other settings until it is ready, or has ended."""
+        """True from the start of a trainer with other settings until it is ready, or has ended, or other
+        settings are ordered."""
+        self.has_untried_settings = False
+        """True if the running trainer was started with settings with which none has been ready yet."""
         self._last_endpoint: Mapping[str, Any] = {}
 
     def reached(self, step: int, *, at_s: float) -> None:
@@ -74,7 +77,7 @@ class SupervisedTrainer:
         yet (`was_ready` is False). The command line with `resume=step:K` is then used again.
         """
         is_first, self._has_started = not self._has_started, True
-        self.is_on_trial = bool(self._tried)
+        self.is_on_trial = self.has_untried_settings = bool(self._tried)
         is_at_newest = not is_first and (was_ready or not self._resumes_at_step)
         return Start(self.spec, from_newest_checkpoint=is_at_newest)
 
@@ -108,5 +111,5 @@ class SupervisedTrainer:
     def end_trial(self, refusal: Exit | None = None) -> Tried:
         """Records that the settings on trial have worked, or the exit of the trainer that had them."""
         tried, self._tried = self._tried, ()
-        self.is_on_trial = False
+        self.is_on_trial = self.has_untried_settings = False
         return Tried(settings=tried, refusal=refusal)

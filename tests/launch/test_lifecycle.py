@@ -462,6 +462,16 @@ def test_a_trainer_that_is_not_ready_gets_its_old_settings(code: int) -> None:
     )
 
 
+def test_refused_settings_end_no_run_after_another_order() -> None:
+    job = on_trial(["trainer.device=cuda"])
+    job.replace_trainer(["trainer.lr=1e-4"], seen=seen("buffer", "rollout-0"))
+    ended = Exit(name="trainer", code=2, complaint="no GPU")
+    _, tried, start = job.exited(ended, now_s=5.0)
+    assert tried == Tried(settings=("trainer.device=cuda", "trainer.lr=1e-4"), refusal=ended)
+    assert isinstance(start, Start) and not any(word.startswith("trainer.") for word in start.spec.command)
+    assert job.phase is Phase.RUNNING and job.outcome.exit_code == 0
+
+
 def test_a_server_is_replaced_when_it_has_drained() -> None:
     job = running_job()
     assert job.replace("rollout-1", now_s=3.0)[1:] == [Terminate("rollout-1")]
