@@ -29,6 +29,9 @@ _POPULATIONS = {
 _STEPS = ("completed", "committed", "recording")
 _PROMPTS = ("issued", "all")
 _PARTS = ("waiting", "running")
+_MAX_LAGS = 256
+"""Lags whose series exist from the start. `max_staleness` may be so large that it is no bound; the series of
+a larger lag begins with the first sample that has it."""
 
 
 class BufferSeries:
@@ -36,7 +39,7 @@ class BufferSeries:
 
     def __init__(self, metrics: Metrics, *, max_staleness: int) -> None:
         """`max_staleness`: the largest lag that a sample can have (the cap)."""
-        lags = [str(lag) for lag in range(max_staleness + 1)]
+        lags = [str(lag) for lag in range(min(max_staleness + 1, _MAX_LAGS))]
         self._tickets = metrics.gauge("tickets", "Tickets by state", label="state", values=list(State))
         self._drops = metrics.counter(
             "tickets_dropped", "Dropped tickets by reason", label="reason", values=list(Drop)

@@ -236,6 +236,13 @@ def test_solve_rates_are_prometheus_series() -> None:
         )
 
 
+def test_a_large_bound_has_few_series() -> None:
+    metrics = Metrics()
+    BufferSeries(metrics, max_staleness=5_000)
+    assert metrics.registry.get_sample_value("areal_samples_trained_total", {"lag": "255"}) == 0.0
+    assert metrics.registry.get_sample_value("areal_samples_trained_total", {"lag": "256"}) is None
+
+
 def test_a_ledger_restores_the_curriculum_of_its_data_set(tmp_path: Path) -> None:
     async def run_once(dataset: int) -> tuple[list[int], list[int]]:
         """Curriculum states at the start and the end of a process that generates a few groups."""
