@@ -83,8 +83,13 @@ class RunPaths:
 
     @classmethod
     def of(cls, config: Config) -> RunPaths:
-        """The run directory of a configuration, as an absolute path."""
-        return cls(Path(config.runs_dir).expanduser().resolve() / config.name)
+        """The run directory of a configuration, as an absolute path. Raises ConfigError for `~user` without
+        such a user."""
+        try:
+            runs_dir = Path(config.runs_dir).expanduser()
+        except RuntimeError:
+            raise ConfigError(f"runs_dir={config.runs_dir}: this machine has no such user") from None
+        return cls(runs_dir.resolve() / config.name)
 
     @property
     def named(self) -> list[Path]:

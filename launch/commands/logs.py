@@ -62,7 +62,8 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"logs: {logs} has no log of {' or '.join(args.roles) or 'a daemon'} (logs: {known})"
         )
-    num_last = args.lines if args.lines is not None else None if since_unix_s is not None else _NUM_LAST
+    default = None if since_unix_s is not None else _NUM_LAST
+    num_last = default if args.lines is None else min(args.lines, sys.maxsize)
     # Determined before anything is shown: the follower then shows everything that is appended meanwhile,
     # once.
     shown = {source.files[-1]: complete_bytes(source.files[-1]) for source in sources} if args.follow else {}

@@ -27,14 +27,21 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _number(text: str) -> int:
+    """A number that the ledger can have."""
+    if not text.isdecimal() or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r:.40}")
+    return int(text)
+
+
 @command(
     "samples",
     "Show samples as text, with rewards, versions and lags by turn: by default the worst three and the best "
     "three of the newest completed step.",
     RUN,
-    argument("--step", type=int, metavar="K", help="of this step, not of the newest"),
+    argument("--step", type=_number, metavar="K", help="of this step, not of the newest"),
     argument("--set", metavar="NAME", dest="set_name", help="of this set's evaluation"),
-    argument("--ticket", type=int, metavar="T", help="the samples of this ticket"),
+    argument("--ticket", type=_number, metavar="T", help="the samples of this ticket"),
     argument("--worst", type=_count, metavar="N", help="the N with the lowest rewards"),
     argument("--best", type=_count, metavar="N", help="the N with the highest rewards"),
     argument("--limit", type=_count, metavar="N", help="the first N, by position in the step"),

@@ -24,7 +24,7 @@ from areal_like.paths import BUILT_MODELS, RunPaths, replacing
 from areal_like.runtime.command_line import load_config, save_config
 from areal_like.security.redaction import without_secrets
 from launch.run_directory.rundir import checkpoints
-from launch.run_files import json_lines
+from launch.run_files import json_lines, unix_time
 
 _MAX_CHANGES = 200
 """Most lines of the history; the oldest are dropped."""
@@ -140,7 +140,9 @@ def read_changes(paths: RunPaths) -> list[SettingsChange]:
     for row in json_lines(paths.config_changes):
         with contextlib.suppress(KeyError, TypeError, ValueError):
             changed = {str(key): (str(old), str(new)) for key, (old, new) in dict(row["changed"]).items()}
-            unix_s, step = float(row["unix_s"]), int(row["step"])
+            step = int(row["step"])
+            if (unix_s := unix_time(row["unix_s"])) is None:
+                raise ValueError
             found.append(SettingsChange(unix_s=unix_s, step=step, by=str(row["by"]), changed=changed))
     return found
 

@@ -167,9 +167,15 @@ _NO_LOCK = -1
 
 
 def _lock(paths: RunPaths, *, is_dry: bool) -> int:
-    """Takes the lock; a dry run only raises InUseError."""
+    """Takes the lock; a dry run only raises the same errors."""
     if not is_dry:
         return lock(paths)
+    folder = next(path for path in (paths.root, *paths.root.parents) if os.access(path, os.F_OK))
+    if not os.access(folder / ".", os.W_OK | os.X_OK):  # "/.": a file has none
+        raise ConfigError(
+            f"cannot create the run directory {paths.root}: {folder} is no directory that this user can "
+            "write to; choose another runs_dir=..."
+        )
     if is_held(paths):
         raise InUseError(f"{paths.root} is in use: wait until that run has ended, or choose another name=...")
     return _NO_LOCK

@@ -30,9 +30,7 @@ class InUseError(ConfigError):
 
 def find_run(name: str) -> Path:
     """The directory of a run, given by its name under runs/ or by its path. Raises ConfigError."""
-    root = next(
-        (path for path in (Path(name), Path("runs") / name) if (path / "config.yaml").is_file()), None
-    )
+    root = next((path for path in (Path(name), Path("runs") / name) if _has_config(path)), None)
     if root is None:
         names = [path.parent.name for path in Path("runs").glob("*/config.yaml")]
         near = difflib.get_close_matches(name, names, n=1)
@@ -41,13 +39,21 @@ def find_run(name: str) -> Path:
     return root
 
 
+def _has_config(folder: Path) -> bool:
+    """False also for a directory of another user, and for words that no directory can have as its name."""
+    try:
+        return (folder / "config.yaml").is_file()
+    except OSError:
+        return False
+
+
 def newest_checkpoint(word: str, *, verb: str) -> Path | None:
     """The newest checkpoint of the run that a word of the command line names; None if it names no run.
 
     Raises ConfigError for a run without a checkpoint.
     """
     folder = Path(word).expanduser()
-    if not any((place / "config.yaml").is_file() for place in (folder, Path("runs") / word)):
+    if not any(map(_has_config, (folder, Path("runs") / word))):
         return None
     found = find_checkpoints(RunPaths(find_run(str(folder)).resolve()).checkpoints)
     if not found:
@@ -140,7 +146,7 @@ def is_locked(file: Path) -> bool | None:
     """True while a process holds the lock of this file; None if there is no such file. Raises OSError."""
     try:
         descriptor = os.open(file, os.O_RDONLY)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -84,6 +84,16 @@ def test_a_dry_resume_refuses_what_a_resume_would(root: Path, capsys: pytest.Cap
         (checkpoint / "rows" / "policy.safetensors").touch()
 
 
+def test_a_dry_run_looks_at_the_place_of_its_directory(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a name, it looked for a free one forever: no directory can be made below a file."""
+    file = root / "config.yaml"
+    assert main(["run", f"runs_dir={file}", "--dry-run"]) == 2
+    error = f"cannot create the run directory {file}/default: {file} is no directory"
+    assert error in capsys.readouterr().err
+
+
 def test_a_dry_new_run_makes_no_directory(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dry(capsys, "name=y").startswith(f"new run in {root.parent / 'y'}\n")
     assert "already holds an unfinished run" in dry(capsys)

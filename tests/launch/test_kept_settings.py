@@ -63,6 +63,7 @@ def test_settings_that_worked_are_kept_with_a_history(resume: Open) -> None:
     assert (second.step, second.text) == (10, "task.api_key: (none) -> ***")
     with run.paths.config_changes.open("a") as file:
         file.write("{\n[]\n" + '{"unix_s": 1}\n')
+        file.write('{"unix_s": 1e400, "step": 1, "by": "resume", "changed": {"seed": ["1", "2"]}}\n')
     assert read_changes(run.paths) == [first, second]
 
 

@@ -114,6 +114,7 @@ def test_what_is_shown_can_be_chosen(run: Path, capsys: pytest.CaptureFixture[st
     assert [text[-1] for text in shown(run, capsys, "trainer-0", "-n", "2")] == ["c", "e"]
     assert shown(run, capsys, "trainer", "-n", "0") == []
     assert [text[-1] for text in shown(run, capsys, "trainer", "-n", "3")] == ["b", "c", "e"]
+    assert [text[-1] for text in shown(run, capsys, "trainer", "-n", "9" * 30)] == ["a", "b", "c", "e"]
     assert shown(run, capsys, "--level", "error") == [
         "rollout-1-engine ERROR Traceback of it",
         "trainer-0 ERROR e",
