@@ -106,9 +106,10 @@ class OperatorChanges(TicketRules):
         other shards are ignored, except that the counts of attempts of all steps are reset.
         """
         shard, steps = self._settings.shard, self._steps
-        own = [ticket_id for ticket_id in dict.fromkeys(ticket_ids) if shard.owns(ticket_id)]
+        wanted = dict.fromkeys(ticket_ids)
+        own = [ticket_id for ticket_id in wanted if shard.owns(ticket_id)]
         tickets = [self._recorded_ticket(ticket_id) for ticket_id in own]
-        if len(own) < len(ticket_ids):
+        if len(own) < len(wanted):
             for step in list(steps.attempts):
                 steps.reset_attempts(step)
         for ticket in tickets:

@@ -164,6 +164,16 @@ def test_a_step_that_crashes_three_trainers_is_refused() -> None:
     ledger.trainer.start_training(incarnation=5, step=0, stream={})
 
 
+def test_a_ticket_named_twice_resets_no_other_step() -> None:
+    ledger, _ = trained(1)
+    for incarnation in (2, 3):
+        ledger.trainer.start_training(incarnation=incarnation, step=1, stream={})
+        ledger.trainer.fetch(step=1, position=0)
+    (later,) = ledger.state.steps.tickets_of(2)
+    ledger.operator.poison([later.ticket_id, later.ticket_id])
+    assert ledger.state.steps.attempts == {1: 2}
+
+
 def test_a_restart_by_hand_allows_one_more_attempt() -> None:
     ledger, _ = trained(1)
     for incarnation in (2, 3, 4):
