@@ -1,5 +1,6 @@
 """Checkpoints: readable by transformers, bitwise resumable, at any world size, complete or absent."""
 
+import json
 import os
 import shutil
 import threading
@@ -48,6 +49,18 @@ def test_resumed_training_is_bitwise_equal(tmp_path: Path, ranks: Ranks) -> None
         AutoTokenizer.from_pretrained(saved).decode(AutoTokenizer.from_pretrained(saved).encode("42=24"))
         == "42=24"
     )
+
+
+def test_a_temperature_without_do_sample_is_saved(tmp_path: Path, ranks: Ranks) -> None:
+    """transformers warns of such a generation_config.json when it reads it, and refuses to save it."""
+    path = write_model(tmp_path / "model")
+    settings = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 3]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    runner = make_runner(path, ranks)
+    checkpoints = Checkpoints(tmp_path / "c", keep=1, tokenizer_path=path)
+    saved = checkpoints.save(1, runner.policy, runner.optimizer, ranks, extra={})
+    checkpoints.wait()
+    assert settings.items() <= json.loads((saved / "generation_config.json").read_text()).items()
 
 
 def test_a_checkpoint_of_one_rank_resumes_on_two(tmp_path: Path, ranks: Ranks) -> None:

@@ -44,7 +44,12 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+from transformers.utils import (
+    FEATURE_EXTRACTOR_NAME,
+    GENERATION_CONFIG_NAME,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+)
 from transformers.utils.hub import CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
 from areal_like.errors import ConfigError, first_line
@@ -288,7 +293,10 @@ def write_model_files(model: Any, directory: Path, *, base: str, dtype: torch.dt
     config.dtype = dtype
     config.save_pretrained(directory)
     if model.generation_config is not None:
-        model.generation_config.save_pretrained(directory)
+        # Not `save_pretrained`: it refuses what it has read, such as a temperature without `do_sample`.
+        model.generation_config.to_json_file(
+            directory / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"]
+        )
     for name in _PROCESSOR_FILES if is_wrapped(config) else ():
         if (file := find_file(base, name)) is not None:
             shutil.copyfile(file, directory / name)
