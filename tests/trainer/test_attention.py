@@ -21,12 +21,13 @@ from trainer.attention import varlen
 from trainer.attention.packed_attention import rectangle_attention, uses_varlen
 from trainer.attention.varlen import varlen_attention
 from trainer.batching import attention_layout
-from trainer.batching.attention_layout import AttentionLayout, VarlenLayout
+from trainer.batching.attention_layout import AttentionLayout, RectangleLayout, VarlenLayout
 from trainer.batching.packing import collate, in_lockstep
 from trainer.batching.shared_prefixes import InputSequence, SharedRows
 from trainer.batching.training_sample import MicroBatch, TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
+from trainer.models import packed_model
 from trainer.models.policy import Policy
 
 HEADS, KV_HEADS, HEAD = 4, 2, 8
@@ -226,6 +227,24 @@ def test_models_give_the_same_with_either(
         found.append([logp_S.detach(), *(local(p.grad) for p in policy.parameters() if p.grad is not None)])
     for got, want in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)  # norms round to float32
+
+
+def test_the_layers_have_one_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 casts the inputs of each layer, and copies dataclasses for that."""
+    monkeypatch.setattr(packed_model, "SMALLEST_SHARDED_APART", 0)
+    path = write_model(tmp_path, dtype=torch.float32)
+    policy = Policy.load(path, Ranks.alone(), dtype="bfloat16")
+    made = []
+    of = RectangleLayout.of
+
+    def counted(*args: Any, **settings: Any) -> RectangleLayout:
+        made.append(of(*args, **settings))
+        return made[-1]
+
+    monkeypatch.setattr(RectangleLayout, "of", counted)
+    samples = [TrainingSample(trajectory=t, advantage=1.0, group=0) for t in random_groups(1)[0]]
+    policy(collate(samples)).logprobs_S.sum().backward()
+    assert len(made) == 1 < policy.model.config.num_hidden_layers
 
 
 def test_gradients_of_shared_keys_lose_no_bits() -> None:

@@ -27,7 +27,7 @@ from tests.support.trainer_helpers import dense_logprobs, joined, random_groups,
 from tests.support.trainer_ranks import last_gradient, make_runner
 from trainer.batching.packing import PackedBatch, TrainingSample, collate
 from trainer.distributed.ranks import Ranks
-from trainer.models.policy import Policy, TokenLogProbs
+from trainer.models.policy import Distributions, Policy, TokenLogProbs
 from trainer.objectives import Distill, build_objective
 from trainer.step.recipe import StepRecipe, warn_of_unused_weights
 from trainer.step.teachers import Teachers, check_teacher
@@ -431,3 +431,17 @@ def test_distributions_make_no_second_tensor(paths: dict[str, str], ranks: Ranks
         assert torch.equal(logp_S, teachers(batch))
         found[names] = sizes.found
     assert list(found.values()) == [[], ["full"]]
+
+
+def test_a_bfloat16_student_reads_exact_teachers(paths: dict[str, str], ranks: Ranks) -> None:
+    policy = Policy.load(paths["student"], ranks, dtype="bfloat16")
+    samples = [
+        TrainingSample(trajectory=each, advantage=0.0, group=0) for each in random_groups(1, seed=3)[0]
+    ]
+    batch = collate(samples)
+    own_SV = policy.all_logprobs(batch)
+    generator = torch.Generator().manual_seed(0)
+    teacher_SV = torch.randn(own_SV.shape, generator=generator).mul(4).log_softmax(-1)
+    with torch.no_grad():
+        found_S = policy(batch, Distributions(teacher_SV)).reverse_kl_S
+    torch.testing.assert_close(found_S, (own_SV.exp() * (own_SV - teacher_SV)).sum(-1))

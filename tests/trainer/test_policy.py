@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError
@@ -108,6 +108,33 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
     model.config.logit_scale = 0.5
     with pytest.raises(ConfigError, match="scales its logits"):
         Policy(model)
+
+
+SMALL = {
+    **{"vocab_size": 41, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+UNFIT = {
+    "bloom": ({}, "0 of its 2 layers use transformers' attention interface"),
+    "gpt_neo": (
+        {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+        "0 of its 2 layers use transformers' attention interface",
+    ),
+    "modernbert-decoder": (
+        {"intermediate_size": 48, "cls_token_id": 1, "sep_token_id": 2},
+        "more than its output embedding .lm_head",
+    ),
+}
+"""Family -> its further settings, and why it is refused: its log-probs would be wrong."""
+
+
+@pytest.mark.parametrize("family", UNFIT)
+def test_a_model_whose_log_probs_would_be_wrong(tmp_path: Path, family: str) -> None:
+    settings, message = UNFIT[family]
+    config = AutoConfig.for_model(family, **SMALL | settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        Policy.load(str(tmp_path), Ranks.alone())(packed(random_groups(1)[0]))
 
 
 def test_entropy_of_some_rows_at_a_time_has_the_same_bits() -> None:

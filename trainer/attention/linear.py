@@ -80,6 +80,7 @@ class LinearAttention:
     ) -> Tensor:
         """[1, U, D] -> [1, U, D]; with `packed_context` [1, R, D] -> [1, R, D]."""
         assert packed_layout is not None and packed_layout.shared is None and len(hidden_states) == 1
+        packed_layout.users.append(self.layer)
         with self._exact_parameters():
             takes_bounds = bool(self._stand_ins) or uses_kernels(packed_kind, hidden_states)
             if packed_context is not None:

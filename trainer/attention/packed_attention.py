@@ -154,12 +154,13 @@ def packed_attention(
     for a kernel that was chosen and does not take the tensors, and for heads that a context group cannot
     divide.
     """
-    if packed_layout is None or softcap is not None or s_aux is not None:
+    if packed_layout is None or attention_mask is not None or softcap is not None or s_aux is not None:
         raise ConfigError(
             f"{type(module).__name__} cannot be trained packed: its attention uses soft-capping or sinks, "
-            "or its model does not pass keyword arguments down to it. Choose another model"
+            "or its model does not pass keyword arguments down to it, or makes masks. Choose another model"
         )
-    assert attention_mask is None and len(query) == 1
+    assert len(query) == 1
+    packed_layout.users.append(module)
     query_UHD, key_UHD, value_UHD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if packed_context is not None:
         query_UHD, key_UHD, value_UHD = packed_context.to_heads(query_UHD, key_UHD, value_UHD)

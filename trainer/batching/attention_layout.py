@@ -28,7 +28,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.batching.device_copies import copied
 from trainer.batching.shared_prefixes import SharedRows
@@ -42,17 +42,26 @@ _LEAST_BLOCK = 256
 """Least number of queries in a block that attends to a sliding window of keys."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionLayout:
     """The arrangements of one micro-batch's sequences, each made when it is first used."""
 
-    lengths: tuple[int, ...]
-    """[N] number of tokens of each sequence, in packed order."""
-    device: torch.device
-    shared: SharedRows | None
-    """Its rows; None: one for each token."""
-    row_T: Tensor | None
-    """`shared.row_T` on the device."""
+    # Not a dataclass: of those among a module's inputs FSDP2 makes copies, so each layer would have its own.
+    def __init__(
+        self,
+        *,
+        lengths: tuple[int, ...],
+        device: torch.device,
+        shared: SharedRows | None,
+        row_T: Tensor | None,
+    ) -> None:
+        """`lengths`: [N] number of tokens of each sequence, in packed order. `shared`: its rows; None: one
+        for each token. `row_T`: `shared.row_T` on the device."""
+        self.lengths = lengths
+        self.device = device
+        self.shared = shared
+        self.row_T = row_T
+        self.users: list[nn.Module] = []
+        """The attention layers that have used it since the beginning of a model's forward."""
 
     @cached_property
     def rectangles(self) -> RectangleLayout:

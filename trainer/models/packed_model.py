@@ -419,7 +419,7 @@ class PackedModel(nn.Module):
 
     def hidden_rows(self, batch: PackedBatch) -> Tensor:
         """Last hidden states [R, D] of the rows that this rank computes: all (U), or in a context group a
-        part. Collective."""
+        part. Collective. Raises ConfigError for layers that do not keep the sequences apart."""
         assert self.shares_prefixes or batch.shared is None
         if self._wide is not None:
             self._wide.gather()
@@ -432,16 +432,28 @@ class PackedModel(nn.Module):
             routes_ULK = None if routes_ULK is None else routes_ULK.index_select(0, part.row_R)
         elif (rows := batch.rows) is not None:
             tokens, positions = (x.index_select(0, rows.token_U) for x in (tokens, positions))
+        layout = batch.attention_layout
+        layout.users.clear()
         hidden_RD: Tensor = decoder_of(self.model)(
             input_ids=tokens[None],
             position_ids=positions[None],
             use_cache=False,
-            packed_layout=batch.attention_layout,
+            packed_layout=layout,
             packed_kind=self.attention,
             packed_context=exchange,
             **({} if self.replay is None else self.replay.arguments(routes_ULK)),
         ).last_hidden_state[0]
+        if len(layout.users) < self._num_layers:
+            raise ConfigError(
+                f"{type(self.model).__name__} cannot be trained packed: {len(layout.users)} of its "
+                f"{self._num_layers} layers use transformers' attention interface, and the others would mix "
+                "the sequences of a batch. Choose another model"
+            )
         return hidden_RD
+
+    @functools.cached_property
+    def _num_layers(self) -> int:
+        return len(decoder_layers(self.model))
 
     def of_all(self, batch: PackedBatch, values: Sequence[Tensor]) -> list[Tensor]:
         """[S] values of a micro-batch's sampled tokens, from those [C] that each rank of the context group

@@ -13,7 +13,6 @@ those of a chunk, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from areal_like.automatic_settings import (
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.precision import Fp32Head, RouterDtype, widen_head
-from areal_like.weights.untrained import text_config
+from areal_like.weights.untrained import decoder_of, text_config
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.models.kernels import use_kernels
@@ -59,16 +58,17 @@ class TokenLogProbs(NamedTuple):
     distributions of a teacher."""
 
 
-@dataclass(frozen=True, eq=False)
 class Distributions:
     """The log-probs of the whole vocabulary at the sampled tokens of a micro-batch whose logits this rank
     computes.
 
-    A class, because FSDP2 casts the tensors in a forward's arguments to the model's dtype.
+    A class, because FSDP2 casts the tensors in a forward's arguments to the model's dtype; and not a
+    dataclass, because it casts those in their fields too.
     """
 
-    logprobs_CV: Tensor
-    """float32 or wider."""
+    def __init__(self, logprobs_CV: Tensor) -> None:
+        """`logprobs_CV`: float32 or wider."""
+        self.logprobs_CV = logprobs_CV
 
 
 class Policy(PackedModel):
@@ -83,13 +83,21 @@ class Policy(PackedModel):
         fp32_head: bool = False,
         router_dtype: RouterDtype = "float32",
     ) -> None:
-        """`model`: a transformers causal LM. Raises ConfigError if it scales or caps its logits."""
+        """`model`: a transformers causal LM. Raises ConfigError if it scales or caps its logits, or has more
+        layers between its decoder and its output embedding."""
         for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
             if getattr(text_config(model.config), name, None) not in (None, 1, 1.0):
                 raise ConfigError(
                     f"{type(model).__name__} scales its logits ({name}), which the trainer does not support: "
                     "choose another model"
                 )
+        head = model.get_output_embeddings()
+        known = {id(p) for part in (decoder_of(model), head) if part is not None for p in part.parameters()}
+        if others := [name for name, param in model.named_parameters() if id(param) not in known]:
+            raise ConfigError(
+                f"{type(model).__name__} computes its logits with more than its output embedding "
+                f"({others[0]}), which the trainer does not support: choose another model"
+            )
         super().__init__(model, router_dtype=router_dtype)
         if fp32_head:
             widen_head(model)
