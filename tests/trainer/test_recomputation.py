@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError
-from tests.support.families import write_family
+from tests.support.families import BODY, write_family
 from tests.support.trainer_helpers import random_groups, run_ranks, write_model
 from trainer.batching.packing import collate
 from trainer.batching.training_sample import TrainingSample
@@ -82,6 +83,19 @@ def test_gradients_are_those_without_recomputation(architecture: str, tmp_path: 
         assert counts["selective"]["aten::mm"] - plain["aten::mm"] == 3 * NUM_LAYERS
         attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
         assert counts[True][attention] >= NUM_LAYERS and not counts["selective"][attention]
+
+
+@pytest.mark.parametrize("family", ["opt", "seed_oss"])
+def test_recomputed_layers_have_no_dropout(family: str, tmp_path: Path) -> None:
+    """These call dropout as a function, opt in the layer itself and seed_oss in a module of it."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **BODY)
+    assert config.dropout if family == "opt" else config.residual_dropout
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    logp_S, want, _ = trained(str(tmp_path))
+    got_S, found, _ = trained(str(tmp_path), gradient_checkpointing=True)
+    assert torch.equal(got_S, logp_S) and found.keys() == want.keys()
+    assert all(torch.equal(found[name], grad) for name, grad in want.items())
 
 
 @pytest.mark.long

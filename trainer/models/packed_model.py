@@ -163,8 +163,6 @@ class PackedModel(nn.Module):
             built.replay = RouterReplay(model, decoder_layers(model))
         if gradient_checkpointing:
             recompute_layers(model, kind=gradient_checkpointing, offload=offload_activations)
-            built.train()  # transformers recomputes only in training mode; dropout stays zero
-            lora.use_dropout(model, False)
         return built
 
     @classmethod

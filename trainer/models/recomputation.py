@@ -16,18 +16,22 @@ their inputs by the number of experts of a token, and the latter's kernels are n
 rotary embedding writes into the product k that it gets, so `selective` leaves it out (`kernels.py`). With
 `trainer.compile` it is refused: compiled products write into buffers, which torch refuses to keep.
 
+transformers recomputes a layer in training mode only, where some models also have dropout (seed_oss, opt) or
+noise in their routers (phimoe). So a layer alone is in training mode, and not while it computes.
+
 Left out: copies on a stream of their own. A layer's input is a few hundredths of a second of PCIe for some
 tenths of a second of computation; the copies run on the training's stream.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -47,15 +51,36 @@ _ATTENTION = frozenset(
 
 
 def recompute_layers(model: Any, *, kind: Recomputation, offload: bool) -> None:
-    """Makes the decoder layers of a transformers model recompute their activations in training mode, as
-    `kind` says (not False). `offload`: their inputs are in host memory between forward and backward."""
+    """Makes the decoder layers of a transformers model recompute their activations, as `kind` says (not
+    False). `offload`: their inputs are in host memory between forward and backward."""
     settings: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
         settings["context_fn"] = _selective_contexts
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     layers: list[Any] = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
-    for layer in layers if offload else ():
-        layer._gradient_checkpointing_func = InputsOnHost(layer._gradient_checkpointing_func)
+    for layer in layers:
+        layer.training = True  # not its modules
+        layer._gradient_checkpointing_func = _Evaluating(layer, layer._gradient_checkpointing_func)
+        if offload:
+            layer._gradient_checkpointing_func = InputsOnHost(layer._gradient_checkpointing_func)
+
+
+class _Evaluating:
+    """Calls a layer by `checkpoint`; the layer is in evaluation mode while it computes, also again."""
+
+    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
+        self._layer = layer
+        self._checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self._checkpoint(functools.partial(self._computed, function), *args)
+
+    def _computed(self, function: Callable[..., Any], *args: Any) -> Any:
+        self._layer.training = False
+        try:
+            return function(*args)
+        finally:
+            self._layer.training = True
 
 
 class InputsOnHost:
