@@ -242,6 +242,8 @@ class Vcpo(Objective):
             return tuple(state)
         mean, total = state
         rho, share = stats["fresh"].tolist()
+        if not math.isfinite(rho):  # of a step whose gradient is not finite either, which changes no weights
+            return tuple(state)
         if not share and not total:
             _log_unmeasured()
         weight = _REF_RATE * share

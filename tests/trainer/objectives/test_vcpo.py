@@ -102,6 +102,14 @@ def test_a_measured_reference_by_hand(caplog: pytest.LogCaptureFixture) -> None:
     assert objective.next_state(state, {}) == state, "a step without data"
 
 
+def test_a_broken_step_leaves_the_measured_reference() -> None:
+    """Its log-probs are not numbers; the optimizer leaves the weights as they are."""
+    objective = Vcpo(rho_ref="measured")
+    for log_w in ([math.nan, 0.0], [math.inf, 0.0]):
+        observed = {"log_w": torch.tensor(log_w).double(), "is_fresh": torch.ones(2).double()}
+        assert objective.next_state((0.04, 0.05), objective.summarize(observed)) == (0.04, 0.05)
+
+
 def test_a_reference_is_measured_only_where_it_is_used() -> None:
     for objective in (Vcpo(), Vcpo(rho_ref="measured", step_size="none")):
         assert objective.initial_state() == () and objective.step_metrics({}) == {}
