@@ -151,6 +151,10 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Any]]] = {
         lambda p: edit_index(p, lambda m: m.update({NORM: min(m.values())})),
     ),
     "index-broken": ("is not an index", lambda p: (p / INDEX).write_text("[]")),
+    "generation": (
+        "refuses its generation_config",
+        lambda p: (p / "generation_config.json").write_text('{"num_return_sequences": 4}'),
+    ),
     "index-nested": ("nested too deeply", lambda p: (p / INDEX).write_text("[" * 100_000)),
 }
 
@@ -194,6 +198,10 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path: Path) -> None:
     truncate(path)
     with pytest.raises(ConfigError, match="is it complete"):
         prepare_model(config)
+    layers = {"n_embd": 32, "n_head": 2, "n_layer": 2, "dff": 32, "vocab_size": 41}
+    AutoConfig.for_model("ctrl", **layers).save_pretrained(path)
+    with pytest.raises(ConfigError, match=r"Set trainer\.gradient_checkpointing=false"):
+        PackedModel.build(str(path), gradient_checkpointing=True)
 
 
 def test_a_checkpoint_needs_no_initial_weights(tmp_path: Path) -> None:

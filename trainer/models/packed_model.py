@@ -483,7 +483,7 @@ def build_skeleton(path: str, *, dtype: torch.dtype, auto_class: Callable[[Any],
 
     A wrapper has no encoders of other inputs. `auto_class`: gives the class of transformers that makes the
     model of a configuration, which it may change. Raises ConfigError for an architecture that transformers
-    does not know, and for quantized weights.
+    does not know, for quantized weights, and for a generation_config.json that contradicts itself.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -500,8 +500,13 @@ def build_skeleton(path: str, *, dtype: torch.dtype, auto_class: Callable[[Any],
     set_apart(model, frozen=frozen_parameters(model))
     _compute_buffers(model)
     # Without generation_config.json, the generation config made from the model's configuration stays.
-    with contextlib.suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    try:
+        with contextlib.suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(path)
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: transformers refuses its generation_config.json ({first_line(error)})"
+        ) from error
     return model.eval()
 
 

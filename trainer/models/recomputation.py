@@ -37,6 +37,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from areal_like.config.trainer import Recomputation
+from areal_like.errors import ConfigError, first_line
 
 _PRODUCTS = frozenset({"aten::mm", "aten::addmm"})
 _ATTENTION = frozenset(
@@ -52,11 +53,15 @@ _ATTENTION = frozenset(
 
 def recompute_layers(model: Any, *, kind: Recomputation, offload: bool) -> None:
     """Makes the decoder layers of a transformers model recompute their activations, as `kind` says (not
-    False). `offload`: their inputs are in host memory between forward and backward."""
+    False). `offload`: their inputs are in host memory between forward and backward. Raises ConfigError for a
+    model whose layers cannot."""
     settings: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
         settings["context_fn"] = _selective_contexts
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    except ValueError as error:
+        raise ConfigError(f"{first_line(error)} Set trainer.gradient_checkpointing=false") from error
     layers: list[Any] = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
     for layer in layers:
         layer.training = True  # not its modules
