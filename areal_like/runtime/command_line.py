@@ -126,7 +126,9 @@ def load_config(argv: Sequence[str]) -> Config:
     values, settings = options.parse_known_args(list(argv))
     for setting in settings:
         if "=" not in setting or setting.startswith("-"):
-            raise ConfigError(f"cannot read {setting!r}: settings are given as key=value (see --help)")
+            is_file = setting.endswith((".yaml", ".yml"))
+            hint = f"write --config {setting}" if is_file else "settings are given as key=value (see --help)"
+            raise ConfigError(f"cannot read {setting!r}: {hint}")
     _refuse_mixed_choices(settings)
     file, settings = _whole_job(values.config, settings)
     return from_mapping(_merged(file, settings))

@@ -262,6 +262,7 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["objective=tsi"], "did you mean tis"),
         (["model=/models/X"], "model.path=/models/X"),
         (["nonsense"], "key=value"),
+        (["job.yaml"], "cannot read .job.yaml.: write --config job.yaml"),
         (["--config", "/nowhere.yaml"], "no such file"),
         (["--config"], "--config: expected one argument"),
         (["--config", "--name"], "--config: expected one argument"),
