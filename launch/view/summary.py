@@ -64,6 +64,10 @@ def summary_table(summary: dict[str, Any], *, title: str, bound: str = "") -> Ta
     """A table of labels and values; values that the summary lacks are omitted. `bound`: the staleness bound
     in words."""
     table = _table(summary, ROWS, title=title)
+    # Such a run looks like any other: it has trained all of its steps, and has learned nothing in these.
+    if flat := summary.get("steps_without_gradient"):
+        cause = "(usual cause: all rewards of each group are equal)"
+        table.add_row("steps without a gradient", f"{flat:,} of {summary.get('steps', 0):,} {cause}")
     if bound:
         table.add_row("staleness bound", bound)
     # These count from the last start of the trainer, and the rows above from the first one.

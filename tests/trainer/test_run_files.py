@@ -41,6 +41,7 @@ def row(step: int) -> dict[str, Any]:
         "step_s": 0.1 + rng.random(),
         "wait_data_s": 0.1 * rng.random(),
         "tokens_trained": rng.randrange(1000),
+        "grad_norm": 0.0 if step % 5 == 3 else rng.random(),
     }
 
 
@@ -75,6 +76,7 @@ def test_totals_are_over_all_rows_also_after_a_resume(tmp_path: Path, num_rows: 
     assert totals.reward_first == pytest.approx(mean([row["reward_mean"] for row in rows[:tenth]]))
     assert totals.reward_last == pytest.approx(mean([row["reward_mean"] for row in rows[-tenth:]]))
     assert totals.loss_last == pytest.approx(mean([row["loss"] for row in rows[-tenth:]]))
+    assert totals.num_steps_without_gradient == len(range(3, num_rows, 5))
     steady = rows[WARM_UP_STEPS:]
     idle = (
         sum(row["wait_data_s"] for row in steady) / sum(row["step_s"] for row in steady) if steady else None
@@ -152,6 +154,10 @@ def test_rates_after_a_resume_cover_one_time_span(tmp_path: Path) -> None:
     assert labels[-3:] == ["generation idle, since step 40", "wall time, since step 40", "tickets"]
     labels = list(summary_table(summary | {"was_restarted": False}, title="x").columns[0].cells)
     assert labels[-3:] == ["generation idle", "wall time", "tickets"]
+    flat = [label for label in labels if label == "steps without a gradient"]
+    assert (summary["steps_without_gradient"], len(flat)) == (12, 1)
+    labels = list(summary_table(summary | {"steps_without_gradient": 0}, title="x").columns[0].cells)
+    assert "steps without a gradient" not in labels
 
 
 def test_a_finished_summary_is_not_replaced_by_an_idle_trainer(tmp_path: Path) -> None:

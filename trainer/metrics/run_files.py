@@ -62,6 +62,8 @@ class RunTotals:
     """Mean reward over the last tenth."""
     loss_last: float | None
     """Mean loss over the last tenth."""
+    num_steps_without_gradient: int
+    """Steps whose gradient was zero, as it is where all rewards of each group are equal."""
     tokens_trained: int
     trainer_idle_fraction: float | None
     """Share of the steps' time in which the trainer waited for data, without the warm-up."""
@@ -126,11 +128,12 @@ class MetricsFile(RowsFile):
         tenth = max(1, self.num_rows // 10)
         reward_first, reward_last, loss_last = _Mean(), _Mean(), _Mean()
         step_s = wait_s = 0.0
-        tokens_trained = 0
+        tokens_trained = num_steps_without_gradient = 0
         self._file.seek(0)
         for index, line in enumerate(self._file):
             row = json.loads(line)
             tokens_trained += row["tokens_trained"]
+            num_steps_without_gradient += row.get("grad_norm") == 0
             if index < tenth:
                 reward_first.add(row["reward_mean"])
             if index >= self.num_rows - tenth:
@@ -143,6 +146,7 @@ class MetricsFile(RowsFile):
             reward_first=reward_first.value,
             reward_last=reward_last.value,
             loss_last=loss_last.value,
+            num_steps_without_gradient=num_steps_without_gradient,
             tokens_trained=tokens_trained,
             trainer_idle_fraction=round(wait_s / step_s, 4) if step_s > 0 else None,
         )
@@ -215,6 +219,7 @@ def write_summary(
         "was_restarted": was_restarted,
         "resumed_from_step": resumed_from_step,
         "steps": totals.num_steps,
+        "steps_without_gradient": totals.num_steps_without_gradient,
         "reward_first": totals.reward_first,
         "reward_last": totals.reward_last,
         "eval_before": eval_before,
