@@ -142,16 +142,20 @@ def model_path(config: Config) -> str:
                 "run `python -m trainer.prepare_model` with this configuration first"
             )
         return str(built)
+    folder = Path(config.model.path).expanduser()
     # A hub name has one slash: a misspelled directory must not become a request to the hub.
     looks_local = config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") > 1
-    if looks_local and (Path(config.model.path).expanduser() / ADAPTER_CONFIG).exists():
+    looks_local = looks_local or folder.is_dir()
+    if looks_local and (folder / ADAPTER_CONFIG).exists():
         raise ConfigError(
             f"model.path={config.model.path} is an adapter: set model.lora.path to it and model.path to its "
             f"base, or merge the two first: areal-like merge {config.model.path} --into DIRECTORY"
         )
-    if looks_local and not (Path(config.model.path).expanduser() / "config.json").exists():
-        raise ConfigError(f"model.path={config.model.path}: no config.json there")
-    return str(Path(config.model.path).expanduser()) if looks_local else config.model.path
+    if looks_local and not (folder / "config.json").exists():
+        found = find_checkpoints(RunPaths(folder).checkpoints)
+        hint = f"; this run's newest checkpoint is {found[max(found)]}" if found else ""
+        raise ConfigError(f"model.path={config.model.path}: no config.json there{hint}")
+    return str(folder) if looks_local else config.model.path
 
 
 def checkpoint_name(step: int) -> str:

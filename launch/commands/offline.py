@@ -53,15 +53,16 @@ def _trains(verb: OfflineVerb, description: str, *, examples: Sequence[str]) -> 
 
 _trains(
     SFT,
-    "Train on conversations, or on prompts with completions (sft.train=FILE), in the run NAME-sft. The "
-    "result is a model for `areal-like run`. resume=latest continues a run that was stopped.",
+    "Train on conversations, or on prompts with completions (sft.train=FILE), in the run NAME-sft, or "
+    "NAME if name=NAME is given. The result is a model for `areal-like run`. resume=latest continues a run "
+    "that was stopped.",
     examples=["sft name=mine model=smollm2 sft.train=train.jsonl", "sft job.yaml name=mine resume=latest"],
 )
 _trains(
     REWARD_MODEL,
     "Train a reward model on comparisons of completions (reward_model.train=FILE), in the run "
-    "NAME-reward-model. The result is a directory for AutoModelForSequenceClassification. resume=latest "
-    "continues a run that was stopped.",
+    "NAME-reward-model, or NAME if name=NAME is given. The result is a directory for "
+    "AutoModelForSequenceClassification. resume=latest continues a run that was stopped.",
     examples=[
         "reward-model name=mine model=smollm2 reward_model.train=pairs.jsonl",
         "reward-model job.yaml name=mine resume=latest",
@@ -70,8 +71,8 @@ _trains(
 _trains(
     PREFERENCES,
     "Train on comparisons of completions, or on completions with labels (preferences.train=FILE), by DPO, "
-    "IPO, KTO, SimPO or ORPO, in the run NAME-preferences. The result is a model for `areal-like run`. "
-    "resume=latest continues a run that was stopped.",
+    "IPO, KTO, SimPO or ORPO, in the run NAME-preferences, or NAME if name=NAME is given. The result is a "
+    "model for `areal-like run`. resume=latest continues a run that was stopped.",
     examples=[
         "preferences name=mine model=smollm2 preferences.train=pairs.jsonl",
         "preferences job.yaml name=mine preferences.method=kto preferences.train=labels.jsonl",

@@ -12,6 +12,7 @@ import trainer.advantages.gae  # noqa: F401  (registers the advantage gae)
 from areal_like.config import BufferConfig, Config, ModelConfig, WeightsConfig, from_mapping, to_mapping
 from areal_like.config.common import Section, check_choice, choices_of
 from areal_like.errors import ConfigError
+from areal_like.paths import model_path
 from areal_like.runtime.command_line import CONFIGS, load_config, role_arguments, save_config
 from trainer.advantages.base import ADVANTAGES
 from trainer.objectives import OBJECTIVES
@@ -357,3 +358,14 @@ def test_evaluation_sets_have_defaults_of_the_job(tmp_path: Path) -> None:
     assert load_config(["--config", str(tmp_path / "config.yaml"), "eval.num_prompts=0"]).eval.sets
     assert not load_config([*settings, "eval.num_prompts=0"]).eval.resolved_sets
     assert list(Config().eval.resolved_sets) == ["eval"]
+
+
+def test_an_existing_directory_is_no_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`runs/first`, in place of a checkpoint of that run, has the form of a name."""
+    monkeypatch.chdir(tmp_path)
+    newest = Path("runs/first/checkpoints/step_000020")
+    newest.mkdir(parents=True)
+    config = from_mapping({"model": {"path": "runs/first"}})
+    with pytest.raises(ConfigError, match=f"no config.json there; this run's newest checkpoint is {newest}"):
+        model_path(config)
+    assert model_path(from_mapping({"model": {"path": "owner/name"}})) == "owner/name"
