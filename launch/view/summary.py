@@ -66,8 +66,8 @@ def summary_table(summary: dict[str, Any], *, title: str, bound: str = "") -> Ta
     table = _table(summary, ROWS, title=title)
     # Such a run looks like any other: it has trained all of its steps, and has learned nothing in these.
     if flat := summary.get("steps_without_gradient"):
-        cause = "(usual cause: all rewards of each group are equal)"
-        table.add_row("steps without a gradient", f"{flat:,} of {summary.get('steps', 0):,} {cause}")
+        cause = "zero (usual cause: all rewards of each group are equal) or not finite"
+        table.add_row("steps without a gradient", f"{flat:,} of {summary.get('steps', 0):,}: {cause}")
     if bound:
         table.add_row("staleness bound", bound)
     # These count from the last start of the trainer, and the rows above from the first one.

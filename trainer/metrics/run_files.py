@@ -63,7 +63,7 @@ class RunTotals:
     loss_last: float | None
     """Mean loss over the last tenth."""
     num_steps_without_gradient: int
-    """Steps whose gradient was zero, as it is where all rewards of each group are equal."""
+    """Steps whose gradient was zero, as where all rewards of each group are equal, or not finite."""
     tokens_trained: int
     trainer_idle_fraction: float | None
     """Share of the steps' time in which the trainer waited for data, without the warm-up."""
@@ -133,7 +133,7 @@ class MetricsFile(RowsFile):
         for index, line in enumerate(self._file):
             row = json.loads(line)
             tokens_trained += row["tokens_trained"]
-            num_steps_without_gradient += row.get("grad_norm") == 0
+            num_steps_without_gradient += not row["grad_norm"]
             if index < tenth:
                 reward_first.add(row["reward_mean"])
             if index >= self.num_rows - tenth:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from areal_like.config import KlConfig
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, UserError
 from tests.support import warm_start
 from tests.support.objective_helpers import BEHAVIOR_LOGP, LOGP, evaluate, published, tokens_of
 from trainer.advantages import ADVANTAGES
@@ -33,6 +33,25 @@ def test_band_mask_matches_published_values() -> None:
     assert loss == pytest.approx(2.265235, abs=1e-6) and grad == pytest.approx(
         [-0.906094] * 3 + [0, 0], abs=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("reduce", "message"),
+    [
+        (
+            lambda loss_S: TokenLosses(loss_S=loss_S.mean()),
+            r"shape \[\] for 5 sampled tokens: return one loss",
+        ),
+        (lambda loss_S: loss_S, r"Reduced.losses returned Tensor: return TokenLosses"),
+    ],
+)
+def test_losses_that_are_not_of_tokens_are_refused(reduce: Any, message: str) -> None:
+    class Reduced(Objective):
+        def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
+            return reduce(-batch.advantage_S * batch.logp_S)
+
+    with pytest.raises(UserError, match=message):
+        Composed(inner=Reduced()).losses(published(), {})
 
 
 def test_opsm_drops_bad_sequences_that_became_unlikely() -> None:
