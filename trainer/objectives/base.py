@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from areal_like.config.common import Section
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, UserError
 from areal_like.registry import Registry
 from trainer.advantages.base import Advantage
 from trainer.batching.sampled_tokens import SampledTokens
@@ -222,6 +222,23 @@ class Objective(Section, ABC, key="objective"):
         sample's gradient.
         """
         return Gradients()
+
+
+def checked_losses(objective: Objective, batch: SampledTokens, stats: StepStats) -> TokenLosses:
+    """The objective's losses. Raises UserError if they are not one for each token: a mean would be broadcast,
+    and trained on without a word."""
+    name, losses = type(objective).__name__, objective.losses(batch, stats)
+    if not isinstance(losses, TokenLosses):
+        raise UserError(
+            f"{name}.losses returned {type(losses).__name__}: return TokenLosses(loss_S=...), with one loss "
+            "for each sampled token"
+        )
+    if losses.loss_S.shape != batch.logp_S.shape:
+        raise UserError(
+            f"{name}.losses returned loss_S of shape {list(losses.loss_S.shape)} for {len(batch.logp_S)} "
+            "sampled tokens: return one loss for each of them, neither averaged nor summed"
+        )
+    return losses
 
 
 OBJECTIVES = Registry[Objective]("objective", Objective)  # type: ignore[type-abstract]

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from areal_like.config import DistillConfig, KlConfig
-from areal_like.errors import ConfigError, UserError
+from areal_like.errors import ConfigError
 from trainer.batching.scope import Scope
 from trainer.gradients.base import Gradients
 from trainer.objectives.base import (
@@ -43,6 +43,7 @@ from trainer.objectives.base import (
     SampledTokens,
     StepStats,
     TokenLosses,
+    checked_losses,
 )
 from trainer.objectives.distill import full_kl_S, teacher_means, with_teacher
 from trainer.objectives.importance import MAX_EXPONENT
@@ -138,8 +139,7 @@ class Composed(Objective):
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         batch = self._masked(self._taught(batch), stats, [*enumerate(self.masks)])
-        bare = self.inner.losses(batch, _part(stats, ""))
-        _check_losses(bare, batch, name=type(self.inner).__name__)
+        bare = checked_losses(self.inner, batch, _part(stats, ""))
         loss_S, counted_S, means, chosen = bare.loss_S, bare.counted_S, dict(bare.means), dict(bare.chosen)
         if self.teacher_coef:
             of_teachers, has_teacher = teacher_means(batch)
@@ -274,20 +274,6 @@ def build_objective(
         teacher_coef=coef,
         teacher_is_full=bool(coef) and distill is not None and distill.loss == "full",
     )
-
-
-def _check_losses(losses: object, batch: SampledTokens, *, name: str) -> None:
-    """Raises UserError for what the class of a user may return by mistake; a mean would be broadcast."""
-    if not isinstance(losses, TokenLosses):
-        raise UserError(
-            f"{name}.losses returned {type(losses).__name__}: return TokenLosses(loss_S=...), with one loss "
-            "for each sampled token"
-        )
-    if losses.loss_S.shape != batch.logp_S.shape:
-        raise UserError(
-            f"{name}.losses returned loss_S of shape {list(losses.loss_S.shape)} for {len(batch.logp_S)} "
-            "sampled tokens: return one loss for each of them, neither averaged nor summed"
-        )
 
 
 def _capped(loss_S: Tensor, batch: SampledTokens) -> Tensor:

@@ -52,6 +52,7 @@ from trainer.metrics.step_totals import OF_BEYOND, StepTotals
 from trainer.models.packed_model import PackedModel
 from trainer.models.policy import BaseReference, Distributions, Policy
 from trainer.objectives import Need, Objective, StepStats
+from trainer.objectives.base import checked_losses
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.profiling.ranges import named_range, ranged
@@ -343,7 +344,7 @@ class StepRunner:
             with timer.span("compute_s"):
                 tokens = self._within(self._forward(batch, totals, live=live))
                 with named_range("objective"):
-                    losses = self._objective.losses(tokens, stats)
+                    losses = checked_losses(self._objective, tokens, stats)
                     loss_S, *counted = self._normalizer.weigh(losses, tokens)
                 # Multiplied by zero: a rank without work still runs a dummy forward and backward, which keeps
                 # FSDP2's collectives in step with the other ranks.
@@ -389,7 +390,7 @@ class StepRunner:
             for sample in long_samples:
                 leaves = sample.with_leaves(entropy=Need.ENTROPY in self._objective.needs)
                 tokens = self._within(leaves)
-                losses = self._objective.losses(tokens, stats)
+                losses = checked_losses(self._objective, tokens, stats)
                 loss_S, *counted = self._normalizer.weigh(losses, tokens)
                 totals.observe(tokens, losses, counted=counted, live=sample.is_live)
                 if sample.is_live:

@@ -17,7 +17,7 @@ from tests.support.objective_helpers import BEHAVIOR_LOGP, LOGP, evaluate, publi
 from trainer.advantages import ADVANTAGES
 from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.objectives import MASKS, OBJECTIVES, Composed, Need, SampledTokens, StepStats, build_objective
-from trainer.objectives.base import Objective, TokenLosses
+from trainer.objectives.base import Objective, TokenLosses, checked_losses
 from trainer.objectives.composed import kl_estimate
 
 TOKEN_TIS = {"name": "tis", "level": "token", "cap": 2}
@@ -50,6 +50,8 @@ def test_losses_that_are_not_of_tokens_are_refused(reduce: Any, message: str) ->
         def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
             return reduce(-batch.advantage_S * batch.logp_S)
 
+    with pytest.raises(UserError, match=message):
+        checked_losses(Reduced(), published(), {})
     with pytest.raises(UserError, match=message):
         Composed(inner=Reduced()).losses(published(), {})
 
