@@ -133,7 +133,7 @@ class MetricsFile(RowsFile):
         for index, line in enumerate(self._file):
             row = json.loads(line)
             tokens_trained += row["tokens_trained"]
-            num_steps_without_gradient += not row["grad_norm"]
+            num_steps_without_gradient += not row.get("grad_norm")
             if index < tenth:
                 reward_first.add(row["reward_mean"])
             if index >= self.num_rows - tenth:
