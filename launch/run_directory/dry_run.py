@@ -1,7 +1,9 @@
-"""Tells what `areal-like run` would do: which settings change, and whether the checkpoint accepts them.
+"""Tells what `areal-like run` would do: which settings change, and whether the job's parts and the checkpoint
+accept them.
 
-A checkpoint is checked by the formats and sizes of its files, and by its state. The trainer checks the shapes
-of its tensors, because that needs the model.
+The parts are those that a job makes without a model: objective and advantages, trackers, tasks with their
+rows and rewards. A checkpoint is checked by the formats and sizes of its files, and by its state. The trainer
+checks the shapes of its tensors, because that needs the model.
 """
 
 from __future__ import annotations
@@ -35,8 +37,12 @@ _OF_RECORDED_GROUPS = (
 
 
 def described(run: OpenRun, *, is_sft: bool = False) -> Iterator[str]:
-    """Lines for the user about a run that was opened dry. Raises ConfigError for an unusable checkpoint."""
+    """Lines for the user about a run that was opened dry. Raises ConfigError for settings that a part of the
+    job refuses, and for an unusable checkpoint."""
     yield from run.announcement
+    if not is_sft:
+        check_parts(run.config)
+        yield "objective, trackers and tasks accept the settings"
     if run.is_resumed and not run.is_finished:
         yield from _resumed(run, is_sft=is_sft)
     yield "dry run: nothing was written or started"
@@ -59,6 +65,20 @@ def _resumed(run: OpenRun, *, is_sft: bool) -> Iterator[str]:
         )
     if (last := _last_step(paths.metrics)) >= step:
         yield f"steps {step} to {last} are undone and trained again"
+
+
+def check_parts(config: Config) -> None:
+    """Makes the parts of a job that need no model, as its daemons do. Raises ConfigError."""
+    # Imported here, because torch takes seconds to import.
+    from rollout_server.rewards.library.model.scorers import tell_workers
+    from rollout_server.sources import make_tasks
+    from trainer.step.recipe import StepRecipe
+    from trainer.trackers import build_trackers
+
+    StepRecipe.of(config)
+    build_trackers(config.trackers)
+    tell_workers(config)
+    make_tasks(config)
 
 
 def _last_step(metrics: Path) -> int:

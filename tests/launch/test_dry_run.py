@@ -98,3 +98,20 @@ def test_a_dry_new_run_makes_no_directory(root: Path, capsys: pytest.CaptureFixt
     assert dry(capsys, "name=y").startswith(f"new run in {root.parent / 'y'}\n")
     assert "already holds an unfinished run" in dry(capsys)
     assert [path.name for path in root.parent.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("objective={name: ppo, clip: 0.2}", "unknown key `objective.clip` of Ppo"),
+        ("trackers=[wanb]", "trackers.name=wanb: choose one of"),
+        ("task={name: data, train: missing.jsonl, reward: exact}", "missing.jsonl"),
+        ("task={name: data, train: rows.jsonl, reward: exat}", "task.reward=exat: choose one of"),
+    ],
+)
+def test_a_dry_run_makes_the_parts_of_the_job(
+    root: Path, capsys: pytest.CaptureFixture[str], setting: str, message: str
+) -> None:
+    (root.parents[1] / "rows.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
+    code = main(["run", "name=y", setting, "--dry-run"])
+    assert code == 2 and message in capsys.readouterr().err
