@@ -52,8 +52,8 @@ class _ShowSettings(argparse.Action):
     CONFIG_FILE,
     flag(
         "--dry-run",
-        "say which directory and settings the run would have, and whether the objective, the trackers, the "
-        "task's rows and rewards, and a checkpoint accept them; nothing is written or started",
+        "say which directory and settings the run would have, and whether objective, trackers, task and "
+        "checkpoint accept them; nothing is written or started",
     ),
     SETTINGS,
     examples=[
