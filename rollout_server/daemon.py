@@ -56,7 +56,7 @@ from rollout_server.policy.engines.supervisor import (
 )
 from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.rendering.prompt_renderer import PromptRenderer
-from rollout_server.rewards.library.model.scorers import tell_workers
+from rollout_server.rewards.library.model.scorers import tell_workers, wait_for_scorers
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sandbox.reaping import own_sandboxes
 from rollout_server.sessions.book import JOB_OVER, SERVER_ENDS, SessionBook
@@ -129,6 +129,8 @@ async def main(runtime: Runtime) -> None:
     ):
         with runtime.waits("buffer: address"):
             await wait_for_addresses(config, gives_up=runtime.stopping.is_set)
+        with runtime.waits("score server: ready"):
+            await wait_for_scorers(config, gives_up=runtime.stopping.is_set)
         if runtime.stopping.is_set():
             return
         server = RolloutServer(

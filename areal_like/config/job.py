@@ -704,3 +704,25 @@ def _may_have_turns(task: Any) -> bool:
     if isinstance(entries, (list, tuple)):
         return any(_may_have_turns(entry) for entry in entries)
     return task.get("name") not in _TASKS_OF_ONE_TURN
+
+
+def tasks_with_job_scorers(config: Config) -> list[str]:
+    """Settings of the tasks in which a reward, also one of a mixture, is the reward `model` without an
+    address: score servers of the job compute it."""
+    tasks = {"task": config.task, **{f"eval.sets.{n}": one.task for n, one in config.eval.sets.items()}}
+    return [name for name, task in tasks.items() if _asks_job_scorers(task)]
+
+
+def _asks_job_scorers(task: Any) -> bool:
+    """True if a reward of these settings is the reward `model` without an address."""
+    if isinstance(task, list | tuple):
+        return any(map(_asks_job_scorers, task))
+    if not isinstance(task, dict):
+        return False
+    for name in ("reward", "gold_reward"):
+        spec = task.get(name)
+        for entry in spec if isinstance(spec, list | tuple) else [spec]:
+            of_model = entry == "model" or (isinstance(entry, dict) and entry.get("name") == "model")
+            if of_model and not (isinstance(entry, dict) and entry.get("url")):
+                return True
+    return any(_asks_job_scorers(value) for value in task.values())

@@ -35,7 +35,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
     """The body as a JSON object; an empty body is an empty object. Raises UserError, also for halves of
     surrogate pairs, which no response could repeat."""
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")
         body = json.loads(text) if text else {}
         _refuse_halves(text, body)
     except UnicodeError:

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from areal_like.config import Config
+from areal_like.config.job import tasks_with_job_scorers
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config, with_kept_choices
@@ -119,13 +120,11 @@ def make_directory(config: Config, *, folders: Sequence[Path] = ()) -> None:
 
 
 def _check(config: Config, nodes: int) -> None:
-    tasks = {"task": config.task, **{f"eval.sets.{n}": one.task for n, one in config.eval.sets.items()}}
-    for name in (name for name, task in tasks.items() if _needs_own_scorers(task)):
-        if not config.scorer.path:
-            raise ConfigError(
-                f"submit: {name}: the reward `model` without `url` asks score servers of the job: set "
-                "scorer.path to the directory of a reward model, or the reward's url"
-            )
+    if not config.scorer.path and (names := tasks_with_job_scorers(config)):
+        raise ConfigError(
+            f"submit: {names[0]}: the reward `model` without `url` asks score servers of the job: set "
+            "scorer.path to the directory of a reward model, or the reward's url"
+        )
     ports = {
         "scorer.port": (config.scorer.port, config.scorer.num_servers if config.scorer.path else 0),
         "sessions.router_port": (config.sessions.router_port, config.sessions.num_routers),
@@ -165,18 +164,3 @@ def _check(config: Config, nodes: int) -> None:
 
 def _absolute(directory: str) -> str:
     return str(Path(directory).expanduser().resolve()) if directory else ""
-
-
-def _needs_own_scorers(task: Any) -> bool:
-    """True if a reward of a task, or of one of a mixture, is a reward model without an address."""
-    if isinstance(task, list | tuple):
-        return any(map(_needs_own_scorers, task))
-    if not isinstance(task, dict):
-        return False
-    for name in ("reward", "gold_reward"):
-        spec = task.get(name)
-        for entry in spec if isinstance(spec, list | tuple) else [spec]:
-            of_model = entry == "model" or (isinstance(entry, dict) and entry.get("name") == "model")
-            if of_model and not (isinstance(entry, dict) and entry.get("url")):
-                return True
-    return any(_needs_own_scorers(value) for value in task.values())

@@ -6,7 +6,7 @@ A role is the buffer, the whole trainer (its nodes start and stop together), or 
 server or router. It ends by:
 
     0      the run is finished              over
-    75     drained                          over; if it is the buffer or the trainer, the run drains
+    75     drained                          over; if the run needs one and it was the last, the run drains
     2      a wrong setting                  over, and the run with it
     None   its node or its actor is lost    restarted
     else   a failure                        restarted; after `max_failures` in a row it is over, and the
@@ -91,13 +91,19 @@ class Supervision:
         """The rollout servers that are not over, oldest first."""
         return [role for role in self.roles if role.role == "rollout" and not role.is_over]
 
+    def _was_last(self, role: RoleState) -> bool:
+        """True if a role has ended of which the run needs one, and none is left."""
+        return role.role != "rollout" and all(
+            other.is_over for other in self.roles if other.role == role.role
+        )
+
     def ended(self, role: RoleState, code: int | None, *, now_s: float) -> str:
         """Decides what to do about a role that has ended; returns a line for the user."""
         if self.is_stopping or self.is_finished or code in (0, DRAINED):
             role.is_over = True
             self.is_finished |= code == 0
-            # Without it the others would wait forever.
-            self.is_stopping |= code == DRAINED and role.is_single
+            # Without it the others would wait forever; `scale` adds rollout servers.
+            self.is_stopping |= code == DRAINED and not self.is_finished and self._was_last(role)
             return f"{role.name} has ended: {_meaning(code)}"
         restarts = role.restarts
         if code is None:

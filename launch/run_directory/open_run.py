@@ -171,7 +171,7 @@ def _lock(paths: RunPaths, *, is_dry: bool) -> int:
     if not is_dry:
         return lock(paths)
     folder = next(path for path in (paths.root, *paths.root.parents) if os.access(path, os.F_OK))
-    if not os.access(folder / ".", os.W_OK | os.X_OK):  # "/.": a file has none
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         raise ConfigError(
             f"cannot create the run directory {paths.root}: {folder} is no directory that this user can "
             "write to; choose another runs_dir=..."

@@ -38,7 +38,7 @@ from areal_like.security.tokens import role_of_token
 from rollout_server.listening import BACKLOG, listening, url_of
 from rollout_server.router.forwarding import HAS_KNOWN_KEY, HEALTH_PATHS, KEYS, digest_of, keys_in
 from rollout_server.router.places import BodyPlaces
-from rollout_server.router.table import MAX_CLAIMS, RoutingTable
+from rollout_server.router.table import RoutingTable
 from rollout_server.sessions.http.rules import (
     WRONG_KEY,
     claim_refusal,
@@ -51,8 +51,8 @@ _BODY_TIMEOUT_S = 30.0
 _KEEP_ALIVE_S = 75
 """As at rollout servers."""
 _WRITE_TIMEOUT_S = 60.0
-_SPARE_CONNECTIONS = 64
 _MAX_CONNECTIONS = 8192
+"""Not by the number of servers: `scale` changes it while a router runs."""
 _LONGEST_CONTEXT = 1 << 20
 """Tokens; for the largest body where `rollout.max_context` does not say it. A server has its own limit."""
 _MOST_BYTES = "most_bytes"
@@ -118,16 +118,10 @@ class RouterPlane:
             describe=error_of_refusal,
             place=self._place,
         )
-        num_connections = min(
-            2 * self.config.rollout.most_episodes * self.config.rollout.num_servers
-            + _SPARE_CONNECTIONS
-            + MAX_CLAIMS,
-            _MAX_CONNECTIONS,
-        )
         self._server = HttpServer(
             HttpConfig(
                 guard,
-                max_connections=num_connections,
+                max_connections=_MAX_CONNECTIONS,
                 shutdown_s=shutdown_s,
                 keep_alive_s=_KEEP_ALIVE_S,
                 write_timeout_s=_WRITE_TIMEOUT_S,

@@ -204,8 +204,10 @@ def test_score_servers_are_pods(pods: Callable[..., Pod], tmp_path: Path) -> Non
     write_reward_model(runs / "reward-model")
     rows = [{"question": f"{row:03}=", "answer": f"{row:03}"} for row in range(40)]
     (runs / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    every = started(pods, "buffer", "scorer", "rollout", "trainer")
-    trainer, scorer = every[3], every[1]
+    (buffer,) = started(pods, "buffer")
+    rollout, trainer = pods("rollout", "areal-rollout-0"), pods("trainer", "areal-trainer-0")
+    (scorer,) = started(pods, "scorer")  # the rollout server waits for it
+    every = [buffer, rollout, trainer, scorer]
     wait_for(lambda: num_steps_done(runs / "first") >= 3, "three steps", every)
     scorer.kill()
     again = pods("scorer", "areal-scorer-0")  # at another address

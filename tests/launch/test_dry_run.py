@@ -89,6 +89,7 @@ def test_a_dry_run_looks_at_the_place_of_its_directory(
 ) -> None:
     """Without a name, it looked for a free one forever: no directory can be made below a file."""
     file = root / "config.yaml"
+    file.chmod(0o755)  # an executable file is no directory either
     assert main(["run", f"runs_dir={file}", "--dry-run"]) == 2
     error = f"cannot create the run directory {file}/default: {file} is no directory"
     assert error in capsys.readouterr().err

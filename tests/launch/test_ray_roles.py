@@ -80,11 +80,20 @@ def test_a_wrong_setting_ends_the_run() -> None:
     assert one.is_over
 
 
-@pytest.mark.parametrize(("role", "drains_all"), [("trainer", True), ("rollout", False), ("scorer", False)])
+@pytest.mark.parametrize(("role", "drains_all"), [("trainer", True), ("rollout", False), ("scorer", True)])
 def test_a_drained_trainer_drains_the_run(role: str, drains_all: bool) -> None:
     one = supervision()
     one.ended(role_of(one, role), 75, now_s=1.0)
     assert one.is_stopping == drains_all and one.exit_code == 0
+
+
+def test_a_drained_score_server_leaves_the_others() -> None:
+    one = supervision()
+    second = one.add("scorer", now_s=0.0)
+    one.ended(role_of(one, "scorer"), 75, now_s=1.0)
+    assert not one.is_stopping
+    one.ended(second, 75, now_s=2.0)
+    assert one.is_stopping
 
 
 def test_nothing_begins_again_when_the_run_is_finished() -> None:

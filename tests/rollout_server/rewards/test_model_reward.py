@@ -19,6 +19,7 @@ from areal_like.config import from_mapping
 from areal_like.errors import ConfigError, RewardError
 from areal_like.security.keys import KeyRole
 from rollout_server.rewards.library import make_rewards
+from rollout_server.rewards.library.model import scorers
 from rollout_server.rewards.library.model.scorers import Scorers, tell_workers
 from rollout_server.rewards.library.service import TryAgainError
 from rollout_server.rewards.scores import scorer_in
@@ -234,6 +235,36 @@ def test_a_server_is_chosen_by_its_open_requests() -> None:
         raise OSError  # the addresses are read again
     with pytest.raises(TryAgainError, match="no score server of the job is ready"), scorers.using():
         pass
+
+
+@pytest.mark.parametrize(
+    ("scorer", "reward", "waits"),
+    [
+        ({"path": "rm"}, "model", True),
+        ({"path": "rm"}, {"name": "model", "url": "http://127.0.0.1:9"}, False),
+        ({"path": "rm"}, "exact", False),
+        ({}, "model", False),
+    ],
+)
+def test_a_rollout_server_waits_for_a_score_server(
+    scorer: dict[str, str], reward: Any, waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = {"name": "data", "train": "rows.jsonl", "reward": reward}
+    config = from_mapping({"runs_dir": str(tmp_path), "name": "x", "scorer": scorer, "task": task})
+    endpoints = tmp_path / "x" / "endpoints"
+    endpoints.mkdir(parents=True)
+    num_asked = 0
+
+    def gives_up() -> bool:
+        nonlocal num_asked
+        num_asked += 1
+        (endpoints / "scorer-0.json").write_text('{"pid": 1}' if num_asked == 1 else '{"scores": "http://a"}')
+        return num_asked > 2
+
+    monkeypatch.setattr(scorers, "_READ_AGAIN_S", 0.0)
+    tell_workers(config)
+    asyncio.run(scorers.wait_for_scorers(config, gives_up=gives_up))
+    assert num_asked == (2 if waits else 0)
 
 
 def test_the_jobs_servers_are_found_where_they_are_now(

@@ -6,6 +6,7 @@ from which the workers are made, must be equal in all servers of a job.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from areal_like.config import Config
+from areal_like.config.job import tasks_with_job_scorers
 from areal_like.errors import ConfigError, RewardError
 from areal_like.paths import RunPaths, read_endpoint
 from areal_like.security.tls import trusting
@@ -85,6 +87,17 @@ def tell_workers(config: Config) -> None:
     os.environ[_VARIABLE] = json.dumps(
         [str(RunPaths.of(config).endpoints), security.keys, security.tls_certificate]
     )
+
+
+async def wait_for_scorers(config: Config, *, gives_up: Callable[[], bool]) -> None:
+    """Waits until a score server of the job is ready, if a reward asks one; returns early if `gives_up()`.
+
+    It may load its model for minutes, or wait for a node, and rewards have a time limit.
+    """
+    job = JobScorers.in_environment()
+    if job is not None and tasks_with_job_scorers(config):
+        while not job.urls() and not gives_up():
+            await asyncio.sleep(_READ_AGAIN_S)
 
 
 class Scorers:
