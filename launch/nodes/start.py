@@ -145,13 +145,12 @@ def role_settings(role: str, place: RolePlace, sessions: SessionsConfig) -> list
     """
     address = place.address
     common = [f'daemon.http_host="{address}"', "daemon.advertise_host=''"]
-    if role == "router":
-        return [
-            *common,
-            *([f'sessions.router_host="{address}"'] if is_loopback(sessions.router_host) else []),
-        ]
     if role == "rollout" and is_loopback(sessions.host):
         common.append(f'sessions.host="{address}"')
+    if role == "router" and is_loopback(sessions.router_host):
+        common.append(f'sessions.router_host="{address}"')
+    if role == "router":
+        return common
     if role != "trainer":
         return [*common, f'{role}.host="{address}"', f"{role}.advertise_host=''"]
     first = place.first_address if place.num_nodes > 1 else address

@@ -46,7 +46,7 @@ class RoleState:
 
     @property
     def is_single(self) -> bool:
-        """True for the roles without which there is no run."""
+        """True for the roles of which a run has one: buffer and trainer."""
         return self.role not in _SHOWN
 
     def begin(self, *, now_s: float) -> None:
@@ -92,7 +92,7 @@ class Supervision:
         return [role for role in self.roles if role.role == "rollout" and not role.is_over]
 
     def _was_last(self, role: RoleState) -> bool:
-        """True if a role has ended of which the run needs one, and none is left."""
+        """True if the run needs a role of this kind, and this one that has ended was the last."""
         return role.role != "rollout" and all(
             other.is_over for other in self.roles if other.role == role.role
         )

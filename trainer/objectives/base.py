@@ -226,7 +226,7 @@ class Objective(Section, ABC, key="objective"):
 
 def checked_losses(objective: Objective, batch: SampledTokens, stats: StepStats) -> TokenLosses:
     """The objective's losses. Raises UserError if they are not one for each token: a mean would be broadcast,
-    and trained on without a word."""
+    and trained on."""
     name, losses = type(objective).__name__, objective.losses(batch, stats)
     if not isinstance(losses, TokenLosses):
         raise UserError(

@@ -2,7 +2,7 @@
 # #SBATCH lines and the variables ROLE, RUN, PYTHON, WORKDIR, MAX_FAILURES and EARLY_S.
 #
 #   exit code of the daemon    the job
-#   0   the run is finished    ends
+#   0   the run is finished    ends; the buffer's job drains the score servers and routers, which do not know it
 #   75  drained                ends; is requeued if the time limit was the reason (USR2, see --signal)
 #   2   a wrong setting        ends, and the run with it
 #   else a failure             is requeued; after MAX_FAILURES failures in a row it ends, and the run with it
